@@ -248,9 +248,9 @@ class Decoder:
         """Plans a decode step: sequence b holds `pages[b]` and adds a token at `positions[b]`."""
         return self.cache.plan(pages, positions)
 
-    def copy_page(self, source: int, target: int) -> None:
-        """Copies one page to another, in all layers."""
-        self.cache.copy_page(source, target)
+    def copy_page(self, source: int, target: int, n_tokens: int) -> None:
+        """Copies the first `n_tokens` tokens of one page to another, in all layers."""
+        self.cache.copy_page(source, target, n_tokens)
 
     def clear(self, pages: Sequence[int]) -> None:
         """Writes zeros, so that no nan stays behind for the next holder."""

@@ -3,7 +3,8 @@
 A step computes some pieces of new prompts and one token for every running sequence. A sequence holds only the pages it
 needs now. When no page is free, the youngest sequence is preempted: the content of its pages moves to host memory until
 pages are free again. So the cache never overflows, and an answer does not depend on other requests (on the CPU in fp32
-to the last bit: see `linear.py`, `paged_cache.py` and `sampling.py`).
+to the last bit: see `linear.py`, `paged_cache.py` and `sampling.py`). With `prefix_cache`, a prompt begins on the pages
+of an earlier one, as far as they have the same tokens (`prefix_cache.py`).
 
 Where a constraint allows exactly one token, the engine takes it without asking the model, and goes on until there is a
 choice again. One pass then computes all these tokens at once, with their log-probabilities.
@@ -31,7 +32,8 @@ from dist_lm.config.pool import CACHE_SHARE
 from dist_lm.errors import ConfigError, UserError, require
 from dist_lm.generation.decoder import Decoder, Weights, best_page_tokens, checked
 from dist_lm.generation.grammar import GrammarError, Grammars, Matcher, only_token
-from dist_lm.generation.paged_cache import ALIGNED, DecodePlan, PagePool, Piece, pages_for
+from dist_lm.generation.paged_cache import ALIGNED, BLOCK, DecodePlan, PagePool, Piece, pages_for
+from dist_lm.generation.prefix_cache import Prefix, PrefixCache, PrefixCounts, block_digests
 from dist_lm.generation.request import (
     Answer,
     AnswerSequence,
@@ -69,6 +71,7 @@ class EngineOptions:
     max_sequences: int = 64  # sequences that run at the same time
     piece_tokens: int = 256  # tokens of a prompt that are computed at once
     step_tokens: int = 512  # most prompt tokens per step; one piece is always computed, even if it is longer
+    prefix_cache: bool = False  # keep the pages of prompts, while there is space, for later ones that begin alike
 
     def __post_init__(self) -> None:
         require(self.page_tokens >= 0, "page_tokens", self.page_tokens, "a positive integer, or 0 to choose")
@@ -79,6 +82,9 @@ class EngineOptions:
         has_page = self.cache_tokens == 0 or self.cache_tokens >= max(1, self.page_tokens)
         accepted = f"at least page_tokens={self.page_tokens}, or 0 to take what fits into free memory"
         require(has_page, "cache_tokens", self.cache_tokens, accepted)
+        # A block must be computed alike by each request, and lie in one page.
+        for key in ("page_tokens", "piece_tokens") if self.prefix_cache else ():
+            require(getattr(self, key) % BLOCK == 0, key, getattr(self, key), f"a multiple of {BLOCK} for prefix_cache")
 
     @property
     def n_pages(self) -> int:
@@ -141,7 +147,8 @@ class Engine:
         options = options or EngineOptions()
         page_tokens = options.page_tokens or best_page_tokens(config, dtype, self._device)
         self.options = replace(options, page_tokens=page_tokens)
-        self._page_pool = PagePool(self.options.n_pages)
+        self.prefix_counts = PrefixCounts()
+        self._page_pool, self._prefixes = self._build_pool(self.options.n_pages)
         self._asleep = not self.options.n_pages
 
         self._waiting: deque[list[AnswerSequence]] = deque()  # one sequence per answer, grouped by request
@@ -201,6 +208,8 @@ class Engine:
             raise RuntimeError("weights cannot change while requests are under way: finish or cancel them first")
         checked(self.config, weights)
         self.version = None
+        if self._prefixes:
+            self._prefixes.clear()
         with torch.inference_mode():
             self._decoder.load(weights)
         self.version = version
@@ -218,8 +227,16 @@ class Engine:
         n_pages = options.n_pages or pages_that_fit(self.config, options, self._dtype, self._device, self._tp)
         with torch.inference_mode():
             self._decoder.resize(n_pages)
-        self._page_pool = PagePool(n_pages)
+        self._page_pool, self._prefixes = self._build_pool(n_pages)
         self._asleep = False
+
+    def _build_pool(self, n_pages: int) -> tuple[PagePool, PrefixCache | None]:
+        """Returns the bookkeeping of an empty cache."""
+        if not self.options.prefix_cache:
+            return PagePool(n_pages), None
+        pool = PagePool(n_pages, evicted=lambda page: prefixes.forget(page))
+        prefixes = PrefixCache(pool, self.options.page_tokens)
+        return pool, prefixes
 
     def submit(self, request: Request, on_text: OnText | None = None) -> Sequence[AnswerSequence]:
         """Queues a request; `step` computes its answers. The cache is allocated if it is not there.
@@ -252,6 +269,8 @@ class Engine:
         answers = [AnswerSequence(request, index, on_text, stream) for index, stream in enumerate(streams)]
         for sequence in answers:
             sequence.matcher = self._matcher(request)
+        if self._prefixes:
+            answers[0].digests = block_digests(answers[0].tokens, request.cache_key)
         self._waiting.append(answers)
         return answers
 
@@ -366,18 +385,49 @@ class Engine:
         # Preempted sequences are older than any waiting request.
         while self._waiting and not self._preempted:
             answers = self._waiting[0]
+            first = answers[0]
             n_active = len(self._running) + sum(len(answers) for answers in self._prefilling)
-            n_prompt_pages = pages_for(answers[0].n_prompt, self.options.page_tokens)
             # A request alone is always admitted: `fitted` has checked that the cache holds it.
             if n_active and n_active + len(answers) > self.options.max_sequences:
                 return
-            if n_active and n_prompt_pages + len(answers) + n_active > self._page_pool.n_free:
+            prefix = Prefix()
+            if self._prefixes:
+                prefix = self._prefixes.find(first.digests, first.n_prompt)
+            n_held = sum(self._page_pool.holders(page) > 0 for page in prefix.pages)
+            n_needed = pages_for(first.n_prompt, self.options.page_tokens) - n_held
+            if n_active and n_needed + len(answers) + n_active > self._page_pool.n_free:
                 return
 
             self._waiting.popleft()
-            answers[0].pages = [self._page_pool.take() for _ in range(n_prompt_pages)]
+            self._take_prompt_pages(answers, prefix)
             # One sequence computes the prompt for all answers to its request.
             self._prefilling.append(answers)
+
+    def _take_prompt_pages(self, answers: Sequence[AnswerSequence], prefix: Prefix) -> None:
+        """Gives the first of a request's answers the pages of its prompt, of which the first ones hold `prefix`."""
+        first = answers[0]
+        n_new = pages_for(first.n_prompt, self.options.page_tokens) - len(prefix.pages)
+        self._page_pool.share(prefix.pages)
+        first.cached = len(prefix.pages) * self.options.page_tokens
+
+        # A page that holds more than the prefix is copied; it must not be evicted before, nor be the last one there is.
+        source = prefix.partial_page
+        if source is not None and self._page_pool.n_free - (self._page_pool.holders(source) == 0) < n_new:
+            source = None
+        if source is not None:
+            self._page_pool.share([source])
+        new_pages = [self._page_pool.take() for _ in range(n_new)]
+        if source is not None:
+            self._decoder.copy_page(source, new_pages[0], prefix.n_partial)
+            self._page_pool.give_back([source])
+            first.cached += prefix.n_partial
+        first.pages = [*prefix.pages, *new_pages]
+
+        if self._prefixes:
+            self.prefix_counts.looked_up += first.n_prompt
+            self.prefix_counts.reused += first.cached
+        for sequence in answers:
+            sequence.n_reused = first.cached
 
     def _prefill(self) -> _LogitRows | None:
         """Computes and caches the next pieces of prompts, oldest first. A request whose prompt is complete leaves the
@@ -396,6 +446,8 @@ class Engine:
         for row, (answers, piece) in enumerate(pieces):
             first = answers[0]
             first.cached += len(piece.tokens)
+            if self._prefixes:
+                self._prefixes.add(first.digests, first.pages, piece.start, first.cached)
             if first.cached < first.n_prompt:
                 continue
             # All answers to a request share the pages of its prompt until they write to them.
@@ -527,7 +579,8 @@ class Engine:
                 page = self._page_pool.take()
                 # The first page to write to has space but other holders too: the last page of a shared prompt.
                 if self._next_page_is_shared(sequence):
-                    self._decoder.copy_page(sequence.pages[-1], page)
+                    n_tokens = sequence.cached % self.options.page_tokens
+                    self._decoder.copy_page(sequence.pages[-1], page, n_tokens)
                     self._page_pool.give_back([sequence.pages.pop()])
                 sequence.pages.append(page)
 
@@ -580,8 +633,11 @@ class Engine:
             if is_forbidden(token, sequence.request.params, allowed.get(row)):
                 self._refuse(sequence.request, NOTHING_ALLOWED)
                 continue
+            top_logprobs = choice.top_logprobs(row, sequence.request.params.top_logprobs)
             try:
-                text = sequence.add(token, logprob, raw_logprob, self._eot_id, self.config.max_seq_len, token_set)
+                text = sequence.add(
+                    token, logprob, raw_logprob, self._eot_id, self.config.max_seq_len, token_set, top_logprobs
+                )
             except GrammarError as error:  # to follow the constraint takes more work than the library's limits
                 self._refuse(sequence.request, str(error))
                 continue
@@ -650,7 +706,8 @@ class Engine:
             allowed: bits of the tokens that rows with a constraint may draw.
         """
         params = [sequence.request.params for sequence in sequences]
-        adjusted_BV = adjusted(logits_BV, params, [sequence.tokens for sequence in sequences])
+        seen = [sequence.tokens for sequence in sequences]
+        adjusted_BV = adjusted(logits_BV, params, seen, [sequence.n_prompt for sequence in sequences])
         if allowed:
             adjusted_BV = constrained(logits_BV if adjusted_BV is None else adjusted_BV, allowed)
         # Seeds and parameters change only when a sequence joins or leaves.
@@ -659,7 +716,8 @@ class Engine:
             self._sampling_groups = (sequences, seed_B, group_rows(params, self._device))
         _, seed_B, groups = self._sampling_groups
         keep_sets = any(sequence.request.keep_sets for sequence in sequences)
-        return sample(logits_BV, groups, uniform(seed_B, position_B), adjusted_BV, keep_sets)
+        n_top = max(row_params.top_logprobs for row_params in params)
+        return sample(logits_BV, groups, uniform(seed_B, position_B), adjusted_BV, keep_sets, n_top)
 
     def _finish(self, sequence: AnswerSequence, reason: FinishReason) -> None:
         sequence.finish = reason
@@ -668,12 +726,16 @@ class Engine:
         self._finished.append(sequence.answer(self.version))
 
     def _refuse(self, request: Request, reason: str) -> None:
-        """Refuses a request under way: ends its unfinished answers, writes zeros into their pages, which may hold nan,
-        and frees these."""
+        """Refuses a request under way: ends its unfinished answers and frees their pages, which may hold nan. Zeros are
+        written into those that no other sequence holds."""
         for queue in (self._running, self._preempted):
             for sequence in [sequence for sequence in queue if sequence.request is request]:
                 queue.remove(sequence)
-                self._decoder.clear(sequence.pages)
+                # Whoever else holds a page goes on with it, or is refused for the same nan and clears it.
+                last_pages = [page for page in sequence.pages if self._page_pool.holders(page) == 1]
+                if self._prefixes:
+                    self._prefixes.drop(last_pages)
+                self._decoder.clear(last_pages)
                 self._release(sequence)
                 sequence.finish = "cancelled"
         self._finished.append(Refusal(request.id, reason))

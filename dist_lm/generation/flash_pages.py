@@ -70,6 +70,8 @@ class FlashDecodePlan:
 class FlashPages(PagedCache):
     """The cache for the flash kernel. Its last page is spare: no sequence holds it."""
 
+    token_dim = 1
+
     def __init__(self, share: Share, n_pages: int, page_tokens: int, dtype: torch.dtype, device: torch.device) -> None:
         super().__init__(
             (share.n_layers, n_pages + 1, page_tokens, share.kv_heads, share.d_head), page_tokens, dtype, device

@@ -12,7 +12,8 @@ slots of a read or of all reads of a `PlainDecodePlan`, X the dimension that an 
 """
 
 import heapq
-from collections.abc import Iterable, Mapping, Sequence
+from collections import OrderedDict
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import chain
 from typing import Any, Protocol
@@ -27,6 +28,9 @@ PLAIN_PAGE_TOKENS = 64  # tokens of a page of `PlainPages`, unless an engine's o
 ALIGNED = 16  # fp32 numbers in 64 bytes
 MIN_SLOTS = 2  # a batched product of one matrix takes another kernel, which rounds differently
 SUM_MULTIPLE = 4  # `sum` over a multiple of this many numbers gives the same bits with and without trailing zeros
+# Queries of a prompt attend in blocks that begin at multiples of this many tokens. Rounding depends on the size of a
+# block, so the keys and values of a complete one are a function of the tokens up to its end alone.
+BLOCK = 32
 MAX_WASTE = 2  # read pages 0 to n in place, without a copy, if n is at most this many times the number of pages in use
 ABSENT = -1
 
@@ -34,12 +38,21 @@ ABSENT = -1
 class PagePool:
     """Counts which pages, 0 to n - 1, are free and how many sequences hold the others.
 
-    The lowest free page is taken first, which keeps the pages in use close to each other.
+    The lowest free page is taken first, which keeps the pages in use close to each other. A page that is kept
+    (`keep`) is not free when its last holder gives it back, but idle: it is taken only when no page is free, the one
+    that has been idle for longest first.
     """
 
-    def __init__(self, n_pages: int) -> None:
+    def __init__(self, n_pages: int, evicted: Callable[[int], None] | None = None) -> None:
+        """
+        Args:
+            evicted: called with a kept page when it is taken for other content.
+        """
         self._free = list(range(n_pages))
         self._holders = [0] * n_pages
+        self._kept: set[int] = set()
+        self._idle: OrderedDict[int, None] = OrderedDict()  # kept pages without a holder, idle for longest first
+        self._evicted = evicted
         self.changes = 0  # grows whenever a page is taken, shared or given back
 
     @property
@@ -48,34 +61,60 @@ class PagePool:
 
     @property
     def n_free(self) -> int:
-        return len(self._free)
+        """Pages that `take` can return, free or idle."""
+        return len(self._free) + len(self._idle)
 
     def holders(self, page: int) -> int:
         """Returns the number of sequences that hold a page."""
         return self._holders[page]
 
     def take(self) -> int:
-        """Takes a free page, which then has one holder; `n_free` must not be 0."""
+        """Takes a free page, or else an idle one, which then has one holder; `n_free` must not be 0."""
         self.changes += 1
-        page = heapq.heappop(self._free)
+        if self._free:
+            page = heapq.heappop(self._free)
+        else:
+            page, _ = self._idle.popitem(last=False)
+            self._kept.discard(page)
+            if self._evicted:
+                self._evicted(page)
         self._holders[page] = 1
         return page
 
     def share(self, pages: Iterable[int]) -> None:
-        """Adds one holder to each of these pages."""
+        """Adds one holder to each of these pages, which are held or idle."""
         self.changes += 1
         for page in pages:
-            assert self._holders[page] > 0
+            assert self._holders[page] > 0 or page in self._idle
+            self._idle.pop(page, None)
             self._holders[page] += 1
 
     def give_back(self, pages: Iterable[int]) -> None:
-        """Removes one holder from each of these pages; a page without holders is free."""
+        """Removes one holder from each of these pages of a sequence, which are in its order; a page without holders is
+        free, or idle if it is kept."""
         self.changes += 1
-        for page in pages:
+        # The end of a sequence becomes idle first, because its pages are worth nothing without those before them.
+        for page in reversed([*pages]):
             assert self._holders[page] > 0
             self._holders[page] -= 1
-            if self._holders[page] == 0:
+            if self._holders[page]:
+                continue
+            if page in self._kept:
+                self._idle[page] = None
+            else:
                 heapq.heappush(self._free, page)
+
+    def keep(self, page: int) -> None:
+        """Keeps the content of a page that is held, until it is evicted or dropped."""
+        assert self._holders[page] > 0
+        self._kept.add(page)
+
+    def drop(self, page: int) -> None:
+        """Keeps a page no longer; an idle one is free."""
+        self._kept.discard(page)
+        if page in self._idle:
+            del self._idle[page]
+            heapq.heappush(self._free, page)
 
 
 def pages_for(n_tokens: int, page_tokens: int) -> int:
@@ -97,6 +136,14 @@ class Piece:
     @property
     def positions(self) -> range:
         return range(self.start, self.start + len(self.tokens))
+
+    def blocks(self, block_tokens: int) -> Iterator[range]:
+        """Yields the positions of its tokens in blocks, which begin at multiples of `block_tokens`."""
+        start, stop = self.start, self.positions.stop
+        while start < stop:
+            end = min(stop, (start // block_tokens + 1) * block_tokens)
+            yield range(start, end)
+            start = end
 
 
 def cells_of(pages: Sequence[Sequence[int]], positions: Sequence[Iterable[int]], page_tokens: int) -> torch.Tensor:
@@ -129,6 +176,8 @@ class PrefillPlan(Protocol):
 
 class PagedCache:
     """Keys and values of all layers: two tensors (L, pages, ...). Queries arrive scaled."""
+
+    token_dim: int  # dimension of a page's tokens, counted without that of the pages
 
     def __init__(self, shape: Sequence[int], page_tokens: int, dtype: torch.dtype, device: torch.device) -> None:
         self.page_tokens = page_tokens
@@ -167,10 +216,11 @@ class PagedCache:
         self.key[:, pages] = 0
         self.value[:, pages] = 0
 
-    def copy_page(self, source: int, target: int) -> None:
-        """Copies one page to another, in all layers."""
-        self.key[:, target] = self.key[:, source]
-        self.value[:, target] = self.value[:, source]
+    def copy_page(self, source: int, target: int, n_tokens: int) -> None:
+        """Copies the first `n_tokens` tokens of one page to another, in all layers."""
+        for cache in (self.key, self.value):
+            copied = cache[:, source].narrow(self.token_dim, 0, n_tokens)
+            cache[:, target].narrow(self.token_dim, 0, n_tokens).copy_(copied)
 
     def save(self, pages: Sequence[int]) -> tuple[torch.Tensor, torch.Tensor]:
         """Copies the content of pages to host memory."""
@@ -237,9 +287,17 @@ class PlainPrefillPlan:
     cell_N: torch.Tensor
     in_one_call: bool
     lengths: Sequence[int]  # tokens of each piece
-    pages_read: Sequence[torch.Tensor]  # int64, pages of each piece, in order; empty if it begins a sequence
-    bias_TS: Sequence[torch.Tensor | None]  # 0 for visible keys, -inf for others; None: the piece begins a sequence
+    pages_read: Sequence[torch.Tensor]  # int64, pages of each piece, in order; empty if no block reads the cache
+    blocks: Sequence[Sequence["Block"]]  # of each piece
     windowed: "PlainPrefillPlan | None" = None  # the plan of layers with a window, if any piece is longer
+
+
+@dataclass(frozen=True)
+class Block:
+    """Consecutive queries of a piece that attend together."""
+
+    queries: slice  # among the tokens of the piece
+    bias_TS: torch.Tensor | None  # 0 for visible keys, -inf for others; None: the block begins a sequence
 
 
 class _Slots:
@@ -362,6 +420,8 @@ def _within_window(bias_B1S: torch.Tensor, position_B: torch.Tensor, window: int
 class PlainPages(PagedCache):
     """The cache on the CPU, and on devices or dtypes without the flash kernel."""
 
+    token_dim = 2
+
     def __init__(self, share: Share, n_pages: int, page_tokens: int, dtype: torch.dtype, device: torch.device) -> None:
         self._padding = -share.d_head % ALIGNED
         pages = (max(n_pages, MIN_SLOTS), share.kv_heads, page_tokens, share.d_head + self._padding)
@@ -379,7 +439,16 @@ class PlainPages(PagedCache):
         positions = [piece.positions for piece in pieces]
         longest = max(piece.positions.stop for piece in pieces)
         has_windowed = self._window is not None and longest > self._window
-        pages_to_read = [piece.pages if piece.start or has_windowed else () for piece in pieces]
+        blocks = [self._blocks(piece) for piece in pieces]
+        windowed = [self._blocks(piece, self._window) for piece in pieces] if has_windowed else blocks
+
+        # Only the first block of a sequence attends to new keys; any other reads the pages up to its piece's end.
+        pages_to_read = [
+            piece.pages[: pages_for(piece.positions.stop, self.page_tokens)]
+            if any(block.bias_TS is not None for block in (*piece_blocks, *piece_windowed))
+            else ()
+            for piece, piece_blocks, piece_windowed in zip(pieces, blocks, windowed, strict=True)
+        ]
         cell_N, position_N, *pages_read = upload(
             self.key.device,
             cells_of([piece.pages for piece in pieces], positions, self.page_tokens),
@@ -387,22 +456,33 @@ class PlainPages(PagedCache):
             *(torch.tensor(pages, dtype=torch.int64) for pages in pages_to_read),
         )
 
-        # All pieces go into one call only where each gets the bits that it would get alone: if all begin a sequence and
-        # have one length, and heads are aligned.
+        # All pieces go into one call only where each gets the bits that it would get alone: if all are one block that
+        # begins a sequence and have one length, and heads are aligned.
         lengths = [len(piece.tokens) for piece in pieces]
-        are_alike = not any(piece.start for piece in pieces) and len({*lengths}) == 1
+        are_alike = not any(map(len, pages_to_read)) and len({*lengths}) == 1
         plan = PlainPrefillPlan(
             position_N=position_N,
             cell_N=cell_N,
             in_one_call=len(pieces) > 1 and are_alike and not self._padding,
             lengths=lengths,
             pages_read=pages_read,
-            bias_TS=[_causal_bias(piece, self.key) for piece in pieces],
+            blocks=blocks,
         )
         if has_windowed:
-            bias_TS = [_causal_bias(piece, self.key, self._window) for piece in pieces]
-            plan.windowed = replace(plan, bias_TS=bias_TS, in_one_call=False)
+            plan.windowed = replace(plan, blocks=windowed, in_one_call=False)
         return plan
+
+    def _blocks(self, piece: Piece, window: int | None = None) -> list[Block]:
+        """Returns the blocks of a piece, for layers with a window or without; on a card, which rounds as it likes, the
+        piece is one block."""
+        block_tokens = BLOCK if self.key.device.type == "cpu" else piece.positions.stop
+        return [
+            Block(
+                slice(block.start - piece.start, block.stop - piece.start),
+                _causal_bias(block, self.key, window),
+            )
+            for block in piece.blocks(block_tokens)
+        ]
 
     def write_index(self, cell_N: torch.Tensor) -> torch.Tensor:
         # The cache is (pages, G, W, K), so the heads of a token are not adjacent.
@@ -478,7 +558,7 @@ class PlainPages(PagedCache):
     ) -> torch.Tensor:
         """Returns the attention (N, H, K) of concatenated pieces, causal inside each sequence.
 
-        A piece that begins a sequence attends to `k_NGK` and `v_NGK`; any other to the cache, which holds them already.
+        A block that begins a sequence attends to `k_NGK` and `v_NGK`; any other to the cache, which holds them already.
         """
         if plan.windowed is not None and self._has_window[layer]:
             plan = plan.windowed
@@ -494,37 +574,39 @@ class PlainPages(PagedCache):
 
         outputs_THK = []
         begin = 0
-        for length, page_P, bias_TS in zip(plan.lengths, plan.pages_read, plan.bias_TS, strict=True):
-            piece = slice(begin, begin + length)
-            begin = piece.stop
-            if bias_TS is None:
-                # A copy, because the alignment of a row must not depend on the pieces before it.
-                k_GSK, v_GSK = (x_NGK[piece].contiguous().transpose(0, 1) for x_NGK in (k_NGK, v_NGK))
-            else:
-                n_keys = bias_TS.shape[1]
-                k_GSK, v_GSK = (
-                    cache[layer].index_select(0, page_P).transpose(0, 1).flatten(1, 2)[:, :n_keys, : q_NHK.shape[-1]]
-                    for cache in (self.key, self.value)
+        for length, page_P, blocks in zip(plan.lengths, plan.pages_read, plan.blocks, strict=True):
+            q_THK, k_TGK, v_TGK = (x_N[begin : begin + length] for x_N in (q_NHK, k_NGK, v_NGK))
+            begin += length
+            cached_GSK: list[torch.Tensor] = []
+            if len(page_P):
+                caches = (self.key[layer], self.value[layer])
+                cached_GSK = [cache.index_select(0, page_P).transpose(0, 1).flatten(1, 2) for cache in caches]
+            for block in blocks:
+                if block.bias_TS is None:
+                    # A copy, because the alignment of a row must not depend on the pieces before it.
+                    k_GSK, v_GSK = (x[block.queries].contiguous().transpose(0, 1) for x in (k_TGK, v_TGK))
+                else:
+                    n_keys, width = block.bias_TS.shape[1], q_NHK.shape[-1]
+                    k_GSK, v_GSK = (x_GSK[:, :n_keys, :width] for x_GSK in cached_GSK)
+                o_1HTK = F.scaled_dot_product_attention(
+                    q_THK[block.queries].contiguous().transpose(0, 1)[None],
+                    k_GSK[None],
+                    v_GSK[None],
+                    attn_mask=block.bias_TS,
+                    is_causal=block.bias_TS is None,
+                    scale=1.0,
+                    enable_gqa=k_GSK.shape[0] != q_NHK.shape[1],
                 )
-            o_1HTK = F.scaled_dot_product_attention(
-                q_NHK[piece].contiguous().transpose(0, 1)[None],
-                k_GSK[None],
-                v_GSK[None],
-                attn_mask=bias_TS,
-                is_causal=bias_TS is None,
-                scale=1.0,
-                enable_gqa=k_GSK.shape[0] != q_NHK.shape[1],
-            )
-            outputs_THK.append(o_1HTK[0].transpose(0, 1))
+                outputs_THK.append(o_1HTK[0].transpose(0, 1))
         return concatenated(outputs_THK)
 
 
-def _causal_bias(piece: Piece, like: torch.Tensor, window: int | None = None) -> torch.Tensor | None:
-    # A piece that begins a sequence sees no cached keys, and the kernel masks its own keys itself.
-    if not piece.start and (window is None or piece.positions.stop <= window):
+def _causal_bias(block: range, like: torch.Tensor, window: int | None = None) -> torch.Tensor | None:
+    # A block that begins a sequence sees no cached keys, and the kernel masks its own keys itself.
+    if not block.start and (window is None or block.stop <= window):
         return None
-    key_S = torch.arange(piece.positions.stop, device=like.device)
-    visible_TS = key_S <= key_S[piece.start :, None]
+    key_S = torch.arange(block.stop, device=like.device)
+    visible_TS = key_S <= key_S[block.start :, None]
     if window is not None:
-        visible_TS &= key_S > key_S[piece.start :, None] - window
+        visible_TS &= key_S > key_S[block.start :, None] - window
     return torch.zeros(visible_TS.shape, dtype=like.dtype, device=like.device).masked_fill_(~visible_TS, float("-inf"))

@@ -23,6 +23,11 @@ if TYPE_CHECKING:
 OnText = Callable[[str, int, int, str], None]
 """A function (request id, index of the answer, token, text that is now final) -> None."""
 
+MOST_TOP_LOGPROBS = 20  # OpenAI's bound
+
+TopLogprobs = tuple[tuple[int, float], ...]
+"""(token, its log-probability under the model in nats), most likely first."""
+
 FinishReason = Literal["eot", "stop", "length", "context", "cancelled"]
 
 
@@ -30,8 +35,8 @@ FinishReason = Literal["eot", "stop", "length", "context", "cancelled"]
 class SamplingParams:
     """Says how tokens are drawn, and how many.
 
-    Applied in this order: repetition penalty, logit bias, temperature, then top-k, top-p and min-p. A token must pass
-    all three filters.
+    Applied in this order: repetition, presence and frequency penalty, logit bias, temperature, then top-k, top-p and
+    min-p. A token must pass all three filters.
     """
 
     max_new_tokens: int = 128
@@ -40,7 +45,11 @@ class SamplingParams:
     top_p: float = 1.0  # keep the smallest set with this much probability (Holtzman et al. 2020); 1: off
     min_p: float = 0.0  # keep tokens with this share of the top token's probability (Nguyen et al. 2024); 0: off
     repetition_penalty: float = 1.0  # > 1: tokens of prompt and answer become less likely (Keskar et al. 2019); 1: off
+    # subtracted from the logit of a token: once if the answer has it, and for each time that it does (OpenAI)
+    presence_penalty: float = 0.0
+    frequency_penalty: float = 0.0
     logit_bias: Mapping[int, float] = field(default_factory=dict)  # token id -> added to its logit; -inf forbids it
+    top_logprobs: int = 0  # answers say this many of the most likely tokens at each place, by the model; 0: none
     stop: tuple[str, ...] = ()  # texts that end the answer and are not part of it
     stop_tokens: tuple[int, ...] = ()  # end the answer, as end-of-text does
     ignore_eot: bool = False  # end-of-text does not end the answer
@@ -53,6 +62,9 @@ class SamplingParams:
             ("top_p", 0 < self.top_p <= 1, "in (0, 1]"),
             ("min_p", 0 <= self.min_p <= 1, "in [0, 1] (0 is off)"),
             ("repetition_penalty", 0 < self.repetition_penalty < math.inf, "a number > 0 (1 is off)"),
+            ("top_logprobs", 0 <= self.top_logprobs <= MOST_TOP_LOGPROBS, f"0 to {MOST_TOP_LOGPROBS}"),
+            ("presence_penalty", math.isfinite(self.presence_penalty), "a number (0 is off)"),
+            ("frequency_penalty", math.isfinite(self.frequency_penalty), "a number (0 is off)"),
         ):
             require(holds, key, getattr(self, key), accepted)
         require(all(self.stop), "stop", list(self.stop), "texts that are not empty")
@@ -62,7 +74,12 @@ class SamplingParams:
     @property
     def adjusts_logits(self) -> bool:
         """Whether logits of some tokens change before the temperature applies."""
-        return self.repetition_penalty != 1 or bool(self.logit_bias)
+        return self.repetition_penalty != 1 or self.counts_tokens or bool(self.logit_bias)
+
+    @property
+    def counts_tokens(self) -> bool:
+        """Whether a logit depends on how often the answer has its token."""
+        return bool(self.presence_penalty or self.frequency_penalty)
 
 
 class RequestError(UserError):
@@ -86,6 +103,7 @@ class Request:
     truncate: Literal["refuse", "left"] = "refuse"  # if a prompt fills the context: refuse it, or drop its beginning
     keep_sets: bool = False  # answers say from which tokens each token was drawn
     constraint: Constraint | None = None  # what an answer must be; one that ends by itself fulfils it
+    cache_key: str = ""  # only requests with the same key share what the prefix cache holds
 
 
 @dataclass(frozen=True)
@@ -167,6 +185,9 @@ class Answer:
     seed: int
     version: int  # version of the weights
     sets: tuple[bytes, ...] = ()  # with keep_sets: the tokens among which each was drawn (`model.token_sets`)
+    # with params.top_logprobs, for each token; empty for one that a constraint left no choice about
+    top_logprobs: tuple[TopLogprobs, ...] = ()
+    reused_tokens: int = field(default=0, compare=False)  # of the prompt, those that the prefix cache held
 
 
 @dataclass(frozen=True)
@@ -260,9 +281,12 @@ class AnswerSequence:
     tokens: list[int] = field(init=False)
     pages: list[int] = field(default_factory=list)
     cached: int = 0  # tokens whose keys and values are in the pages
+    digests: Sequence[bytes] = ()  # of the prompt's blocks, with a prefix cache
+    n_reused: int = 0  # tokens of the prompt that the prefix cache held
     logprobs: list[float] = field(default_factory=list)
     raw_logprobs: list[float] = field(default_factory=list)
     sets: list[bytes] = field(default_factory=list)
+    top_logprobs: list[TopLogprobs] = field(default_factory=list)
     saved: Any = None  # content of the pages while the sequence is preempted
     matcher: "Matcher | None" = None  # the tokens that the constraint allows next
     allowed: "np.ndarray | None" = None  # what `matcher.allowed` returns now; None: it was not asked
@@ -299,6 +323,7 @@ class AnswerSequence:
         eot_id: int,
         context: int,
         token_set: bytes | None = None,
+        top_logprobs: TopLogprobs = (),
     ) -> str:
         """Appends a token with its log-probabilities, and sets `finish` if it is the last one; `cached` stays.
 
@@ -309,6 +334,7 @@ class AnswerSequence:
             raw_logprob: nats, under the model's distribution; None: it follows by `raw_logprobs`.
             context: most tokens of prompt and answer.
             token_set: the packed set of tokens among which it was drawn; kept if the request asks for sets.
+            top_logprobs: the most likely tokens; kept if the request asks for some.
 
         Returns:
             The text that became final; with the last token also the text held back; always empty without a vocabulary.
@@ -322,6 +348,8 @@ class AnswerSequence:
             self.raw_logprobs.append(raw_logprob)
         if self.request.keep_sets and token_set is not None:
             self.sets.append(token_set)
+        if self.request.params.top_logprobs:
+            self.top_logprobs.append(top_logprobs)
         text = self.stream.add(token)
 
         # The first reason that holds counts: end-of-text and stop texts before the limits.
@@ -357,6 +385,8 @@ class AnswerSequence:
             seed=self.seed,
             version=version,
             sets=tuple(self.sets),
+            top_logprobs=tuple(self.top_logprobs),
+            reused_tokens=self.n_reused,
         )
 
 

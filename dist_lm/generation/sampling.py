@@ -12,14 +12,15 @@ Dimensions: B rows, n some of the rows, V vocabulary, M candidates, C chunks of 
 """
 
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections import Counter
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 import torch
 import torch.nn.functional as F  # noqa: N812  the name the field uses
 
-from dist_lm.generation.request import SamplingParams
+from dist_lm.generation.request import SamplingParams, TopLogprobs
 from dist_lm.generation.transfer import download, upload
 from dist_lm.model.keyed_random import hash_words
 from dist_lm.model.token_sets import packed
@@ -43,6 +44,15 @@ class Choice:
     logprob_B: torch.Tensor  # fp32, nats, under the distribution it was drawn from (greedy: 0)
     raw_logprob_B: torch.Tensor  # fp32, nats, under softmax(logits); nan if logits are not finite numbers
     sets: list[bytes]  # tokens that each row was drawn from (`model.token_sets`); empty without `keep_sets`
+    top_id_Bk: torch.Tensor  # int64, the k tokens that are most likely under the model, in this order
+    top_logprob_Bk: torch.Tensor  # fp32, nats, their log-probabilities
+
+    def top_logprobs(self, row: int, count: int) -> TopLogprobs:
+        """Returns the `count` most likely tokens of a row, at most k."""
+        if not count:
+            return ()
+        columns = self.top_id_Bk[row, :count].tolist(), self.top_logprob_Bk[row, :count].tolist()
+        return tuple(zip(*columns, strict=True))
 
 
 @dataclass(frozen=True)
@@ -129,6 +139,7 @@ def sample(
     uniform_B: torch.Tensor,
     adjusted_BV: torch.Tensor | None = None,
     keep_sets: bool = False,
+    n_top: int = 0,
 ) -> Choice:
     """Returns one token for each row, on the host. The host waits for the device once, and once more for each draw that
     repeats rows with more candidates. Nothing is changed.
@@ -139,6 +150,7 @@ def sample(
         uniform_B: see `uniform`.
         adjusted_BV: logits to draw from instead, see `adjusted`.
         keep_sets: whether to return the sets of tokens; the host then waits once more for each group.
+        n_top: how many of the most likely tokens to return for each row.
     """
     source_BV = logits_BV if adjusted_BV is None else adjusted_BV
     n_rows, device = len(logits_BV), logits_BV.device
@@ -167,7 +179,14 @@ def sample(
     # The model's own log-probabilities, before any setting of the sampler. They reveal nan, and files of answers show
     # them; RLHF trains with `logprob_B`.
     raw_logprob_B = token_logprobs(logits_BV, token_B)
-    token_B, logprob_B, raw_logprob_B, unclear_B = download(token_B, logprob_B, raw_logprob_B, unclear_B)
+    top_id_Bk = torch.empty(n_rows, 0, dtype=torch.int64, device=device)
+    top_logprob_Bk = torch.empty(n_rows, 0, device=device)
+    if n_top:
+        top_logit_Bk, top_id_Bk = largest(logits_BV, min(n_top, logits_BV.shape[-1]))
+        top_logprob_Bk = top_logit_Bk - log_normaliser(logits_BV)
+    token_B, top_id_Bk, logprob_B, raw_logprob_B, top_logprob_Bk, unclear_B = download(
+        token_B, top_id_Bk, logprob_B, raw_logprob_B, top_logprob_Bk, unclear_B
+    )
 
     # Rows whose candidates did not suffice are drawn again, with more candidates.
     unclear = unclear_B.tolist()
@@ -187,7 +206,7 @@ def sample(
         if keep_sets:
             for row, token_set in zip(rows, redrawn.sets, strict=True):
                 sets[row] = token_set
-    return Choice(token_B, logprob_B, raw_logprob_B, sets)
+    return Choice(token_B, logprob_B, raw_logprob_B, sets, top_id_Bk, top_logprob_Bk)
 
 
 _Passed = tuple[torch.Tensor, torch.Tensor]
@@ -211,15 +230,21 @@ def _pack_not_forbidden(logits_BV: torch.Tensor) -> list[bytes]:
 
 
 def adjusted(
-    logits_BV: torch.Tensor, params: Sequence[SamplingParams], seen: Sequence[Iterable[int]]
+    logits_BV: torch.Tensor,
+    params: Sequence[SamplingParams],
+    seen: Sequence[Sequence[int]],
+    n_prompt: Sequence[int],
 ) -> torch.Tensor | None:
-    """Returns new logits (B, V) after repetition penalty and logit bias; None if no row has either.
+    """Returns new logits (B, V) after penalties and logit bias; None if no row has any.
 
-    A positive logit of a seen token is divided by the penalty, a negative one multiplied; then the bias is added.
+    A positive logit of a seen token is divided by the repetition penalty, a negative one multiplied. From the logit of
+    a token that the answer has c > 0 times, presence_penalty + c * frequency_penalty is subtracted, as OpenAI's API
+    defines it; then the bias is added.
 
     Args:
         params: of each row.
         seen: for each row, tokens of the prompt and the answer so far.
+        n_prompt: how many of them are the prompt's.
     """
     if not any(row_params.adjusts_logits for row_params in params):
         return None
@@ -227,11 +252,17 @@ def adjusted(
     # Both change few logits: their indices in the flattened rows travel to the device, and not dense rows.
     penalties: list[tuple[int, float]] = []  # (index in the flattened rows, penalty)
     biases: list[tuple[int, float]] = []
-    for row, (row_params, tokens) in enumerate(zip(params, seen, strict=True)):
+    for row, (row_params, tokens, begin) in enumerate(zip(params, seen, n_prompt, strict=True)):
         first = row * logits_BV.shape[-1]
         if row_params.repetition_penalty != 1:
             penalties += [(first + token, row_params.repetition_penalty) for token in set(tokens)]
-        biases += [(first + token, bias) for token, bias in row_params.logit_bias.items()]
+        # An index stands in the list once, so the sums of a token are made here.
+        bias_of = dict(row_params.logit_bias)
+        if row_params.counts_tokens:
+            for token, count in Counter(tokens[begin:]).items():
+                penalty = row_params.presence_penalty + count * row_params.frequency_penalty
+                bias_of[token] = bias_of.get(token, 0.0) - penalty
+        biases += [(first + token, bias) for token, bias in bias_of.items()]
     index_n, index_m, penalty_n, bias_m = upload(
         logits_BV.device,
         *(torch.tensor([index for index, _ in pairs], dtype=torch.int64) for pairs in (penalties, biases)),

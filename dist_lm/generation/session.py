@@ -77,7 +77,8 @@ def build_engine(
     grammars: Grammars | None = None,
     version: int = 0,
 ) -> Engine:
-    """Returns an engine whose cache holds up to `answers` full contexts at a time.
+    """Returns an engine whose cache holds up to `answers` full contexts at a time, and the prompts of earlier requests
+    while there is space.
 
     Args:
         cache_tokens: upper bound of the cache in tokens, unless a single context is longer.
@@ -104,7 +105,9 @@ def build_engine(
         loaded.weights,
         eot_id=loaded.tokenizer.eot_id,
         vocabulary=loaded.tokenizer.vocabulary(),
-        options=EngineOptions(max(context_tokens, min(cache_tokens, answers * context_tokens)), page_tokens),
+        options=EngineOptions(
+            max(context_tokens, min(cache_tokens, answers * context_tokens)), page_tokens, prefix_cache=True
+        ),
         version=version,
         dtype=dtype,
         device=device,

@@ -140,8 +140,8 @@ class ShardedDecoder:
     def decode(self, tokens: Sequence[int], plan: DecodePlan) -> torch.Tensor:
         return self._execute("decode", list(tokens))
 
-    def copy_page(self, source: int, target: int) -> None:
-        self._execute("copy_page", source, target)
+    def copy_page(self, source: int, target: int, n_tokens: int) -> None:
+        self._execute("copy_page", source, target, n_tokens)
 
     def clear(self, pages: Sequence[int]) -> None:
         self._execute("clear", list(pages))
@@ -261,8 +261,8 @@ class Rank:
         assert self._plan
         return self.decoder.decode(tokens, self._plan)
 
-    def copy_page(self, source: int, target: int) -> None:
-        self.decoder.copy_page(source, target)
+    def copy_page(self, source: int, target: int, n_tokens: int) -> None:
+        self.decoder.copy_page(source, target, n_tokens)
 
     def clear(self, pages: list[int]) -> None:
         self.decoder.clear(pages)

@@ -6,7 +6,7 @@ import secrets
 from collections.abc import Sequence
 
 from dist_lm.chat.messages import Call
-from dist_lm.generation.request import Answer
+from dist_lm.generation.request import Answer, TopLogprobs
 from dist_lm.server.fields import Json
 from dist_lm.server.job import Endpoint, Job
 from dist_lm.server.turns import turn_of
@@ -24,7 +24,8 @@ def response_of(job: Job, answers: Sequence[Sequence[Answer]], created: int) -> 
     version = flat[0].version
     response = head_of(job, created, version, is_chunk=False)
     response["choices"] = [_choice(answer, index, job) for index, answer in enumerate(flat)]
-    response["usage"] = usage_value(job, sum(len(answer.tokens) for answer in flat))
+    n_reused = sum(of_prompt[0].reused_tokens for of_prompt in answers)
+    response["usage"] = usage_value(job, sum(len(answer.tokens) for answer in flat), n_reused)
     if job.endpoint == "chat":
         response["remembered_tokens"] = job.n_remembered
     if job.return_token_ids:
@@ -47,7 +48,9 @@ def _choice(answer: Answer, index: int, job: Job) -> dict[str, Json]:
 
     choice["logprobs"] = None
     if job.logprobs:
-        choice["logprobs"] = logprobs_value(job.endpoint, answer.tokens, answer.raw_logprobs, job.served.tokenizer)
+        choice["logprobs"] = logprobs_value(
+            job.endpoint, answer.tokens, answer.raw_logprobs, answer.top_logprobs, job.served.tokenizer
+        )
     if job.return_token_ids:
         choice |= ids_value(answer.tokens, answer.raw_logprobs, answer.logprobs)
     return choice
@@ -71,12 +74,18 @@ def head_of(job: Job, created: int, version: int, is_chunk: bool) -> dict[str, J
     }
 
 
-def usage_value(job: Job, n_new: int) -> dict[str, int]:
-    """Returns the counts of tokens."""
+def usage_value(job: Job, n_new: int, n_reused: int) -> dict[str, Json]:
+    """Returns the counts of tokens.
+
+    Args:
+        n_new: tokens of all answers.
+        n_reused: tokens of the prompts that the engine had cached.
+    """
     return {
         "prompt_tokens": job.prompt_tokens,
         "completion_tokens": n_new,
         "total_tokens": job.prompt_tokens + n_new,
+        "prompt_tokens_details": {"cached_tokens": n_reused},
     }
 
 
@@ -96,19 +105,38 @@ def _finite(number: float) -> float | None:
 
 
 def logprobs_value(
-    endpoint: Endpoint, tokens: Sequence[int], raw: Sequence[float], tokenizer: Tokenizer
+    endpoint: Endpoint, tokens: Sequence[int], raw: Sequence[float], top: Sequence[TopLogprobs], tokenizer: Tokenizer
 ) -> dict[str, Json]:
-    """Returns log-probabilities of the model in OpenAI's form."""
+    """Returns log-probabilities of the model in OpenAI's form.
+
+    Args:
+        top: the likeliest tokens in the place of each; empty if they were not asked for.
+    """
+    entries = _logprob_entries(tokens, raw, tokenizer)
+    alternatives = [
+        _logprob_entries([token for token, _ in pairs], [logprob for _, logprob in pairs], tokenizer) for pairs in top
+    ]
+    if endpoint == "chat":
+        for entry, likeliest in zip(entries, alternatives or [[]] * len(entries), strict=True):
+            entry["top_logprobs"] = likeliest
+        return {"content": entries, "refusal": None}
+
+    by_text = [{entry["token"]: entry["logprob"] for entry in likeliest} for likeliest in alternatives]
+    return {
+        "tokens": [entry["token"] for entry in entries],
+        "token_logprobs": [entry["logprob"] for entry in entries],
+        "top_logprobs": by_text or None,
+        "text_offset": None,
+    }
+
+
+def _logprob_entries(tokens: Sequence[int], logprobs: Sequence[float], tokenizer: Tokenizer) -> list[dict[str, Json]]:
     contents = [tokenizer.content([token]) for token in tokens]
     pieces = tokenizer.pieces(tokens)
-    texts = [content.decode(errors="replace") or piece for content, piece in zip(contents, pieces, strict=True)]
-    if endpoint == "chat":
-        entries = [
-            {"token": text, "logprob": _finite(logprob), "bytes": [*content], "top_logprobs": []}
-            for text, content, logprob in zip(texts, contents, raw, strict=True)
-        ]
-        return {"content": entries, "refusal": None}
-    return {"tokens": texts, "token_logprobs": [*map(_finite, raw)], "top_logprobs": None, "text_offset": None}
+    return [
+        {"token": content.decode(errors="replace") or piece, "logprob": _finite(logprob), "bytes": [*content]}
+        for content, piece, logprob in zip(contents, pieces, logprobs, strict=True)
+    ]
 
 
 def call_value(call: Call, index: int | None = None) -> dict[str, Json]:

@@ -19,7 +19,8 @@ import torch
 from dist_lm.errors import UserError
 from dist_lm.generation.decoder import Weights
 from dist_lm.generation.engine import Engine
-from dist_lm.generation.request import Answer, AnswerSequence, Request, RequestError
+from dist_lm.generation.prefix_cache import PrefixCounts
+from dist_lm.generation.request import Answer, AnswerSequence, Request, RequestError, TopLogprobs
 
 log = logging.getLogger(__name__)
 
@@ -37,6 +38,7 @@ class Grown:
     raw_logprobs: Sequence[float]
     logprobs: Sequence[float]
     version: int  # of the weights
+    top_logprobs: Sequence[TopLogprobs] = ()
 
 
 @dataclass(frozen=True)
@@ -167,6 +169,11 @@ class EngineThread:
     def use_threads(self, n: int) -> None:
         """Sets how many threads of torch the engine has; before `start`."""
         self._threads = n
+
+    @property
+    def prefix_counts(self) -> PrefixCounts:
+        """How many tokens of prompts were looked up in the prefix cache, and how many it held."""
+        return self._engine.prefix_counts
 
     def start(self) -> None:
         """Starts the thread."""
@@ -344,8 +351,15 @@ class EngineThread:
             if not pieces or sequence.n_unscored:
                 continue
             new = slice(order.sent[index], order.sent[index] + len(pieces))
-            logprobs = sequence.logprobs[new]
-            event = Grown(order.request.id, index, pieces, sequence.raw_logprobs[new], logprobs, self.version)
+            event = Grown(
+                request=order.request.id,
+                index=index,
+                pieces=pieces,
+                raw_logprobs=sequence.raw_logprobs[new],
+                logprobs=sequence.logprobs[new],
+                version=self.version,
+                top_logprobs=sequence.top_logprobs[new],
+            )
             order.pieces[index], order.sent[index] = [], new.stop
             order.sink(event)
 

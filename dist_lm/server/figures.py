@@ -16,6 +16,18 @@ OF_MODELS: Sequence[tuple[str, str, str, Callable[[EngineThread], float]]] = (
     ),
     ("cancelled_total", "counter", "Requests whose client went away.", lambda thread: thread.figures.cancelled),
     ("prompt_tokens_total", "counter", "Tokens of prompts.", lambda thread: thread.figures.prompt_tokens),
+    (
+        "prefix_looked_up_tokens_total",
+        "counter",
+        "Prompt tokens looked up in the cache.",
+        lambda thread: thread.prefix_counts.looked_up,
+    ),
+    (
+        "prefix_reused_tokens_total",
+        "counter",
+        "Of these, the tokens that it held.",
+        lambda thread: thread.prefix_counts.reused,
+    ),
     ("new_tokens_total", "counter", "Tokens of answers.", lambda thread: thread.figures.new_tokens),
     ("answers_waiting", "gauge", "Answers that wait for the engine.", lambda thread: thread.figures.waiting),
     ("answers_running", "gauge", "Answers that the engine computes.", lambda thread: thread.figures.running),

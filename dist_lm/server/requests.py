@@ -16,7 +16,7 @@ from dist_lm.server.errors import ProtocolError
 from dist_lm.server.fields import Json, integer, typed
 from dist_lm.server.job import Endpoint, Job
 from dist_lm.server.prompt_fields import text_prompts
-from dist_lm.server.sampling_fields import asks_logprobs, sampling_params
+from dist_lm.server.sampling_fields import logprobs_asked, sampling_params
 from dist_lm.server.served import Served
 
 SEEDS = 1 << 62  # a seed that the server draws lies below
@@ -34,9 +34,6 @@ IGNORED = {
 }
 # Fields of OpenAI that may be given with the value that they have if they are left out.
 DEFAULTS: dict[str, Sequence[Json]] = {
-    "frequency_penalty": (0, None),
-    "presence_penalty": (0, None),
-    "top_logprobs": (0, None),
     "echo": (False, None),
     "best_of": (1, None),
     # Of llama.cpp, which its clients send with every request.
@@ -87,18 +84,21 @@ def job_of(endpoint: Endpoint, body: Mapping[str, Json], served: Served, client:
     for ids in prompts:
         check_length(ids, served, "messages" if endpoint == "chat" else "prompt")
 
-    params = sampling_params(body, ends, limits)
+    has_logprobs, n_alternatives = logprobs_asked(endpoint, body)
+    params = sampling_params(body, ends, limits, n_alternatives)
     name = f"{'chatcmpl' if endpoint == 'chat' else 'cmpl'}-{secrets.token_hex(12)}"
     return Job(
         id=name,
         endpoint=endpoint,
         served=served,
         requests=tuple(
-            Request(f"{name}-{index}", ids, params, seed, n, constraint=constraint) for index, ids in enumerate(prompts)
+            # What one client has asked must not show in the times of another.
+            Request(f"{name}-{index}", ids, params, seed, n, constraint=constraint, cache_key=client)
+            for index, ids in enumerate(prompts)
         ),
         stream=typed(body, "stream", bool, False),
         include_usage=bool(stream_options.get("include_usage")),
-        logprobs=asks_logprobs(endpoint, body),
+        logprobs=has_logprobs,
         return_token_ids=typed(body, "return_token_ids", bool, False),
         reads_calls=bool(chat and chat.reads_calls),
         conversation=chat.conversation if chat else None,

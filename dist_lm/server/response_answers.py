@@ -5,7 +5,7 @@ import secrets
 from collections.abc import Iterator, Sequence
 
 from dist_lm.chat.messages import Call
-from dist_lm.generation.request import Answer
+from dist_lm.generation.request import Answer, TopLogprobs
 from dist_lm.server.answers import ids_value, logprobs_value, prompt_ids_value
 from dist_lm.server.api import Api
 from dist_lm.server.engine_thread import Done, Event, Grown
@@ -27,7 +27,7 @@ def responses_response(job: Job, answers: Sequence[Sequence[Answer]], created: i
     status = _status(turn)
     output: list[Json] = []
     if turn.content or not turn.calls:
-        logprobs = _logprobs(job, answer.tokens, answer.raw_logprobs)
+        logprobs = _logprobs(job, answer.tokens, answer.raw_logprobs, answer.top_logprobs)
         output.append(_message(_new_id("msg"), turn.content, status, logprobs))
     output += [_call(call) for call in turn.calls]
     return _response(job, created, status, output, answer)
@@ -79,7 +79,7 @@ def _usage(job: Job, answer: Answer) -> dict[str, Json]:
     n_new = len(answer.tokens)
     return {
         "input_tokens": job.prompt_tokens,
-        "input_tokens_details": {"cached_tokens": 0},
+        "input_tokens_details": {"cached_tokens": answer.reused_tokens},
         "output_tokens": n_new,
         "output_tokens_details": {"reasoning_tokens": 0},
         "total_tokens": job.prompt_tokens + n_new,
@@ -107,10 +107,10 @@ def _call(call: Call) -> dict[str, Json]:
     }
 
 
-def _logprobs(job: Job, tokens: Sequence[int], raw: Sequence[float]) -> list[Json]:
+def _logprobs(job: Job, tokens: Sequence[int], raw: Sequence[float], top: Sequence[TopLogprobs]) -> list[Json]:
     if not job.logprobs:
         return []
-    return logprobs_value("chat", tokens, raw, job.served.tokenizer)["content"]
+    return logprobs_value("chat", tokens, raw, top, job.served.tokenizer)["content"]
 
 
 def _new_id(kind: str) -> str:
@@ -164,7 +164,8 @@ class ResponseEvents:
             text = piece.removeprefix(" ") if self._is_first_token and self._job.served.tokenizer.adds_space else piece
             self._is_first_token = False
             new += self._visible.add(token, text) if self._visible else text
-        logprobs = _logprobs(self._job, [token for token, _ in event.pieces], event.raw_logprobs)
+        tokens = [token for token, _ in event.pieces]
+        logprobs = _logprobs(self._job, tokens, event.raw_logprobs, event.top_logprobs)
         self._logprobs += logprobs
         if new:
             yield from self._said(new, logprobs)

@@ -21,7 +21,10 @@ SAME = (
     *("model", "temperature", "top_p", "top_k", "min_p", "repetition_penalty", "logit_bias", "seed", "stream"),
     *("parallel_tool_calls", "constraint", "return_token_ids"),
 )
-READ = {"input", "instructions", "tools", "tool_choice", "max_output_tokens", "text", "include", "stream_options"}
+READ = {
+    *("input", "instructions", "tools", "tool_choice", "max_output_tokens", "text", "include", "stream_options"),
+    "top_logprobs",
+}
 IGNORED = {
     *("user", "metadata", "store", "service_tier", "safety_identifier", "prompt_cache_key", "prompt_cache_retention"),
     *("reasoning", "max_tool_calls"),
@@ -34,7 +37,6 @@ DEFAULTS: dict[str, Sequence[Json]] = {
     "context_management": (None,),
     "background": (False, None),
     "truncation": ("disabled", None),
-    "top_logprobs": (0, None),
 }
 ECHOED = (
     "instructions",
@@ -61,7 +63,8 @@ def responses_job(body: Mapping[str, Json], served: Served, client: str) -> Job:
     chat["tools"] = [_tool(tool) for tool in typed(body, "tools", list, [])] or None
     chat["tool_choice"] = _tool_choice(body.get("tool_choice"))
     chat["response_format"] = _response_format(typed(body, "text", dict, {}))
-    chat["logprobs"] = LOGPROBS in _includes(body)
+    chat["top_logprobs"] = body.get("top_logprobs")
+    chat["logprobs"] = LOGPROBS in _includes(body) or bool(chat["top_logprobs"])
     chat["max_completion_tokens"] = body.get("max_output_tokens")
     try:
         job = job_of("chat", chat, served, client)

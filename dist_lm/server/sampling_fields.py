@@ -3,7 +3,7 @@
 from collections.abc import Mapping
 
 from dist_lm.errors import UserError, shown_value
-from dist_lm.generation.request import SamplingParams
+from dist_lm.generation.request import MOST_TOP_LOGPROBS, SamplingParams
 from dist_lm.server.errors import ProtocolError
 from dist_lm.server.fields import Json, integer, is_number, number, typed
 from dist_lm.server.job import Endpoint
@@ -18,13 +18,17 @@ MOST_TEMPERATURE = 100
 MOST_TOP_K = 1 << 31
 LEAST_PENALTY, MOST_PENALTY = 0.01, 100
 MOST_BIAS = 1000
+MOST_COUNT_PENALTY = 2  # OpenAI's bound of presence_penalty and frequency_penalty
 
 
-def sampling_params(body: Mapping[str, Json], ends: tuple[int, ...], limits: ServeLimits) -> SamplingParams:
+def sampling_params(
+    body: Mapping[str, Json], ends: tuple[int, ...], limits: ServeLimits, n_alternatives: int = 0
+) -> SamplingParams:
     """Returns how tokens are drawn.
 
     Args:
         ends: tokens that end an answer beside end-of-text.
+        n_alternatives: number of the likeliest tokens that are told in the place of each token.
 
     Raises:
         ProtocolError: names the field.
@@ -42,7 +46,10 @@ def sampling_params(body: Mapping[str, Json], ends: tuple[int, ...], limits: Ser
             top_p=number(body, "top_p", 1.0, 0, 1),
             min_p=number(body, "min_p", 0.0, 0, 1),
             repetition_penalty=number(body, "repetition_penalty", 1.0, LEAST_PENALTY, MOST_PENALTY),
+            presence_penalty=_count_penalty(body, "presence_penalty"),
+            frequency_penalty=_count_penalty(body, "frequency_penalty"),
             logit_bias=_biases(body),
+            top_logprobs=n_alternatives,
             stop=_stops(body),
             stop_tokens=ends,
         )
@@ -88,20 +95,24 @@ def _biases(body: Mapping[str, Json]) -> dict[int, float]:
     return biases
 
 
-def asks_logprobs(endpoint: Endpoint, body: Mapping[str, Json]) -> bool:
-    """Returns whether log-probabilities are asked for; /v1/completions asks by the number of alternatives, 0 or null.
+def logprobs_asked(endpoint: Endpoint, body: Mapping[str, Json]) -> tuple[bool, int]:
+    """Returns whether log-probabilities are asked for, and how many alternatives of each token: in chats the field
+    `top_logprobs`, in /v1/completions the value of `logprobs`.
 
     Raises:
-        ProtocolError: alternatives are asked for.
+        ProtocolError: the number is out of bounds, or there is one without `logprobs`.
     """
     if endpoint == "chat":
-        return typed(body, "logprobs", bool, False)
-    value = body.get("logprobs")
-    if value is None:
-        return False
-    if value is not True and (isinstance(value, bool) or value != 0):
-        raise ProtocolError(
-            f"logprobs={shown_value(value)}: expected 0, the log-probabilities of the tokens themselves",
-            param="logprobs",
-        )
-    return True
+        is_asked = typed(body, "logprobs", bool, False)
+        n_alternatives = integer(body, "top_logprobs", 0, 0, MOST_TOP_LOGPROBS)
+        if n_alternatives and not is_asked:
+            raise ProtocolError("top_logprobs: expected logprobs=true beside it", param="top_logprobs")
+        return is_asked, n_alternatives
+
+    if body.get("logprobs") is True:
+        return True, 0
+    return body.get("logprobs") is not None, integer(body, "logprobs", 0, 0, MOST_TOP_LOGPROBS)
+
+
+def _count_penalty(body: Mapping[str, Json], key: str) -> float:
+    return number(body, key, 0.0, -MOST_COUNT_PENALTY, MOST_COUNT_PENALTY)

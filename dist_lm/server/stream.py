@@ -36,6 +36,7 @@ class Chunks:
         self._choices: dict[int, _Choice] = {}
         self._has_ids = job.return_token_ids  # whether the ids of the prompt are still to be sent
         self._n_new = 0
+        self._reused_tokens: dict[str, int] = {}  # by request
 
     def of(self, event: Event) -> Iterator[dict[str, Json]]:
         """Yields the chunks of new tokens or of a complete answer."""
@@ -49,7 +50,8 @@ class Chunks:
     def end(self) -> Iterator[dict[str, Json]]:
         """Yields what stands behind all answers: the counts of tokens, if they were asked for."""
         if self._job.include_usage:
-            yield self._head() | {"choices": [], "usage": usage_value(self._job, self._n_new)}
+            usage = usage_value(self._job, self._n_new, sum(self._reused_tokens.values()))
+            yield self._head() | {"choices": [], "usage": usage}
 
     def _grown(self, event: Grown) -> Iterator[dict[str, Json]]:
         index, choice = self._choice(event.request, event.index)
@@ -64,7 +66,9 @@ class Chunks:
         extras: dict[str, Json] = {}
         tokens = [token for token, _ in event.pieces]
         if self._job.logprobs:
-            extras["logprobs"] = logprobs_value(self._job.endpoint, tokens, event.raw_logprobs, self._tokenizer)
+            extras["logprobs"] = logprobs_value(
+                self._job.endpoint, tokens, event.raw_logprobs, event.top_logprobs, self._tokenizer
+            )
         if self._job.return_token_ids:
             extras |= ids_value(tokens, event.raw_logprobs, event.logprobs)
         text = "".join(texts)
@@ -76,6 +80,7 @@ class Chunks:
         yield from self._opening(index, choice)
         turn = turn_of(answer, self._job)
         self._n_new += len(answer.tokens)
+        self._reused_tokens[answer.request] = answer.reused_tokens
 
         # A line break before a call is no text; without a call it is.
         rest = choice.visible.end() if choice.visible else ""

@@ -57,8 +57,10 @@ def step(engine: Engine) -> Traffic:
     [
         ([replace(FREE, top_p=0.9), replace(FREE, top_k=40), replace(FREE, temperature=0), FREE], 1),
         ([replace(FREE, repetition_penalty=1.2), replace(FREE, logit_bias={3: 1.0}), FREE], 2),
+        ([replace(FREE, top_logprobs=5), replace(FREE, top_k=40), FREE], 1),
+        ([replace(FREE, presence_penalty=0.5), replace(FREE, frequency_penalty=1.0), FREE], 2),
     ],
-    ids=["mixed", "adjusted"],
+    ids=["mixed", "adjusted", "alternatives", "counted"],
 )
 def test_a_decode_step_waits_once(engine, params, uploads):
     """It uploads the tokens of its sequences, what adjusts their logits, and a plan when one turns to its next page."""

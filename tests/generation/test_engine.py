@@ -64,7 +64,7 @@ def check_answer(model: Transformer, request: Request, answer: Answer) -> None:
     assert torch.allclose(torch.tensor(answer.raw_logprobs), expected, rtol=0, atol=1e-5)
 
     seen = [row[: n_prompt + place].tolist() for place in range(len(drawn))]
-    changed = adjusted(logits, [params] * len(drawn), seen)
+    changed = adjusted(logits, [params] * len(drawn), seen, [n_prompt] * len(drawn))
     seed = torch.full((len(drawn),), signed(hash_words(request.seed, answer.index)))
     u = uniform(seed, torch.arange(n_prompt, len(row)))
     groups = group_rows([params] * len(drawn), torch.device("cpu"))
@@ -106,6 +106,7 @@ PARAMS = st.builds(
     top_k=st.sampled_from([0, 5]),
     top_p=st.sampled_from([0.9, 1.0]),
     repetition_penalty=st.sampled_from([1.0, 1.0, 1.3]),
+    frequency_penalty=st.sampled_from([0.0, 0.0, 0.5]),
     ignore_eot=st.booleans(),
 )
 REQUESTS = st.builds(

@@ -186,7 +186,7 @@ def test_the_largest_are_found(vocab, k):
 
 
 def test_a_forbidden_token_is_never_drawn_and_a_biased_one_more_often():
-    x = adjusted(torch.zeros(1, 8), [SamplingParams(logit_bias={3: -math.inf, 5: 2.0})], seen=[()])
+    x = adjusted(torch.zeros(1, 8), [SamplingParams(logit_bias={3: -math.inf, 5: 2.0})], seen=[()], n_prompt=[0])
     assert x is not None
     assert x[0].tolist() == [0, 0, 0, -math.inf, 0, 2, 0, 0]
     assert all(int(draw(x, SamplingParams(), torch.tensor([u]).double()).token_B) != 3 for u in (0.1, 0.249, 0.3, 0.4))
@@ -194,10 +194,31 @@ def test_a_forbidden_token_is_never_drawn_and_a_biased_one_more_often():
 
 def test_the_repetition_penalty_divides_positive_and_multiplies_negative_logits():
     x = torch.tensor([[2.0, -2.0, 2.0, -2.0]] * 2)
-    changed = adjusted(x, [SamplingParams(), SamplingParams(repetition_penalty=2.0)], seen=[[3], [0, 1, 0]])
+    changed = adjusted(x, [SamplingParams(), SamplingParams(repetition_penalty=2.0)], [[3], [0, 1, 0]], [1, 1])
     assert changed is not None
     assert changed.tolist() == [[2, -2, 2, -2], [1, -4, 2, -2]]
-    assert adjusted(x, [SamplingParams()] * 2, seen=[[3], [0]]) is None
+    assert adjusted(x, [SamplingParams()] * 2, seen=[[3], [0]], n_prompt=[1, 1]) is None
+
+
+@pytest.mark.parametrize("bias", [{}, {2: 1.5, 4: -math.inf, 6: 0.25}])
+def test_presence_and_frequency_penalties_count_tokens_of_the_answer(bias):
+    """Finds tokens of the prompt that are counted, a repeated token that is counted once, and a bias that replaces a
+    penalty of the same token."""
+    params = SamplingParams(presence_penalty=0.5, frequency_penalty=-0.75, repetition_penalty=1.25, logit_bias=bias)
+    prompt, answer = [1, 2, 2, 3], [2, 4, 4, 5, 4, 2]
+    logits = torch.randn(2, 8, generator=torch.Generator().manual_seed(0))
+    changed = adjusted(logits, [SamplingParams(), params], [prompt, prompt + answer], [4, 4])
+    assert changed is not None
+    assert torch.equal(changed[0], logits[0])
+
+    for token in range(8):
+        expected = float(logits[1, token])
+        if token in prompt + answer:
+            expected = expected / 1.25 if expected > 0 else expected * 1.25
+        count = answer.count(token)
+        expected -= 0.5 * (count > 0) + -0.75 * count
+        expected += bias.get(token, 0.0)
+        assert float(changed[1, token]) == pytest.approx(expected, abs=1e-6)
 
 
 def test_uniform_numbers_are_uniform_and_depend_on_seed_and_position():
@@ -222,6 +243,8 @@ def test_uniform_numbers_are_uniform_and_depend_on_seed_and_position():
         ({"min_p": 2}, "min_p=2"),
         ({"max_new_tokens": 0}, "max_new_tokens=0"),
         ({"repetition_penalty": 0}, "repetition_penalty=0"),
+        ({"presence_penalty": math.inf}, "presence_penalty=inf"),
+        ({"frequency_penalty": math.nan}, "frequency_penalty=nan"),
         ({"stop": ("",)}, "stop="),
         ({"logit_bias": {3: math.inf}}, r"logit_bias\[3\]=inf"),
     ],

@@ -3,6 +3,7 @@
 import json
 from typing import Any
 
+import httpx
 import jsonschema
 import openai
 import pytest
@@ -104,13 +105,93 @@ def test_a_stream_has_the_tokens_of_the_whole_answer(client: openai.OpenAI):
             ids[choice.index] += getattr(choice, "token_ids", None) or []
             finishes[choice.index] += [choice.finish_reason] if choice.finish_reason else []
             logprobs[choice.index] += [entry.logprob for entry in choice.logprobs.content] if choice.logprobs else []
-    assert usage == whole.usage
+    assert usage
+    assert whole.usage
+    # What was cached of the prompt is the only difference.
+    assert usage.model_dump(exclude={"prompt_tokens_details"}) == whole.usage.model_dump(
+        exclude={"prompt_tokens_details"}
+    )
     for choice in whole.choices:
         assert "".join(texts[choice.index]) == choice.message.content
         assert ids[choice.index] == choice.token_ids
         assert finishes[choice.index] == [choice.finish_reason]
         assert choice.logprobs
         assert logprobs[choice.index] == [entry.logprob for entry in choice.logprobs.content] == choice.raw_logprobs
+
+
+def test_top_logprobs_are_the_models_most_likely_tokens(client: openai.OpenAI, server: Running):
+    """Finds alternatives after temperature or filters, in another order, or of another place; streamed ones too."""
+    given: Any = {
+        "model": "small", "messages": MESSAGES, "max_tokens": 8, "seed": 2, "temperature": 0.5, "logprobs": True,
+        "top_logprobs": 4,
+    }  # fmt: skip
+    answer: Any = client.chat.completions.create(**given, extra_body={**IDS, "top_k": 3})
+    (choice,) = answer.choices
+    row = torch.tensor([[*answer.prompt_token_ids, *choice.token_ids]])
+    logits = server.model(row)[0, len(answer.prompt_token_ids) - 1 : -1].float()
+    expected = logits.log_softmax(-1).topk(4)
+    tokenizer = server.loaded.tokenizer
+    for place, entry in enumerate(choice.logprobs.content):
+        assert [top.logprob for top in entry.top_logprobs] == pytest.approx(expected.values[place].tolist(), abs=1e-5)
+        contents = [[*tokenizer.content([token])] for token in expected.indices[place].tolist()]
+        assert [top.bytes for top in entry.top_logprobs] == contents
+
+    streamed = []
+    chunks: Any = client.chat.completions.create(**given, stream=True, extra_body={"top_k": 3})
+    for chunk in chunks:
+        streamed += chunk.choices[0].logprobs.content if chunk.choices[0].logprobs else []
+    assert streamed == choice.logprobs.content
+    text = client.completions.create(model="small", prompt=[5, 6], max_tokens=3, logprobs=2).choices[0]
+    assert text.logprobs
+    # By text, as OpenAI has it: two tokens with one text are one.
+    alternatives = text.logprobs.top_logprobs or []
+    assert len(alternatives) == len(text.logprobs.tokens or [])
+    assert all(1 <= len(by_text) <= 2 for by_text in alternatives)
+
+
+def test_penalties_are_those_of_the_engine(client: openai.OpenAI, server: Running):
+    """Finds a penalty that is accepted and does nothing, or another one in its place."""
+    ids = [5, 6, 7]
+    often = {10: 12.0, 11: 12.5, 12: 13.0, 13: 11.0}  # so that tokens come again
+    biases: Any = {str(token): bias for token, bias in often.items()}
+    drawn = {}
+    for presence, frequency in ((0.0, 0.0), (1.5, 0.0), (0.0, 1.5)):
+        params = SamplingParams(40, 1.0, presence_penalty=presence, frequency_penalty=frequency, logit_bias=often)
+        offline = server.offline()
+        offline.submit(Request("1", ids, params, seed=3))
+        (expected,) = offline.run()
+        assert isinstance(expected, Answer)
+        answer: Any = client.completions.create(
+            model="small", prompt=ids, max_tokens=40, temperature=1, seed=3, presence_penalty=presence,
+            frequency_penalty=frequency, logit_bias=biases, extra_body=IDS,
+        )  # fmt: skip
+        assert answer.choices[0].token_ids == [*expected.tokens]
+        drawn[presence, frequency] = expected.tokens
+    assert len({*drawn.values()}) == 3
+
+
+def test_the_next_turn_says_what_was_cached_of_its_prompt(client: openai.OpenAI, server: Running):
+    """Finds usage that counts nothing, or prompts of one request that are counted once for each answer."""
+    messages = [MESSAGES[0], {"role": "user", "content": "a b c d " * 20}]
+    given: Any = {"model": "small", "max_tokens": 4, "seed": 5, "n": 2}
+    first = client.chat.completions.create(**given, messages=messages).usage
+    assert first
+    assert first.prompt_tokens_details
+    longer = [*messages, {"role": "assistant", "content": "yes"}, {"role": "user", "content": "Why?"}]
+    second = client.chat.completions.create(**given, messages=longer).usage
+    assert second
+    assert second.prompt_tokens_details
+    cached = second.prompt_tokens_details.cached_tokens
+    assert cached
+    assert first.prompt_tokens - 32 < cached <= first.prompt_tokens
+
+    *_, last = client.chat.completions.create(
+        **given, messages=longer, stream=True, stream_options={"include_usage": True}
+    )
+    assert last.usage
+    assert last.usage.prompt_tokens_details
+    assert second.prompt_tokens - 32 <= (last.usage.prompt_tokens_details.cached_tokens or 0) < second.prompt_tokens
+    assert "dist_lm_prefix_reused_tokens_total" in httpx.get(f"{server.url}/metrics").text
 
 
 @pytest.mark.parametrize("tool_choice", ["auto", "required", {"type": "function", "function": {"name": "clock"}}])
@@ -245,8 +326,10 @@ def test_models_are_listed(client: openai.OpenAI):
         ({"stop": [""]}, "stop"),
         ({"logit_bias": {"x": 1}}, "logit_bias"),
         ({"seed": 2**70}, "seed"),
-        ({"frequency_penalty": 0.5}, "frequency_penalty"),
-        ({"top_logprobs": 3, "logprobs": True}, "top_logprobs"),
+        ({"frequency_penalty": 2.5}, "frequency_penalty"),
+        ({"presence_penalty": -3}, "presence_penalty"),
+        ({"top_logprobs": 21, "logprobs": True}, "top_logprobs"),
+        ({"top_logprobs": 3}, "top_logprobs"),
         ({"tool_choice": "required"}, "tool_choice"),
         ({"tools": [WEATHER], "tool_choice": {"type": "function", "function": {"name": "wether"}}}, "tool_choice"),
         ({"response_format": {"type": "json_schema", "json_schema": {"name": "a", "schema": {"not": {}}}}},

@@ -26,7 +26,7 @@ from dist_lm.server.follow import Follower
 from dist_lm.server.models import ModelOptions, check_memory, find_models, load_reward, load_served
 from dist_lm.server.served import ServeLimits
 from dist_lm.storage.run_directory import RunDirectory, WorkDirectory
-from dist_lm.training import checkpoint
+from dist_lm.training import checkpoint, checkpoint_saver
 from dist_lm.training.state import TrainState
 from tests.conftest import TINY
 from tests.patience import patient
@@ -57,7 +57,7 @@ def write(run: RunDirectory, step: int, config: ModelConfig | None = None) -> Tr
     model = Transformer(config)
     initialise(model, seed=step)
     tensors = checkpoint.tensors_of(model, None, config)
-    checkpoint.write(run.checkpoints, tensors, TrainState(step=step), config, World(0, 1, 0, torch.device("cpu")))
+    checkpoint_saver.write(run.checkpoints, tensors, TrainState(step=step), config, World(0, 1, 0, torch.device("cpu")))
     return model.requires_grad_(requires_grad=False).eval()
 
 

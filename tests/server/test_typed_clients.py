@@ -3,7 +3,6 @@
 from contextlib import suppress
 from typing import Annotated, Any, Literal
 
-import instructor
 import openai
 import pytest
 from pydantic import BaseModel, Field
