@@ -1,4 +1,4 @@
-"""instructor and pydantic-ai, unmodified: their requests are answered with values of the type that they ask for."""
+"""pydantic-ai, unmodified: its requests are answered with values of the type that it asks for."""
 
 from contextlib import suppress
 from typing import Annotated, Any, Literal
@@ -26,29 +26,6 @@ class Person(BaseModel):
 
 
 ASKED: list[Any] = [{"role": "user", "content": "Who is it?"}]
-MODES = [instructor.Mode.TOOLS, instructor.Mode.TOOLS_STRICT, instructor.Mode.JSON_SCHEMA]
-
-
-@pytest.mark.parametrize("mode", MODES, ids=lambda mode: mode.name)
-def test_instructor_gets_a_person(client: openai.OpenAI, mode: instructor.Mode):
-    """Finds a field of its requests that the server refuses, and an answer that is no value of the type."""
-    people = instructor.from_openai(client, mode=mode)
-    person, response = people.chat.completions.create_with_completion(
-        model="small", response_model=Person, messages=ASKED, max_tokens=120, max_retries=0, seed=1
-    )
-    assert isinstance(person, Person)
-    assert response.usage.completion_tokens
-
-
-def test_instructor_streams_parts_of_a_person(client: openai.OpenAI):
-    people = instructor.from_openai(client, mode=instructor.Mode.JSON_SCHEMA)
-    parts = list(
-        people.chat.completions.create_partial(
-            model="small", response_model=Person, messages=ASKED, max_tokens=120, max_retries=0, seed=1
-        )
-    )
-    assert len(parts) > 1
-    assert Person.model_validate(parts[-1].model_dump())
 
 
 @pytest.mark.parametrize("kind", ["chat", "responses"])
