@@ -34,6 +34,9 @@ def test_the_activation_is_gelu_alone_and_in_any_company(width, outputs, activat
     weight, x, bias = torch.randn(outputs, width) / width**0.5, torch.randn(40, width) * 3, torch.randn(outputs)
     linear = build_linear(weight, bias, activation)
     whole = linear(x)
-    assert torch.allclose(whole, F.gelu(F.linear(x, weight, bias), approximate=approximate), atol=3e-6)
+    # A CPU sums in an order of its own, so the bound is the rounding of torch's own product.
+    exact = F.gelu(F.linear(x.double(), weight.double(), bias.double()), approximate=approximate)
+    rounding = (F.gelu(F.linear(x, weight, bias), approximate=approximate) - exact).abs().max()
+    assert (whole - exact).abs().max() <= 2 * rounding + 1e-6
     for n_rows in (1, 2, 3, 8, 33):
         assert torch.equal(linear(x[:n_rows]), whole[:n_rows])

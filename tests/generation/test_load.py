@@ -74,7 +74,7 @@ def other_tokenizer(run):
 def rewrite_state(run, state_changes, model_changes):
     state, model = checkpoint_files.read_state(step(run))
     checkpoint_files.write_state(step(run), replace(state, **state_changes), model | model_changes)
-    manifest = {name: file["sha256"] for name, file in checkpoint_files.read_manifest(step(run)).items()}
+    manifest = {name: file.sha256 for name, file in checkpoint_files.read_manifest(step(run)).items()}
     manifest["state.json"] = checkpoint_files.durable.sha256_of(step(run) / "state.json")
     checkpoint_files.write_manifest(step(run), manifest)
 

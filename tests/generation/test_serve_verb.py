@@ -19,6 +19,7 @@ def test_a_run_is_served_until_a_signal(small_run: RunDirectory):
     with subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=environment) as process:
         try:
             assert process.stdout
+            assert process.stdout.readline().startswith("1 model: weights ")
             line = process.stdout.readline()
             assert line.startswith("code/small/step_00000020: http://127.0.0.1:")
             assert line.endswith("/v1, without a key\n")

@@ -15,6 +15,7 @@ from dist_lm.prepare.conf_folders import choices, conf_directory, recipe_overrid
 RECIPES = conf_directory() / "recipe"
 SIZES, TUNED = choices("model"), ("language", "code")
 OTHER_SIZES = [size for size in SIZES if size != "nano"]
+TIED_SIZES = ("llama_1b", "llama_3b", "qwen3_0.6b", "qwen3_1.7b", "qwen3_4b")
 # what a recipe for any size may set: no shape, no budget
 FREE = {"model.base_width", "model.init_std", "model.residual_init"}
 FREE |= {f"stage.{key}" for key in ("lr", "min_lr_ratio", "schedule", "weight_decay")}
@@ -33,8 +34,15 @@ def changed(plain: Config, other: Config) -> set[str]:
     return {key for key in before | after if before.get(key) != after.get(key)}
 
 
+@pytest.mark.parametrize("size", TIED_SIZES)
+def test_tuned_is_refused_by_name_for_a_tied_head(size):
+    """Finds a rate that scales an embedding as if it were a head alone."""
+    with pytest.raises(ConfigError, match=r"model\.base_width=.*model\.tie_embeddings=true"):
+        compose_config(["stage=code", f"model={size}", "recipe=tuned"])
+
+
 @pytest.mark.parametrize("stage", TUNED)
-@pytest.mark.parametrize("size", OTHER_SIZES)
+@pytest.mark.parametrize("size", [size for size in OTHER_SIZES if size not in TIED_SIZES])
 def test_tuned_changes_rates_and_initial_values_alone(size, stage):
     command = [f"stage={stage}", f"model={size}"]
     plain, tuned = compose_config(command), compose_config([*command, "recipe=tuned"])

@@ -179,7 +179,7 @@ def test_a_model_without_an_architecture_is_refused(work: WorkDirectory, tmp_pat
     content = json.loads((checkpoint / files.STATE).read_text())
     content["model"]["bias"] = False
     (checkpoint / files.STATE).write_text(json.dumps(content))
-    manifest = {name: entry["sha256"] for name, entry in files.read_manifest(checkpoint).items()}
+    manifest = {name: entry.sha256 for name, entry in files.read_manifest(checkpoint).items()}
     from dist_lm.storage import durable
 
     files.write_manifest(checkpoint, manifest | {files.STATE: durable.sha256_of(checkpoint / files.STATE)})

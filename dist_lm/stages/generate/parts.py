@@ -50,6 +50,12 @@ def check(config: "GenerateRunConfig") -> None:
     tp_of(config)
 
 
+def sampling_keys() -> list[str]:
+    """Returns the keys of the stage that are fields of `SamplingParams`: all but the alternatives of a token, which
+    files of answers do not hold."""
+    return [param.name for param in fields(SamplingParams) if param.name != "top_logprobs"]
+
+
 def params_of(stage: "GenerateConfig") -> SamplingParams:
     """The sampling parameters.
 
@@ -57,7 +63,7 @@ def params_of(stage: "GenerateConfig") -> SamplingParams:
         ConfigError: names the key.
     """
     try:
-        params: dict[str, Any] = {param.name: getattr(stage, param.name) for param in fields(SamplingParams)}
+        params: dict[str, Any] = {key: getattr(stage, key) for key in sampling_keys()}
         return SamplingParams(**params | {"stop": tuple(stage.stop), "stop_tokens": tuple(stage.stop_tokens)})
     except ConfigError as error:
         raise ConfigError(f"stage.{error}") from error

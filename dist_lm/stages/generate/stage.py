@@ -5,7 +5,7 @@ prompts are those that the run began with. `parts.py` makes requests and writes 
 """
 
 from collections.abc import Collection, Mapping
-from dataclasses import dataclass, field, fields, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -53,6 +53,8 @@ class GenerateConfig(SamplingConfig, EngineConfig, StageGroup):
     truncate: str = "refuse"  # a prompt that fills the context: refuse | left (cut off its beginning, of plain text)
     min_p: float = 0.0  # 0: off
     repetition_penalty: float = 1.0  # 1: off
+    presence_penalty: float = 0.0  # taken from the logits of tokens that the answer has already; 0: off
+    frequency_penalty: float = 0.0  # the same, for each time that the answer has the token
     logit_bias: dict[int, float] = field(default_factory=dict)  # token id -> added to its logit
     stop: list[str] = field(default_factory=list)  # texts that end an answer
     stop_tokens: list[int] = field(default_factory=list)  # beside end-of-text
@@ -186,11 +188,11 @@ def sampling_text(stage: GenerateConfig) -> str:
     """Returns sampling parameters as text, `KEY=VALUE` with blanks between: the usual ones, and others that differ from
     their default.
     """
-    from dist_lm.generation.request import SamplingParams
+    from dist_lm.stages.generate.parts import sampling_keys
 
     usual_keys = ("temperature", "top_k", "top_p", "max_new_tokens", "n")
     defaults = GenerateConfig(name="")
-    other_keys = [param.name for param in fields(SamplingParams) if param.name not in usual_keys]
+    other_keys = [key for key in sampling_keys() if key not in usual_keys]
     changed_keys = [key for key in other_keys if getattr(stage, key) != getattr(defaults, key)]
 
     texts = []
