@@ -34,9 +34,9 @@ def test_the_activation_is_gelu_alone_and_in_any_company(width, outputs, activat
     weight, x, bias = torch.randn(outputs, width) / width**0.5, torch.randn(40, width) * 3, torch.randn(outputs)
     linear = build_linear(weight, bias, activation)
     whole = linear(x)
-    # A CPU sums in an order of its own, so the bound is the rounding of torch's own product.
+    # Each kind of CPU sums in an order of its own, so the bound is some times the rounding of torch's product.
     exact = F.gelu(F.linear(x.double(), weight.double(), bias.double()), approximate=approximate)
     rounding = (F.gelu(F.linear(x, weight, bias), approximate=approximate) - exact).abs().max()
-    assert (whole - exact).abs().max() <= 2 * rounding + 1e-6
+    assert (whole - exact).abs().max() <= 4 * rounding
     for n_rows in (1, 2, 3, 8, 33):
         assert torch.equal(linear(x[:n_rows]), whole[:n_rows])

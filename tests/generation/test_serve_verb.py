@@ -22,7 +22,7 @@ def test_a_run_is_served_until_a_signal(small_run: RunDirectory):
             assert process.stdout.readline().startswith("1 model: weights ")
             line = process.stdout.readline()
             assert line.startswith("code/small/step_00000020: http://127.0.0.1:")
-            assert line.endswith("/v1, without a key\n")
+            assert "/v1, without a key; chat page: http://127.0.0.1:" in line
             url = line.split()[1].rstrip(",")
             body = {"prompt": "def add(", "max_tokens": 3, "return_token_ids": True, "seed": 1}
             answer = httpx.post(f"{url}/completions", json=body, timeout=patient(60)).json()

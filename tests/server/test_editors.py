@@ -32,7 +32,7 @@ def events(response: httpx.Response) -> list[Any]:
 
 
 def test_llama_vscode_edits_and_talks(server: Running):
-    """Its /infill is in test_infill_requests.py; these are `createChatEditRequestPayload` and `createChatRequestPayload`."""
+    """Its /infill is in test_infill_requests.py; these are its edit and chat requests."""
     settings = json.loads(block("json"))
     assert settings["llama-vscode.endpoint"] == settings["llama-vscode.endpoint_chat"]
     messages = [{"role": "system", "content": "You are an expert coder."}, {"role": "user", "content": "Say a."}]
