@@ -29,12 +29,12 @@ from dist_lm.generation.constraint import Constraint
 from dist_lm.generation.request import Answer, SamplingParams
 from dist_lm.sandbox.hidden import References
 from dist_lm.sandbox.pool import Sandboxes
-from dist_lm.sandbox.program import LANGUAGES, Language, Limits, Program
+from dist_lm.sandbox.program import Language, Limits, Program
 from dist_lm.sandbox.sandbox import fences
 from dist_lm.storage.run_directory import WorkDirectory
 from dist_lm.tokenizer.tokenizer import Tokenizer
 
-OWN_TASKS: dict[str, Language] = {f"own_{language}": language for language in LANGUAGES}
+OWN_TASKS: dict[str, Language] = {"own_python": "python", "own_bash": "bash", "own_sql": "sql"}
 READERS = dict(zip(FILE_TASKS, (humaneval, mbpp, multipl_e), strict=True))
 INFILL, TOOLS, BFCL, BITS, REWARD = "infill", "tools", "bfcl", "bits_per_byte", "reward"
 TASKS = (*LOOP_TASKS, BITS, REWARD)

@@ -299,9 +299,9 @@ def owners_of(parameters: Sequence[torch.Tensor], arithmetic: Arithmetic) -> Own
 
 
 def arithmetic_of_ranks(device: torch.device) -> Arithmetic:
-    """Returns how the devices of all ranks orthogonalise: with several ranks on GPUs it is collective."""
+    """Returns how the devices of all ranks orthogonalise (collective, if there are several ranks on GPUs)."""
     arithmetic = arithmetic_of(device)
-    if device.type != "cuda" or dist.get_world_size() == 1:
+    if device.type != "cuda" or not dist.is_initialized() or dist.get_world_size() == 1:
         return arithmetic
     return agreed_arithmetic(arithmetic, torch.cuda.get_device_name(device), device)
 

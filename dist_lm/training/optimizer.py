@@ -30,8 +30,8 @@ from dist_lm.config.stage import ADAMW, COSINE, LINEAR, MuonConfig, OptimizerCon
 from dist_lm.model.size import ADAPTERS, TOKEN_WEIGHTS, is_matrix, neuron_shape, parameter_shapes
 from dist_lm.model.transformer import Transformer
 from dist_lm.parallel.values import shard_of
-from dist_lm.training.muon import Arithmetic, Stepped, Variance, arithmetic_of, device_of_whole, orthogonal_steps
-from dist_lm.training.muon_exchange import Owners, owners_of
+from dist_lm.training.muon import Arithmetic, Stepped, Variance, device_of_whole, orthogonal_steps
+from dist_lm.training.muon_exchange import Owners, arithmetic_of_ranks, owners_of
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
 VARIANCE = "neuron_sq"  # state of a matrix with `stage.muon.variance_beta`, unsharded and of logical shape
@@ -51,7 +51,7 @@ class ShardedAdamW(torch.optim.AdamW):
     parameter, which takes seconds at the first step of a large model.
     """
 
-    arithmetic: Arithmetic | None = None  # of Muon; None: that of the device
+    arithmetic: Arithmetic | None = None  # of Muon; None: that of the devices of all ranks
     _owners: Owners | None = None  # of the matrices, from the first step of Muon on
 
     @torch.no_grad()
@@ -108,7 +108,7 @@ class ShardedAdamW(torch.optim.AdamW):
             return
 
         if self._owners is None:
-            arithmetic = self.arithmetic or arithmetic_of(torch.device(device_of_whole(stepped[0].parameter)))
+            arithmetic = self.arithmetic or arithmetic_of_ranks(torch.device(device_of_whole(stepped[0].parameter)))
             self._owners = owners_of([moved.parameter for moved in stepped], arithmetic)
         steps = orthogonal_steps(stepped) if self._owners is None else self._owners.steps(stepped)
         for number, part, step in steps:
@@ -142,7 +142,7 @@ def build_optimizer(
 
     Args:
         muon: settings for the matrices inside blocks; None or a rate of 0: AdamW for all parameters.
-        arithmetic: of Muon; None: that of the device.
+        arithmetic: of Muon; None: that of the devices of all ranks, which agree at the first step.
     """
     named = [(name, parameter) for name, parameter in model.named_parameters() if parameter.requires_grad]
     if muon is not None and not muon.is_on:

@@ -28,6 +28,7 @@ from dist_lm.parallel.layout import AXES, resolve_layout
 from dist_lm.parallel.mesh import World, build_mesh
 from dist_lm.parallel.sharding import arrange_model, materialise
 from dist_lm.stages.training.stage import training_stage
+from dist_lm.training.muon import GPU
 from dist_lm.training.optimizer import build_optimizer
 from dist_lm.training.state import TrainState
 from dist_lm.training.trainer import Trainer
@@ -208,7 +209,8 @@ def played(config: Config, ranks: int) -> Iterator[Played]:
                 model = arrange_model(config.model, config.parallel, mesh, CARD, exchange=False)
             with FakeTensorMode(allow_non_fake_inputs=True):
                 materialise(model, config.parallel, CARD)
-                optimizer = build_optimizer(model, config.stage, config.stage.muon)
+                # As GPUs of one kind agree on it; a fake card has no name to compare.
+                optimizer = build_optimizer(model, config.stage, config.stage.muon, GPU)
                 objective = training_stage(config.stage.name).objective(config)
                 world = World(0, ranks, 0, CARD)
                 trainer = trainer_of_steps(config, world, model, optimizer, objective, adds_sums=True)

@@ -43,7 +43,6 @@ from dist_lm.tokenizer.tokenizer import Tokenizer
 from dist_lm.tracking.metrics import MetricsWriter, read_metrics
 from dist_lm.training import checkpoint, checkpoint_files
 from dist_lm.training.heartbeat import Heartbeat, Phase, StopRequest
-from dist_lm.training.muon_exchange import arithmetic_of_ranks
 from dist_lm.training.optimizer import build_optimizer
 from dist_lm.training.state import TrainState
 from dist_lm.training.step_meter import matmul_flops
@@ -229,7 +228,7 @@ def run_rank(stage: "TrainingStage", run: RunDirectory, stop: StopRequest, heart
             shape = checkpoint.with_base(shape, run.checkpoints, config.stage, world)
         model = build_model(shape, config.parallel, mesh, world.device, config.seed)
         model.trained_tokens = trained_tokens(config.stage.lora, tokenizer)
-        optimizer = build_optimizer(model, config.stage, config.stage.muon, arithmetic_of_ranks(world.device))
+        optimizer = build_optimizer(model, config.stage, config.stage.muon)
         state = restore(run, config, start, model, optimizer)
 
         heartbeat.beat(Phase.PREPARING, state.step)
