@@ -102,35 +102,35 @@ def with_command_file(overrides: Sequence[str]) -> list[str]:
     if file is None:
         return list(overrides)
 
-    given = [text for text in overrides if not text.startswith("experiment=")]
-    chosen = [text.partition("=")[2] for text in given if text.startswith("stage=")]
+    typed = [text for text in overrides if not text.startswith("experiment=")]
+    chosen = [text.partition("=")[2] for text in typed if text.startswith("stage=")]
     target = [content_of(file)["stage"], *chosen][-1]
     from_file = overrides_in(file)
     if target in stage_names():
         from_file = _for_target(from_file, target)
 
     # Of steps and epochs a stage has one: that of the command line.
-    lengths = {text.partition("=")[0].rpartition(".") for text in given}
+    lengths = {text.partition("=")[0].rpartition(".") for text in typed}
     replaced = tuple(f"{stage}.{key}=" for stage, _, name in lengths if name in LENGTHS for key in LENGTHS)
     if replaced:
         from_file = [text for text in from_file if not text.startswith(replaced)]
-    return [f"stage={target}", *from_file, *(text for text in given if not text.startswith("stage="))]
+    return [f"stage={target}", *from_file, *(text for text in typed if not text.startswith("stage="))]
 
 
 def _for_target(overrides: Sequence[str], target: str) -> list[str]:
     """Returns the overrides of a command file that a command for `target` takes, in its words."""
-    own = own_groups(stage_named(target).schema)
-    groups_of_others = {group for name in stage_names() for group in own_groups(stage_named(name).schema)} - {*own}
+    own_keys = own_groups(stage_named(target).schema)
+    groups_of_others = {group for name in stage_names() for group in own_groups(stage_named(name).schema)} - {*own_keys}
     in_its_words = [text.replace(f"stages.{target}.", "stage.", 1) for text in overrides]
     run = may_run(target, in_its_words)
 
-    kept = []
+    taken_over = []
     for text in in_its_words:
         group, _, rest = text.partition("=")[0].partition(".")
         runs = group != "stages" or rest.partition(".")[0] in run
         if runs and group not in groups_of_others:
-            kept.append(text)
-    return kept
+            taken_over.append(text)
+    return taken_over
 
 
 def make_plan(target: str, compose: Callable[[str], Config]) -> Plan:
@@ -169,7 +169,7 @@ def make_plan(target: str, compose: Callable[[str], Config]) -> Plan:
 
     # From the last stage to the first: what a stage must make depends on the stages that read it.
     for name in reversed(order[:-1]):
-        readers = [config for other, config in configs.items() if name in stage_named(other).reads(config)]
+        readers = [config for reader, config in configs.items() if name in stage_named(reader).reads(config)]
         configs[name] = stage_named(name).for_readers(configs[name], readers)
     check_eval_pool(configs, target)
 
@@ -271,7 +271,7 @@ def check_start(name: str, config: Config) -> None:
         return
     # Two stages that start from one another would have no order.
     names = stage_names()
-    earlier = [other for other in names[: names.index(name)] if stage_named(other).runs_in is RunsIn.RANKS]
+    earlier = [stage for stage in names[: names.index(name)] if stage_named(stage).runs_in is RunsIn.RANKS]
     accepted = f"{STAGE_RUN}NAME with NAME a training stage before {name}: {', '.join(earlier) or 'none'}"
     require(init_from.removeprefix(STAGE_RUN) in earlier, "stage.init_from", init_from, accepted)
 

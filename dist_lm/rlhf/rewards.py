@@ -206,10 +206,10 @@ class Judge:
         if not self._beside_generation:
             return {}
         programs = [(self._tasks.by_prompt[each.prompt], each.completion) for each in judged]
-        found = [(task, task.program(completion).source) for task, completion in programs]
+        sources = [(task, task.program(completion).source) for task, completion in programs]
         return {
-            "forged": np.array([is_forged(task.language, source) for task, source in found], bool),
-            "lookups": np.array([is_lookup(task.language, source, task.tests) for task, source in found], bool),
+            "forged": np.array([is_forged(task.language, source) for task, source in sources], bool),
+            "lookups": np.array([is_lookup(task.language, source, task.tests) for task, source in sources], bool),
         }
 
     def _judged(

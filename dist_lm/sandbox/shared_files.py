@@ -68,19 +68,19 @@ class Folder:
             FailedError: there are too many files, or too much in them.
             OSError: a file cannot be read.
         """
-        found: dict[bytes, tuple] = {}
-        self._scan(b"", found)
+        states: dict[bytes, tuple] = {}
+        self._scan(b"", states)
         if is_shared is not None:
-            found = {path: state for path, state in found.items() if path in self._known or is_shared(path)}
-        changes: list[Change] = [(path, "none", 0, 0, b"") for path in self._known if path not in found]
+            states = {path: state for path, state in states.items() if path in self._known or is_shared(path)}
+        changes: list[Change] = [(path, "none", 0, 0, b"") for path in self._known if path not in states]
         num_bytes = 0
-        for path, (kind, mode, time_ns, *_) in found.items():
-            if self._known.get(path) == found[path]:
+        for path, (kind, mode, time_ns, *_) in states.items():
+            if self._known.get(path) == states[path]:
                 continue
             content = self._content(path, kind, MAX_FILE_BYTES - num_bytes)
             num_bytes += len(content)
             changes.append((path, kind, mode, time_ns, content))
-        self._known = found
+        self._known = states
         return changes
 
     def apply(self, changes: Any) -> None:
@@ -117,12 +117,12 @@ class Folder:
             os.chmod(self._at(path), mode)
             os.utime(self._at(path), ns=(time_ns, time_ns))
 
-        found: dict[bytes, tuple] = {}
-        self._scan(b"", found)
-        if sum(state[3] for state in found.values() if state[0] == "file") > MAX_FOLDER_BYTES:
+        states: dict[bytes, tuple] = {}
+        self._scan(b"", states)
+        if sum(state[3] for state in states.values() if state[0] == "file") > MAX_FOLDER_BYTES:
             raise FailedError(f"more than {MAX_FOLDER_BYTES} bytes of files")
         shared = {*self._known, *(path for path, *_ in changes)}
-        self._known = {path: state for path, state in found.items() if path in shared}
+        self._known = {path: state for path, state in states.items() if path in shared}
 
     def new_paths(self, changes: Any) -> list[bytes]:
         """Returns the paths that changes of the other side add; to be called before `apply`.
@@ -138,8 +138,8 @@ class Folder:
     def _at(self, path: bytes) -> bytes:
         return b"%s/%s" % (self.root, path)
 
-    def _scan(self, folder: bytes, found: dict[bytes, tuple]) -> None:
-        """Notes in `found` what lies below a folder, links not followed: path -> what changes with the file.
+    def _scan(self, folder: bytes, states: dict[bytes, tuple]) -> None:
+        """Notes in `states` what lies below a folder, links not followed: path -> what changes with the file.
 
         Raises:
             FailedError: there are more than MAX_FILES files, or folders too deep.
@@ -150,13 +150,13 @@ class Folder:
             kind = _KINDS.get(stat.S_IFMT(status.st_mode), "")
             if not kind or (kind == "link" and not self.sends_links):
                 continue
-            if len(found) >= MAX_FILES or path.count(b"/") > 100:
+            if len(states) >= MAX_FILES or path.count(b"/") > 100:
                 raise FailedError(f"more than {MAX_FILES} files, or folders too deep")
             # Nobody can choose the time of a change.
-            found[path] = (kind, status.st_mode, status.st_mtime_ns, status.st_size, status.st_ino, status.st_ctime_ns)
+            states[path] = (kind, status.st_mode, status.st_mtime_ns, status.st_size, status.st_ino, status.st_ctime_ns)
             if kind == "folder":
-                found[path] = (kind, status.st_mode, status.st_mtime_ns)
-                self._scan(path, found)
+                states[path] = (kind, status.st_mode, status.st_mtime_ns)
+                self._scan(path, states)
 
     def _entries(self, path: bytes) -> list[os.DirEntry[bytes]]:
         """Returns the entries of a folder. One that may not be read gets the rights 0700, and keeps them."""

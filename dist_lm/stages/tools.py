@@ -164,12 +164,12 @@ def examine(arguments: EvaluationArguments) -> dict[str, float]:
 
     # Every rank has all answers and judges them, so the figures are the same without another message.
     verdicts = []
-    for asked, answer in zip(questions, answers, strict=True):
+    for posed, answer in zip(questions, answers, strict=True):
         turn = read_answer(answer.tokens, answer.finish == "stop", tokenizer)
-        verdicts.append(judge(turn, asked.question.expected, asked.question.asked.tools))
+        verdicts.append(judge(turn, posed.question.expected, posed.question.asked.tools))
     judged = zip(questions, answers, verdicts, strict=True)
-    write_samples(arguments, (shown_answer(asked, answer, verdict, tokenizer) for asked, answer, verdict in judged))
-    return figures((asked.question.kind, verdict) for asked, verdict in zip(questions, verdicts, strict=True))
+    write_samples(arguments, (shown_answer(posed, answer, verdict, tokenizer) for posed, answer, verdict in judged))
+    return figures((posed.question.kind, verdict) for posed, verdict in zip(questions, verdicts, strict=True))
 
 
 def requests_of(questions: "Sequence[Asked]", ends: tuple[int, ...], max_new_tokens: int) -> "list[Request]":
@@ -186,23 +186,23 @@ def requests_of(questions: "Sequence[Asked]", ends: tuple[int, ...], max_new_tok
     return [
         Request(
             str(number),
-            asked.prompt,
+            posed.prompt,
             SamplingParams(
-                max_new_tokens=min(max_new_tokens, 2 * len(asked.expected) + ROOM), temperature=0, stop_tokens=ends
+                max_new_tokens=min(max_new_tokens, 2 * len(posed.expected) + ROOM), temperature=0, stop_tokens=ends
             ),
         )
-        for number, asked in enumerate(questions)
+        for number, posed in enumerate(questions)
     ]
 
 
-def shown_answer(asked: "Asked", answer: "Answer", verdict: "Verdict", tokenizer: "Tokenizer") -> dict[str, Any]:
+def shown_answer(posed: "Asked", answer: "Answer", verdict: "Verdict", tokenizer: "Tokenizer") -> dict[str, Any]:
     """Returns a question and its answer as an object of `samples/step_N.jsonl`; tokens as text with marks."""
     from dist_lm.tokenizer.tokenizer import text_with_marks
 
     return {
-        "kind": asked.question.kind,
-        "prompt": text_with_marks(asked.prompt, tokenizer),
-        "expected": text_with_marks(asked.expected, tokenizer),
+        "kind": posed.question.kind,
+        "prompt": text_with_marks(posed.prompt, tokenizer),
+        "expected": text_with_marks(posed.expected, tokenizer),
         "found": text_with_marks(answer.tokens, tokenizer),
         "finish": answer.finish,
         "right": verdict.exact,

@@ -196,18 +196,18 @@ class BesideTraining:
             writing.result()
 
         parts = self._parts
-        weights, asked = stored(parts, step), parts.tasks.of(due)
+        weights, task_round = stored(parts, step), parts.tasks.of(due)
         if self._pool is None:
             assert self._start_pool is not None
             self._pool = self._start_pool(weights, step, self._keep_going)
         else:
             self._pool.load_weights(weights, step)
 
-        with parts.sandboxes(asked) or nullcontext() as sandboxes:
-            for answer in self._pool.generate(asked.requests):
-                asked.take(answer, sandboxes)
+        with parts.sandboxes(task_round) or nullcontext() as sandboxes:
+            for answer in self._pool.generate(task_round.requests):
+                task_round.take(answer, sandboxes)
             self._go_on()
-            return asked.records(self._go_on)
+            return task_round.records(self._go_on)
 
     def _keep_going(self) -> bool:
         return not self._closing.is_set()

@@ -67,9 +67,9 @@ class Evaluated:
         """
         return generation_dtype(self.config.parallel, self.world.device)
 
-    def sandboxes(self, asked: Round) -> Sandboxes | None:
+    def sandboxes(self, task_round: Round) -> Sandboxes | None:
         """Sandboxes for the programs of a round, not started; None if it has none."""
-        return sandboxes_of(self.cluster, 0, self.config.sandbox == TRUST_ME) if asked.executes else None
+        return sandboxes_of(self.cluster, 0, self.config.sandbox == TRUST_ME) if task_round.executes else None
 
     def weights(self, receives: bool) -> WeightStream:
         """The weights of the model; every rank reads them to the end (collective)."""
@@ -191,14 +191,14 @@ class BetweenSteps:
         alive = partial(parts.heartbeat.beat, Phase.EVALUATING, step)
         alive()
 
-        asked = parts.tasks.of(due)
-        with (parts.sandboxes(asked) if parts.world.is_first else None) or nullcontext() as sandboxes:
-            records = self._records(asked, weights, sandboxes, alive)
+        task_round = parts.tasks.of(due)
+        with (parts.sandboxes(task_round) if parts.world.is_first else None) or nullcontext() as sandboxes:
+            records = self._records(task_round, weights, sandboxes, alive)
         if parts.world.is_first:
             parts.write(step, records, time.perf_counter() - began)
 
     def _records(
-        self, asked: Round, weights: WeightStream, sandboxes: Sandboxes | None, alive: Callable[[], None]
+        self, task_round: Round, weights: WeightStream, sandboxes: Sandboxes | None, alive: Callable[[], None]
     ) -> dict[str, list[Record]]:
         """Returns the records of a round on the first rank, by task; empty on the others (collective).
 
@@ -218,8 +218,8 @@ class BetweenSteps:
             dtype=parts.dtype,
             device=parts.world.device,
         )
-        take = partial(asked.take, sandboxes=sandboxes)
-        for result in shared_answers(engine, asked.requests, parts.world, alive, take if first else None):
+        take = partial(task_round.take, sandboxes=sandboxes)
+        for result in shared_answers(engine, task_round.requests, parts.world, alive, take if first else None):
             if first:
                 # Those of other ranks; its own are being judged.
                 take(result)
@@ -236,7 +236,7 @@ class BetweenSteps:
                 dist.barrier()
 
         if first:
-            return asked.records(count_judgement)
-        for _ in range(asked.size):
+            return task_round.records(count_judgement)
+        for _ in range(task_round.size):
             count_judgement()
         return {}
