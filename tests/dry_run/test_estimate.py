@@ -130,7 +130,7 @@ def test_the_ranks_played_are_the_first_a_padded_one_and_the_last():
             ("hardware=h100", "stage.global_batch=32", "parallel.activation_checkpointing=full"),
             8,
             id="fsdp",
-            marks=pytest.mark.heavy,
+            marks=pytest.mark.bars,
         ),
         pytest.param(
             ("hardware=cpu", "stage.global_batch=16", "parallel.tp=4", "parallel.sp=true"), 8, id="fsdp_tp_sp"
@@ -139,22 +139,22 @@ def test_the_ranks_played_are_the_first_a_padded_one_and_the_last():
             ("hardware=h100", "stage.global_batch=80", "parallel.dp_replicate=1", "model.n_heads=6"),
             20,
             id="fsdp_uneven",
-            marks=pytest.mark.heavy,
+            marks=pytest.mark.bars,
         ),
         pytest.param(
-            ("hardware=h100", "stage.global_batch=32", *LLAMA_SHAPE), 8, id="as llama", marks=pytest.mark.heavy
+            ("hardware=h100", "stage.global_batch=32", *LLAMA_SHAPE), 8, id="as llama", marks=pytest.mark.bars
         ),
         pytest.param(
             ("hardware=h100", "stage.global_batch=32", *LLAMA_SHAPE, "model.qk_norm=true"),
             8,
             id="as qwen3",
-            marks=pytest.mark.heavy,
+            marks=pytest.mark.bars,
         ),
         pytest.param(
             ("stage.lora.rank=8", "stage.lora.load_in_4bit=true", "stage.init_from=base", "stage.global_batch=8"),
             2,
             id="four_bits",
-            marks=pytest.mark.heavy,
+            marks=pytest.mark.bars,
         ),
     ],
 )

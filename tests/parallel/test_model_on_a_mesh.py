@@ -32,7 +32,7 @@ def test_initial_values_are_the_same_bits_on_any_layout(ranks: RankGroups, layou
     assert [name for name in expected if not np.array_equal(found[name], expected[name])] == []
 
 
-@pytest.mark.parametrize("layout", ["1x1x1", "1x2x1", pytest.param("1x2x2", marks=pytest.mark.heavy), "1x1x4+sp"])
+@pytest.mark.parametrize("layout", ["1x1x1", "1x2x1", pytest.param("1x2x2", marks=pytest.mark.bars), "1x1x4+sp"])
 def test_bf16_compute_is_near(ranks: RankGroups, layout: str):
     parallel = parallel_of(layout, compute_dtype="bf16")
     found: MeshTrajectory = ranks.run(layout_of(layout).world_size, rank_steps, MODEL, parallel, range(1))
@@ -66,7 +66,7 @@ def test_compiled_blocks_compute_the_same(ranks: RankGroups, layout: str, mode: 
     assert error(found.gradients, expected) < (BF16 if dtype == "bf16" else 1e-6)
 
 
-@pytest.mark.parametrize("layout", ["1x2x1", "1x2x2+sp", pytest.param("2x1x2", marks=pytest.mark.heavy)])
+@pytest.mark.parametrize("layout", ["1x2x1", "1x2x2+sp", pytest.param("2x1x2", marks=pytest.mark.bars)])
 def test_offloaded_parameters_take_the_same_step(ranks: RankGroups, layout: str):
     model, parallel = model_of((5, 5)), parallel_of(layout, cpu_offload=True)
     found: MeshTrajectory = ranks.run(layout_of(layout).world_size, rank_steps, model, parallel, range(1))
@@ -82,7 +82,7 @@ def steps_with_many_units(world: World, model: ModelConfig, parallel: ParallelCo
 
 
 @pytest.mark.parametrize(
-    "layout", ["1x2x1", *(pytest.param(layout, marks=pytest.mark.heavy) for layout in ("2x2x1", "1x2x2+sp"))]
+    "layout", ["1x2x1", *(pytest.param(layout, marks=pytest.mark.bars) for layout in ("2x2x1", "1x2x2+sp"))]
 )
 def test_parameters_that_stay_gathered_are_never_stale(ranks: RankGroups, layout: str):
     size, model = layout_of(layout).world_size, model_of((5, 5))
