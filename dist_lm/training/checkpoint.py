@@ -9,6 +9,7 @@ import json
 import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from io import BufferedReader
 from pathlib import Path
 
 import numpy as np
@@ -25,6 +26,7 @@ from dist_lm.parallel.messages import all_gather, on_first_rank
 from dist_lm.parallel.values import add_changes, fill, logical, shard_box, shard_of
 from dist_lm.training import checkpoint_files as files
 from dist_lm.training.adapters import adapted_model, check_same_adapters
+from dist_lm.training.checkpoint_entries import Box, ShortFileError, read_entries
 from dist_lm.training.checkpoint_tensors import StoredTensor, as_fp32, model_tensors, own_parameters, stored_tensors
 from dist_lm.training.optimizer import VARIANCE, named_state
 from dist_lm.training.state import TrainState
@@ -43,9 +45,6 @@ DTYPES = {
 """Types of tensors in a checkpoint, by the names that safetensors gives them."""
 
 SCALAR_HEAD = f"{files.MODEL}scalar_head."  # begins the names of its tensors
-
-
-Box = tuple[slice, ...]
 
 
 @dataclass(frozen=True)
@@ -268,7 +267,7 @@ def read(checkpoint: Path, tensors: Mapping[str, torch.Tensor]) -> None:
     failure = None
     try:
         _fill(checkpoint, contents, tensors)
-    except (OSError, ValueError) as error:  # a bad disk; a file that was cut short since its header was read
+    except (OSError, ShortFileError) as error:  # a bad disk; a file that was cut short since its header was read
         failure = f"{checkpoint}: {error}"
 
     # A rank that stops alone would leave the others waiting.
@@ -362,15 +361,15 @@ def _fill(checkpoint: Path, contents: Contents, tensors: Mapping[str, torch.Tens
 
     Raises:
         OSError: a file cannot be read.
-        ValueError: a file is shorter than its header says.
+        ShortFileError: a file is shorter than its header says.
     """
     boxes = {name: shard_box(tensor) for name, tensor in tensors.items()}
     for file, needed in needed_parts(contents, boxes).items():
-        content = np.memmap(checkpoint / file, np.uint8, "r")
-        for name, number in needed:
-            parts, shard = contents.tensors[name], shard_of(tensors[name])
-            common, in_part, in_shard = _common_box(parts, number, boxes[name])
-            shard[in_shard].copy_(_entries(content, parts, number, in_part).reshape(common))
+        with (checkpoint / file).open("rb") as opened:
+            for name, number in needed:
+                parts, shard = contents.tensors[name], shard_of(tensors[name])
+                common, in_part, in_shard = _common_box(parts, number, boxes[name])
+                shard[in_shard].copy_(_entries(opened, parts, number, in_part).reshape(common))
 
 
 def needed_parts(contents: Contents, boxes: Mapping[str, Box]) -> dict[str, list[tuple[str, int]]]:
@@ -396,25 +395,18 @@ def _common_box(parts: PartsOfTensor, number: int, box: Box) -> tuple[list[int],
     return begins, tuple(in_part), tuple(in_box)
 
 
-def _entries(content: np.ndarray, parts: PartsOfTensor, number: int, box: Box) -> torch.Tensor:
-    """Returns a copy of the entries in a box of one part, one after the other.
-
-    Args:
-        content: the bytes of the part's file.
+def _entries(file: BufferedReader, parts: PartsOfTensor, number: int, box: Box) -> torch.Tensor:
+    """Reads the entries in a box of one part, one after the other.
 
     Raises:
-        ValueError: the file is shorter than the part.
+        OSError: the file cannot be read.
+        ShortFileError: it is shorter than the part.
     """
     dtype = DTYPES[parts.dtype]
     # numpy has no bfloat16, so entries are opaque and only have the right size.
-    opaque = np.dtype(f"V{dtype.itemsize}")
-    try:
-        array = np.ndarray(parts.size_PD[number].tolist(), opaque, content.data, int(parts.start_P[number]))
-    except TypeError as error:
-        raise ValueError(f"a file is shorter than its header says ({error})") from None
-    # The copy is aligned, which numbers in a file need not be.
-    entries = np.array(array[box], order="C").reshape(-1).view(np.uint8)
-    return torch.from_numpy(entries).view(dtype)
+    entries = np.empty([cut.stop - cut.start for cut in box], np.dtype(f"V{dtype.itemsize}"))
+    read_entries(file, int(parts.start_P[number]), parts.size_PD[number].tolist(), box, entries)
+    return torch.from_numpy(entries.reshape(-1).view(np.uint8)).view(dtype)
 
 
 def newest_intact(checkpoints: Path, world: World) -> Path | None:
