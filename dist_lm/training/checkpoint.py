@@ -7,6 +7,7 @@ shards: a checkpoint of many files and ranks would otherwise be opened files tim
 
 import json
 import logging
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from io import BufferedReader
@@ -26,7 +27,6 @@ from dist_lm.parallel.messages import all_gather, on_first_rank
 from dist_lm.parallel.values import add_changes, fill, logical, shard_box, shard_of
 from dist_lm.training import checkpoint_files as files
 from dist_lm.training.adapters import adapted_model, check_same_adapters
-from dist_lm.training.checkpoint_entries import Box, ShortFileError, read_entries
 from dist_lm.training.checkpoint_tensors import StoredTensor, as_fp32, model_tensors, own_parameters, stored_tensors
 from dist_lm.training.optimizer import VARIANCE, named_state
 from dist_lm.training.state import TrainState
@@ -45,6 +45,11 @@ DTYPES = {
 """Types of tensors in a checkpoint, by the names that safetensors gives them."""
 
 SCALAR_HEAD = f"{files.MODEL}scalar_head."  # begins the names of its tensors
+
+LONG_ROW = 64 << 10  # bytes; shorter rows are read whole, with what is not wanted: a call costs more
+BLOCK = 1 << 20  # bytes of rows that are read at once
+
+Box = tuple[slice, ...]
 
 
 @dataclass(frozen=True)
@@ -267,7 +272,7 @@ def read(checkpoint: Path, tensors: Mapping[str, torch.Tensor]) -> None:
     failure = None
     try:
         _fill(checkpoint, contents, tensors)
-    except (OSError, ShortFileError) as error:  # a bad disk; a file that was cut short since its header was read
+    except (OSError, files.ShortFileError) as error:  # a bad disk; a file that was cut short since its header was read
         failure = f"{checkpoint}: {error}"
 
     # A rank that stops alone would leave the others waiting.
@@ -361,7 +366,7 @@ def _fill(checkpoint: Path, contents: Contents, tensors: Mapping[str, torch.Tens
 
     Raises:
         OSError: a file cannot be read.
-        ShortFileError: a file is shorter than its header says.
+        files.ShortFileError: a file is shorter than its header says.
     """
     boxes = {name: shard_box(tensor) for name, tensor in tensors.items()}
     for file, needed in needed_parts(contents, boxes).items():
@@ -400,13 +405,44 @@ def _entries(file: BufferedReader, parts: PartsOfTensor, number: int, box: Box) 
 
     Raises:
         OSError: the file cannot be read.
-        ShortFileError: it is shorter than the part.
+        files.ShortFileError: it is shorter than the part.
     """
     dtype = DTYPES[parts.dtype]
     # numpy has no bfloat16, so entries are opaque and only have the right size.
     entries = np.empty([cut.stop - cut.start for cut in box], np.dtype(f"V{dtype.itemsize}"))
     read_entries(file, int(parts.start_P[number]), parts.size_PD[number].tolist(), box, entries)
     return torch.from_numpy(entries.reshape(-1).view(np.uint8)).view(dtype)
+
+
+def read_entries(file: BufferedReader, start: int, shape: Sequence[int], box: Box, target: np.ndarray) -> None:
+    """Fills an array with the entries in a box of a part. Needs BLOCK bytes of memory beside it.
+
+    Args:
+        start: byte offset in the file of the first entry of the part, which is stored in row-major order.
+        shape: of the part.
+        target: contiguous, has the shape of the box and entries of the right size.
+
+    Raises:
+        OSError: the file cannot be read.
+        files.ShortFileError: it is shorter than the part.
+    """
+    has_whole_rows = all(cut == slice(0, size) for cut, size in zip(box[1:], shape[1:], strict=True))
+    row_bytes = target.itemsize * math.prod(shape[1:])
+    first_row = box[0].start if box else 0
+    if has_whole_rows:
+        files.read_exactly(file, start + first_row * row_bytes, target.reshape(-1).view(np.uint8).data)
+        return
+
+    if row_bytes >= LONG_ROW:
+        for row in range(len(target)):
+            read_entries(file, start + (first_row + row) * row_bytes, shape[1:], box[1:], target[row])
+        return
+
+    n_at_once = max(1, BLOCK // max(1, row_bytes))
+    for begin in range(0, len(target), n_at_once):
+        rows = np.empty((min(n_at_once, len(target) - begin), *shape[1:]), target.dtype)
+        files.read_exactly(file, start + (first_row + begin) * row_bytes, rows.reshape(-1).view(np.uint8).data)
+        target[begin : begin + len(rows)] = rows[:, *box[1:]]
 
 
 def newest_intact(checkpoints: Path, world: World) -> Path | None:

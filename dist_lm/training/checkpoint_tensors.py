@@ -23,7 +23,6 @@ from dist_lm.model.size import Shape, is_matrix, parameter_shapes
 from dist_lm.storage import durable, outputs
 from dist_lm.training import checkpoint_files as files
 from dist_lm.training.adapters import adapted_model
-from dist_lm.training.checkpoint_entries import ShortFileError, read_part
 
 ALIGNMENT = 8  # bytes; the numbers start at a multiple, so that other programs can map them
 METADATA, PLACES = "__metadata__", "DCP_SHARDING_INFO"
@@ -67,12 +66,15 @@ class StoredTensor:
         array = np.empty(self.shape, np.dtype(f"V{self.parts[0].item_bytes}"))
         for part in self.parts:
             box = tuple(slice(start, start + size) for start, size in zip(part.offsets, part.shape, strict=True))
+            target = array[*box, ...]  # the ellipsis makes a view, of a scalar too
+            entries = target if target.flags.c_contiguous else np.empty_like(target, order="C")
             try:
                 with part.file.open("rb") as file:
-                    # The ellipsis makes a view, of a scalar too.
-                    read_part(file, part.start, array[*box, ...])
-            except (OSError, ShortFileError) as error:
+                    files.read_exactly(file, part.start, entries.reshape(-1).view(np.uint8).data)
+            except (OSError, files.ShortFileError) as error:
                 raise ArtefactError(f"{part.file}: {self.name} cannot be read ({error})") from error
+            if entries is not target:
+                target[...] = entries
         return array.reshape(-1).view(np.uint8)
 
 
