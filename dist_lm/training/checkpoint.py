@@ -7,8 +7,10 @@ shards: a checkpoint of many files and ranks would otherwise be opened files tim
 
 import json
 import logging
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from io import BufferedReader
 from pathlib import Path
 
 import numpy as np
@@ -44,6 +46,8 @@ DTYPES = {
 
 SCALAR_HEAD = f"{files.MODEL}scalar_head."  # begins the names of its tensors
 
+LONG_ROW = 64 << 10  # bytes; shorter rows are read whole, with what is not wanted: a call costs more
+BLOCK = 1 << 20  # bytes of rows that are read at once
 
 Box = tuple[slice, ...]
 
@@ -268,7 +272,7 @@ def read(checkpoint: Path, tensors: Mapping[str, torch.Tensor]) -> None:
     failure = None
     try:
         _fill(checkpoint, contents, tensors)
-    except (OSError, ValueError) as error:  # a bad disk; a file that was cut short since its header was read
+    except (OSError, files.ShortFileError) as error:  # a bad disk; a file that was cut short since its header was read
         failure = f"{checkpoint}: {error}"
 
     # A rank that stops alone would leave the others waiting.
@@ -362,15 +366,15 @@ def _fill(checkpoint: Path, contents: Contents, tensors: Mapping[str, torch.Tens
 
     Raises:
         OSError: a file cannot be read.
-        ValueError: a file is shorter than its header says.
+        files.ShortFileError: a file is shorter than its header says.
     """
     boxes = {name: shard_box(tensor) for name, tensor in tensors.items()}
     for file, needed in needed_parts(contents, boxes).items():
-        content = np.memmap(checkpoint / file, np.uint8, "r")
-        for name, number in needed:
-            parts, shard = contents.tensors[name], shard_of(tensors[name])
-            common, in_part, in_shard = _common_box(parts, number, boxes[name])
-            shard[in_shard].copy_(_entries(content, parts, number, in_part).reshape(common))
+        with (checkpoint / file).open("rb") as opened:
+            for name, number in needed:
+                parts, shard = contents.tensors[name], shard_of(tensors[name])
+                common, in_part, in_shard = _common_box(parts, number, boxes[name])
+                shard[in_shard].copy_(_entries(opened, parts, number, in_part).reshape(common))
 
 
 def needed_parts(contents: Contents, boxes: Mapping[str, Box]) -> dict[str, list[tuple[str, int]]]:
@@ -396,25 +400,49 @@ def _common_box(parts: PartsOfTensor, number: int, box: Box) -> tuple[list[int],
     return begins, tuple(in_part), tuple(in_box)
 
 
-def _entries(content: np.ndarray, parts: PartsOfTensor, number: int, box: Box) -> torch.Tensor:
-    """Returns a copy of the entries in a box of one part, one after the other.
-
-    Args:
-        content: the bytes of the part's file.
+def _entries(file: BufferedReader, parts: PartsOfTensor, number: int, box: Box) -> torch.Tensor:
+    """Reads the entries in a box of one part, one after the other.
 
     Raises:
-        ValueError: the file is shorter than the part.
+        OSError: the file cannot be read.
+        files.ShortFileError: it is shorter than the part.
     """
     dtype = DTYPES[parts.dtype]
     # numpy has no bfloat16, so entries are opaque and only have the right size.
-    opaque = np.dtype(f"V{dtype.itemsize}")
-    try:
-        array = np.ndarray(parts.size_PD[number].tolist(), opaque, content.data, int(parts.start_P[number]))
-    except TypeError as error:
-        raise ValueError(f"a file is shorter than its header says ({error})") from None
-    # The copy is aligned, which numbers in a file need not be.
-    entries = np.array(array[box], order="C").reshape(-1).view(np.uint8)
-    return torch.from_numpy(entries).view(dtype)
+    entries = np.empty([cut.stop - cut.start for cut in box], np.dtype(f"V{dtype.itemsize}"))
+    read_entries(file, int(parts.start_P[number]), parts.size_PD[number].tolist(), box, entries)
+    return torch.from_numpy(entries.reshape(-1).view(np.uint8)).view(dtype)
+
+
+def read_entries(file: BufferedReader, start: int, shape: Sequence[int], box: Box, target: np.ndarray) -> None:
+    """Fills an array with the entries in a box of a part. Needs BLOCK bytes of memory beside it.
+
+    Args:
+        start: byte offset in the file of the first entry of the part, which is stored in row-major order.
+        shape: of the part.
+        target: contiguous, has the shape of the box and entries of the right size.
+
+    Raises:
+        OSError: the file cannot be read.
+        files.ShortFileError: it is shorter than the part.
+    """
+    has_whole_rows = all(cut == slice(0, size) for cut, size in zip(box[1:], shape[1:], strict=True))
+    row_bytes = target.itemsize * math.prod(shape[1:])
+    first_row = box[0].start if box else 0
+    if has_whole_rows:
+        files.read_exactly(file, start + first_row * row_bytes, target.reshape(-1).view(np.uint8).data)
+        return
+
+    if row_bytes >= LONG_ROW:
+        for row in range(len(target)):
+            read_entries(file, start + (first_row + row) * row_bytes, shape[1:], box[1:], target[row])
+        return
+
+    n_at_once = max(1, BLOCK // max(1, row_bytes))
+    for begin in range(0, len(target), n_at_once):
+        rows = np.empty((min(n_at_once, len(target) - begin), *shape[1:]), target.dtype)
+        files.read_exactly(file, start + (first_row + begin) * row_bytes, rows.reshape(-1).view(np.uint8).data)
+        target[begin : begin + len(rows)] = rows[:, *box[1:]]
 
 
 def newest_intact(checkpoints: Path, world: World) -> Path | None:

@@ -7,14 +7,19 @@
 
 A checkpoint is written under a name that starts with a dot, made durable, renamed, and then pointed at. So a plain name
 means a complete checkpoint, and the manifest reveals later damage.
+
+Files are read and never mapped. A mapped file that shrinks, or lies on a disk or a mount that fails, ends the process
+with SIGBUS; a read raises an error, so that a server keeps its weights and ranks end together.
 """
 
 import json
 import logging
+import os
 import re
 import shutil
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
+from io import BufferedReader
 from pathlib import Path
 from typing import Any
 
@@ -249,6 +254,26 @@ def _damage_of_file(path: Path, expected: FileRecord, contents: bool) -> str | N
     except OSError as error:  # a bad disk, a lost mount
         return f"cannot be read ({error.strerror})"
     return None
+
+
+class ShortFileError(Exception):
+    """A file ends before the tensors that its header announces."""
+
+
+def read_exactly(file: BufferedReader, start: int, target: memoryview) -> None:
+    """Fills a buffer of bytes from a file, from the byte offset `start` on.
+
+    Raises:
+        ShortFileError: the file ends before.
+        OSError: the file cannot be read.
+    """
+    position = 0
+    # The kernel reads at most 2 GiB at once.
+    while position < target.nbytes:
+        n_read = os.preadv(file.fileno(), [target[position:]], start + position)
+        if n_read == 0:
+            raise ShortFileError(f"{file.name} is shorter than its header says: it ends before byte {start + position}")
+        position += n_read
 
 
 def verify(directory: Path, contents: bool = True) -> None:

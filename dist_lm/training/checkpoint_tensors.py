@@ -24,7 +24,7 @@ from dist_lm.storage import durable, outputs
 from dist_lm.training import checkpoint_files as files
 from dist_lm.training.adapters import adapted_model
 
-ALIGNMENT = 8  # bytes; the numbers start at a multiple, so that they can be mapped
+ALIGNMENT = 8  # bytes; the numbers start at a multiple, so that other programs can map them
 METADATA, PLACES = "__metadata__", "DCP_SHARDING_INFO"
 
 
@@ -57,12 +57,24 @@ class StoredTensor:
         return self.elements * self.parts[0].item_bytes
 
     def read(self) -> np.ndarray:
-        """Returns the bytes of the tensor in row-major order: (bytes,) uint8."""
+        """Returns the bytes of the tensor in row-major order: (bytes,) uint8.
+
+        Raises:
+            ArtefactError: a file cannot be read, or was cut short since its header was read.
+        """
         # numpy has no bfloat16, so entries are opaque and only have the right size.
         array = np.empty(self.shape, np.dtype(f"V{self.parts[0].item_bytes}"))
         for part in self.parts:
             box = tuple(slice(start, start + size) for start, size in zip(part.offsets, part.shape, strict=True))
-            array[box] = np.memmap(part.file, array.dtype, "r", part.start, part.shape)
+            target = array[*box, ...]  # the ellipsis makes a view, of a scalar too
+            entries = target if target.flags.c_contiguous else np.empty_like(target, order="C")
+            try:
+                with part.file.open("rb") as file:
+                    files.read_exactly(file, part.start, entries.reshape(-1).view(np.uint8).data)
+            except (OSError, files.ShortFileError) as error:
+                raise ArtefactError(f"{part.file}: {self.name} cannot be read ({error})") from error
+            if entries is not target:
+                target[...] = entries
         return array.reshape(-1).view(np.uint8)
 
 

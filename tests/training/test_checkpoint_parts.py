@@ -1,6 +1,9 @@
 """Parts of tensors in files: any box of a tensor is filled from exactly the files that hold entries of it."""
 
 import json
+import os
+import subprocess
+import sys
 from itertools import pairwise, product
 from pathlib import Path
 
@@ -13,11 +16,32 @@ from hypothesis import strategies as st
 from safetensors.numpy import save_file
 
 from dist_lm.errors import ArtefactError
-from dist_lm.training.checkpoint import contents_of, needed_parts, read
+from dist_lm.training import checkpoint
+from dist_lm.training.checkpoint import contents_of, needed_parts, read, read_entries
 from dist_lm.training.checkpoint_tensors import PLACES, StoredTensor
 from dist_lm.training.checkpoint_tensors import Part as StoredPart
 
 Cuts = list[list[int]]
+
+
+# Reads a checkpoint again and again while its file shrinks and grows, and says what came of it.
+READER = """
+import sys
+from pathlib import Path
+from dist_lm.errors import ArtefactError
+from dist_lm.training.checkpoint_tensors import stored_tensors
+
+(tensor,) = stored_tensors(Path(sys.argv[1])).values()
+n_whole = n_refused = 0
+print("ready", flush=True)
+while min(n_whole, n_refused) < 20:
+    try:
+        tensor.read()
+        n_whole += 1
+    except ArtefactError as error:
+        assert "shorter than its header says" in str(error), error
+        n_refused += 1
+"""
 
 
 @pytest.fixture
@@ -77,6 +101,21 @@ def test_a_missing_tensor_another_shape_and_a_short_file_are_refused_by_name(tmp
         read(tmp_path, {"model.line": torch.zeros(9)})
 
 
+def test_a_file_that_shrinks_while_it_is_read_is_an_error(tmp_path: Path):
+    """Finds a file that is mapped: where it ends before its mapping, the kernel ends the process (SIGBUS)."""
+    write_parts(tmp_path, {"model.line": np.zeros(1 << 20, np.float32)}, {"model.line": [[0, 1 << 20]]})
+    (file,) = tmp_path.glob("*.safetensors")
+    size = file.stat().st_size
+    reader = subprocess.Popen([sys.executable, "-c", READER, str(tmp_path)], stdout=subprocess.PIPE)
+    assert reader.stdout
+    with reader.stdout:
+        assert reader.stdout.readline() == b"ready\n"
+    while reader.poll() is None:
+        os.truncate(file, size // 2)
+        os.truncate(file, size)
+    assert reader.returncode == 0
+
+
 @st.composite
 def cut_tensors(draw: st.DrawFn) -> tuple[Cuts, tuple[slice, ...]]:
     """Cuts of a tensor, and a box of it that may be empty."""
@@ -103,3 +142,24 @@ def test_the_parts_that_are_needed_are_those_with_entries(cut_tensor: tuple[Cuts
     wanted[box] = True
     expected = {str(number) for number, part in enumerate(boxes) if wanted[part].any()}
     assert needed_parts(contents, {"any": box}).keys() == expected
+
+
+@pytest.mark.parametrize(("long_row", "block"), [(1 << 14, 1 << 20), (1, 1), (1 << 14, 50), (30, 50)])
+@settings(deadline=None, max_examples=30)
+@given(cut_tensor=cut_tensors())
+def test_a_box_of_a_part_is_read_whatever_its_rows(
+    tmp_path_factory: pytest.TempPathFactory, long_row: int, block: int, cut_tensor
+):
+    """Finds entries of another row, where rows are read one by one, in blocks, or around what is not wanted."""
+    cuts, box = cut_tensor
+    part = np.asarray(np.random.default_rng(0).integers(1 << 60, size=[cut[-1] for cut in cuts]))
+    path = tmp_path_factory.mktemp("part") / "part"
+    path.write_bytes(b"head" + part.tobytes())
+
+    wanted = part[*box, ...]
+    target = np.zeros(wanted.shape, part.dtype)
+    with pytest.MonkeyPatch.context() as patch, path.open("rb") as file:
+        patch.setattr(checkpoint, "LONG_ROW", long_row)
+        patch.setattr(checkpoint, "BLOCK", block)
+        read_entries(file, 4, part.shape, box, target)
+    assert np.array_equal(target, wanted)
