@@ -40,8 +40,7 @@ def test_schedules_on_any_number_of_ranks(config, tp):
     """Finds a part of a model that a rank cuts or sums wrongly: padded heads, grouped keys, norms over all heads."""
     model = model_of(config).double()
     with sharded(model, tp) as engine:
-        for seed in range(2):
-            check_schedule(engine, model, requests_of_all_kinds(), seed)
+        check_schedule(engine, model, requests_of_all_kinds(8), seed=0)
 
 
 @pytest.mark.heavy
