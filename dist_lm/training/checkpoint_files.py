@@ -133,7 +133,7 @@ def read_state(directory: Path) -> tuple[TrainState, dict[str, Any]]:
         written_format = content["format"]
         if written_format == FORMAT:
             return TrainState.from_json(content["state"]), content["model"]
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
         raise ArtefactError(f"checkpoint {directory}: {STATE} cannot be read ({error})") from error
     raise ArtefactError(
         f"checkpoint {directory}: format {written_format}, expected {FORMAT}: another version of dist_lm wrote it; "
@@ -206,7 +206,8 @@ def read_manifest(directory: Path) -> Manifest:
     try:
         manifest = json.loads((directory / MANIFEST).read_text())
         return {name: FileRecord(str(file["sha256"]), int(file["bytes"])) for name, file in manifest.items()}
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+    # Without one of these, the ranks that wait for the first would wait on.
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, OverflowError, RecursionError) as error:
         raise ArtefactError(f"checkpoint {directory}: {MANIFEST} cannot be read ({error})") from error
 
 
@@ -216,7 +217,7 @@ def damage(
     """Compares the files of a checkpoint with its manifest; yields a phrase (`NAME is missing`) for each missing,
     changed, unreadable or foreign file.
 
-    A foreign file counts if it ends in `.safetensors`, because tensors are read from all such files.
+    A foreign file counts if it ends in `.safetensors` or is an index, because tensors are read from all such files.
 
     Args:
         contents: whether to compare contents too, not only sizes.
@@ -236,7 +237,7 @@ def damage(
     # One listing of the folder serves all shares.
     if first > 0:
         return
-    for path in sorted(directory.glob(f"*{TENSORS}")):
+    for path in sorted([*directory.glob(f"*{TENSORS}"), *directory.glob(INDEX)]):
         if path.name not in manifest:
             yield f"{path.name} does not belong to it (not in {MANIFEST})"
 

@@ -1,6 +1,5 @@
 """Ten steps of training are those of transformers and `torch.optim.AdamW`, at one rank and over several."""
 
-from collections.abc import Iterator
 from itertools import product
 
 import pytest
@@ -26,13 +25,6 @@ pytest.importorskip("transformers")
 
 STEPS, SEQUENCES, LENGTH = 10, 4, 24
 STAGE = StageConfig(name="families", lr=3e-3, warmup_steps=3, steps=STEPS, grad_clip=1.0, label_smoothing=0.0)
-
-
-@pytest.fixture(scope="module")
-def ranks(tmp_path_factory: pytest.TempPathFactory) -> Iterator[RankGroups]:
-    groups = RankGroups(tmp_path_factory.mktemp("ranks"))
-    yield groups
-    groups.close()
 
 
 def model_of(family: str, heads: int) -> ModelConfig:
