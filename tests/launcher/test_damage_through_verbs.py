@@ -77,7 +77,8 @@ class Case:
 def pointers(world: World) -> list[Path]:
     """The small files of a checkpoint that a verb chooses by the path of its run."""
     files = [world.run.checkpoints / checkpoint_files.LATEST, world.run.checkpoints / checkpoint_files.BEST]
-    return [*files, world.newest / checkpoint_files.STATE, world.newest / checkpoint_files.MANIFEST]
+    names = (checkpoint_files.STATE, checkpoint_files.INDEX, checkpoint_files.MANIFEST)
+    return [*files, *(world.newest / name for name in names)]
 
 
 def of_model(world: World) -> list[Path]:
