@@ -254,7 +254,13 @@ GREETING, PROMPT_MARK = "Ctrl-D leaves", "> "
 
 @pytest.mark.heavy
 @pytest.mark.parametrize(
-    "words", ["\x04", "/quit\n", "/exit\n", "half a line\x03\x04", "half a line\x03/quit\n"], ids=repr
+    "words",
+    [
+        "/quit\n",
+        "half a line\x03\x04",
+        *(pytest.param(words, marks=pytest.mark.bars) for words in ("\x04", "/exit\n", "half a line\x03/quit\n")),
+    ],
+    ids=repr,
 )
 def test_a_chat_at_a_terminal_ends_when_it_is_told(small_run, words: str):
     """Finds a chat that does not end at the end of input, or waits for threads and processes at its end."""
