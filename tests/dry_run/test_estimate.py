@@ -186,7 +186,7 @@ def test_a_loss_that_needs_the_global_batch_is_played_with_its_passes_before_the
 @pytest.mark.parametrize(
     ("model", "layout", "most"),
     [
-        pytest.param("large", Layout(1, 8, 1), 1.10, id="large on 8"),
+        pytest.param("large", Layout(1, 8, 1), 1.10, id="large on 8", marks=pytest.mark.bars),
         pytest.param("xlarge", Layout(64, 8, 1), 1.15, id="xlarge on 512", marks=pytest.mark.bars),
         pytest.param("llama_8b", Layout(8, 8, 1), 1.10, id="llama_8b on 64", marks=pytest.mark.bars),
         pytest.param("llama_8b", Layout(64, 8, 1), 1.10, id="llama_8b on 512"),
