@@ -76,6 +76,20 @@ def data_list(
     print_corpora(WorkDirectory(work), OutputConsole(), unused=unused)
 
 
+@data.command("step")
+def data_step(
+    run: Annotated[Path, typer.Argument(help="A run directory, such as work/runs/code/default.")],
+    step: Annotated[int, typer.Argument(help="A step, from 1, as in metrics and in the names of checkpoints.")],
+    text: Annotated[bool, typer.Option("--text", help="Print the beginning of each part of a document.")] = False,
+    json: Annotated[bool, typer.Option("--json", help="Print a JSON object for each part, a line each.")] = False,
+) -> None:
+    """Print the documents that a training step was made of, with their sources and licences."""
+    from dist_lm.storage.run_directory import RunDirectory
+    from dist_lm.verbs.data_step import print_step
+
+    print_step(RunDirectory(run), step, OutputConsole(), as_json=json, with_text=text)
+
+
 @data.command("new")
 def data_new(
     inputs: Annotated[list[str], typer.Argument(help="Files, folders, globs or URLs.", metavar="PATH...")],

@@ -176,6 +176,10 @@ class InfillEpoch:
                 largest_hash = np.partition(hashes, count - 1)[count - 1]
                 self.form[self.eligible[hashes <= largest_hash]] = form
 
+    def slices(self, i: int) -> list[DocumentSlice]:
+        """Returns the slices of the i-th sequence visited as they stand in their documents."""
+        return self._order.sequence(i)
+
     def content(self, i: int) -> SequenceContent:
         """Returns the i-th sequence visited, with its last target.
 

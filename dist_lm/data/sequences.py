@@ -4,14 +4,14 @@ Both are pure functions of the number, so the state of a stream is one integer, 
 micro-batches changes nothing.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Generic, TypeVar
 
 import numpy as np
 
 from dist_lm.data.batch import SequenceContent
 from dist_lm.data.infill import ADDED, Infill, InfillEpoch, most_slices
-from dist_lm.data.order import EpochOrder, Shuffle, key, permutation, sequences_an_epoch
+from dist_lm.data.order import DocumentSlice, EpochOrder, Shuffle, key, permutation, sequences_an_epoch
 from dist_lm.data.packing import DROP, SPLIT, TRUNCATE, PackedEpoch, Packing
 from dist_lm.data.token_corpus import TokenCorpus
 from dist_lm.errors import ArtefactError
@@ -103,6 +103,11 @@ class CorpusSequences:
             return order.content(i)
         return SequenceContent(self.corpus, order.sequence(i))
 
+    def slices(self, number: int) -> list[DocumentSlice]:
+        """Returns the slices of documents in sequence `number`, with the last target, as they stand in the corpus."""
+        order, i = self._epochs.locate(number)
+        return order.slices(i) if isinstance(order, InfillEpoch) else order.sequence(i)
+
     def _order(self, epoch: int) -> EpochOrder | PackedEpoch | InfillEpoch:
         # Conversations stay whole; text is cut, and its slices may be rearranged.
         if self.packing:
@@ -147,6 +152,50 @@ class Mix:
         is_same_corpus = self._corpora[:, None] == self._corpora[None, :]
         self._numbers_in_block = np.tril(is_same_corpus, -1).sum(1)
         self._block = block
+
+
+class MixedSequences:
+    """The sequences of a stream of texts and conversations, numbered over all epochs: those of the stage's own corpus,
+    with shares of others."""
+
+    def __init__(
+        self,
+        corpus: TokenCorpus,
+        *,
+        seed: int,
+        seq_len: int,
+        mix: Mapping[TokenCorpus, float] | None = None,
+        seq_len_key: str = SEQ_LEN,
+        infill: Infill | None = None,
+        too_long: str = DROP,
+    ) -> None:
+        """Opens the sequences. Arguments that are not listed are those of `CorpusSequences`.
+
+        Args:
+            mix: further corpora with their shares of all sequences (`Mix`).
+            infill: rearranges slices of documents of `corpus`; the corpora of `mix` stay as they are.
+
+        Raises:
+            ArtefactError: a corpus fills no sequence.
+        """
+        # The stage's own corpus is number 0, as in `Mix`.
+        shares = mix or {}
+        self.corpora = [CorpusSequences(corpus, seed, seq_len, seq_len_key, infill, too_long)]
+        self.corpora += [
+            CorpusSequences(mixed_corpus, seed, seq_len, seq_len_key, too_long=too_long) for mixed_corpus in shares
+        ]
+        self._mix = Mix(list(shares.values()), seed)
+
+    def content(self, number: int) -> SequenceContent:
+        """Returns global sequence `number`."""
+        corpus, number_in_corpus = self._mix.locate(number)
+        return self.corpora[corpus].content(number_in_corpus)
+
+    def slices(self, number: int) -> tuple[TokenCorpus, list[DocumentSlice]]:
+        """Returns the corpus of global sequence `number`, and the slices of its documents."""
+        corpus, number_in_corpus = self._mix.locate(number)
+        sequences = self.corpora[corpus]
+        return sequences.corpus, sequences.slices(number_in_corpus)
 
 
 def packed(

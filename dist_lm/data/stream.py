@@ -14,10 +14,10 @@ from typing import Self
 
 import torch
 
-from dist_lm.data.batch import Batch, SequenceContent, assemble
+from dist_lm.data.batch import Batch, assemble
 from dist_lm.data.infill import Infill
 from dist_lm.data.packing import DROP
-from dist_lm.data.sequences import SEQ_LEN, CorpusSequences, Mix
+from dist_lm.data.sequences import SEQ_LEN, MixedSequences
 from dist_lm.data.token_corpus import TokenCorpus
 from dist_lm.errors import ConfigError
 from dist_lm.tokenizer.tokenizer import FirstToken
@@ -141,25 +141,19 @@ class SequenceStream(StepStream):
         """Opens the stream. Arguments that are not listed are those of `StepStream` and `assemble`.
 
         Args:
-            mix: further corpora with their shares of all sequences (`sequences.Mix`).
-            seq_len_key: the configuration key that `seq_len` comes from, for errors.
+            mix, seq_len_key, infill, too_long: as for `MixedSequences`.
             pad_id: the token that fills rows up.
             first_token: of the tokenizer; None: documents begin with end-of-text.
-            infill: rearranges slices of documents of `corpus`; the corpora of `mix` stay as they are.
-            too_long: what becomes of conversations that are longer than a sequence (`packing.TOO_LONG`).
 
         Raises:
             ConfigError: the batch does not divide over the ranks.
             ArtefactError: a corpus fills no sequence.
         """
-        # The stage's own corpus is number 0, as in `Mix`.
-        shares = mix or {}
-        self.corpora = [CorpusSequences(corpus, seed, seq_len, seq_len_key, infill, too_long)]
-        self.corpora += [
-            CorpusSequences(mixed_corpus, seed, seq_len, seq_len_key, too_long=too_long) for mixed_corpus in shares
-        ]
+        self._sequences = MixedSequences(
+            corpus, seed=seed, seq_len=seq_len, mix=mix, seq_len_key=seq_len_key, infill=infill, too_long=too_long
+        )
+        self.corpora = self._sequences.corpora
         self.n_sequences = self.corpora[0].n_sequences  # an epoch
-        self._mix = Mix(list(shares.values()), seed)
 
         self._seq_len, self._pad_id, self._first_token = seq_len, pad_id, first_token
         self._document_mask, self._reset_positions = document_mask, reset_positions
@@ -183,7 +177,7 @@ class SequenceStream(StepStream):
             ArtefactError: a tar is damaged.
         """
         return assemble(
-            [self._content(number) for number in numbers],
+            [self._sequences.content(number) for number in numbers],
             numbers,
             seq_len=self._seq_len,
             document_mask=self._document_mask,
@@ -191,11 +185,6 @@ class SequenceStream(StepStream):
             pad_id=self._pad_id,
             first_token=self._first_token,
         )
-
-    def _content(self, number: int) -> SequenceContent:
-        """Returns global sequence `number`."""
-        corpus, number_in_corpus = self._mix.locate(number)
-        return self.corpora[corpus].content(number_in_corpus)
 
 
 def rank_micro_batches(global_batch: int, micro_batch: int, dp_rank: int, dp_size: int) -> list[range]:

@@ -18,7 +18,7 @@ from dist_lm.data.token_corpus import TokenCorpus
 from dist_lm.errors import ConfigError, require
 from dist_lm.stages.corpus_forms import CorpusFormsConfig
 from dist_lm.stages.stage import run_of
-from dist_lm.stages.training.arguments import DataArguments, StageData
+from dist_lm.stages.training.arguments import DataArguments, SlicesOf, StageData
 from dist_lm.stages.training.stage import TrainingStage, batch_options, print_before_and_after, sequence_limit
 from dist_lm.storage.run_directory import RunDirectory
 from dist_lm.tracking.readable import change
@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     from dist_lm.data.evaluation_batches import EvaluationBatches
     from dist_lm.data.stream import SequenceStream
     from dist_lm.model.transformer import Transformer
+    from dist_lm.tokenizer.tokenizer import Tokenizer
     from dist_lm.tracking.console import Console
     from dist_lm.training.objective import Objective
     from dist_lm.training.trainer import Evaluate
@@ -130,6 +131,13 @@ class TextStage(TrainingStage):
         text_bytes = bytes_per_token(arguments.run, arguments.config)
         return StageData(stream, evaluator(arguments), text_bytes, passes)
 
+    def slices_of(self, config: Config, run: RunDirectory) -> SlicesOf:
+        from dist_lm.data.sequences import MixedSequences
+        from dist_lm.tokenizer.tokenizer import Tokenizer
+
+        tokenizer = Tokenizer.load(run.work.tokenizer_model)
+        return MixedSequences(seq_len=config.stage.seq_len, **sequence_options(config, run, tokenizer)).slices
+
     def passes(self, config: Config, exact: bool) -> tuple[CorpusPass, ...]:
         stage, work = config.stage, run_of(config).work
         passes = []
@@ -191,29 +199,42 @@ def open_stream(arguments: DataArguments) -> "SequenceStream":
         UserError: the tokenizer lacks a mark that stage.fim_rate needs.
         ConfigError: the batch does not divide over the ranks.
     """
-    from dist_lm.data.infill import Infill, InfillMarks
     from dist_lm.data.stream import SequenceStream
 
-    config, stage = arguments.config, arguments.config.stage
-    corpora = {
-        name: TokenCorpus.open(config.corpus_in(arguments.run.work, name), "train") for name in stage.corpus_names
-    }
-    infill = None
-    if fim_rate := fim_rate_of(config):
-        infill = Infill(fim_rate, InfillMarks.of(arguments.tokenizer))
+    stage = arguments.config.stage
     return SequenceStream(
-        corpora[stage.corpus],
-        seed=config.seed,
         global_batch=stage.global_batch,
         position=arguments.position,
         document_mask=stage.document_mask,
         reset_positions=stage.reset_positions,
-        mix={corpora[name]: share for name, share in sorted((stage.mix or {}).items())},
         pin_memory=arguments.world.device.type == "cuda",
-        infill=infill,
-        too_long=stage.too_long,
+        **sequence_options(arguments.config, arguments.run, arguments.tokenizer),
         **batch_options(arguments),
     )
+
+
+def sequence_options(config: Config, run: RunDirectory, tokenizer: "Tokenizer") -> dict[str, Any]:
+    """Returns the arguments that say which sequences a run trains on, but their length: those of `SequenceStream` and
+    of `MixedSequences`.
+
+    Raises:
+        ArtefactError: a corpus is missing or damaged.
+        UserError: the tokenizer lacks a mark that stage.fim_rate needs.
+    """
+    from dist_lm.data.infill import Infill, InfillMarks
+
+    stage = config.stage
+    corpora = {name: TokenCorpus.open(config.corpus_in(run.work, name), "train") for name in stage.corpus_names}
+    infill = None
+    if fim_rate := fim_rate_of(config):
+        infill = Infill(fim_rate, InfillMarks.of(tokenizer))
+    return {
+        "corpus": corpora[stage.corpus],
+        "seed": config.seed,
+        "mix": {corpora[name]: share for name, share in sorted((stage.mix or {}).items())},
+        "infill": infill,
+        "too_long": stage.too_long,
+    }
 
 
 def held_out_batches(arguments: DataArguments, corpus: "TokenCorpus", everything: bool) -> "EvaluationBatches":

@@ -12,6 +12,8 @@ import torch.distributed as dist
 from dist_lm.chat.documents import encode_ranking, write_ranking
 from dist_lm.chat.messages import Conversation, Message
 from dist_lm.chat.ranking import Judgement, Ranking
+from dist_lm.data.rankings.shards import RankingCorpus
+from dist_lm.data.rankings.stream import ALL, RankingStream
 from dist_lm.data.shard_writer import CorpusWriter
 from dist_lm.document import Document
 from dist_lm.errors import ArtefactError, ConfigError
@@ -20,6 +22,7 @@ from dist_lm.model.transformer import Transformer
 from dist_lm.parallel.mesh import World
 from dist_lm.prepare.compose import compose_config
 from dist_lm.rlhf.reward_model import read_reward_scale
+from dist_lm.stages.registry import load_config
 from dist_lm.stages.reward.ranks import score_samples
 from dist_lm.stages.reward.stage import Reward
 from dist_lm.stages.shards import recipe_of
@@ -27,6 +30,7 @@ from dist_lm.stages.training.stage import EvaluationArguments
 from dist_lm.storage.run_directory import RunDirectory, WorkDirectory
 from dist_lm.tokenizer.tokenizer import Tokenizer
 from dist_lm.training.checkpoint_tensors import model_weights
+from dist_lm.verbs.data_step import slices_of_step
 from tests.conftest import TINY, TINY_MODEL
 from tests.training_run import STEPS, copy_until, linked, numbers, prepare, tolerance, train, unwritten, write_untrained
 
@@ -178,3 +182,20 @@ def test_a_run_that_goes_on_from_a_checkpoint_ends_bit_identical(reference: RunD
     copy_until(reference, run, step=10)
     train(run, ranks=1)
     assert numbers(run) == numbers(reference)
+
+
+def test_the_rankings_of_a_step_are_those_that_its_ranks_read(reference: RunDirectory) -> None:
+    """Finds `data step` that packs rankings as conversations, or in another order."""
+    config = load_config(reference.config)
+    train = RankingCorpus.open(reference.corpus(config.stage.corpus), "train")
+    used = slices_of_step(reference, STEP := 2)
+    assert all((part.start, part.stop) == (0, part.document_tokens) for part in used)
+
+    n = config.stage.global_batch
+    ranks = {"global_batch": n, "micro_batch": n, "dp_rank": 0, "dp_size": 1, "position": n * (STEP - 1)}
+    with RankingStream(train, ALL, 0.0, seed=config.seed, seq_len=config.stage.seq_len, pad_id=0, **ranks) as stream:
+        (batch,) = next(stream).micro_batches
+    for row, sequence in enumerate(batch.sequence_B.tolist()):
+        documents = [part.document for part in used if part.sequence == sequence]
+        tokens = [token for each in documents for token in train.corpus.tokens(each, 0, train.corpus.lengths[each])]
+        assert sorted(batch.tokens_BT[row, : len(tokens)].tolist()) == sorted(tokens)

@@ -85,7 +85,7 @@ class RankingStream(StepStream):
         # Rows depend on lengths alone, so all epochs share one packing.
         packing = packed(rankings.corpus, seq_len, kind=ALL)
         self.n_sequences = packing.n_rows  # an epoch
-        self._epochs = Epochs(packing.n_rows, lambda epoch: PackedEpoch(packing, seed, epoch))
+        self._epochs = rows_of(packing, seed)
         super().__init__(
             self.batch,
             global_batch=global_batch,
@@ -120,6 +120,11 @@ class RankingStream(StepStream):
             for ranking in placed
         ]
         return replace(batch, ranked=ranked_positions(placed, lessons))
+
+
+def rows_of(packing: Packing, seed: int) -> Epochs[PackedEpoch]:
+    """Returns the rows of a training stream of rankings, in the order of each epoch."""
+    return Epochs(packing.n_rows, lambda epoch: PackedEpoch(packing, seed, epoch))
 
 
 @dataclass(frozen=True, kw_only=True)

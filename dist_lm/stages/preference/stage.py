@@ -14,7 +14,7 @@ from dist_lm.errors import require
 from dist_lm.stages.corpus_forms import require_form
 from dist_lm.stages.preference.config import PreferenceRunConfig, settings_of
 from dist_lm.stages.stage import VAL_LOSS, KeyFigure, run_of
-from dist_lm.stages.training.stage import DataArguments, StageData, TrainingStage, before_and_after
+from dist_lm.stages.training.stage import DataArguments, SlicesOf, StageData, TrainingStage, before_and_after
 from dist_lm.storage.run_directory import RunDirectory
 from dist_lm.tracking.readable import percent, three_decimals
 
@@ -62,6 +62,11 @@ class Preference(TrainingStage):
         from dist_lm.rlhf.preference_objective import preparation
 
         return preparation(PreferenceLoss(settings_of(config)))
+
+    def slices_of(self, config: Config, run: RunDirectory) -> SlicesOf:
+        from dist_lm.stages.reward import ranks as reward_ranks
+
+        return reward_ranks.slices_of(config, run)
 
     def passes(self, config: Config, exact: bool) -> tuple[CorpusPass, ...]:
         corpus = TokenCorpus.open(config.corpus_in(run_of(config).work, config.stage.corpus), "train")

@@ -18,6 +18,7 @@ from dist_lm.stages.stage import VAL_LOSS, KeyFigure, run_of
 from dist_lm.stages.training.stage import (
     DataArguments,
     EvaluationArguments,
+    SlicesOf,
     StageData,
     TrainingStage,
     before_and_after,
@@ -67,6 +68,11 @@ class Reward(TrainingStage):
         from dist_lm.rlhf.reward_model import choices_of_people
 
         return choices_of_people
+
+    def slices_of(self, config: Config, run: RunDirectory) -> SlicesOf:
+        from dist_lm.stages.reward import ranks as reward_ranks
+
+        return reward_ranks.slices_of(config, run)
 
     def passes(self, config: Config, exact: bool) -> tuple[CorpusPass, ...]:
         corpus = TokenCorpus.open(config.corpus_in(run_of(config).work, config.stage.corpus), "train")

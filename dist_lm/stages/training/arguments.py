@@ -1,6 +1,6 @@
 """Arguments that the program of a rank passes to the methods of a training stage, and what they return."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -13,11 +13,16 @@ if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
 
     from dist_lm.data.epochs import CorpusPass
+    from dist_lm.data.order import DocumentSlice
     from dist_lm.data.stream import StepStream
+    from dist_lm.data.token_corpus import TokenCorpus
     from dist_lm.model.transformer import Transformer
     from dist_lm.parallel.mesh import World
     from dist_lm.tokenizer.tokenizer import Tokenizer
     from dist_lm.training.trainer import Evaluate
+
+SlicesOf = Callable[[int], "tuple[TokenCorpus, Sequence[DocumentSlice]]"]
+"""Maps the number of a sequence of the training stream, from 0, to its corpus and its parts of documents."""
 
 
 @dataclass(frozen=True)

@@ -39,7 +39,7 @@ from dist_lm.stages.stage import (
     run_of,
     shown_path,
 )
-from dist_lm.stages.training.arguments import DataArguments, EvaluationArguments, StageData
+from dist_lm.stages.training.arguments import DataArguments, EvaluationArguments, SlicesOf, StageData
 from dist_lm.storage import durable
 from dist_lm.storage.run_directory import RunDirectory
 from dist_lm.tracking.readable import change, counted, listed, passes_in_words, percent, three_decimals
@@ -125,6 +125,16 @@ class TrainingStage(Stage):
             ArtefactError: a corpus is missing or damaged.
         """
         return ()
+
+    def slices_of(self, config: Config, run: RunDirectory) -> SlicesOf | None:
+        """Returns which parts of documents a sequence of the training stream is made of; None for a stage that trains
+        on something else.
+
+        Raises:
+            ArtefactError: a corpus or the tokenizer is missing or damaged.
+            UserError: the tokenizer lacks a mark, or the package that it needs is not installed.
+        """
+        return None
 
     def example_batch(self, config: Config) -> "Batch | None":
         """A micro-batch for the dry run; None: random tokens for next-token prediction."""

@@ -1,0 +1,214 @@
+"""The verb `data step`: the documents that a training step of a run was made of, with their sources and licences.
+
+Nothing was recorded for this: the order of data is a function of the configuration of the run, so a step of any past
+run, on any layout, can be looked up.
+"""
+
+import json
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from itertools import islice
+from pathlib import Path
+
+from rich.console import Console
+from rich.rule import Rule
+from rich.table import Table
+from rich.text import Text
+from zstandard import ZstdError
+
+from dist_lm.config.root import Config
+from dist_lm.data.manifest import read_manifest, require_content
+from dist_lm.data.order import DocumentSlice
+from dist_lm.data.shard_writer import Origin, read_origins
+from dist_lm.data.token_corpus import TokenCorpus
+from dist_lm.errors import ArtefactError
+from dist_lm.stages.registry import load_config, stage_named
+from dist_lm.stages.training.stage import TrainingStage
+from dist_lm.storage.run_directory import RunDirectory
+
+SHOWN_TOKENS = 160  # of a slice, with `--text`
+
+
+@dataclass(frozen=True)
+class UsedSlice:
+    """Tokens [start, stop) of a document, in one sequence of a step."""
+
+    sequence: int  # number in the training stream, from 0
+    corpus: str  # folder in work/corpora
+    document: int  # number in train
+    start: int
+    stop: int
+    document_tokens: int
+    language: str
+    source: str
+    licence: str
+
+
+def slices_of_step(run: RunDirectory, step: int) -> list[UsedSlice]:
+    """Returns what the ranks together read in a step of a run, in the order of its sequences.
+
+    A sequence has one token more than `stage.seq_len`, the last target. Reads the index of each corpus, and the origins
+    of the tars that hold the documents.
+
+    Args:
+        step: from 1, as in metrics and in the names of checkpoints.
+
+    Raises:
+        ArtefactError: there is no run, it trains on no documents, it has no such step, its corpus has changed since, or
+            a file is damaged.
+        UserError: the package that the tokenizer needs is not installed.
+    """
+    config = load_config(run.config)
+    numbers = _sequences_of_step(config, run, step)
+    require_content(run, config.stage.corpus_names)
+    stage = stage_named(config.stage.name)
+    slices_of = stage.slices_of(config, run) if isinstance(stage, TrainingStage) else None
+    if slices_of is None:
+        raise ArtefactError(
+            f"{run.path}: stage {config.stage.name} draws what it trains on itself; `data step` looks up steps of "
+            "stages that train on a corpus"
+        )
+
+    # Sequences of one corpus are looked up together, because origins are read from the beginning of a file.
+    read: list[tuple[int, TokenCorpus, DocumentSlice]] = []
+    for number in numbers:
+        corpus, slices = slices_of(number)
+        read += [(number, corpus, part) for part in slices]
+    documents_of: dict[TokenCorpus, set[int]] = {}
+    for _, corpus, part in read:
+        documents_of.setdefault(corpus, set()).add(part.document)
+    origins = {corpus: origins_of(corpus, documents) for corpus, documents in documents_of.items()}
+
+    return [
+        UsedSlice(
+            sequence=number,
+            corpus=corpus.directory.name,
+            document=part.document,
+            start=part.start,
+            stop=part.stop,
+            document_tokens=int(corpus.lengths[part.document]),
+            language=corpus.languages[corpus.language_codes[part.document]],
+            source=origins[corpus][part.document].source,
+            licence=origins[corpus][part.document].licence,
+        )
+        for number, corpus, part in read
+    ]
+
+
+def _sequences_of_step(config: Config, run: RunDirectory, step: int) -> range:
+    """Returns the numbers of the sequences of a step in the training stream.
+
+    Raises:
+        ArtefactError: the run has no such step.
+    """
+    if not 1 <= step <= config.stage.steps:
+        raise ArtefactError(f"{run.path}: step {step:,}: expected 1 to stage.steps={config.stage.steps:,}")
+    return range((step - 1) * config.stage.global_batch, step * config.stage.global_batch)
+
+
+def origins_of(corpus: TokenCorpus, documents: Iterable[int]) -> dict[int, Origin]:
+    """Returns the sources and licences of documents of a corpus, by their numbers.
+
+    Raises:
+        ArtefactError: the manifest or the file beside a tar is missing or damaged; names the tar.
+    """
+    left = sorted(documents)
+    origins: dict[int, Origin] = {}
+    first = 0
+    for shard in read_manifest(corpus.directory).splits[corpus.split].shards:
+        end = first + shard.counts.documents
+        inside = [document for document in left if first <= document < end]
+        if inside:
+            tar = corpus.directory / shard.name
+            try:
+                origins |= _origins_in(tar, first, inside)
+            except (OSError, ValueError, KeyError, StopIteration, ZstdError) as error:
+                raise ArtefactError(f"{tar}: sources and licences cannot be read ({error})") from error
+        first = end
+    return origins
+
+
+def _origins_in(tar: Path, first: int, documents: Sequence[int]) -> dict[int, Origin]:
+    """Returns the origins of documents of one tar.
+
+    Args:
+        first: number of the first document of the tar.
+        documents: rising numbers.
+    """
+    lines = read_origins(tar)
+    origins = {}
+    position = first
+    for document in documents:
+        origins[document] = next(islice(lines, document - position, None))
+        position = document + 1
+    return origins
+
+
+def print_step(run: RunDirectory, step: int, console: Console, *, as_json: bool, with_text: bool) -> None:
+    """Prints the slices of a step: a table and the sources with their tokens, or a JSON line for each slice.
+
+    Args:
+        with_text: print the beginning of the text of each slice, too.
+
+    Raises:
+        ArtefactError, UserError: as `slices_of_step`; or a tar is damaged.
+    """
+    used = slices_of_step(run, step)
+    texts = _texts(run, used) if with_text else {}
+    if as_json:
+        for part in used:
+            print(json.dumps(asdict(part) | ({"text": texts[part]} if with_text else {}), ensure_ascii=True))
+        return
+
+    numbers = sorted({part.sequence for part in used})
+    head = f"Step {step:,} of {run.path}: sequences {numbers[0]:,} to {numbers[-1]:,} of its training stream"
+    console.print(Text(head, style="bold"), soft_wrap=True)
+    table = Table("sequence", "corpus", title_justify="left")
+    for name in ("document", "tokens", "of"):
+        table.add_column(name, justify="right")
+    table.add_column("licence")
+    table.add_column("source", overflow="fold")
+    for part in used:
+        table.add_row(
+            f"{part.sequence:,}",
+            part.corpus,
+            f"{part.document:,}",
+            f"{part.start:,} to {part.stop:,}",
+            f"{part.document_tokens:,}",
+            part.licence or "not given",
+            part.source,
+        )
+    console.print(table)
+    for part, text in texts.items():
+        console.print(Rule(Text(f"sequence {part.sequence:,}, {part.source}"), align="left"))
+        console.print(Text(text))
+    for line in _licence_lines(used):
+        console.print(Text(line), soft_wrap=True)
+
+
+def _licence_lines(used: Sequence[UsedSlice]) -> list[str]:
+    """Returns the tokens of a step by licence, most first."""
+    tokens: Counter[str] = Counter()
+    for part in used:
+        tokens[part.licence or "not given"] += part.stop - part.start
+    return ["Licences", f"{'tokens':>12}  licence", *(f"{n:>12,}  {name}" for name, n in tokens.most_common())]
+
+
+def _texts(run: RunDirectory, used: Sequence[UsedSlice]) -> Mapping[UsedSlice, str]:
+    """Returns the beginning of the text of each slice, with the names of special tokens.
+
+    Raises:
+        ArtefactError: a tar or the tokenizer is damaged.
+        UserError: the package that the tokenizer needs is not installed.
+    """
+    from dist_lm.tokenizer.tokenizer import Tokenizer, text_with_marks
+
+    tokenizer = Tokenizer.load(run.work.tokenizer_model)
+    corpora = {name: TokenCorpus.open(run.work.corpus(name), "train") for name in {part.corpus for part in used}}
+    texts = {}
+    for part in used:
+        stop = min(part.stop, part.start + SHOWN_TOKENS)
+        text = text_with_marks(corpora[part.corpus].tokens(part.document, part.start, stop).tolist(), tokenizer)
+        texts[part] = text + " ..." * (stop < part.stop)
+    return texts
