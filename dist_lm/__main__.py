@@ -90,6 +90,22 @@ def data_step(
     print_step(RunDirectory(run), step, OutputConsole(), as_json=json, with_text=text)
 
 
+@data.command("where")
+def data_where(
+    run: Annotated[Path, typer.Argument(help="A run directory, such as work/runs/code/default.")],
+    text: Annotated[str, typer.Argument(help="The text to look for; with --file, the name of a file that holds it.")],
+    file: Annotated[bool, typer.Option("--file", help="TEXT is the name of a file.")] = False,
+    most: Annotated[int, typer.Option(help="Most places of a corpus.", min=1)] = 100,
+    json: Annotated[bool, typer.Option("--json", help="Print a JSON object for each place, a line each.")] = False,
+) -> None:
+    """Print the training documents of a run and its ancestors that hold a text, and the steps that read it."""
+    from dist_lm.storage.run_directory import RunDirectory
+    from dist_lm.verbs.data_where import print_places
+
+    content = Path(text).read_text() if file else text
+    print_places(RunDirectory(run), content, most, OutputConsole(), as_json=json)
+
+
 @data.command("new")
 def data_new(
     inputs: Annotated[list[str], typer.Argument(help="Files, folders, globs or URLs.", metavar="PATH...")],

@@ -180,6 +180,10 @@ class InfillEpoch:
         """Returns the slices of the i-th sequence visited as they stand in their documents."""
         return self._order.sequence(i)
 
+    def visits(self, part: DocumentSlice) -> list[int]:
+        """Returns the sequences visited that hold a token of a slice, which may have been rearranged there."""
+        return self._order.visits(part)
+
     def content(self, i: int) -> SequenceContent:
         """Returns the i-th sequence visited, with its last target.
 

@@ -91,9 +91,14 @@ class Concatenation:
 
     def __init__(self, lengths: np.ndarray, documents: np.ndarray) -> None:
         """`lengths`: (n,) tokens by document number; `documents`: the numbers in the order in which they are laid."""
-        self._documents = documents
+        self._documents, self._lengths = documents, lengths
         self.ends = np.cumsum(lengths[documents], dtype=np.int64)  # (n,) positions behind each document
         self.n_tokens = int(self.ends.max(initial=0))
+
+    def begin(self, document: int) -> int:
+        """Returns the position of the first token of a document; reads the whole order."""
+        index = int((self._documents == document).argmax())
+        return int(self.ends[index]) - int(self._lengths[document])
 
     def slices(self, begin: int, end: int) -> list[DocumentSlice]:
         """Returns the slices that cover the tokens [begin, end), in order; `end` is at most `n_tokens`."""
@@ -143,6 +148,17 @@ class EpochOrder:
         # One more token: the last target, which is the first input of the next cut.
         begin = self.begin(i)
         return self.concatenation.slices(begin, begin + self.seq_len + 1)
+
+    def visits(self, part: DocumentSlice) -> list[int]:
+        """Returns the sequences visited that hold a token of a slice, as input or target: rising numbers."""
+        document_begin = self.concatenation.begin(part.document)
+        begin, end = document_begin + part.start, document_begin + part.stop
+
+        # A cut has one token more than `seq_len`: the first of the next cut.
+        first_cut = max(0, -(-begin // self.seq_len) - 1)
+        last_cut = (end - 1) // self.seq_len
+        is_cut = (self._cut_of_visit >= first_cut) & (self._cut_of_visit <= last_cut)
+        return np.flatnonzero(is_cut).tolist()
 
 
 def shuffled_documents(n: int, shuffle_key: int, continues: np.ndarray | None = None) -> np.ndarray:

@@ -79,6 +79,17 @@ class Packing:
             slices.append(DocumentSlice(int(self._piece_documents[piece]), start, start + int(self.lengths[piece])))
         return slices
 
+    def rows_with(self, in_rows: np.ndarray, part: DocumentSlice) -> np.ndarray:
+        """Returns the rows that hold a token of a slice: (n,) numbers.
+
+        Args:
+            in_rows: as for `slices`.
+        """
+        stops = self._piece_starts + self.lengths
+        has_part = (self._piece_documents == part.document) & (self._piece_starts < part.stop) & (stops > part.start)
+        places = np.flatnonzero(has_part[in_rows])
+        return np.searchsorted(self.ends, places, side="right")
+
 
 class PackedEpoch:
     """The sequences of one epoch: every piece of `Packing` once."""
@@ -100,6 +111,10 @@ class PackedEpoch:
     def sequence(self, i: int) -> list[DocumentSlice]:
         """Returns the i-th row of the epoch: documents or pieces of long ones, at most `seq_len + 1` tokens in all."""
         return self._packing.slices(self._in_rows, int(self._rows[i]))
+
+    def visits(self, part: DocumentSlice) -> list[int]:
+        """Returns the rows of the epoch that hold a token of a slice: rising numbers."""
+        return np.flatnonzero(np.isin(self._rows, self._packing.rows_with(self._in_rows, part))).tolist()
 
 
 def _pieces(lengths: np.ndarray, seq_len: int, too_long: str) -> tuple[np.ndarray, np.ndarray, np.ndarray]:

@@ -5,7 +5,7 @@ micro-batches changes nothing.
 """
 
 from collections.abc import Callable, Mapping, Sequence
-from typing import Generic, TypeVar
+from typing import Generic, Protocol, TypeVar
 
 import numpy as np
 
@@ -37,12 +37,40 @@ class Epochs(Generic[Order]):
         An order is computed once, and kept until `CACHED_EPOCHS` other epochs were asked for.
         """
         epoch, i = divmod(number, self._n_sequences)
+        return self.order(epoch), i
+
+    def order(self, epoch: int) -> Order:
+        """Returns the order of an epoch; cached as by `locate`."""
         if epoch not in self._cache:
             self._cache[epoch] = self._order(epoch)
             while len(self._cache) > CACHED_EPOCHS:
                 oldest = next(iter(self._cache))
                 del self._cache[oldest]
-        return self._cache[epoch], i
+        return self._cache[epoch]
+
+
+class HasVisits(Protocol):
+    """The order of an epoch, in which slices can be looked up."""
+
+    def visits(self, part: DocumentSlice) -> list[int]: ...
+
+
+def numbers_with(
+    order_of: Callable[[int], HasVisits], n_sequences: int, parts: Sequence[DocumentSlice], end: int
+) -> dict[DocumentSlice, list[int]]:
+    """Returns the sequences, numbered over all epochs, below `end` that hold a token of each slice: rising numbers.
+
+    Args:
+        order_of: maps an epoch to its order.
+        n_sequences: of an epoch.
+    """
+    numbers: dict[DocumentSlice, list[int]] = {part: [] for part in parts}
+    # Epoch by epoch, because the order of one takes seconds in a large corpus.
+    for epoch in range(-(-end // n_sequences)):
+        order, first = order_of(epoch), epoch * n_sequences
+        for part, found in numbers.items():
+            found += [number for i in order.visits(part) if (number := first + i) < end]
+    return numbers
 
 
 class CorpusSequences:
@@ -108,6 +136,13 @@ class CorpusSequences:
         order, i = self._epochs.locate(number)
         return order.slices(i) if isinstance(order, InfillEpoch) else order.sequence(i)
 
+    def numbers(self, parts: Sequence[DocumentSlice], end: int) -> dict[DocumentSlice, list[int]]:
+        """Returns the sequences below `end` that hold a token of each slice: rising numbers.
+
+        Takes a pass over the order of each epoch for each slice.
+        """
+        return numbers_with(self._epochs.order, self.n_sequences, parts, end)
+
     def _order(self, epoch: int) -> EpochOrder | PackedEpoch | InfillEpoch:
         # Conversations stay whole; text is cut, and its slices may be rearranged.
         if self.packing:
@@ -145,6 +180,20 @@ class Mix:
         corpus = int(self._corpora[i])
         return corpus, block * int(self._sequences_of[corpus]) + int(self._numbers_in_block[i])
 
+    def number(self, corpus: int, number: int) -> int:
+        """Returns the global number of a sequence of a corpus: the inverse of `locate`."""
+        block, i = divmod(number, int(self._sequences_of[corpus]))
+        if block != self._block:
+            self._shuffle(block)
+        return block * BLOCK + int(np.flatnonzero(self._corpora == corpus)[i])
+
+    def count(self, corpus: int, end: int) -> int:
+        """Returns how many of the global sequences below `end` are of a corpus."""
+        block, rest = divmod(end, BLOCK)
+        if block != self._block:
+            self._shuffle(block)
+        return block * int(self._sequences_of[corpus]) + int((self._corpora[:rest] == corpus).sum())
+
     def _shuffle(self, block: int) -> None:
         """Computes the corpus of each sequence of a block, and how many of that corpus come before it there."""
         corpora = np.repeat(np.arange(len(self._sequences_of)), self._sequences_of)
@@ -180,22 +229,33 @@ class MixedSequences:
         """
         # The stage's own corpus is number 0, as in `Mix`.
         shares = mix or {}
-        self.corpora = [CorpusSequences(corpus, seed, seq_len, seq_len_key, infill, too_long)]
-        self.corpora += [
+        self.of_corpora = [CorpusSequences(corpus, seed, seq_len, seq_len_key, infill, too_long)]
+        self.of_corpora += [
             CorpusSequences(mixed_corpus, seed, seq_len, seq_len_key, too_long=too_long) for mixed_corpus in shares
         ]
         self._mix = Mix(list(shares.values()), seed)
 
+    @property
+    def corpora(self) -> list[TokenCorpus]:
+        """The corpora, that of the stage first."""
+        return [sequences.corpus for sequences in self.of_corpora]
+
     def content(self, number: int) -> SequenceContent:
         """Returns global sequence `number`."""
         corpus, number_in_corpus = self._mix.locate(number)
-        return self.corpora[corpus].content(number_in_corpus)
+        return self.of_corpora[corpus].content(number_in_corpus)
 
     def slices(self, number: int) -> tuple[TokenCorpus, list[DocumentSlice]]:
         """Returns the corpus of global sequence `number`, and the slices of its documents."""
         corpus, number_in_corpus = self._mix.locate(number)
-        sequences = self.corpora[corpus]
+        sequences = self.of_corpora[corpus]
         return sequences.corpus, sequences.slices(number_in_corpus)
+
+    def numbers(self, corpus: TokenCorpus, parts: Sequence[DocumentSlice], end: int) -> dict[DocumentSlice, list[int]]:
+        """Returns the global sequences below `end` that hold a token of each slice of a corpus: rising numbers."""
+        place = next(i for i, sequences in enumerate(self.of_corpora) if sequences.corpus is corpus)
+        in_corpus = self.of_corpora[place].numbers(parts, self._mix.count(place, end))
+        return {part: [self._mix.number(place, number) for number in numbers] for part, numbers in in_corpus.items()}
 
 
 def packed(

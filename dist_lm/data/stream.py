@@ -152,7 +152,7 @@ class SequenceStream(StepStream):
         self._sequences = MixedSequences(
             corpus, seed=seed, seq_len=seq_len, mix=mix, seq_len_key=seq_len_key, infill=infill, too_long=too_long
         )
-        self.corpora = self._sequences.corpora
+        self.corpora = self._sequences.of_corpora
         self.n_sequences = self.corpora[0].n_sequences  # an epoch
 
         self._seq_len, self._pad_id, self._first_token = seq_len, pad_id, first_token

@@ -7,7 +7,7 @@ CRC-32 in the manifest, and its tokens with the vocabulary.
 import os
 import threading
 import zlib
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -121,6 +121,17 @@ class TokenCorpus:
             return np.ones(stop - start, np.uint8)
         begin += self._start.item(document) + start
         return np.frombuffer(self._tars.read(self._tar_of.item(member), begin, stop - start), np.uint8)
+
+    def members(self) -> Iterator[tuple[range, np.ndarray]]:
+        """Yields the documents of each member, and their tokens end to end (uint16 or uint32), in their order.
+
+        Raises:
+            ArtefactError: a tar is damaged.
+        """
+        for first, n_documents in zip(self._firsts.tolist(), self._members["documents"].tolist(), strict=True):
+            documents = range(first, first + n_documents)
+            n_tokens = int(self.lengths[first : first + n_documents].sum())
+            yield documents, self.tokens(first, 0, n_tokens)
 
     def check(self) -> None:
         """Reads and checks every member that was not read yet; returns nothing.

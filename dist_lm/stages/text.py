@@ -18,7 +18,7 @@ from dist_lm.data.token_corpus import TokenCorpus
 from dist_lm.errors import ConfigError, require
 from dist_lm.stages.corpus_forms import CorpusFormsConfig
 from dist_lm.stages.stage import run_of
-from dist_lm.stages.training.arguments import DataArguments, SlicesOf, StageData
+from dist_lm.stages.training.arguments import DataArguments, StageData, TrainingSequences
 from dist_lm.stages.training.stage import TrainingStage, batch_options, print_before_and_after, sequence_limit
 from dist_lm.storage.run_directory import RunDirectory
 from dist_lm.tracking.readable import change
@@ -80,6 +80,7 @@ class TextStage(TrainingStage):
     needs = ("shards",)
     in_pipeline = True
     writes_text = True
+    has_sequences = True
 
     def check(self, config: Config) -> None:
         """Refuses rankings, whose bad completions would be learned like good ones, and `fim_rate` for a corpus without
@@ -131,12 +132,12 @@ class TextStage(TrainingStage):
         text_bytes = bytes_per_token(arguments.run, arguments.config)
         return StageData(stream, evaluator(arguments), text_bytes, passes)
 
-    def slices_of(self, config: Config, run: RunDirectory) -> SlicesOf:
+    def sequences(self, config: Config, run: RunDirectory) -> TrainingSequences:
         from dist_lm.data.sequences import MixedSequences
         from dist_lm.tokenizer.tokenizer import Tokenizer
 
         tokenizer = Tokenizer.load(run.work.tokenizer_model)
-        return MixedSequences(seq_len=config.stage.seq_len, **sequence_options(config, run, tokenizer)).slices
+        return MixedSequences(seq_len=config.stage.seq_len, **sequence_options(config, run, tokenizer))
 
     def passes(self, config: Config, exact: bool) -> tuple[CorpusPass, ...]:
         stage, work = config.stage, run_of(config).work

@@ -24,6 +24,7 @@ from dist_lm.data.shard_writer import Origin, read_origins
 from dist_lm.data.token_corpus import TokenCorpus
 from dist_lm.errors import ArtefactError
 from dist_lm.stages.registry import load_config, stage_named
+from dist_lm.stages.training.arguments import TrainingSequences
 from dist_lm.stages.training.stage import TrainingStage
 from dist_lm.storage.run_directory import RunDirectory
 
@@ -61,19 +62,12 @@ def slices_of_step(run: RunDirectory, step: int) -> list[UsedSlice]:
     """
     config = load_config(run.config)
     numbers = _sequences_of_step(config, run, step)
-    require_content(run, config.stage.corpus_names)
-    stage = stage_named(config.stage.name)
-    slices_of = stage.slices_of(config, run) if isinstance(stage, TrainingStage) else None
-    if slices_of is None:
-        raise ArtefactError(
-            f"{run.path}: stage {config.stage.name} draws what it trains on itself; `data step` looks up steps of "
-            "stages that train on a corpus"
-        )
+    sequences = training_sequences(config, run)
 
-    # Sequences of one corpus are looked up together, because origins are read from the beginning of a file.
+    # Documents of one corpus are looked up together, because origins are read from the beginning of a file.
     read: list[tuple[int, TokenCorpus, DocumentSlice]] = []
     for number in numbers:
-        corpus, slices = slices_of(number)
+        corpus, slices = sequences.slices(number)
         read += [(number, corpus, part) for part in slices]
     documents_of: dict[TokenCorpus, set[int]] = {}
     for _, corpus, part in read:
@@ -94,6 +88,29 @@ def slices_of_step(run: RunDirectory, step: int) -> list[UsedSlice]:
         )
         for number, corpus, part in read
     ]
+
+
+def training_sequences(config: Config, run: RunDirectory) -> TrainingSequences:
+    """Returns what the training stream of a run reads.
+
+    Raises:
+        ArtefactError: the run trains on no documents, its corpus has changed since it began, or a file is damaged.
+        UserError: the package that the tokenizer needs is not installed.
+    """
+    stage = stage_named(config.stage.name)
+    if not isinstance(stage, TrainingStage) or not trains_on_a_corpus(config):
+        raise ArtefactError(
+            f"{run.path}: stage {stage.name} draws what it trains on itself; expected a run of a stage that trains on "
+            "a corpus"
+        )
+    require_content(run, config.stage.corpus_names)
+    return stage.sequences(config, run)
+
+
+def trains_on_a_corpus(config: Config) -> bool:
+    """Returns whether the stage of a run reads sequences of a corpus."""
+    stage = stage_named(config.stage.name)
+    return isinstance(stage, TrainingStage) and stage.has_sequences
 
 
 def _sequences_of_step(config: Config, run: RunDirectory, step: int) -> range:

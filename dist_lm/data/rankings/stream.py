@@ -21,8 +21,9 @@ from dist_lm.data.evaluation_batches import evenly_spaced, micro_batches_of_rank
 from dist_lm.data.order import DocumentSlice, Shuffle, key, permutation, splitmix64
 from dist_lm.data.packing import PackedEpoch, Packing
 from dist_lm.data.rankings.shards import RankingCorpus
-from dist_lm.data.sequences import Epochs, packed
+from dist_lm.data.sequences import Epochs, numbers_with, packed
 from dist_lm.data.stream import StepStream
+from dist_lm.data.token_corpus import TokenCorpus
 from dist_lm.document import RankingArrays
 from dist_lm.tokenizer.tokenizer import FirstToken
 
@@ -82,10 +83,8 @@ class RankingStream(StepStream):
         self._seq_len, self._pad_id, self._first_token = seq_len, pad_id, first_token
         self._assemble = assemble or assemble_rankings
 
-        # Rows depend on lengths alone, so all epochs share one packing.
-        packing = packed(rankings.corpus, seq_len, kind=ALL)
-        self.n_sequences = packing.n_rows  # an epoch
-        self._epochs = rows_of(packing, seed)
+        self._rows = RankingRows(rankings.corpus, seed, seq_len)
+        self.n_sequences = self._rows.packing.n_rows  # an epoch
         super().__init__(
             self.batch,
             global_batch=global_batch,
@@ -94,7 +93,7 @@ class RankingStream(StepStream):
             dp_size=dp_size,
             position=position,
             pin_memory=pin_memory,
-            packing=packing.report(),
+            packing=self._rows.packing.report(),
         )
 
     def batch(self, numbers: list[int]) -> Batch:
@@ -103,11 +102,7 @@ class RankingStream(StepStream):
         Raises:
             ArtefactError: a tar is damaged.
         """
-        rows = []
-        for number in numbers:
-            epoch_order, i = self._epochs.locate(number)
-            rows.append(epoch_order.sequence(i))
-
+        rows = [self._rows.slices(number)[1] for number in numbers]
         batch, placed = self._assemble(self._rankings, rows, numbers, self._seq_len, self._pad_id, self._first_token)
         lessons = [
             lesson(
@@ -122,9 +117,32 @@ class RankingStream(StepStream):
         return replace(batch, ranked=ranked_positions(placed, lessons))
 
 
-def rows_of(packing: Packing, seed: int) -> Epochs[PackedEpoch]:
-    """Returns the rows of a training stream of rankings, in the order of each epoch."""
-    return Epochs(packing.n_rows, lambda epoch: PackedEpoch(packing, seed, epoch))
+class RankingRows:
+    """The rows of a training stream of rankings, numbered over all epochs."""
+
+    def __init__(self, corpus: TokenCorpus, seed: int, seq_len: int) -> None:
+        """Packs the rankings of a corpus.
+
+        Args:
+            seq_len: in tokens.
+
+        Raises:
+            ArtefactError: no ranking fits into a sequence.
+        """
+        # Rows depend on lengths alone, so all epochs share one packing.
+        self.packing = packed(corpus, seq_len, kind=ALL)
+        self.corpora = [corpus]
+        self._epochs = Epochs(self.packing.n_rows, lambda epoch: PackedEpoch(self.packing, seed, epoch))
+
+    def slices(self, number: int) -> tuple[TokenCorpus, list[DocumentSlice]]:
+        """Returns the corpus, and the rankings of row `number`."""
+        order, i = self._epochs.locate(number)
+        return self.corpora[0], order.sequence(i)
+
+    def numbers(self, corpus: TokenCorpus, parts: Sequence[DocumentSlice], end: int) -> dict[DocumentSlice, list[int]]:
+        """Returns the rows below `end` that hold a token of each slice: rising numbers."""
+        assert corpus is self.corpora[0]
+        return numbers_with(self._epochs.order, self.packing.n_rows, parts, end)
 
 
 @dataclass(frozen=True, kw_only=True)

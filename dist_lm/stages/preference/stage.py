@@ -14,7 +14,7 @@ from dist_lm.errors import require
 from dist_lm.stages.corpus_forms import require_form
 from dist_lm.stages.preference.config import PreferenceRunConfig, settings_of
 from dist_lm.stages.stage import VAL_LOSS, KeyFigure, run_of
-from dist_lm.stages.training.stage import DataArguments, SlicesOf, StageData, TrainingStage, before_and_after
+from dist_lm.stages.training.stage import DataArguments, StageData, TrainingSequences, TrainingStage, before_and_after
 from dist_lm.storage.run_directory import RunDirectory
 from dist_lm.tracking.readable import percent, three_decimals
 
@@ -46,6 +46,7 @@ class Preference(TrainingStage):
     answers_requests = True
     unit = "choices"
     packed = "rankings"
+    has_sequences = True
 
     def check(self, config: Config) -> None:
         require_form(config)
@@ -63,10 +64,11 @@ class Preference(TrainingStage):
 
         return preparation(PreferenceLoss(settings_of(config)))
 
-    def slices_of(self, config: Config, run: RunDirectory) -> SlicesOf:
-        from dist_lm.stages.reward import ranks as reward_ranks
+    def sequences(self, config: Config, run: RunDirectory) -> TrainingSequences:
+        from dist_lm.data.rankings.stream import RankingRows
 
-        return reward_ranks.slices_of(config, run)
+        corpus = TokenCorpus.open(config.corpus_in(run.work, config.stage.corpus), "train")
+        return RankingRows(corpus, config.seed, config.stage.seq_len)
 
     def passes(self, config: Config, exact: bool) -> tuple[CorpusPass, ...]:
         corpus = TokenCorpus.open(config.corpus_in(run_of(config).work, config.stage.corpus), "train")

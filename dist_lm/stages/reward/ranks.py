@@ -17,11 +17,9 @@ from dist_lm.config.root import Config
 from dist_lm.data.batch import Batch, RankedPositions
 from dist_lm.data.epochs import CorpusPass
 from dist_lm.data.evaluation_batches import evenly_spaced
-from dist_lm.data.order import DocumentSlice
 from dist_lm.data.rankings.shards import RankingCorpus
-from dist_lm.data.rankings.stream import ALL, Assemble, RankingBatches, RankingStream, rows_of
-from dist_lm.data.sequences import note_of_left_out, packed
-from dist_lm.data.token_corpus import TokenCorpus
+from dist_lm.data.rankings.stream import Assemble, RankingBatches, RankingStream
+from dist_lm.data.sequences import note_of_left_out
 from dist_lm.errors import ArtefactError
 from dist_lm.generation.load import load_model
 from dist_lm.generation.request import Request, SamplingParams
@@ -39,11 +37,9 @@ from dist_lm.stages.sampling import answer_all
 from dist_lm.stages.training.arguments import (
     DataArguments,
     EvaluationArguments,
-    SlicesOf,
     StageData,
 )
 from dist_lm.stages.training.stage import batch_options, sequence_limit
-from dist_lm.storage.run_directory import RunDirectory
 from dist_lm.tokenizer.tokenizer import Tokenizer
 from dist_lm.training import checkpoint_files
 
@@ -103,22 +99,6 @@ def open_rankings(arguments: DataArguments, takes_labels: bool = False) -> tuple
 def passes_over(arguments: DataArguments, stream: RankingStream) -> tuple[CorpusPass, ...]:
     """Returns the one corpus that a stream of rankings reads."""
     return (CorpusPass(arguments.config.stage.corpus, stream.n_sequences),)
-
-
-def slices_of(config: Config, run: RunDirectory) -> SlicesOf:
-    """Returns the rankings in a sequence of the training stream.
-
-    Raises:
-        ArtefactError: the corpus is missing or damaged, or no ranking fits into a sequence.
-    """
-    corpus = TokenCorpus.open(config.corpus_in(run.work, config.stage.corpus), "train")
-    rows = rows_of(packed(corpus, config.stage.seq_len, kind=ALL), config.seed)
-
-    def slices(number: int) -> tuple[TokenCorpus, list[DocumentSlice]]:
-        order, i = rows.locate(number)
-        return corpus, order.sequence(i)
-
-    return slices
 
 
 def ranking_stream(

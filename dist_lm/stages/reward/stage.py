@@ -18,8 +18,8 @@ from dist_lm.stages.stage import VAL_LOSS, KeyFigure, run_of
 from dist_lm.stages.training.stage import (
     DataArguments,
     EvaluationArguments,
-    SlicesOf,
     StageData,
+    TrainingSequences,
     TrainingStage,
     before_and_after,
     print_before_and_after,
@@ -48,6 +48,7 @@ class Reward(TrainingStage):
     key_figures = ((KeyFigure("reward/accuracy", percent, "pairs right"),), (VAL_LOSS,))
     unit = "choices"
     packed = "rankings"
+    has_sequences = True
 
     def check(self, config: Config) -> None:
         """Refuses a corpus without rankings, and answers that would fill the context where the start generates some.
@@ -69,10 +70,11 @@ class Reward(TrainingStage):
 
         return choices_of_people
 
-    def slices_of(self, config: Config, run: RunDirectory) -> SlicesOf:
-        from dist_lm.stages.reward import ranks as reward_ranks
+    def sequences(self, config: Config, run: RunDirectory) -> TrainingSequences:
+        from dist_lm.data.rankings.stream import RankingRows
 
-        return reward_ranks.slices_of(config, run)
+        corpus = TokenCorpus.open(config.corpus_in(run.work, config.stage.corpus), "train")
+        return RankingRows(corpus, config.seed, config.stage.seq_len)
 
     def passes(self, config: Config, exact: bool) -> tuple[CorpusPass, ...]:
         corpus = TokenCorpus.open(config.corpus_in(run_of(config).work, config.stage.corpus), "train")

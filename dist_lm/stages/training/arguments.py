@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Protocol
 
 from dist_lm.config.root import Config
 from dist_lm.storage.run_directory import RunDirectory
@@ -21,8 +21,24 @@ if TYPE_CHECKING:
     from dist_lm.tokenizer.tokenizer import Tokenizer
     from dist_lm.training.trainer import Evaluate
 
-SlicesOf = Callable[[int], "tuple[TokenCorpus, Sequence[DocumentSlice]]"]
-"""Maps the number of a sequence of the training stream, from 0, to its corpus and its parts of documents."""
+
+class TrainingSequences(Protocol):
+    """What a training stream reads: its sequences are numbered 0, 1, 2, ... over all epochs."""
+
+    @property
+    def corpora(self) -> "list[TokenCorpus]":
+        """Its corpora, that of the stage first."""
+        ...
+
+    def slices(self, number: int) -> "tuple[TokenCorpus, list[DocumentSlice]]":
+        """Returns the corpus of a sequence, and the parts of documents in it."""
+        ...
+
+    def numbers(
+        self, corpus: "TokenCorpus", parts: "Sequence[DocumentSlice]", end: int
+    ) -> "dict[DocumentSlice, list[int]]":
+        """Returns the sequences below `end` that hold a token of each part of a document."""
+        ...
 
 
 @dataclass(frozen=True)

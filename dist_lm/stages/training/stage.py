@@ -39,7 +39,7 @@ from dist_lm.stages.stage import (
     run_of,
     shown_path,
 )
-from dist_lm.stages.training.arguments import DataArguments, EvaluationArguments, SlicesOf, StageData
+from dist_lm.stages.training.arguments import DataArguments, EvaluationArguments, StageData, TrainingSequences
 from dist_lm.storage import durable
 from dist_lm.storage.run_directory import RunDirectory
 from dist_lm.tracking.readable import change, counted, listed, passes_in_words, percent, three_decimals
@@ -66,6 +66,7 @@ class TrainingStage(Stage):
     result_kinds = {"steps": int}  # noqa: RUF012
     key_figures = ((BITS_PER_BYTE,), (VAL_LOSS,), (TRAIN_LOSS,))
     unit: ClassVar[str] = "tokens"  # unit of `tokens` in its result
+    has_sequences: ClassVar[bool] = False  # whether its training stream is sequences of corpora (`sequences`)
 
     # --- on ranks ---
 
@@ -126,15 +127,14 @@ class TrainingStage(Stage):
         """
         return ()
 
-    def slices_of(self, config: Config, run: RunDirectory) -> SlicesOf | None:
-        """Returns which parts of documents a sequence of the training stream is made of; None for a stage that trains
-        on something else.
+    def sequences(self, config: Config, run: RunDirectory) -> TrainingSequences:
+        """Returns which parts of documents the training stream reads, where `has_sequences`.
 
         Raises:
             ArtefactError: a corpus or the tokenizer is missing or damaged.
             UserError: the tokenizer lacks a mark, or the package that it needs is not installed.
         """
-        return None
+        raise NotImplementedError(f"stage {self.name} reads no sequences of a corpus")
 
     def example_batch(self, config: Config) -> "Batch | None":
         """A micro-batch for the dry run; None: random tokens for next-token prediction."""

@@ -1,0 +1,149 @@
+"""The verb `data where`: the documents of a run's training text that hold a text, and the steps that read it there."""
+
+import json
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from itertools import islice
+from pathlib import Path
+
+from rich.console import Console
+from rich.text import Text
+
+from dist_lm.config.root import Config
+from dist_lm.data.order import DocumentSlice
+from dist_lm.data.text_search import ByteTable, find_text
+from dist_lm.data.token_corpus import TokenCorpus
+from dist_lm.errors import ArtefactError
+from dist_lm.stages.registry import load_config
+from dist_lm.storage.run_directory import RunDirectory
+from dist_lm.tracking.readable import counted
+from dist_lm.training import checkpoint_files
+from dist_lm.verbs.data_step import origins_of, training_sequences, trains_on_a_corpus
+
+NAMED_STEPS = 8  # that a line names
+
+
+@dataclass(frozen=True)
+class Place:
+    """Tokens [start, stop) of a document, which hold the text."""
+
+    run: str
+    corpus: str  # folder in work/corpora
+    document: int  # number in train
+    start: int
+    stop: int
+    language: str
+    source: str
+    licence: str
+    steps: tuple[int, ...]  # of the run that read it, rising; from 1
+
+
+def places_of_text(run: RunDirectory, text: str, most: int) -> list[Place]:
+    """Returns where the training text of a run holds a text, at most `most` places of each corpus, and the steps so far
+    that read a token of it.
+
+    Reads the train split of each corpus of the run whole.
+
+    Raises:
+        ArtefactError: there is no run, it trains on no documents, its corpus has changed since, or a file is damaged.
+        UserError: the package that the tokenizer needs is not installed.
+    """
+    from dist_lm.tokenizer.tokenizer import Tokenizer
+
+    config = load_config(run.config)
+    sequences = training_sequences(config, run)
+    end = trained_steps(config, run) * config.stage.global_batch
+    table = ByteTable(Tokenizer.load(run.work.tokenizer_model).vocabulary())
+
+    places = []
+    for corpus in sequences.corpora:
+        found = list(islice(find_text(corpus, text.encode(), table), most))
+        numbers = sequences.numbers(corpus, found, end)
+        places += _places(run, corpus, found, [_steps(numbers[part], config) for part in found])
+    return places
+
+
+def _steps(numbers: Sequence[int], config: Config) -> tuple[int, ...]:
+    """Returns the steps that read sequences of these numbers, rising."""
+    return tuple(sorted({number // config.stage.global_batch + 1 for number in numbers}))
+
+
+def _places(
+    run: RunDirectory, corpus: TokenCorpus, found: Sequence[DocumentSlice], steps: Sequence[tuple[int, ...]]
+) -> list[Place]:
+    origins = origins_of(corpus, {part.document for part in found})
+    return [
+        Place(
+            run=str(run.path),
+            corpus=corpus.directory.name,
+            document=part.document,
+            start=part.start,
+            stop=part.stop,
+            language=corpus.languages[corpus.language_codes[part.document]],
+            source=origins[part.document].source,
+            licence=origins[part.document].licence,
+            steps=steps_of_part,
+        )
+        for part, steps_of_part in zip(found, steps, strict=True)
+    ]
+
+
+def trained_steps(config: Config, run: RunDirectory) -> int:
+    """Returns the steps that a run has taken: those of its newest checkpoint; all of them before it has one.
+
+    Raises:
+        ArtefactError: the pointer to that checkpoint names nothing that is there.
+    """
+    newest = checkpoint_files.read_pointer(run.checkpoints, checkpoint_files.LATEST)
+    return config.stage.steps if newest is None else checkpoint_files.step_of(newest)
+
+
+def with_ancestors(run: RunDirectory) -> list[RunDirectory]:
+    """Returns a run and those whose weights it began with, the youngest first; runs that are gone are left out.
+
+    Raises:
+        ArtefactError, ConfigError: the configuration of a run cannot be read.
+    """
+    runs = [run]
+    while True:
+        start = Path(load_config(runs[-1].config).stage.init_from)
+        # A start names a run, its folder of checkpoints, or one of them.
+        folders = [folder for folder in (start, *start.parents) if RunDirectory(folder).config.is_file()]
+        if not start.is_absolute() or not folders:
+            return runs
+        runs.append(RunDirectory(folders[0]))
+
+
+def print_places(run: RunDirectory, text: str, most: int, console: Console, *, as_json: bool) -> None:
+    """Prints the places of a text in the training text of a run and of those that it began with.
+
+    Raises:
+        ArtefactError, UserError: as `places_of_text`; or the text is empty.
+    """
+    if not text:
+        raise ArtefactError("TEXT is empty: expected the text to look for")
+    for each in with_ancestors(run):
+        if not trains_on_a_corpus(load_config(each.config)):
+            if not as_json:
+                console.print(Text(f"{each.path}: trained on no corpus of this work directory"), soft_wrap=True)
+            continue
+
+        places = places_of_text(each, text, most)
+        if as_json:
+            for place in places:
+                print(json.dumps(asdict(place), ensure_ascii=True))
+            continue
+
+        console.print(Text(f"{each.path}: {counted(len(places), 'place')}", style="bold"), soft_wrap=True)
+        for place in places:
+            console.print(Text(f"  {place.source}  ({place.licence or 'licence not given'})"), soft_wrap=True)
+            where = f"document {place.document:,} of {place.corpus}, tokens {place.start:,} to {place.stop:,}"
+            console.print(Text(f"    {where}: {_in_words(place.steps)}"), soft_wrap=True)
+
+
+def _in_words(steps: Sequence[int]) -> str:
+    if not steps:
+        return "read by no step so far"
+    named = ", ".join(f"{step:,}" for step in steps[:NAMED_STEPS])
+    more = f" and {len(steps) - NAMED_STEPS:,} more" if len(steps) > NAMED_STEPS else ""
+    return f"read by step {named}{more}"

@@ -1,0 +1,120 @@
+"""Places of a text, and the steps that read them, against reading all documents and all steps."""
+
+import io
+import json
+import random
+from collections.abc import Iterator
+
+import pytest
+
+from dist_lm.data.order import DocumentSlice
+from dist_lm.data.text_search import ByteTable, find_text
+from dist_lm.data.token_corpus import TokenCorpus
+from dist_lm.stages.registry import load_config
+from dist_lm.storage.run_directory import RunDirectory, WorkDirectory
+from dist_lm.tokenizer.tokenizer import Tokenizer
+from dist_lm.tracking.readable import OutputConsole
+from dist_lm.verbs.data_step import training_sequences
+from dist_lm.verbs.data_where import Place, places_of_text, print_places
+from tests.training_run import prepare
+
+STEPS = 40
+
+
+def contents(corpus: TokenCorpus, tokenizer: Tokenizer) -> list[bytes]:
+    return [
+        tokenizer.content(corpus.tokens(document, 0, int(corpus.lengths[document])).tolist())
+        for document in range(corpus.n_documents)
+    ]
+
+
+def substrings(texts: list[bytes], count: int) -> Iterator[str]:
+    """Pieces of documents, some short and frequent, some long."""
+    rng = random.Random(0)
+    while count:
+        text = rng.choice(texts).decode(errors="ignore")
+        begin = rng.randrange(max(1, len(text)))
+        if piece := text[begin : begin + rng.choice((1, 3, 8, 30, 200))]:
+            yield piece
+            count -= 1
+
+
+@pytest.mark.parametrize("name", ["code", "tools"])
+def test_every_place_of_a_text_is_found_and_no_other(tiny_work: WorkDirectory, name: str):
+    """Finds a place that is missed where a text begins or ends inside a token, and one across two documents."""
+    tokenizer = Tokenizer.load(tiny_work.tokenizer_model)
+    corpus = TokenCorpus.open(tiny_work.corpus(name), "train")
+    table = ByteTable(tokenizer.vocabulary())
+    texts = contents(corpus, tokenizer)
+    special = {*tokenizer.special_ids.values()}
+    for text in substrings(texts, 25):
+        sought = text.encode()
+        found = list(find_text(corpus, sought, table))
+        for document, start, stop in found:
+            tokens = corpus.tokens(document, start, stop).tolist()
+            assert sought in tokenizer.content(tokens)
+            assert sought not in tokenizer.content(tokens[1:])
+            assert sought not in tokenizer.content(tokens[:-1])
+            assert special.isdisjoint(tokens)
+
+        # Marks have no bytes: a text that goes on behind one is not the text.
+        if name == "code":
+            expected = [sum(each.startswith(sought, at) for at in range(len(each))) for each in texts]
+            assert [sum(part.document == n for part in found) for n in range(len(texts))] == expected
+
+
+@pytest.mark.parametrize(
+    ("stage", "settings"),
+    [
+        ("code", ("stage.mix={language: 0.25}",)),
+        ("code", ("stage.fim_rate=0.5",)),
+        ("tools", ("stage.too_long=split",)),
+    ],
+    ids=["mix", "infill", "conversations"],
+)
+def test_steps_are_those_of_a_replay(work: WorkDirectory, stage: str, settings: tuple[str, ...]):
+    """Finds a sequence that is missed at a cut, in a later epoch or in a mix, or one that has no token of the text."""
+    options = (f"stage.steps={STEPS}", "stage.global_batch=8", "stage.seq_len=64", "stage.init_from=none")
+    run = prepare(work, "asked", *options, *settings, stage=stage)
+    tokenizer = Tokenizer.load(work.tokenizer_model)
+    corpus = TokenCorpus.open(work.corpus(load_config(run.config).stage.corpus), "train")
+    sequences = training_sequences(load_config(run.config), run)
+    read = [sequences.slices(number) for number in range(8 * STEPS)]
+    assert len({part for _, parts in read for part in parts}) > corpus.n_documents // 4
+
+    for text in substrings(contents(corpus, tokenizer), 6):
+        for place in places_of_text(run, text, most=10):
+            numbers = [number for number, (other, parts) in enumerate(read) if reads(other, parts, place)]
+            assert place.steps == tuple(sorted({number // 8 + 1 for number in numbers})), (text, place)
+
+
+def reads(corpus: TokenCorpus, parts: list[DocumentSlice], place: Place) -> bool:
+    return corpus.directory.name == place.corpus and any(
+        part.document == place.document and part.start < place.stop and part.stop > place.start for part in parts
+    )
+
+
+def test_ancestors_are_asked_too(work: WorkDirectory):
+    """Finds a run whose start is not looked at, where most of its text is."""
+    base = prepare(work, "earlier", "stage.steps=4", "stage.init_from=none")
+    run = prepare(work, "later", "stage.steps=4", f"stage.init_from={base.path}", stage="code")
+    corpus = TokenCorpus.open(work.corpus("language"), "train")
+    tokenizer = Tokenizer.load(work.tokenizer_model)
+    text = contents(corpus, tokenizer)[0].decode()[:60]
+
+    console = OutputConsole(file=io.StringIO(), width=300)
+    print_places(run, text, 5, console, as_json=False)
+    shown = console.file.getvalue()  # pyright: ignore[reportAttributeAccessIssue]
+    assert f"{run.path}: " in shown
+    assert f"{base.path}: 1 place" in shown
+
+
+def test_a_text_of_special_meaning_is_text(work: WorkDirectory, capsys: pytest.CaptureFixture[str]):
+    """Finds a text that is taken for a pattern, and JSON that cannot be read."""
+    run: RunDirectory = prepare(work, "literal", "stage.steps=4", "stage.init_from=none", stage="code")
+    print_places(run, ".*", 5, OutputConsole(), as_json=True)
+    for line in capsys.readouterr().out.splitlines():
+        assert json.loads(line)["corpus"] == "code"
+    assert DocumentSlice(0, 0, 1) not in find_text(
+        TokenCorpus.open(work.corpus("code"), "train"), b"\x00never", ByteTable([b"a"] * 640)
+    )
