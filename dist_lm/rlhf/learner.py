@@ -50,6 +50,7 @@ from dist_lm.rlhf.rollouts import (
 )
 from dist_lm.rlhf.schedule import Drawn, RolloutSchedule, SamplingAgain, draws_rollouts
 from dist_lm.rlhf.state import RlhfState
+from dist_lm.training.garbage import without_collection
 from dist_lm.training.heartbeat import StopRequest
 from dist_lm.training.objective import LossSum, Objective, next_token
 from dist_lm.training.optimizer import learning_rate, set_learning_rate
@@ -289,7 +290,9 @@ class Learner:
         clock.lap("forward")
 
         self._set_learning_rates(state.iteration)
-        updates = updater(state, prepared, passes)
+        # A collection on one rank would hold up all of them; between the updates of iterations it is free to come.
+        with without_collection():
+            updates = updater(state, prepared, passes)
         clock.lap("update")
 
         # Metrics describe the policy that drew the rollouts, so they come before the state moves on.

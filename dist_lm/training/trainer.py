@@ -25,9 +25,10 @@ from dist_lm.parallel.sharding import reshard
 from dist_lm.tracking.metrics import MetricsWriter
 from dist_lm.training import averages, checkpoint_files
 from dist_lm.training.checkpoint_saver import CheckpointSaver
+from dist_lm.training.garbage import ScheduledCollection
 from dist_lm.training.heartbeat import Heartbeat, Phase, StopRequest
 from dist_lm.training.objective import Objective, Prepare
-from dist_lm.training.optimizer import muon_momentum, set_learning_rate, set_momentum, stage_rate
+from dist_lm.training.optimizer import ShardedAdamW, muon_momentum, set_learning_rate, set_momentum, stage_rate
 from dist_lm.training.state import TrainState
 from dist_lm.training.step import StepResult, accumulate_gradients, update
 from dist_lm.training.step_meter import Laps, StepMeter
@@ -64,7 +65,7 @@ class Trainer:
     world: World
     adds_sums: bool  # whether this rank adds its loss sums: True on exactly one rank of each tp group
     model: Transformer
-    optimizer: torch.optim.Optimizer
+    optimizer: ShardedAdamW
     objective: Objective
     stream: StepStream
     evaluate: Evaluate
@@ -102,7 +103,7 @@ class Trainer:
 
         # The meter hooks into the blocks, so it exists once per attempt, not per step.
         meter = StepMeter(self.world, self.optimizer, stage.steps, self.model.blocks)
-        with self._saver() as saver, self.profiler or nullcontext():
+        with self._saver() as saver, self.profiler or nullcontext(), ScheduledCollection() as garbage:
             while state.step < stage.steps:
                 self._advance_profiler(state.step)
                 meter.begin(self.is_detailed(state.step + 1))
@@ -121,11 +122,13 @@ class Trainer:
                 if stage.ema_decay:
                     averages.follow(self.optimizer, stage.ema_decay, state.step)
                 meter.end(state.step, outcome.tokens)
+                garbage.after_step(state.step)
 
                 # Metrics, and the held-out loss if it is due.
-                val_loss = self._report(state, outcome, rate, meter)
+                val_loss = self._report(state, outcome, rate, meter, garbage)
                 if self.tasks:
-                    self.tasks.reached(state.step)
+                    with garbage.automatic():
+                        self.tasks.reached(state.step)
                 self._check_finite(state, saver)
 
                 # Checkpoint, always after the last step: the next attempt or stage begins there.
@@ -182,7 +185,9 @@ class Trainer:
             laps=laps,
         )
 
-    def _report(self, state: TrainState, outcome: StepResult, rate: float, meter: StepMeter) -> float | None:
+    def _report(
+        self, state: TrainState, outcome: StepResult, rate: float, meter: StepMeter, garbage: ScheduledCollection
+    ) -> float | None:
         """Measures and writes the metrics of a step if they are due (collective); after the last step they are due,
         with the loss on all held-out data.
 
@@ -199,19 +204,27 @@ class Trainer:
         line = self.metrics_of(state, outcome, rate, meter)
         val_loss = None
         if evaluates:
-            line |= self._evaluate(state.step, everything=is_last)
-            if stage.ema_decay:
-                evaluate = partial(self._evaluate, state.step, is_last)
-                line |= averages.measured(self.optimizer, evaluate)
-
-            # The last step is evaluated twice: on all held-out data for the report, and on `eval_sequences`, so that
-            # checkpoints are compared on the same sequences.
-            val_loss = line["val/loss"]
-            if is_last and stage.eval_sequences > 0:
-                val_loss = self._evaluate(state.step, everything=False)["val/loss"]
+            with garbage.automatic():
+                held_out, val_loss = self._evaluate_after(state.step, is_last)
+            line |= held_out
         if self.metrics:
             self.metrics.write(state.step, line)
         return val_loss
+
+    def _evaluate_after(self, step: int, is_last: bool) -> tuple[dict[str, float], float]:
+        """Returns the held-out metrics after `step`, and the loss by which its checkpoint competes for BEST
+        (collective)."""
+        stage = self.config.stage
+        metrics = self._evaluate(step, everything=is_last)
+        if stage.ema_decay:
+            metrics |= averages.measured(self.optimizer, partial(self._evaluate, step, is_last))
+
+        # The last step is evaluated twice: on all held-out data for the report, and on `eval_sequences`, so that
+        # checkpoints are compared on the same sequences.
+        val_loss = metrics["val/loss"]
+        if is_last and stage.eval_sequences > 0:
+            val_loss = self._evaluate(step, everything=False)["val/loss"]
+        return metrics, val_loss
 
     def metrics_of(self, state: TrainState, result: StepResult, rate: float, meter: StepMeter) -> dict[str, float]:
         """Returns the metrics of a step by their names, without held-out metrics; nothing is written. Collective if
