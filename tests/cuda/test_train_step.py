@@ -77,8 +77,9 @@ def test_messages_of_two_micro_batches(explicit, layout, kept):
         (("stage.muon.lr=0.02",), {}, {"pinned": 14}),
         (("parallel.activation_checkpointing=selective",), {}, {"pinned": 14}),
         (("parallel.activation_checkpointing=full", "stage.dropout=0.1"), {}, {"pinned": 14}),
-        # every gradient goes to the host, every parameter comes from it for each of 5 gathers, and the norms come back
-        (("parallel.cpu_offload=true",), {"device to host": 68}, {"pinned": 274, "pageable": 1}),
+        # every gradient goes to the host, every parameter comes from it for each of 5 gathers, and the norms come back;
+        # the host, which computes the step, reads the factor of clipping and the decision
+        (("parallel.cpu_offload=true",), {"device to host": 70}, {"pinned": 274, "pageable": 1}),
     ],
     ids=["plain", "dropout", "muon", "selective", "full", "offload"],
 )
@@ -92,8 +93,27 @@ def test_copies_and_waits_of_a_step(explicit, overrides, waits, uploads):
             assert dict(traffic.waits) == waits
             assert dict(traffic.uploads) == uploads
             assert explicit["tolist"] == 1
-            assert explicit.total() == 1 + waits.get("device to host", 0)
+            # gradients are waited for by events, the factor and the decision when they are copied
+            blocking = 2 if config.parallel.cpu_offload else 0
+            assert explicit.total() == 1 + waits.get("device to host", 0) - blocking
         check_devices(run, "cpu" if config.parallel.cpu_offload else "cuda")
+
+
+@pytest.mark.parametrize("muon", ["stage.muon.lr=0", "stage.muon.lr=0.02"], ids=["adamw", "muon"])
+@pytest.mark.parametrize("ranks", [1, 8])
+def test_the_host_waits_for_nothing_before_the_optimizer_has_been_queued(explicit, ranks, muon):
+    """A norm read on the host stops the card between backward pass and optimizer in every step."""
+    config = config_of(muon, "stage.muon.variance_beta=0.9", "parallel=fsdp", layers=1)
+    with played(config, ranks) as run:
+        batches = run.batches(2)
+        with Watch(), Traffic(run.axes) as traffic:
+            waited: list[int] = []
+            run.trainer.optimizer.register_step_post_hook(
+                lambda *_: waited.append(explicit.total() + traffic.waits.total())
+            )
+            run.step(batches)
+    assert waited == [0]
+    assert explicit == {"tolist": 1}
 
 
 @pytest.mark.parametrize("layout", ["fsdp-8", "tp-2"])
