@@ -297,8 +297,8 @@ class UpdateSize:
     def squares(self) -> torch.Tensor:
         """Returns this rank's part of the squared L2 norms of the update and of the parameters after it: (2,) float64.
 
-        The parts of all ranks add up. Zeros if the step was not watched; a skipped step has an update of 0. The copy is freed, and the next
-        step is not measured unless `watch` is called again.
+        The parts of all ranks add up. Zeros if the step was not watched; a skipped step has an update of 0. The copy is
+        freed, and the next step is not measured unless `watch` is called again.
         """
         if self._hook:
             self._hook.remove()

@@ -1,10 +1,13 @@
 """A step of training at the widths of `large` on fake CUDA tensors: devices, messages, copies and waits."""
 
 from collections import Counter
+from typing import Any
 
 import pytest
 import torch
 from torch._subclasses.fake_tensor import unset_fake_temporarily
+from torch.distributed.tensor import DTensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from dist_lm.config.root import Config
 from dist_lm.data.evaluation_batches import EvaluationBatch
@@ -12,6 +15,7 @@ from dist_lm.dry_run.watch import Watch
 from dist_lm.parallel.layout import placements, resolve_layout
 from dist_lm.parallel.values import shard_of
 from dist_lm.prepare.compose import compose_config
+from dist_lm.prepare.layout import with_layout
 from dist_lm.training.objective import summed_losses
 from dist_lm.training.optimizer import VARIANCE
 from tests.cuda.card import CARD, Played, Traffic, played, stand_in, text
@@ -114,6 +118,35 @@ def test_the_host_waits_for_nothing_before_the_optimizer_has_been_queued(explici
             run.step(batches)
     assert waited == [0]
     assert explicit == {"tolist": 1}
+
+
+class Casts(TorchDispatchMode):
+    """Counts the copies of fp32 tensors of one size to bf16."""
+
+    def __init__(self, numel: int) -> None:
+        super().__init__()
+        self.numel, self.count = numel, 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if any(issubclass(kind, DTensor) for kind in types):
+            return NotImplemented
+        result = func(*args, **kwargs or {})
+        if func is torch.ops.aten._to_copy.default and args[0].numel() == self.numel:
+            self.count += (args[0].dtype, result.dtype) == (torch.float32, torch.bfloat16)
+        return result
+
+
+@pytest.mark.parametrize(("memory_gib", "casts_a_step"), [(80, 1), (1, 6)], ids=["room", "no room"])
+def test_one_gpu_casts_a_block_once_a_step(explicit, memory_gib, casts_a_step):
+    """Three micro-batches: where memory is short, each casts every block for its forward and its backward pass."""
+    config = with_layout(config_of(f"hardware.memory_gib={memory_gib}", layers=2), 1)
+    with played(config, 1) as run:
+        model = run.trainer.model
+        batches = run.batches(3)
+        with Watch(), Casts(model.blocks[0].attention.query.numel()) as casts:
+            run.step(batches)
+    projections = 4 * len(model.blocks)  # of one size
+    assert casts.count == casts_a_step * projections
 
 
 @pytest.mark.parametrize("layout", ["fsdp-8", "tp-2"])
