@@ -155,8 +155,8 @@ def inside_nodes(config: Config) -> ParallelConfig | None:
 def gathers_once(config: Config, layout: Layout) -> bool:
     """Returns whether GPUs have the memory to keep all parameters gathered during a step, by an estimate.
 
-    False, too, if `config` decides it (parallel.reshard_after_forward), runs on a CPU, needs neither messages nor another
-    dtype for it, or is of a stage without sequences (rlhf).
+    False, too, if `config` decides it (parallel.reshard_after_forward), runs on a CPU, needs neither messages nor
+    another dtype for it, or is of a stage without sequences (rlhf).
     """
     parallel = config.parallel
     hardware = config.hardware
