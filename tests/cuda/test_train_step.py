@@ -11,7 +11,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from dist_lm.config.root import Config
 from dist_lm.data.evaluation_batches import EvaluationBatch
-from dist_lm.dry_run.watch import Watch
+from dist_lm.dry_run.watch import LiveMemory, Watch
 from dist_lm.parallel.layout import placements, resolve_layout
 from dist_lm.parallel.values import shard_of
 from dist_lm.prepare.compose import compose_config
@@ -147,6 +147,22 @@ def test_one_gpu_casts_a_block_once_a_step(explicit, memory_gib, casts_a_step):
             run.step(batches)
     projections = 4 * len(model.blocks)  # of one size
     assert casts.count == casts_a_step * projections
+
+
+@pytest.mark.parametrize("layout", ["fsdp-8", "tp-2"])
+def test_logits_in_fp32_take_no_memory_but_their_own(explicit, layout):
+    """An fp32 copy of the head's weight would take 195 MiB, in the trainer all the time."""
+    peaks = []
+    for head_dtype in ("compute", "fp32"):
+        ranks, overrides = LAYOUTS[layout]
+        config = config_of(*overrides, f"model.head_dtype={head_dtype}", "parallel.loss_chunk_mib=64", layers=1)
+        with played(config, ranks) as run:
+            batches = run.batches(1)
+            memory = LiveMemory(gloo=False)
+            with Watch(memory):
+                run.step(batches)
+        peaks.append(memory.peak)
+    assert peaks[1] <= peaks[0] + (64 << 20)
 
 
 @pytest.mark.parametrize("layout", ["fsdp-8", "tp-2"])

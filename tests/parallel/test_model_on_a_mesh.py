@@ -2,6 +2,7 @@
 
 import os
 import shutil
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -40,10 +41,19 @@ def test_initial_values_are_the_same_bits_on_any_layout(ranks: RankGroups, layou
     assert [name for name in expected if not np.array_equal(found[name], expected[name])] == []
 
 
-@pytest.mark.parametrize("layout", ["1x1x1", "1x2x1", pytest.param("1x2x2", marks=pytest.mark.heavy), "1x1x4+sp"])
-def test_bf16_compute_is_near(ranks: RankGroups, layout: str):
-    parallel = parallel_of(layout, compute_dtype="bf16")
-    found: MeshTrajectory = ranks.run(layout_of(layout).world_size, rank_steps, MODEL, parallel, range(1))
+@pytest.mark.parametrize(
+    ("layout", "head_dtype"),
+    [
+        ("1x1x1", "compute"),
+        ("1x2x1", "fp32"),
+        pytest.param("1x2x2", "compute", marks=pytest.mark.heavy),
+        ("1x1x4+sp", "compute"),
+        ("1x1x4+sp", "fp32"),
+    ],
+)
+def test_bf16_compute_is_near(ranks: RankGroups, layout: str, head_dtype: str):
+    model, parallel = replace(MODEL, head_dtype=head_dtype), parallel_of(layout, compute_dtype="bf16")
+    found: MeshTrajectory = ranks.run(layout_of(layout).world_size, rank_steps, model, parallel, range(1))
     expected = expected_of(MODEL)
     assert found.losses == pytest.approx(expected.losses, rel=1e-3)
     assert 1e-4 < error(found.gradients, expected.gradients) < BF16
