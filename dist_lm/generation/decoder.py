@@ -27,6 +27,7 @@ from dist_lm.generation.shard import Share, build_embedding, gathering, leaving,
 from dist_lm.generation.transfer import upload
 from dist_lm.model.layers import RopeTables, activate, capped, mix_values, normalise_heads, rope_tables, rotate
 from dist_lm.model.size import VALUE_MIX, packs_documents, parameter_shapes
+from dist_lm.parallel.mesh import use_flash_attention_3
 from dist_lm.parallel.tensor_axis import TensorAxis
 
 WeightStream = Iterable[tuple[str, torch.Tensor]]
@@ -87,6 +88,7 @@ class Decoder:
         self.dtype = dtype
         self._device = device
         self._page_tokens = page_tokens
+        use_flash_attention_3(device)
         self.weight_scale, self.score_scale = scales_of(config, dtype)
         self.cache = self._new_cache(n_pages)
 
