@@ -395,8 +395,8 @@ def peak_memory_gib(device: torch.device) -> float:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
 
 
-# Garbage. Python collects whenever enough objects have been made, so on many ranks some rank pauses in almost every step
-# and all others wait for it. Here all ranks pause after the same steps, and scan only what was made since training began.
+# Garbage. Python collects whenever enough objects have been made, so on many ranks some rank pauses in almost every
+# step, and all others wait for it. Here all ranks pause after the same steps, and scan only what training has made.
 
 
 @contextmanager
