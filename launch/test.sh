@@ -7,7 +7,7 @@
 #   bash launch/test.sh -m heavy           those that take minutes
 #   bash launch/test.sh -m slurm           of these, batch jobs on a real Slurm, which it installs as root on Debian
 #   bash launch/test.sh tests/cuda         CUDA code on fake tensors, without a GPU; needs g++, installs triton
-#   bash launch/test.sh -m bars            what some of them assert, at length: many seeds, kills, schedules (an hour)
+#   bash launch/test.sh -m bars            further rows of what others assert: layouts, families, seeds, kills (hours)
 set -euo pipefail
 case " $* " in
 *tests/cuda* | *" --all "*) DIST_LM_EXTRAS=dev,cuda-tests ;; # triton, whose compiler needs no GPU

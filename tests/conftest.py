@@ -9,6 +9,7 @@ from copy import deepcopy
 from dataclasses import replace
 from functools import cache
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import pytest
 from hypothesis import settings
@@ -28,6 +29,9 @@ from dist_lm.tokenizer.tokenizer import FORMAT, Tokenizer
 from dist_lm.tokenizer.train import train_tokenizer
 from tests.cpu_times import CpuTimes
 from tests.patience import patient
+
+if TYPE_CHECKING:
+    from tests.parallel.ranks import RankGroups
 
 # two threads on two shared cores cost several times the time of one; processes that tests start inherit this
 os.environ.setdefault("OMP_NUM_THREADS", "1")
@@ -89,6 +93,16 @@ def pytest_itemcollected(item: pytest.Item) -> None:
 @cache
 def _names_cluster(path: Path) -> bool:
     return "mark.cluster" in path.read_text()
+
+
+@pytest.fixture(scope="module")
+def ranks(tmp_path_factory: pytest.TempPathFactory) -> Iterator["RankGroups"]:
+    """Ranks for the tests of a file: started when first asked for, gone at its end."""
+    from tests.parallel.ranks import RankGroups  # needs torch, which most tests do without
+
+    groups = RankGroups(tmp_path_factory.mktemp("ranks"))
+    yield groups
+    groups.close()
 
 
 TOOL = Tool("to", "d", {"type": "object", "properties": {"x": {"type": "integer"}}})

@@ -313,6 +313,8 @@ class Engine:
         for queue in (self._waiting, self._prefilling):
             for answers in [answers for answers in queue if answers[0].request.id == request]:
                 queue.remove(answers)
+                if answers[0].has_nan is not None and answers[0].has_nan.item():
+                    self._clear_pages(answers[0])
                 for sequence in answers:
                     self._finish(sequence, "cancelled")
         for queue in (self._running, self._preempted):
@@ -458,11 +460,15 @@ class Engine:
             return None
         logits_PV = self._decoder.prefill([piece for _, piece in pieces])
 
+        # Read only if the request is cancelled: the host need not wait for it here.
+        has_nan_P = logits_PV.isnan().any(dim=-1)
+
         rows: list[int] = []
         sequences: list[AnswerSequence] = []
         for row, (answers, piece) in enumerate(pieces):
             first = answers[0]
             first.cached += len(piece.tokens)
+            first.has_nan = has_nan_P[row]
             if self._prefixes:
                 self._prefixes.add(first.digests, first.pages, piece.start, first.cached)
             if first.cached < first.n_prompt:
@@ -637,14 +643,16 @@ class Engine:
 
         columns = [column.tolist() for column in (choice.token_B, choice.logprob_B, choice.raw_logprob_B)]
         sets = choice.sets or [None] * len(sequences)
+        # nan in one row stays in that row, so only its request is refused. This comes before any `on_text`, which may
+        # cancel the request: its pages would be free with nan in them.
+        for sequence, raw_logprob in zip(sequences, columns[2], strict=True):
+            if math.isnan(raw_logprob) and not sequence.finish:
+                self._refuse(sequence.request, NAN)
+
         for row, (sequence, token, logprob, raw_logprob, token_set) in enumerate(
             zip(sequences, *columns, sets, strict=True)
         ):
             if sequence.finish:  # its request was cancelled or refused in this loop
-                continue
-            # nan in one row stays in that row, so only its request is refused.
-            if math.isnan(raw_logprob):
-                self._refuse(sequence.request, NAN)
                 continue
             # Where every token is forbidden, the largest logit and the draw mean nothing.
             if is_forbidden(token, sequence.request.params, allowed.get(row)):
@@ -743,19 +751,25 @@ class Engine:
         self._finished.append(sequence.answer(self.version))
 
     def _refuse(self, request: Request, reason: str) -> None:
-        """Refuses a request under way: ends its unfinished answers and frees their pages, which may hold nan. Zeros are
-        written into those that no other sequence holds."""
+        """Refuses a request under way: ends its unfinished answers, and clears and frees their pages."""
         for queue in (self._running, self._preempted):
             for sequence in [sequence for sequence in queue if sequence.request is request]:
                 queue.remove(sequence)
-                # Whoever else holds a page goes on with it, or is refused for the same nan and clears it.
-                last_pages = [page for page in sequence.pages if self._page_pool.holders(page) == 1]
-                if self._prefixes:
-                    self._prefixes.drop(last_pages)
-                self._decoder.clear(last_pages)
+                self._clear_pages(sequence)
                 self._release(sequence)
                 sequence.finish = "cancelled"
         self._finished.append(Refusal(request.id, reason))
+
+    def _clear_pages(self, sequence: AnswerSequence) -> None:
+        """Writes zeros into the pages that the sequence alone holds, because they may hold nan."""
+        # Whoever else holds a page goes on with it, or ends for the same nan and clears it.
+        last_pages = [page for page in sequence.pages if self._page_pool.holders(page) == 1]
+        if not last_pages:
+            return
+        if self._prefixes:
+            self._prefixes.drop(last_pages)
+        with torch.inference_mode():
+            self._decoder.clear(last_pages)
 
     def _release(self, sequence: AnswerSequence) -> None:
         if sequence.saved is not None:

@@ -17,6 +17,7 @@ from dist_lm.model.keyed_random import hash_words, signed
 
 if TYPE_CHECKING:
     import numpy as np
+    import torch
 
     from dist_lm.generation.grammar import Matcher
 
@@ -283,6 +284,7 @@ class AnswerSequence:
     cached: int = 0  # tokens whose keys and values are in the pages
     digests: Sequence[bytes] = ()  # of the prompt's blocks, with a prefix cache
     n_reused: int = 0  # tokens of the prompt that the prefix cache held
+    has_nan: "torch.Tensor | None" = None  # bool: the last piece of the prompt has logits of nan, from keys of nan
     logprobs: list[float] = field(default_factory=list)
     raw_logprobs: list[float] = field(default_factory=list)
     sets: list[bytes] = field(default_factory=list)

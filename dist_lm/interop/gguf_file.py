@@ -61,26 +61,32 @@ def require_gguf(kind: str, model: ModelConfig, architecture: Architecture) -> N
         raise ConfigError(f"--gguf {kind}: model.rope_scaling={model.rope_scaling}: scaled positions are not written")
     if model.window is not None:
         raise ConfigError(f"--gguf {kind}: model.window={model.window}: sliding windows are not written")
+
     every_fourth = [*range(3, model.n_layers, 4)]
     if model.rope_free_layers and model.rope_free_layers != every_fourth:
         named = f"model.rope_free_layers={model.rope_free_layers}"
         raise ConfigError(f"--gguf {kind}: {named}: llama.cpp has {every_fourth}, every fourth layer")
+
     if architecture.family not in NAMES:
         reason = "this command does not write"
         if model.ffn in ("gelu", "gelu_tanh"):
             reason = "llama.cpp has another activation in"
+
+        # The option that makes the family what it is.
         option = f"model.ffn={model.ffn}"
         if model.norm_place != "before":
             option = f"model.norm_place={model.norm_place}"
         elif model.rotary_fraction != 1:
             option = f"model.rotary_fraction={model.rotary_fraction}"
         raise ConfigError(f"--gguf {kind}: {reason} {architecture.family} ({option})")
+
     has_bias = ATTENTION_BIASES.get(architecture.family, model.has_output_bias)
     if model.has_output_bias != has_bias:
         named = f"model.attention_bias={model.has_output_bias}"
         raise ConfigError(f"--gguf {kind}: {named}: llama.cpp has {has_bias} in {architecture.family}")
     if model.ffn not in ACTIVATIONS:
         raise ConfigError(f"--gguf {kind}: model.ffn={model.ffn}: expected {', '.join(ACTIVATIONS)}")
+
     # The package is looked for here, since the export would fail only after it has written everything else.
     try:
         import gguf  # noqa: F401

@@ -8,7 +8,7 @@ import os
 import re
 from collections.abc import Sequence
 from dataclasses import asdict, fields, is_dataclass
-from functools import reduce
+from functools import cache, reduce
 from types import UnionType
 from typing import Any, Union, get_args, get_origin, get_type_hints
 
@@ -17,7 +17,7 @@ from hydra.core.config_store import ConfigStore
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.override_parser.types import Override
 from hydra.errors import HydraException
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import DictConfig, ListConfig, OmegaConf
 from omegaconf.errors import ConfigKeyError, OmegaConfBaseException, ValidationError
 
 from dist_lm.config.corpus import HF, TRAIN, check_sources
@@ -57,8 +57,19 @@ def register_schema(schema: type[Config]) -> None:
     """Registers in Hydra's ConfigStore (one per process) what conf/config.yaml names without a file: schema,
     hardware=auto."""
     store = ConfigStore.instance()
-    store.store(name="schema", node=schema)
-    store.store(group="hardware", name="auto", node=OmegaConf.load(conf_directory() / "hardware" / local_hardware()))
+    store.store(name="schema", node=_structured(schema))
+    store.store(group="hardware", name="auto", node=_hardware_of_this_machine())
+
+
+# Hydra copies what is registered, so each is made once.
+@cache
+def _structured(schema: type[Config]) -> DictConfig:
+    return OmegaConf.structured(schema)
+
+
+@cache
+def _hardware_of_this_machine() -> DictConfig | ListConfig:
+    return OmegaConf.load(conf_directory() / "hardware" / local_hardware())
 
 
 def compose_config(overrides: Sequence[str]) -> Config:

@@ -8,6 +8,7 @@ import importlib.util
 import re
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -226,6 +227,7 @@ def program_of(choice: str, overrides: Sequence[str]) -> str:
     return choice
 
 
+@cache
 def default_choice(group: str) -> str:
     """The choice of a group that conf/config.yaml names."""
     # Hydra would know only after composing, and what is composed depends on the stage.

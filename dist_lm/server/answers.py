@@ -121,7 +121,11 @@ def logprobs_value(
             entry["top_logprobs"] = likeliest
         return {"content": entries, "refusal": None}
 
-    by_text = [{entry["token"]: entry["logprob"] for entry in likeliest} for likeliest in alternatives]
+    # Tokens with one text share a key, which tells of the likelier: it stands first.
+    by_text: list[dict[str, Json]] = [{} for _ in alternatives]
+    for values, likeliest in zip(by_text, alternatives, strict=True):
+        for entry in likeliest:
+            values.setdefault(entry["token"], entry["logprob"])
     return {
         "tokens": [entry["token"] for entry in entries],
         "token_logprobs": [entry["logprob"] for entry in entries],

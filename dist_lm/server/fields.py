@@ -1,13 +1,35 @@
 """Reads fields of a request's body. What is read has the type and the range that it should have, or is refused."""
 
 import json
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
 from dist_lm.errors import shown_value
 from dist_lm.server.errors import ProtocolError
 
 Json = Any
+
+
+def check_fields(
+    body: Mapping[str, Json], fields: Collection[str], defaults: Mapping[str, Sequence[Json]] | None = None
+) -> None:
+    """Refuses a field that nothing here reads, because a client could not see that it changes nothing.
+
+    Args:
+        fields: those that may have any value.
+        defaults: those that may only have the value that they have if they are left out, with all forms of this value.
+
+    Raises:
+        ProtocolError: there is one; it names the field.
+    """
+    defaults = defaults or {}
+    for key, value in body.items():
+        name = shown_value(key)
+        if key not in fields and key not in defaults:
+            raise ProtocolError(f"{name}: this field is not supported here: leave it out", param=name)
+        if key in defaults and value not in defaults[key]:
+            message = f"{key}={shown_value(value)}: not supported here; expected {json.dumps(defaults[key][0])}"
+            raise ProtocolError(message, param=key)
 
 
 def typed(body: Mapping[str, Json], key: str, kind: type, default: Json) -> Json:

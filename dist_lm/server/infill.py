@@ -13,7 +13,7 @@ from dist_lm.generation.request import Answer
 from dist_lm.server.api import Api
 from dist_lm.server.engine_thread import Done, Event, Grown
 from dist_lm.server.errors import ProtocolError, error_value
-from dist_lm.server.fields import Json, typed
+from dist_lm.server.fields import Json, check_fields, typed
 from dist_lm.server.job import Job
 from dist_lm.server.requests import job_of
 from dist_lm.server.served import Served
@@ -23,10 +23,11 @@ SNIPPET = "\n\n--- snippet ---\n\n"  # stands before each of them, as in llama.c
 SUFFIX_SHARE = 4  # at most one part in so many of the prompt stands behind the cursor
 ANSWER_SHARE = 4  # and so many of the context is kept for the answer
 DEFAULTS: dict[str, Json] = {"temperature": 0.8, "top_k": 40, "top_p": 0.95, "min_p": 0.05}  # those of llama.cpp
-SAMPLING = (*DEFAULTS, "seed", "stop", "logit_bias", "stream", "model", "return_token_ids")
+SAMPLING = (*DEFAULTS, "seed", "stop", "logit_bias", "stream", "model")
 TEXTS = {"input_prefix", "input_suffix", "input_extra", "prompt", "n_predict", "repeat_penalty"}
 # How llama.cpp goes about its work: nothing here. Limits of time are not kept.
-IGNORED = {"samplers", "cache_prompt", "n_indent", "t_max_prompt_ms", "t_max_predict_ms", "id_slot", "n_probs"}
+IGNORED = {"samplers", "cache_prompt", "n_indent", "t_max_prompt_ms", "t_max_predict_ms", "id_slot"}
+DRAWN_SEED = -1  # llama.cpp's clients send it where the server draws the seed
 STOPS = {"eot": "eos", "stop": "word", "length": "limit", "context": "limit", "cancelled": "none"}
 
 
@@ -36,20 +37,21 @@ def infill_job(body: Mapping[str, Json], served: Served, client: str) -> Job:
     Raises:
         ProtocolError: a field is unknown, has another type or exceeds a limit, or the tokenizer lacks the marks.
     """
-    for key in body:
-        if key not in {*SAMPLING, *TEXTS, *IGNORED}:
-            message = f"{shown_value(key)}: this field is not supported here: leave it out"
-            raise ProtocolError(message, param=shown_value(key))
+    check_fields(body, {*SAMPLING, *TEXTS, *IGNORED}, {"n_probs": (0, None)})
 
+    limits = served.limits
     n_new = typed(body, "n_predict", int, -1)
-    if n_new < 0:
-        n_new = served.limits.default_tokens
-    if n_new > served.limits.max_tokens:
-        message = f"n_predict={shown_value(n_new)}: expected at most {served.limits.max_tokens}"
+    if n_new > limits.max_tokens:
+        message = f"n_predict={shown_value(n_new)}: expected at most {limits.max_tokens}"
         raise ProtocolError(message, param="n_predict")
+    if n_new < 0:
+        n_new = limits.unnamed_tokens
+
+    chosen = {key: body[key] for key in SAMPLING if body.get(key) is not None}
+    if chosen.get("seed") == DRAWN_SEED:
+        del chosen["seed"]
 
     # Editors send n_predict=0 so that the prompt is read ahead: one token is drawn, and not shown.
-    chosen = {key: body[key] for key in SAMPLING if body.get(key) is not None}
     asked = {
         **DEFAULTS,
         **chosen,
@@ -91,7 +93,8 @@ def _prompt(body: Mapping[str, Json], served: Served, n_new: int) -> list[int]:
 
 
 def _last(ids: list[int], n: int) -> list[int]:
-    return ids[len(ids) - n :] if 0 < n < len(ids) else ids[: max(0, n)]
+    """Returns the last `n` ids, all of them if they are fewer, none if `n` is negative."""
+    return ids[max(0, len(ids) - n) :] if n > 0 else []
 
 
 def _extra_texts(body: Mapping[str, Json]) -> list[str]:

@@ -55,6 +55,9 @@ def _prompt(prompt: Json, suffix: str | None, tokenizer: Tokenizer) -> list[int]
 def _middle_parts(text: str) -> tuple[str, str] | None:
     """Returns (text before, text behind) of a prompt that an editor has written for a middle: its marks are spelled,
     each once, and begin and end the prompt. None: the prompt is another one, and all of it is plain text.
+
+    Whoever writes the whole prompt can ask for a middle in this way. A part of a prompt cannot: text before or behind
+    it, or a second mark, makes all of it plain text. Prompts of ids are never read so.
     """
     if not text.startswith(FIM_PREFIX) or not text.endswith(FIM_MIDDLE):
         return None

@@ -13,7 +13,7 @@ from dist_lm.generation.request import Request
 from dist_lm.server.chat_fields import Chat, chat_of
 from dist_lm.server.constraint_fields import answer_constraint
 from dist_lm.server.errors import ProtocolError
-from dist_lm.server.fields import Json, integer, typed
+from dist_lm.server.fields import Json, check_fields, integer, typed
 from dist_lm.server.job import Endpoint, Job
 from dist_lm.server.prompt_fields import text_prompts
 from dist_lm.server.sampling_fields import logprobs_asked, sampling_params
@@ -32,24 +32,25 @@ IGNORED = {
     *("samplers", "cache_prompt", "timings_per_token", "repeat_last_n", "dynatemp_exponent", "xtc_threshold"),
     *("dry_base", "dry_allowed_length", "dry_penalty_last_n"),
 }
-# Fields of OpenAI that may be given with the value that they have if they are left out.
-DEFAULTS: dict[str, Sequence[Json]] = {
-    "echo": (False, None),
-    "best_of": (1, None),
-    # Of llama.cpp, which its clients send with every request.
+# Of llama.cpp, which its clients send with every request.
+LLAMA_DEFAULTS: dict[str, Sequence[Json]] = {
     "repeat_penalty": (1, None),
     "typical_p": (1, None),
     "dynatemp_range": (0, None),
     "xtc_probability": (0, None),
     "dry_multiplier": (0, None),
 }
-LLAMA_DEFAULTS = {"repeat_penalty", "typical_p", "dynatemp_range", "xtc_probability", "dry_multiplier"}
+# Fields that may be given with the value that they have if they are left out.
+DEFAULTS: dict[Endpoint, dict[str, Sequence[Json]]] = {
+    "chat": LLAMA_DEFAULTS,
+    "completions": {"echo": (False, None), "best_of": (1, None)} | LLAMA_DEFAULTS,
+}
 FIELDS: dict[Endpoint, set[str]] = {
     "chat": {
         *("messages", "tools", "tool_choice", "parallel_tool_calls", "response_format", "max_completion_tokens"),
         *("frequency_penalty", "presence_penalty", "top_logprobs"),
     },
-    "completions": {"prompt", "suffix", "frequency_penalty", "presence_penalty", "echo", "best_of"},
+    "completions": {"prompt", "suffix", "frequency_penalty", "presence_penalty"},
 }
 
 
@@ -63,7 +64,7 @@ def job_of(endpoint: Endpoint, body: Mapping[str, Json], served: Served, client:
     Raises:
         ProtocolError: a field is unknown, has another type or exceeds a limit; or the conversation is none.
     """
-    _check_fields(endpoint, body)
+    check_fields(body, {"model"} | SAMPLING | IGNORED | FIELDS[endpoint], DEFAULTS[endpoint])
     limits = served.limits
     n = integer(body, "n", 1, 1, limits.n)
     seed = integer(body, "seed", secrets.randbelow(SEEDS), -LARGEST_SEED, LARGEST_SEED)
@@ -120,13 +121,3 @@ def check_length(ids: Sequence[int], served: Served, param: str) -> None:
             param=param,
             code="context_length_exceeded",
         )
-
-
-def _check_fields(endpoint: Endpoint, body: Mapping[str, Json]) -> None:
-    for key, value in body.items():
-        if key not in {"model"} | SAMPLING | IGNORED | LLAMA_DEFAULTS | FIELDS[endpoint]:
-            raise ProtocolError(
-                f"{shown_value(key)}: this field is not supported here: leave it out", param=shown_value(key)
-            )
-        if key in DEFAULTS and value not in DEFAULTS[key]:
-            raise ProtocolError(f"{key}={shown_value(value)}: not supported; expected {DEFAULTS[key][0]}", param=key)

@@ -42,6 +42,7 @@ def _response(
 ) -> dict[str, Json]:
     """Returns a response; `answer` is None while it is computed."""
     asked = job.asked
+
     response: dict[str, Json] = {
         "id": f"resp_{job.id.partition('-')[2]}",
         "object": "response",
@@ -67,11 +68,13 @@ def _response(
         "user": asked["user"],
         "remembered_tokens": job.n_remembered,
     }
-    if answer:
-        response["usage"] = _usage(job, answer)
-        if job.return_token_ids:
-            response |= prompt_ids_value(job, answer.version)
-            response |= ids_value(answer.tokens, answer.raw_logprobs, answer.logprobs)
+    if answer is None:
+        return response
+
+    response["usage"] = _usage(job, answer)
+    if job.return_token_ids:
+        response |= prompt_ids_value(job, answer.version)
+        response |= ids_value(answer.tokens, answer.raw_logprobs, answer.logprobs)
     return response
 
 

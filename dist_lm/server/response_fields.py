@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 
 from dist_lm.errors import shown_value
 from dist_lm.server.errors import ProtocolError
-from dist_lm.server.fields import Json, typed
+from dist_lm.server.fields import Json, check_fields, typed
 from dist_lm.server.job import Job
 from dist_lm.server.requests import job_of
 from dist_lm.server.served import Served
@@ -57,7 +57,7 @@ def responses_job(body: Mapping[str, Json], served: Served, client: str) -> Job:
     Raises:
         ProtocolError: a field is unknown, has another type or exceeds a limit; or the conversation is none.
     """
-    _check_fields(body)
+    check_fields(body, {*SAME, *READ, *IGNORED}, DEFAULTS)
     chat: dict[str, Json] = {key: body[key] for key in SAME if body.get(key) is not None}
     chat["messages"] = [*_system(body), *_messages(body)]
     chat["tools"] = [_tool(tool) for tool in typed(body, "tools", list, [])] or None
@@ -73,16 +73,6 @@ def responses_job(body: Mapping[str, Json], served: Served, client: str) -> Job:
         names = {"messages": "input", "response_format": "text", "max_completion_tokens": "max_output_tokens"}
         raise ProtocolError(str(error), error.status, names.get(error.param or "", error.param), error.code) from error
     return job.with_asked({key: body.get(key) for key in ECHOED} | {"parallel": body.get("parallel_tool_calls")})
-
-
-def _check_fields(body: Mapping[str, Json]) -> None:
-    for key, value in body.items():
-        if key not in {*SAME, *READ, *IGNORED, *DEFAULTS}:
-            message = f"{shown_value(key)}: this field is not supported here: leave it out"
-            raise ProtocolError(message, param=shown_value(key))
-        if key in DEFAULTS and value not in DEFAULTS[key]:
-            message = f"{key}={shown_value(value)}: not supported: nothing is stored here; leave it out"
-            raise ProtocolError(message, param=key)
 
 
 def _includes(body: Mapping[str, Json]) -> list[str]:

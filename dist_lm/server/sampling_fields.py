@@ -37,7 +37,8 @@ def sampling_params(
     # llama.cpp's clients send -1 where they name no number.
     if body.get(key) == -1:
         body = {**body, key: None}
-    new_tokens = integer(body, key, min(limits.default_tokens, limits.max_tokens), 1, limits.max_tokens)
+
+    new_tokens = integer(body, key, limits.unnamed_tokens, 1, limits.max_tokens)
     try:
         return SamplingParams(
             max_new_tokens=new_tokens,

@@ -13,11 +13,11 @@ import torch
 from dist_lm.chat.layouts.turns import conversation_of
 from dist_lm.chat.messages import ChatError
 from dist_lm.chat.template import answer_tokens, prompt
-from dist_lm.errors import UserError, shown_value
+from dist_lm.errors import UserError
 from dist_lm.model.transformer import Transformer
 from dist_lm.rlhf.reward_model import RewardScale, last_token_scores
 from dist_lm.server.errors import ProtocolError
-from dist_lm.server.fields import Json, is_id, typed
+from dist_lm.server.fields import Json, check_fields, is_id, typed
 from dist_lm.server.served import Served
 
 MOST_INPUTS = 64  # of a request
@@ -42,9 +42,7 @@ def scored(body: Mapping[str, Json], reward: RewardModel) -> dict[str, Json]:
     Raises:
         ProtocolError: a field is unknown or has another form, or an input is too long.
     """
-    if unknown := body.keys() - {"model", "input", "messages", "tools"}:
-        name = shown_value(min(unknown))
-        raise ProtocolError(f"{name}: this field is not supported here: leave it out", param=name)
+    check_fields(body, {"model", "input", "messages", "tools"})
     param = "input" if body.get("messages") is None else "messages"
     sequences = _sequences(body, reward.served)
     most = reward.served.context

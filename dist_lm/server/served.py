@@ -13,11 +13,16 @@ class ServeLimits:
     """What a request may ask for."""
 
     max_tokens: int = 4096  # new tokens of an answer
-    default_tokens: int = 512  # new tokens of an answer that names no number
+    default_tokens: int = 512  # as `max_tokens`, of a request that names no number
     n: int = 16  # answers to a prompt
     prompt_tokens: int = 1 << 20  # the model's context is a limit of its own
     schema_bytes: int = 64 << 10  # of a constraint or of all tools, as JSON
     body_bytes: int = 4 << 20
+
+    @property
+    def unnamed_tokens(self) -> int:
+        """New tokens of an answer whose request names no number."""
+        return min(self.default_tokens, self.max_tokens)
 
 
 @dataclass

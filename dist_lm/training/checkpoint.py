@@ -6,9 +6,10 @@ shards: a checkpoint of many files and ranks would otherwise be opened files tim
 """
 
 import json
-import logging
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from io import BufferedReader
 from pathlib import Path
 
 import numpy as np
@@ -25,11 +26,17 @@ from dist_lm.parallel.messages import all_gather, on_first_rank
 from dist_lm.parallel.values import add_changes, fill, logical, shard_box, shard_of
 from dist_lm.training import checkpoint_files as files
 from dist_lm.training.adapters import adapted_model, check_same_adapters
-from dist_lm.training.checkpoint_tensors import StoredTensor, as_fp32, model_tensors, own_parameters, stored_tensors
+from dist_lm.training.checkpoint_tensors import (
+    LARGEST,
+    StoredTensor,
+    are_tiles,
+    as_fp32,
+    model_tensors,
+    own_parameters,
+    stored_tensors,
+)
 from dist_lm.training.optimizer import VARIANCE, named_state
 from dist_lm.training.state import TrainState
-
-log = logging.getLogger(__name__)
 
 DTYPES = {
     "F64": torch.float64,
@@ -44,6 +51,8 @@ DTYPES = {
 
 SCALAR_HEAD = f"{files.MODEL}scalar_head."  # begins the names of its tensors
 
+LONG_ROW = 64 << 10  # bytes; shorter rows are read whole, with what is not wanted: a call costs more
+BLOCK = 1 << 20  # bytes of rows that are read at once
 
 Box = tuple[slice, ...]
 
@@ -62,10 +71,24 @@ class PartsOfTensor:
     def in_box(self, box: Box) -> np.ndarray:
         """Returns the numbers of the parts that have entries in a box of the tensor, int64 (P',): none in an empty
         box."""
-        begin_D, end_D = (np.array([getattr(cut, side) for cut in box], dtype=np.int64) for side in ("start", "stop"))
-        last_PD = np.minimum(end_D, self.offset_PD + self.size_PD)
-        meets_PD = np.maximum(begin_D, self.offset_PD) < last_PD
+        begin_D, end_D = _ends(box)
+        meets_PD = np.maximum(begin_D, self.offset_PD) < np.minimum(end_D, self.offset_PD + self.size_PD)
         return np.flatnonzero(meets_PD.all(axis=1))
+
+    def fill(self, box: Box) -> bool:
+        """Returns whether the parts hold every entry of a box once."""
+        numbers = self.in_box(box)
+        begin_D, end_D = _ends(box)
+        begin_PD = np.maximum(begin_D, self.offset_PD[numbers])
+        end_PD = np.minimum(end_D, self.offset_PD[numbers] + self.size_PD[numbers])
+        return are_tiles(begin_PD, end_PD, begin_D, end_D)
+
+
+def _ends(box: Box) -> tuple[np.ndarray, np.ndarray]:
+    """Returns the first indices of a box, and those after its last ones: int64 (D,) each."""
+    begin_D = np.array([cut.start for cut in box], dtype=np.int64)
+    end_D = np.array([cut.stop for cut in box], dtype=np.int64)
+    return begin_D, end_D
 
 
 @dataclass(frozen=True)
@@ -259,8 +282,8 @@ def read(checkpoint: Path, tensors: Mapping[str, torch.Tensor]) -> None:
     """Fills `tensors`, by their names in the checkpoint, in place from the parts that any layout wrote (collective).
 
     Raises:
-        ArtefactError: on every rank, if a tensor is missing in the checkpoint or has another shape there, or any rank
-            cannot read a file or a header.
+        ArtefactError: on every rank, if a tensor is missing in the checkpoint or has another shape there, if its parts
+            leave holes or overlap, or if any rank cannot read a file or a header.
     """
     contents = on_first_rank(lambda: read_contents(checkpoint), Contents)
     _check(checkpoint, contents, tensors)
@@ -268,8 +291,8 @@ def read(checkpoint: Path, tensors: Mapping[str, torch.Tensor]) -> None:
     failure = None
     try:
         _fill(checkpoint, contents, tensors)
-    except (OSError, ValueError) as error:  # a bad disk; a file that was cut short since its header was read
-        failure = f"{checkpoint}: {error}"
+    except ArtefactError as error:
+        failure = str(error)
 
     # A rank that stops alone would leave the others waiting.
     for reason in all_gather(failure, str | None):
@@ -281,7 +304,7 @@ def read_contents(checkpoint: Path) -> Contents:
     """Returns where the parts of all tensors lie: from the index of the checkpoint, else from the header of each file.
 
     Raises:
-        ArtefactError: the index or a header cannot be read, or a part of a tensor is missing.
+        ArtefactError: the index or a header cannot be read, or the index names a file elsewhere.
     """
     path = checkpoint / files.INDEX
     if not path.is_file():  # an earlier version or an import wrote it
@@ -289,10 +312,18 @@ def read_contents(checkpoint: Path) -> Contents:
 
     try:
         index = json.loads(path.read_text())
+        # Another path would bring any file that the user may read into the weights.
+        names = [str(name) for name in index["files"]]
+        for name in names:
+            if Path(name).name != name or not name.endswith(files.TENSORS):
+                raise ValueError(f"{name!r} is no name of a file of tensors")
+
         tensors = {}
         for name, entry in index["tensors"].items():
             n_dims = len(entry["shape"])
             table = np.array(entry["parts"], dtype=np.int64).reshape(-1, 2 + 2 * n_dims)
+            if (table < 0).any() or (table > LARGEST).any() or (table[:, 0] >= len(names)).any():
+                raise ValueError(f"{name} has a part of impossible size or place")
             tensors[name] = PartsOfTensor(
                 str(entry["dtype"]),
                 [int(size) for size in entry["shape"]],
@@ -301,8 +332,9 @@ def read_contents(checkpoint: Path) -> Contents:
                 offset_PD=table[:, 2 : 2 + n_dims],
                 size_PD=table[:, 2 + n_dims :],
             )
-        return Contents([str(name) for name in index["files"]], tensors)
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        return Contents(names, tensors)
+    # A rank that stops with another error would leave the others waiting.
+    except (OSError, ValueError, LookupError, TypeError, AttributeError, OverflowError, RecursionError) as error:
         raise ArtefactError(f"checkpoint {checkpoint}: {files.INDEX} cannot be read ({error})") from error
 
 
@@ -361,16 +393,26 @@ def _fill(checkpoint: Path, contents: Contents, tensors: Mapping[str, torch.Tens
     """Fills this rank's shards; each file with entries of them is opened once.
 
     Raises:
-        OSError: a file cannot be read.
-        ValueError: a file is shorter than its header says.
+        ArtefactError: names the tensor whose parts leave holes in the shard or overlap there, or the file that cannot
+            be read.
     """
     boxes = {name: shard_box(tensor) for name, tensor in tensors.items()}
+    for name, box in boxes.items():
+        # A hole would keep its former values.
+        if not contents.tensors[name].fill(box):
+            raise ArtefactError(f"the parts of {name} do not hold every entry once")
+
     for file, needed in needed_parts(contents, boxes).items():
-        content = np.memmap(checkpoint / file, np.uint8, "r")
-        for name, number in needed:
-            parts, shard = contents.tensors[name], shard_of(tensors[name])
-            common, in_part, in_shard = _common_box(parts, number, boxes[name])
-            shard[in_shard].copy_(_entries(content, parts, number, in_part).reshape(common))
+        try:
+            with (checkpoint / file).open("rb") as opened:
+                for name, number in needed:
+                    parts, shard = contents.tensors[name], shard_of(tensors[name])
+                    common, in_part, in_shard = _common_box(parts, number, boxes[name])
+                    shard[in_shard].copy_(_entries(opened, parts, number, in_part).reshape(common))
+        except files.ShortFileError as error:  # it was cut short since its header was read
+            raise ArtefactError(str(error)) from error
+        except OSError as error:  # a bad disk
+            raise ArtefactError(f"{file}: {error}") from error
 
 
 def needed_parts(contents: Contents, boxes: Mapping[str, Box]) -> dict[str, list[tuple[str, int]]]:
@@ -396,25 +438,49 @@ def _common_box(parts: PartsOfTensor, number: int, box: Box) -> tuple[list[int],
     return begins, tuple(in_part), tuple(in_box)
 
 
-def _entries(content: np.ndarray, parts: PartsOfTensor, number: int, box: Box) -> torch.Tensor:
-    """Returns a copy of the entries in a box of one part, one after the other.
-
-    Args:
-        content: the bytes of the part's file.
+def _entries(file: BufferedReader, parts: PartsOfTensor, number: int, box: Box) -> torch.Tensor:
+    """Reads the entries in a box of one part, one after the other.
 
     Raises:
-        ValueError: the file is shorter than the part.
+        OSError: the file cannot be read.
+        files.ShortFileError: it is shorter than the part.
     """
     dtype = DTYPES[parts.dtype]
     # numpy has no bfloat16, so entries are opaque and only have the right size.
-    opaque = np.dtype(f"V{dtype.itemsize}")
-    try:
-        array = np.ndarray(parts.size_PD[number].tolist(), opaque, content.data, int(parts.start_P[number]))
-    except TypeError as error:
-        raise ValueError(f"a file is shorter than its header says ({error})") from None
-    # The copy is aligned, which numbers in a file need not be.
-    entries = np.array(array[box], order="C").reshape(-1).view(np.uint8)
-    return torch.from_numpy(entries).view(dtype)
+    entries = np.empty([cut.stop - cut.start for cut in box], np.dtype(f"V{dtype.itemsize}"))
+    read_entries(file, int(parts.start_P[number]), parts.size_PD[number].tolist(), box, entries)
+    return torch.from_numpy(entries.reshape(-1).view(np.uint8)).view(dtype)
+
+
+def read_entries(file: BufferedReader, start: int, shape: Sequence[int], box: Box, target: np.ndarray) -> None:
+    """Fills an array with the entries in a box of a part. Needs BLOCK bytes of memory beside it.
+
+    Args:
+        start: byte offset in the file of the first entry of the part, which is stored in row-major order.
+        shape: of the part.
+        target: contiguous, has the shape of the box and entries of the right size.
+
+    Raises:
+        OSError: the file cannot be read.
+        files.ShortFileError: it is shorter than the part.
+    """
+    has_whole_rows = all(cut == slice(0, size) for cut, size in zip(box[1:], shape[1:], strict=True))
+    row_bytes = target.itemsize * math.prod(shape[1:])
+    first_row = box[0].start if box else 0
+    if has_whole_rows:
+        files.read_exactly(file, start + first_row * row_bytes, target.reshape(-1).view(np.uint8).data)
+        return
+
+    if row_bytes >= LONG_ROW:
+        for row in range(len(target)):
+            read_entries(file, start + (first_row + row) * row_bytes, shape[1:], box[1:], target[row])
+        return
+
+    n_at_once = max(1, BLOCK // max(1, row_bytes))
+    for begin in range(0, len(target), n_at_once):
+        rows = np.empty((min(n_at_once, len(target) - begin), *shape[1:]), target.dtype)
+        files.read_exactly(file, start + (first_row + begin) * row_bytes, rows.reshape(-1).view(np.uint8).data)
+        target[begin : begin + len(rows)] = rows[:, *box[1:]]
 
 
 def newest_intact(checkpoints: Path, world: World) -> Path | None:

@@ -7,14 +7,19 @@
 
 A checkpoint is written under a name that starts with a dot, made durable, renamed, and then pointed at. So a plain name
 means a complete checkpoint, and the manifest reveals later damage.
+
+Files are read and never mapped. A mapped file that shrinks, or lies on a disk or a mount that fails, ends the process
+with SIGBUS; a read raises an error, so that a server keeps its weights and ranks end together.
 """
 
 import json
 import logging
+import os
 import re
 import shutil
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
+from io import BufferedReader
 from pathlib import Path
 from typing import Any
 
@@ -128,7 +133,7 @@ def read_state(directory: Path) -> tuple[TrainState, dict[str, Any]]:
         written_format = content["format"]
         if written_format == FORMAT:
             return TrainState.from_json(content["state"]), content["model"]
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
         raise ArtefactError(f"checkpoint {directory}: {STATE} cannot be read ({error})") from error
     raise ArtefactError(
         f"checkpoint {directory}: format {written_format}, expected {FORMAT}: another version of dist_lm wrote it; "
@@ -201,7 +206,8 @@ def read_manifest(directory: Path) -> Manifest:
     try:
         manifest = json.loads((directory / MANIFEST).read_text())
         return {name: FileRecord(str(file["sha256"]), int(file["bytes"])) for name, file in manifest.items()}
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+    # Without one of these, the ranks that wait for the first would wait on.
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, OverflowError, RecursionError) as error:
         raise ArtefactError(f"checkpoint {directory}: {MANIFEST} cannot be read ({error})") from error
 
 
@@ -211,7 +217,7 @@ def damage(
     """Compares the files of a checkpoint with its manifest; yields a phrase (`NAME is missing`) for each missing,
     changed, unreadable or foreign file.
 
-    A foreign file counts if it ends in `.safetensors`, because tensors are read from all such files.
+    A foreign file counts if it ends in `.safetensors` or is an index, because tensors are read from all such files.
 
     Args:
         contents: whether to compare contents too, not only sizes.
@@ -231,7 +237,7 @@ def damage(
     # One listing of the folder serves all shares.
     if first > 0:
         return
-    for path in sorted(directory.glob(f"*{TENSORS}")):
+    for path in sorted([*directory.glob(f"*{TENSORS}"), *directory.glob(INDEX)]):
         if path.name not in manifest:
             yield f"{path.name} does not belong to it (not in {MANIFEST})"
 
@@ -249,6 +255,26 @@ def _damage_of_file(path: Path, expected: FileRecord, contents: bool) -> str | N
     except OSError as error:  # a bad disk, a lost mount
         return f"cannot be read ({error.strerror})"
     return None
+
+
+class ShortFileError(Exception):
+    """A file ends before the tensors that its header announces."""
+
+
+def read_exactly(file: BufferedReader, start: int, target: memoryview) -> None:
+    """Fills a buffer of bytes from a file, from the byte offset `start` on.
+
+    Raises:
+        ShortFileError: the file ends before.
+        OSError: the file cannot be read.
+    """
+    position = 0
+    # The kernel reads at most 2 GiB at once.
+    while position < target.nbytes:
+        n_read = os.preadv(file.fileno(), [target[position:]], start + position)
+        if n_read == 0:
+            raise ShortFileError(f"{file.name} is shorter than its header says: it ends before byte {start + position}")
+        position += n_read
 
 
 def verify(directory: Path, contents: bool = True) -> None:

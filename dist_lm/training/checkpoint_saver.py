@@ -294,9 +294,10 @@ def _publish(
         OSError: a file or the folder cannot be written.
         ArtefactError: the shards of the ranks do not make up all tensors.
     """
+    # A rank that continues reads one index instead of the header of every file. This refuses missing parts, too. Files
+    # are opened by the names that ranks sent: a network file system may list a folder as it was before they wrote.
+    index = index_of(contents_of(stored_tensors(temporary, names=digests)))
     digests |= files.attach(temporary, attached)
-    # A rank that continues reads one index instead of the header of every file. This refuses missing parts, too.
-    index = index_of(contents_of(stored_tensors(temporary)))
     durable.write_text(temporary / files.INDEX, json.dumps(index, separators=(",", ":")))
     digests[files.INDEX] = durable.sha256_of(temporary / files.INDEX)
     adapters = record_of(config, target) if isinstance(config, AdaptedModelConfig) else None

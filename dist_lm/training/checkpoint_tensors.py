@@ -8,9 +8,10 @@ import json
 import math
 import os
 import secrets
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
 from functools import partial
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +25,9 @@ from dist_lm.storage import durable, outputs
 from dist_lm.training import checkpoint_files as files
 from dist_lm.training.adapters import adapted_model
 
-ALIGNMENT = 8  # bytes; the numbers start at a multiple, so that they can be mapped
+ALIGNMENT = 8  # bytes; the numbers start at a multiple, so that other programs can map them
+LARGEST = 1 << 62  # most bytes, and entries of a dimension: sums of two still fit into 64 bits
+MOST_DIMENSIONS = 8  # most dimensions of a tensor; ours have three
 METADATA, PLACES = "__metadata__", "DCP_SHARDING_INFO"
 
 
@@ -57,12 +60,24 @@ class StoredTensor:
         return self.elements * self.parts[0].item_bytes
 
     def read(self) -> np.ndarray:
-        """Returns the bytes of the tensor in row-major order: (bytes,) uint8."""
+        """Returns the bytes of the tensor in row-major order: (bytes,) uint8.
+
+        Raises:
+            ArtefactError: a file cannot be read, or was cut short since its header was read.
+        """
         # numpy has no bfloat16, so entries are opaque and only have the right size.
         array = np.empty(self.shape, np.dtype(f"V{self.parts[0].item_bytes}"))
         for part in self.parts:
             box = tuple(slice(start, start + size) for start, size in zip(part.offsets, part.shape, strict=True))
-            array[box] = np.memmap(part.file, array.dtype, "r", part.start, part.shape)
+            target = array[*box, ...]  # the ellipsis makes a view, of a scalar too
+            entries = target if target.flags.c_contiguous else np.empty_like(target, order="C")
+            try:
+                with part.file.open("rb") as file:
+                    files.read_exactly(file, part.start, entries.reshape(-1).view(np.uint8).data)
+            except (OSError, files.ShortFileError) as error:
+                raise ArtefactError(f"{part.file}: {self.name} cannot be read ({error})") from error
+            if entries is not target:
+                target[...] = entries
         return array.reshape(-1).view(np.uint8)
 
 
@@ -173,17 +188,23 @@ def as_fp32(tensor: StoredTensor | ComputedTensor) -> np.ndarray:
     return tensor.read().view(np.float32).reshape(tensor.shape)
 
 
-def stored_tensors(directory: Path) -> dict[str, StoredTensor]:
+def stored_tensors(directory: Path, names: Collection[str] | None = None) -> dict[str, StoredTensor]:
     """Returns the tensors of a checkpoint by name (`model.PARAMETER`, `optimizer.PARAMETER.exp_avg`), sorted by name;
     reads headers alone. A folder without files of tensors gives none.
 
+    Args:
+        names: names of the files; None: all files of tensors in the folder.
+
     Raises:
-        ArtefactError: a file cannot be read, or a part of a tensor is missing.
+        ArtefactError: a file cannot be read, or a part of a tensor is missing or there twice.
     """
+    if names is None:
+        names = [path.name for path in directory.glob(f"*{files.TENSORS}")]
+
     # Every rank writes files of its own, so the parts of one tensor may lie in many files.
     dtypes: dict[str, str] = {}
     parts: dict[str, list[Part]] = {}
-    for file in sorted(directory.glob(f"*{files.TENSORS}")):
+    for file in (directory / name for name in sorted(names)):
         header, start = read_header(file)
         try:
             sharding = json.loads(header.pop(METADATA)[PLACES])
@@ -196,9 +217,11 @@ def stored_tensors(directory: Path) -> dict[str, StoredTensor]:
 
                 item_bytes = (last - first) // n_elements
                 offsets = tuple(sharding[name]["saved_offsets"])
+                if not all(type(size) is int and 0 <= size <= LARGEST for size in (first, *shape, *offsets)):
+                    raise ValueError(f"{name} has shape {list(shape)} at {list(offsets)}, byte {first}")
                 parts.setdefault(name, []).append(Part(file, start + first, item_bytes, offsets, shape))
                 dtypes[name] = entry["dtype"]
-        except (KeyError, TypeError, ValueError) as error:
+        except (KeyError, TypeError, ValueError, OverflowError, RecursionError) as error:
             raise ArtefactError(f"{file}: the header is not that of a checkpoint ({error!r})") from error
     return {name: _from_parts(directory, name, dtypes[name], parts[name]) for name in sorted(parts)}
 
@@ -232,7 +255,7 @@ def read_header(file: Path) -> tuple[dict[str, Any], int]:
             if length > file.stat().st_size:
                 raise ValueError(f"a header of {length} bytes")
             return dict(json.loads(opened.read(length))), LENGTH_BYTES + length
-    except (OSError, ValueError, TypeError) as error:
+    except (OSError, ValueError, TypeError, RecursionError) as error:
         raise ArtefactError(f"{file}: not a safetensors file ({error})") from error
 
 
@@ -240,10 +263,18 @@ def _from_parts(directory: Path, name: str, dtype: str, parts: list[Part]) -> St
     """Returns the tensor that the parts of all files make up.
 
     Raises:
-        ArtefactError: the parts have more or fewer elements than the tensor.
+        ArtefactError: the parts do not hold every element of the tensor once.
     """
+    n_dims = len(parts[0].shape)
+    agree = all(len(sizes) == n_dims for part in parts for sizes in (part.offsets, part.shape))
+    if not agree or n_dims > MOST_DIMENSIONS:
+        raise ArtefactError(
+            f"checkpoint {directory}: expected the same number of dimensions in all parts of {name}, "
+            f"{MOST_DIMENSIONS} at most"
+        )
+
     # No header has the shape of the tensor; the farthest part ends at its corner.
-    shape = tuple(max(part.offsets[dim] + part.shape[dim] for part in parts) for dim in range(len(parts[0].shape)))
+    shape = tuple(max(part.offsets[dim] + part.shape[dim] for part in parts) for dim in range(n_dims))
     tensor = StoredTensor(name, dtype, shape, tuple(parts))
 
     n_elements = sum(math.prod(part.shape) for part in parts)
@@ -252,7 +283,41 @@ def _from_parts(directory: Path, name: str, dtype: str, parts: list[Part]) -> St
             f"checkpoint {directory}: {name} has {n_elements:,} of {tensor.elements:,} elements; a file of tensors is "
             "missing, or a file is there that does not belong to the checkpoint"
         )
+
+    begin_PD = np.array([part.offsets for part in parts], dtype=np.int64)
+    size_PD = np.array([part.shape for part in parts], dtype=np.int64)
+    if not are_tiles(begin_PD, begin_PD + size_PD, np.zeros(n_dims, np.int64), np.array(shape, dtype=np.int64)):
+        raise ArtefactError(f"checkpoint {directory}: parts of {name} overlap and leave holes")
     return tensor
+
+
+def are_tiles(begin_PD: np.ndarray, end_PD: np.ndarray, box_begin_D: np.ndarray, box_end_D: np.ndarray) -> bool:
+    """Returns whether P parts of D dimensions hold every entry of a box once, and no entry outside; P log P steps
+    for each of 2^D corners.
+
+    Args:
+        begin_PD: first indices of the parts, int64; `end_PD` has those after their last ones.
+        box_begin_D: first indices of the box, int64; `box_end_D` has those after its last ones.
+    """
+    # How often each entry is covered follows from the corners of the parts alone: each counts +1, or -1 if an odd
+    # number of its coordinates are ends. The sums of the parts at all corners must be those of the box.
+    begins = np.vstack([begin_PD, box_begin_D])
+    ends = np.vstack([end_PD, box_end_D])
+    signs = np.ones(len(begins), dtype=np.int64)
+    signs[-1] = -1
+
+    corners, counts = [], []
+    for is_end_D in product((False, True), repeat=len(box_begin_D)):
+        corners.append(np.where(np.array(is_end_D, dtype=bool), ends, begins))
+        counts.append(signs * (-1) ** sum(is_end_D))
+    corners_CD, counts_C = np.concatenate(corners), np.concatenate(counts)
+
+    # Equal corners get the same number. To sort one dimension after the other is ten times faster than to sort rows.
+    numbers_C = np.zeros(len(corners_CD), dtype=np.int64)
+    for coordinates_C in corners_CD.T:
+        _, places_C = np.unique(coordinates_C, return_inverse=True)
+        _, numbers_C = np.unique(numbers_C * len(corners_CD) + places_C, return_inverse=True)
+    return not np.bincount(numbers_C, counts_C).any()
 
 
 def consolidate(path: Path, output: Path, with_optimizer: bool = False) -> int:

@@ -160,6 +160,7 @@ def _look(
     """
     name = corpus_file.stem
     start = start_of(model, name)
+
     # The first try builds the corpora for their lengths; the file is written when it has passed.
     measured = Measured()
     replaced = [file for file in (corpus_file, model_file) if file.exists()]
@@ -174,8 +175,10 @@ def _look(
         commands=False,
     )
     new_files += [corpus_file] if corpus_file not in replaced else []
+
     if CONVERSATIONS not in surveys:
         raise ConfigError(f"--data {' '.join(data)}: texts, not conversations; stage=code trains on texts")
+
     if start.model_file:
         _write_new("--out", model_file, start.model_file, force)
         new_files += [model_file] if model_file not in replaced else []

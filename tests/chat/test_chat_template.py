@@ -51,7 +51,7 @@ def test_the_version_of_jinja() -> None:
     assert tuple(map(int, jinja2.__version__.split(".")[:3])) >= (3, 1, 6)
 
 
-@pytest.mark.parametrize("count", [1_000, pytest.param(10_000, marks=[pytest.mark.heavy, pytest.mark.timeout(1800)])])
+@pytest.mark.parametrize("count", [1_000, pytest.param(10_000, marks=[pytest.mark.bars, pytest.mark.timeout(1800)])])
 def test_conversations_are_rendered_byte_for_byte(apply_template: Render, count: int) -> None:
     random = Random(0)
     calls = 0

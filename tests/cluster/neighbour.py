@@ -4,7 +4,8 @@
 
 He knows what every user can see: processes of user 0, their command lines, the ports and sockets of the machine. He
 tries everything again and again until his standard input is closed, and prints a JSON object: what he was refused and
-what he could do, by try, and how often he has tried everything while there were ranks.
+what he could do, by try, and how often he has tried everything while there were ranks or a server. After each time he
+leaves the file ROUND in FOLDER.
 
 FOLDER: the temporary folder of the run, where he may create names, as in /tmp. RUN: its run directory.
 """
@@ -29,7 +30,9 @@ from collections.abc import Callable, Iterator
 
 UID = 65534
 RANK = b"dist_lm.train"
-OURS = (RANK, b"dist_lm.cluster", b"dist_lm.launch", b"ray/core", b"ray::", b"ray/_private")
+SERVER = b"dist_lm\0serve"
+ROUND = "round_of_the_neighbour"
+OURS = (RANK, SERVER, b"dist_lm.cluster", b"dist_lm.launch", b"ray/core", b"ray::", b"ray/_private")
 PTRACE_ATTACH = 16
 VALIDATE, ADD, MAGIC = 0, 4, 0x3C85F7CE  # torch's TCPStore
 RAY_CALLS = (
@@ -41,6 +44,12 @@ RAY_CALLS = (
     "/ray.rpc.CoreWorkerService/PushTask",
     "/ray.rpc.CoreWorkerService/KillActor",
     "/ray.rpc.CoreWorkerService/Exit",
+)
+
+SERVED = ("/v1/models", "/metrics", "/v1/completions", "/v1/chat/completions", "/v1/responses", "/infill", "/score")
+SERVED += ("/tokenize", "/detokenize")
+ASKED = (
+    b'{"prompt": "a", "tokens": [1], "input": "a", "input_prefix": "a", "messages": [{"role": "user", "content": "a"}]}'
 )
 
 Outcome = tuple[bool, str]
@@ -271,6 +280,34 @@ def asks_the_runtime_environment_agent() -> Outcome:
     return False, f"answers: {answers}"
 
 
+def asks_a_server_without_a_key() -> Outcome:
+    return asks_a_server({})
+
+
+def asks_a_server_with_a_key_of_his() -> Outcome:
+    return asks_a_server({"Authorization": "Bearer " + "0" * 64})
+
+
+def asks_a_server(headers: dict[str, str]) -> Outcome:
+    """A server that lets him in answers, or says what is wrong with the body."""
+    statuses: dict[int, int] = {}
+    for place in listening():
+        for path in SERVED:
+            body = ASKED if path not in SERVED[:2] else None
+            host = place[0].removeprefix("::ffff:")
+            request = urllib.request.Request(f"http://{host}:{place[1]}{path}", body, headers)
+            try:
+                with urllib.request.urlopen(request, timeout=5) as answer:
+                    return True, f"{path} at {place}: {answer.status}"
+            except urllib.error.HTTPError as error:
+                if error.code not in (401, 403, 404, 405):
+                    return True, f"{path} at {place}: {error.code}"
+                statuses[error.code] = statuses.get(error.code, 0) + 1
+            except (OSError, ValueError, http.client.HTTPException):
+                break
+    return False, f"answers by status: {statuses}"
+
+
 def finds_a_dashboard_or_a_client_server() -> Outcome:
     wanted = (8265, 10001, 29500, 52365, 44217, 44227)
     found = [place for place in listening() if place[1] in wanted]
@@ -371,6 +408,8 @@ TRIES = (
     calls_ray_without_a_token,
     calls_ray_with_a_token_of_his,
     asks_the_runtime_environment_agent,
+    asks_a_server_without_a_key,
+    asks_a_server_with_a_key_of_his,
     finds_a_dashboard_or_a_client_server,
     writes_into_the_run,
     puts_links_where_names_will_be,
@@ -395,9 +434,10 @@ def main() -> None:
 
     could: dict[str, list[str]] = {}
     refused: dict[str, list[str]] = {}
-    n_rounds_with_ranks = 0
+    n_rounds = 0
     while not select.select([sys.stdin], [], [], 0.1)[0]:
-        has_ranks = bool(processes(RANK))
+        # A server that does not listen yet has nothing that he could ask.
+        is_in_time = bool(processes(RANK) or (processes(SERVER) and listening()))
         for attempt in TRIES:
             try:
                 success, text = attempt()
@@ -407,8 +447,10 @@ def main() -> None:
             told = (could if success else refused).setdefault(attempt.__name__, [])
             if text not in told:
                 told.append(text)
-        n_rounds_with_ranks += has_ranks
-    print(json.dumps({"rounds": n_rounds_with_ranks, "could": could, "refused": refused}), flush=True)
+        if is_in_time:
+            n_rounds += 1
+            open(os.path.join(FOLDER, ROUND), "w").close()
+    print(json.dumps({"rounds": n_rounds, "could": could, "refused": refused}), flush=True)
 
 
 FOLDER, RUN = sys.argv[1:3] if __name__ == "__main__" else ("", "")

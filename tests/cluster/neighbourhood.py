@@ -36,7 +36,8 @@ def program_of(process: psutil.Process) -> str:
     line = process.cmdline()
     modules = [line[at + 1] for at, word in enumerate(line[:-1]) if word == "-m"]
     if modules:
-        return modules[0]
+        # One program has all verbs; the verb says what it is.
+        return " ".join(line[line.index("dist_lm") :][:2]) if modules[0] == "dist_lm" else modules[0]
     return process.name()
 
 

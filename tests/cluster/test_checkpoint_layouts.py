@@ -4,7 +4,6 @@ The tensors are made by hand: what they stand for is in `TENSORS`. Padding is Na
 """
 
 import math
-from collections.abc import Iterator
 from itertools import chain
 from pathlib import Path
 
@@ -43,13 +42,6 @@ TENSORS: dict[str, tuple[tuple[int, ...], int | None, int]] = {
 Layout = tuple[int, int]
 LAYOUTS: tuple[Layout, ...] = ((1, 8), (2, 4), (1, 4), (2, 2), (4, 1), (1, 1))
 """(dp_shard, tp)"""
-
-
-@pytest.fixture(scope="module")
-def ranks(tmp_path_factory: pytest.TempPathFactory) -> Iterator[RankGroups]:
-    groups = RankGroups(tmp_path_factory.mktemp("ranks"))
-    yield groups
-    groups.close()
 
 
 def value(name: str) -> torch.Tensor:

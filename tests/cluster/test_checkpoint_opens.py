@@ -1,7 +1,6 @@
 """How many files each rank opens when a run continues from a checkpoint of many."""
 
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -25,13 +24,6 @@ from tests.training.test_checkpoint_parts import write_parts
 pytestmark = [pytest.mark.cluster, pytest.mark.heavy]
 
 MODEL = ModelConfig(name="any", d_model=64, n_layers=3, n_heads=4, d_ff=64, max_seq_len=8, vocab_size=320)
-
-
-@pytest.fixture(scope="module")
-def ranks(tmp_path_factory: pytest.TempPathFactory) -> Iterator[RankGroups]:
-    groups = RankGroups(tmp_path_factory.mktemp("ranks"))
-    yield groups
-    groups.close()
 
 
 def value(name: str) -> np.ndarray:

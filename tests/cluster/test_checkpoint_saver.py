@@ -1,7 +1,6 @@
 """Saving while training goes on: what is written is what was, one save at a time, and failures reach every rank."""
 
 import os
-from collections.abc import Iterator
 from itertools import chain
 from pathlib import Path
 from threading import Event
@@ -27,13 +26,6 @@ pytestmark = pytest.mark.cluster
 
 CONFIG = small_config()  # five heads: over two ranks one of them is padding
 BLOCKED_S = patient(60)
-
-
-@pytest.fixture(scope="module")
-def ranks(tmp_path_factory: pytest.TempPathFactory) -> Iterator[RankGroups]:
-    groups = RankGroups(tmp_path_factory.mktemp("ranks"))
-    yield groups
-    groups.close()
 
 
 class Run:

@@ -4,7 +4,6 @@ import json
 import shutil
 import subprocess
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -54,12 +53,10 @@ def write(world: World, checkpoints: Path) -> Arrays:
 
 
 @pytest.fixture(scope="module")
-def written(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Path, Arrays]]:
-    groups = RankGroups(tmp_path_factory.mktemp("ranks"))
+def written(ranks: RankGroups, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Arrays]:
     checkpoints = tmp_path_factory.mktemp("run") / "checkpoints"
     checkpoints.mkdir()
-    yield checkpoints.parent, groups.run(2, write, checkpoints)
-    groups.close()
+    return checkpoints.parent, ranks.run(2, write, checkpoints)
 
 
 @pytest.fixture

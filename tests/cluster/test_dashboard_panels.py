@@ -54,8 +54,9 @@ def assert_no_panel_is_empty(run: RunDirectory, stage: str) -> None:
     assert_every_metric(names, stage)
 
 
+@pytest.mark.heavy
 @pytest.mark.parametrize(
-    "stage", [pytest.param(stage, marks=pytest.mark.heavy) for stage in ("language", "code", "tools")]
+    "stage", ["code", *(pytest.param(stage, marks=pytest.mark.bars) for stage in ("language", "tools"))]
 )
 def test_stages_that_predict_text(tiny_work, tmp_path, stage: str) -> None:
     run = prepare(linked(tiny_work, tmp_path / "work"), "panels", "stage.init_from=none", stage=stage)
@@ -63,7 +64,7 @@ def test_stages_that_predict_text(tiny_work, tmp_path, stage: str) -> None:
     assert_no_panel_is_empty(run, stage)
 
 
-@pytest.mark.heavy
+@pytest.mark.bars
 def test_the_reward_model(ranked_work, tmp_path) -> None:  # noqa: F811
     start = ranked_work.run("tools", "default").path
     run = prepare(ranked_work, "panels", *REWARD_SETTINGS, f"stage.init_from={start}", stage="reward")

@@ -142,7 +142,7 @@ def test_a_run_that_fails_for_good_shows_why(undisturbed, shared_ray, tmp_path):
     assert str(run.logs) in last
 
 
-@pytest.mark.heavy
+@pytest.mark.bars
 def test_a_failing_rank_shows_its_own_words(tiny_work, tmp_path):
     work = linked(tiny_work, tmp_path)
     train_language(work)

@@ -111,7 +111,7 @@ def test_a_later_stage_starts_from_merged_weights(reference, work):
         assert found[name] == pytest.approx(value, abs=1e-6), name
 
 
-@pytest.mark.heavy
+@pytest.mark.bars
 def test_adapters_of_adapters_are_merged_in_turn(reference, work):
     again = prepare(work, "again", f"stage.init_from={reference.path}", *LORA, "stage.steps=2", stage="code")
     train(again, ranks=1)

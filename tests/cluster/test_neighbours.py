@@ -6,6 +6,7 @@ Every port that a run opens is in the table of docs/security.md, with its addres
 import json
 import os
 import re
+import secrets
 import shutil
 import subprocess
 import sys
@@ -16,13 +17,16 @@ from typing import Any
 
 import pytest
 
+from dist_lm.config.root import save_config
+from dist_lm.prepare.compose import compose_config
 from dist_lm.storage.run_directory import WorkDirectory
 from tests.cluster.launched import CODE_STEPS, SETTINGS, follow_on
-from tests.cluster.neighbour import TRIES
+from tests.cluster.neighbour import SERVED, TRIES
 from tests.cluster.neighbourhood import APART
 from tests.cluster.test_rlhf_run import settings as rlhf_settings
 from tests.cluster.test_rlhf_run import work_of
 from tests.cluster.test_with_or_without_launcher import assert_same
+from tests.conftest import TINY
 from tests.patience import patient
 from tests.training_run import linked, write_untrained
 
@@ -39,8 +43,12 @@ DEADLINE_S = patient(600)
 ROUNDS = 1  # of all tries, while there are ranks
 
 
-def beside_a_neighbour(run: Path, *command: str) -> dict[str, Any]:
-    """The report of `neighbourhood.py`. The neighbour can see the folder of the run and all above it."""
+def beside_a_neighbour(run: Path, *command: str, **environment: str) -> dict[str, Any]:
+    """The report of `neighbourhood.py`. The neighbour can see the folder of the run and all above it.
+
+    Args:
+        environment: variables of both.
+    """
     folder = Path(tempfile.mkdtemp(prefix="n", dir="/tmp"))
     folder.chmod(0o1777)
     try:
@@ -49,6 +57,7 @@ def beside_a_neighbour(run: Path, *command: str) -> dict[str, Any]:
             capture_output=True,
             text=True,
             timeout=DEADLINE_S,
+            env=os.environ | environment,
         )
     finally:
         shutil.rmtree(folder)
@@ -115,7 +124,33 @@ def pool_run(tiny_work: WorkDirectory, place: Path) -> dict[str, Any]:
     return report
 
 
-@pytest.fixture(params=["launched_run", "door_run", "pool_run"])
+@pytest.fixture(scope="module")
+def served_run(tiny_work: WorkDirectory, place: Path) -> Path:
+    """A run that `dist-lm serve` can serve."""
+    work = linked(tiny_work, place / "served")
+    run = write_untrained(work, "tools", 0)
+    save_config(compose_config(["stage=tools", *TINY, f"work_dir={work.path}"]), run.config)
+    return run.path
+
+
+def serve(run: Path, **environment: str) -> dict[str, Any]:
+    return beside_a_neighbour(run, sys.executable, "-m", "tests.cluster.served_run", str(run), **environment)
+
+
+@pytest.fixture(scope="module")
+def keyed_server(served_run: Path) -> dict[str, Any]:
+    """`dist-lm serve` with a key, which the neighbour looks for in command lines."""
+    key = secrets.token_hex(16)
+    return serve(served_run, DIST_LM_API_KEY=key, NEIGHBOUR_LOOKS_FOR=key)
+
+
+@pytest.fixture(scope="module")
+def open_server(served_run: Path) -> dict[str, Any]:
+    """`dist-lm serve` without a key."""
+    return serve(served_run, DIST_LM_API_KEY="")
+
+
+@pytest.fixture(params=["launched_run", "door_run", "pool_run", "keyed_server"])
 def report(request: pytest.FixtureRequest) -> dict[str, Any]:
     return request.getfixturevalue(request.param)
 
@@ -129,8 +164,25 @@ def test_what_another_user_tries_is_refused(report, attempt):
     assert neighbour["refused"][attempt]
 
 
+def test_without_a_key_another_user_can_ask_the_model_and_nothing_else(open_server):
+    """Finds a server whose files, memory, sockets or life another user reaches, beyond what docs/serve.md says."""
+    neighbour = open_server["neighbour"]
+    assert neighbour["rounds"] >= ROUNDS, "the server was gone before everything was tried"
+    assert neighbour["could"].keys() == {"asks_a_server_without_a_key", "asks_a_server_with_a_key_of_his"}
+
+
 def test_no_command_line_holds_the_token(report):
     assert not report["secrets_seen"]
+
+
+def test_the_tries_reach_the_server(keyed_server):
+    """Finds tries that end before they get an answer, and a path of the API that wants no key."""
+    refused = keyed_server["neighbour"]["refused"]
+    everything = f"answers by status: {{401: {len(SERVED)}}}"
+    assert everything in refused["asks_a_server_without_a_key"]
+    assert everything in refused["asks_a_server_with_a_key_of_his"]
+    for attempt in ("reads_an_environment", "reads_memory_or_descriptors", "signals_a_process", "writes_into_the_run"):
+        assert set(refused[attempt]) != {"nothing is there"}
 
 
 def test_the_tries_reach_what_they_try(launched_run):

@@ -154,7 +154,7 @@ def test_completions_of_val_are_scored_where_no_prompt_leaves_room_for_an_answer
 @pytest.mark.parametrize(
     ("ranks", "layout"),
     [
-        pytest.param(2, (), id="fsdp", marks=pytest.mark.heavy),
+        pytest.param(2, (), id="fsdp", marks=pytest.mark.bars),
         pytest.param(2, ("parallel.tp=2",), id="tp"),
     ],
 )

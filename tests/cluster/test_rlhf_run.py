@@ -181,7 +181,7 @@ OF_SETS = (*GRPO, "rlhf.top_k=50", "rlhf.top_p=0.9", "rlhf.max_staleness=1")
     "overrides",
     [
         # both together go through all that each alone goes through
-        pytest.param(overrides, id=name, marks=pytest.mark.heavy if name in ("drawn ahead", "with text") else ())
+        pytest.param(overrides, id=name, marks=pytest.mark.bars if name in ("drawn ahead", "with text") else ())
         for name, overrides in GONE_ON_WITH.items()
     ],
 )
@@ -259,7 +259,7 @@ def test_two_ranks_agree_with_one(started_work, tmp_path):
         assert found[2][f"rlhf/{name}"] == pytest.approx(found[1][f"rlhf/{name}"], rel=1e-5, abs=1e-6), name
 
 
-@pytest.mark.heavy
+@pytest.mark.bars
 def test_a_launched_run_learns_pretraining_text_beside_the_reward(started_work, reference, tmp_path):
     work = work_of(started_work, tmp_path)
     code, out, err = finish_launch(launch(work, *PRETRAINING, "rlhf.max_staleness=1"))
@@ -303,7 +303,9 @@ def undisturbed_and_other(started_work, tmp_path, *steps: str) -> tuple[RunDirec
 @pytest.mark.timeout(1800)
 @pytest.mark.parametrize("kills", [pytest.param(2, marks=pytest.mark.heavy), pytest.param(10, marks=pytest.mark.bars)])
 @pytest.mark.parametrize(
-    "algorithm", [(), GRPO, pytest.param(OF_SETS, marks=pytest.mark.bars)], ids=["ppo", "grpo", "grpo of sets"]
+    "algorithm",
+    [pytest.param((), marks=pytest.mark.bars), GRPO, pytest.param(OF_SETS, marks=pytest.mark.bars)],
+    ids=["ppo", "grpo", "grpo of sets"],
 )
 def test_kills_of_actors_and_ranks_change_no_number(started_work, tmp_path, algorithm, kills):
     steps = (f"stage.steps={12 * kills}", "stage.eval_every=0", f"cluster.max_restarts={kills}", *algorithm)
@@ -348,7 +350,7 @@ def test_kills_in_the_middle_of_a_push_of_weights_change_no_number(started_work,
     assert numbers(run) == numbers(expected)
 
 
-@pytest.mark.heavy
+@pytest.mark.bars  # test_launch_run.py kills the one of a training stage
 def test_a_killed_launcher_takes_all_with_it_and_the_same_command_goes_on(started_work, reference, tmp_path):
     work = work_of(started_work, tmp_path)
     run = work.run("rlhf", "default")

@@ -56,7 +56,7 @@ def assert_same_curve(run: RunDirectory, reference: RunDirectory) -> None:
     ("tp", "switches"),
     [
         (1, ()),
-        (2, ("parallel.activation_checkpointing=selective",)),
+        pytest.param(2, ("parallel.activation_checkpointing=selective",), marks=pytest.mark.bars),
         (4, ("parallel.sp=true", "parallel.activation_checkpointing=full")),
         pytest.param(8, (), marks=pytest.mark.bars),
     ],

@@ -222,7 +222,7 @@ def test_rlhf_generates_in_rank_0_without_ray(rlhf_work):
     assert json.loads(run.result.read_text())["steps"] == 2
 
 
-@pytest.mark.heavy
+@pytest.mark.bars
 def test_rlhf_is_started_without_the_launcher(rlhf_work):
     code, out, err = finish(torchrun(ONE_NODE, *rlhf_settings(rlhf_work, *FEW_ITERATIONS)))
     assert code == 0, err

@@ -146,7 +146,7 @@ def test_every_kind_of_process_notes_what_it_reads(smoke_reads):
     assert smoke_reads["other"]
 
 
-@pytest.mark.heavy
+@pytest.mark.bars
 def test_listed_tests_read_the_keys_that_they_are_listed_for(tmp_path):
     """Every listed key is a key, and the tests of its file read it, or one of a group."""
     command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", *READ_BY]

@@ -80,7 +80,7 @@ PREFERENCES = {
 SLOW = ("turns", "ranked", "ultrafeedback")
 
 
-@pytest.mark.parametrize("kind", [pytest.param(k, marks=[pytest.mark.heavy] * (k in SLOW)) for k in PREFERENCES])
+@pytest.mark.parametrize("kind", [pytest.param(k, marks=[pytest.mark.bars] * (k in SLOW)) for k in PREFERENCES])
 def test_preferences_get_the_reader_and_the_commands_that_learn_from_them(kind: str, tmp_path: Path) -> None:
     """They were refused with a page to read, and a command without a model has no tokenizer to begin with."""
     path, out = tmp_path / "rows.jsonl", tmp_path / "lab" / "corpus" / "ours.yaml"

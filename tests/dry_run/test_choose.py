@@ -35,7 +35,7 @@ def test_the_choice_is_concrete_fits_and_is_the_fastest_that_does():
 @pytest.mark.parametrize(
     ("model", "n_ranks"),
     [
-        pytest.param(model, n_ranks, marks=() if (model, n_ranks) == ("qwen3_8b", 8) else pytest.mark.heavy)
+        pytest.param(model, n_ranks, marks=() if (model, n_ranks) == ("qwen3_8b", 8) else pytest.mark.bars)
         for model in ("llama_1b", "llama_3b", "llama_8b", "qwen3_0.6b", "qwen3_1.7b", "qwen3_4b", "qwen3_8b")
         for n_ranks in (8, 64, 512)
     ],
@@ -70,7 +70,7 @@ def test_a_layout_that_is_given_stays_as_it_is():
     assert resolve_layout(with_layout(config, 8).parallel, config.model, 16) == given
 
 
-@pytest.mark.parametrize("ranks_per_node", [1, 2, pytest.param(8, marks=pytest.mark.heavy)])
+@pytest.mark.parametrize("ranks_per_node", [1, 2, pytest.param(8, marks=pytest.mark.bars)])
 def test_no_tensor_parallelism_between_nodes(ranks_per_node):
     config = auto("cluster.nodes=4", "cluster=ray", "cluster.address=h:1")
     found = candidates(on_nodes_of(config, ranks_per_node), 4 * ranks_per_node)

@@ -130,7 +130,7 @@ def test_the_ranks_played_are_the_first_a_padded_one_and_the_last():
             ("hardware=h100", "stage.global_batch=32", "parallel.activation_checkpointing=full"),
             8,
             id="fsdp",
-            marks=pytest.mark.heavy,
+            marks=pytest.mark.bars,
         ),
         pytest.param(
             ("hardware=cpu", "stage.global_batch=16", "parallel.tp=4", "parallel.sp=true"), 8, id="fsdp_tp_sp"
@@ -139,22 +139,22 @@ def test_the_ranks_played_are_the_first_a_padded_one_and_the_last():
             ("hardware=h100", "stage.global_batch=80", "parallel.dp_replicate=1", "model.n_heads=6"),
             20,
             id="fsdp_uneven",
-            marks=pytest.mark.heavy,
+            marks=pytest.mark.bars,
         ),
         pytest.param(
-            ("hardware=h100", "stage.global_batch=32", *LLAMA_SHAPE), 8, id="as llama", marks=pytest.mark.heavy
+            ("hardware=h100", "stage.global_batch=32", *LLAMA_SHAPE), 8, id="as llama", marks=pytest.mark.bars
         ),
         pytest.param(
             ("hardware=h100", "stage.global_batch=32", *LLAMA_SHAPE, "model.qk_norm=true"),
             8,
             id="as qwen3",
-            marks=pytest.mark.heavy,
+            marks=pytest.mark.bars,
         ),
         pytest.param(
             ("stage.lora.rank=8", "stage.lora.load_in_4bit=true", "stage.init_from=base", "stage.global_batch=8"),
             2,
             id="four_bits",
-            marks=pytest.mark.heavy,
+            marks=pytest.mark.bars,
         ),
     ],
 )
@@ -186,7 +186,7 @@ def test_a_loss_that_needs_the_global_batch_is_played_with_its_passes_before_the
 @pytest.mark.parametrize(
     ("model", "layout", "most"),
     [
-        pytest.param("large", Layout(1, 8, 1), 1.10, id="large on 8"),
+        pytest.param("large", Layout(1, 8, 1), 1.10, id="large on 8", marks=pytest.mark.bars),
         pytest.param("xlarge", Layout(64, 8, 1), 1.15, id="xlarge on 512", marks=pytest.mark.bars),
         pytest.param("llama_8b", Layout(8, 8, 1), 1.10, id="llama_8b on 64", marks=pytest.mark.bars),
         pytest.param("llama_8b", Layout(64, 8, 1), 1.10, id="llama_8b on 512"),

@@ -91,7 +91,7 @@ def no_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.usefixtures("no_cache")
 @pytest.mark.parametrize(
-    "chat", [pytest.param(False, id="text", marks=pytest.mark.heavy), pytest.param(True, id="chat")]
+    "chat", [pytest.param(False, id="text", marks=pytest.mark.bars), pytest.param(True, id="chat")]
 )
 def test_figures_are_those_of_the_hf_backend_on_our_export(run, tasks, model, chat, tmp_path):
     from lm_eval.models.huggingface import HFLM

@@ -20,7 +20,9 @@ from tests.patience import patient
 
 pytestmark = pytest.mark.skipif(shutil.which("bwrap") is None, reason="needs bubblewrap")
 FORGERIES = [(forgery, kind) for forgery in (*PYTHON, *BASH, *SQL) for kind in forgery.kinds]
-FIRST = {(forgery.name, forgery.kinds[0]) for forgery, _ in FORGERIES}
+SPREAD = {
+    (forgery.name, forgery.kinds[number % len(forgery.kinds)]) for number, forgery in enumerate((*PYTHON, *BASH, *SQL))
+}
 HONEST = [(kind, number) for kind, fields in KINDS.items() for number in range(len(fields.honest))]
 
 
@@ -43,8 +45,8 @@ def score(rule: TestsRule, kind: str, code: str) -> Score:
 
 
 def named(forgery: Forgery, kind: str):
-    # One kind of task for each forgery is quick; the others are the same attack on other tests.
-    marks = () if (forgery.name, kind) in FIRST else pytest.mark.heavy
+    # A kind of task for each forgery is quick, all kinds in turn; the rest are the same attacks on other tests.
+    marks = () if (forgery.name, kind) in SPREAD else pytest.mark.bars
     return pytest.param(forgery, kind, id=f"{forgery.name}-{kind}", marks=marks)
 
 

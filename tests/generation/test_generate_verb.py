@@ -4,12 +4,14 @@ import fcntl
 import io
 import os
 import pty
+import re
 import select
 import signal
 import subprocess
 import sys
 import termios
 import time
+from collections.abc import Sequence
 from contextlib import suppress
 from pathlib import Path
 
@@ -131,12 +133,34 @@ def at_own_terminal() -> None:
     fcntl.ioctl(0, termios.TIOCSCTTY, 0)
 
 
+SLOW_PROGRAM = """
+import time
+from dist_lm import __main__ as program
+from dist_lm.generation.engine import Engine
+
+step, submit = Engine.step, Engine.submit
+
+def slow_step(engine):
+    time.sleep(0.2)
+    return step(engine)
+
+def told_submit(engine, request, *arguments):
+    print(f"[prompt of {len(request.prompt)} tokens]", flush=True)
+    return submit(engine, request, *arguments)
+
+Engine.step, Engine.submit = slow_step, told_submit
+program.main()
+"""
+"""`dist-lm` with at most five tokens a second, so that Ctrl-C comes in the middle of an answer. It tells how long each
+prompt is, conversation included."""
+
+
 class Conversation:
     """`generate --chat` at a terminal of its own."""
 
-    def __init__(self, run: Path) -> None:
+    def __init__(self, run: Path, program: Sequence[str] = ("-m", "dist_lm"), options: Sequence[str] = OPTIONS) -> None:
         self._outer, inner = pty.openpty()
-        words = [sys.executable, "-m", "dist_lm", "generate", str(run), "--chat", *OPTIONS]
+        words = [sys.executable, *program, "generate", str(run), "--chat", *options]
         self.program = subprocess.Popen(
             words,
             stdin=inner,
@@ -146,7 +170,8 @@ class Conversation:
             preexec_fn=at_own_terminal,  # Ctrl-C needs it
         )
         os.close(inner)
-        self.text = ""
+        self.text = ""  # behind what was waited for
+        self.seen = ""  # all of it
 
     def wait_for(self, words: str) -> None:
         """Reads until the terminal has shown `words` behind what was waited for before."""
@@ -159,7 +184,9 @@ class Conversation:
             if time.monotonic() > deadline:
                 return False
             if select.select([self._outer], [], [], 0.1)[0]:
-                self.text += os.read(self._outer, 65536).decode(errors="replace")
+                piece = os.read(self._outer, 65536).decode(errors="replace")
+                self.text += piece
+                self.seen += piece
         self.text = self.text.partition(words)[2]
         return True
 
@@ -173,6 +200,37 @@ class Conversation:
         while not self.shows(PROMPT_MARK, within=2):
             assert time.monotonic() < deadline, self.text
             self.type("\x03")
+
+    def command(self, line: str, words: str) -> None:
+        """Types a command and waits for what it says and the next prompt."""
+        self.type(f"{line}\n")
+        self.wait_for(line)
+        self.wait_for(words)
+        self.wait_for(PROMPT_MARK)
+
+    def ask(self, request: str, ending: str, interrupts: bool = False) -> int:
+        """Asks SLOW_PROGRAM and waits for the end of the answer and the next prompt.
+
+        Args:
+            ending: a word of the line about the answer.
+            interrupts: whether Ctrl-C is pressed when the answer has begun.
+
+        Returns:
+            The tokens of the request's prompt.
+        """
+        self.type(f"{request}\n")
+        self.wait_for("[prompt of ")
+        self.wait_for(" tokens]\r\n")
+        if interrupts:
+            assert self.shows_more(), "the answer does not begin"
+            self.type("\x03")
+        self.wait_for(ending)
+        self.wait_for(PROMPT_MARK)
+        return int(re.findall(r"prompt of (\d+) tokens", self.seen)[-1])
+
+    def shows_more(self) -> bool:
+        """Waits for any further text."""
+        return bool(self.text or select.select([self._outer], [], [], patient(120))[0])
 
     def end(self) -> int:
         """Returns the exit code; the program must end within 10 s of a quiet machine."""
@@ -196,7 +254,13 @@ GREETING, PROMPT_MARK = "Ctrl-D leaves", "> "
 
 @pytest.mark.heavy
 @pytest.mark.parametrize(
-    "words", ["\x04", "/quit\n", "/exit\n", "half a line\x03\x04", "half a line\x03/quit\n"], ids=repr
+    "words",
+    [
+        "/quit\n",
+        "half a line\x03\x04",
+        *(pytest.param(words, marks=pytest.mark.bars) for words in ("\x04", "/exit\n", "half a line\x03/quit\n")),
+    ],
+    ids=repr,
 )
 def test_a_chat_at_a_terminal_ends_when_it_is_told(small_run, words: str):
     """Finds a chat that does not end at the end of input, or waits for threads and processes at its end."""
@@ -212,6 +276,31 @@ def test_a_chat_at_a_terminal_ends_when_it_is_told(small_run, words: str):
     chat.type(last)
     assert chat.end() == 0, chat.text
     assert "Traceback" not in chat.text
+
+
+@pytest.mark.heavy
+def test_ctrl_c_stops_an_answer_and_keeps_the_conversation(small_run):
+    """Finds a Ctrl-C that ends the program or waits for the whole answer, and one after which the turns before are
+    gone."""
+    letters = ("--constraint", '{"regex": "[a-z]{100,200}"}')  # any answer is a turn, and a long one
+    chat = Conversation(small_run.path, ("-c", SLOW_PROGRAM), (*OPTIONS, *letters))
+    chat.wait_for(GREETING)
+    chat.wait_for(PROMPT_MARK)
+
+    chat.command("/max_new_tokens 3", "max_new_tokens 3")
+    first_prompt = chat.ask("one", "answered")
+    chat.command("/max_new_tokens 100", "max_new_tokens 100")
+    second_prompt = chat.ask("two", "stopped", interrupts=True)
+    n_tokens = int(re.findall(r"1 turn, (\d+) token", chat.seen)[-1])
+    assert n_tokens < 100
+
+    # The request that was stopped is taken back, and the answer before it stays.
+    chat.command("/max_new_tokens 3", "max_new_tokens 3")
+    third_prompt = chat.ask("six", "answered")
+    assert third_prompt == second_prompt > first_prompt
+    chat.type("\x04")
+    assert chat.end() == 0, chat.text
+    assert "Traceback" not in chat.seen
 
 
 @pytest.mark.heavy

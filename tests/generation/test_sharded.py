@@ -1,6 +1,5 @@
 """A model over several processes answers as it does in one, and none of them is left behind."""
 
-import itertools
 import os
 import random
 import signal
@@ -25,7 +24,6 @@ from dist_lm.storage.process import title
 from tests.generation.test_engine import (
     CONFIG,
     EOT,
-    GROUPED,
     PAGE,
     SMALL,
     answers_of,
@@ -37,23 +35,6 @@ from tests.generation.test_engine import (
 )
 
 OPTIONS = replace(SMALL, cache_tokens=12 * PAGE)  # so small that sequences are set aside
-ODD = replace(
-    GROUPED,
-    name="unequal",
-    n_heads=10,
-    n_kv_heads=2,
-    ffn="gelu",
-    tie_embeddings=False,
-    qk_norm=True,
-    vocab_size=64,
-    value_residual=True,
-    qk_norm_span="all",
-    norm_place="after",
-    rope_free_layers=[0],
-    residual_scale=0.7,
-    logit_divisor=1.5,
-)
-LARGE = replace(CONFIG, name="large", d_model=50, n_heads=25, value_residual=True)  # in number of heads
 DEADLINE_S = 90.0  # less than what a living rank has to join a collective
 FOREVER = Request("long", [3, 4], SamplingParams(max_new_tokens=150, ignore_eot=True), n=3)
 LEADER = """
@@ -70,6 +51,8 @@ for request in requests(1_000_000):
 
 
 def sharded(model: Transformer, tp: int) -> Engine:
+    """Returns an engine over `tp` processes. A process has one at a time: tests that start another one while the
+    `engine` of this file is there are in test_sharded_shapes.py."""
     weights = dict(model.named_parameters())
     return Engine(model.config, weights, eot_id=EOT, options=OPTIONS, dtype=model.embedding.weight.dtype, tp=tp)
 
@@ -127,23 +110,6 @@ def test_a_schedule_gives_what_a_plain_forward_gives_and_others_keep_nothing(eng
     assert told.count("save") > 1
     assert told.count("copy_page") > 3
     assert told.count("save") == told.count("restore") + told.count("forget")
-
-
-# of 8 ranks one has one head, one has none
-SHAPES = [*itertools.product((CONFIG, GROUPED, ODD), (2, 3, 4)), (LARGE, 8)]
-EACH_ONCE = [(GROUPED, 2), (CONFIG, 3), (ODD, 4)]
-
-
-@pytest.mark.parametrize(
-    ("config", "tp"),
-    [pytest.param(*shape, marks=pytest.mark.heavy if shape in EACH_ONCE else pytest.mark.bars) for shape in SHAPES],
-    ids=lambda value: getattr(value, "name", value),
-)
-def test_schedules_on_any_number_of_ranks(config, tp):
-    model = model_of(config).double()
-    with sharded(model, tp) as engine:
-        for seed in range(2):
-            check_schedule(engine, model, requests_of_all_kinds(), seed)
 
 
 def test_an_answer_is_the_same_to_the_last_bit_whatever_it_is_batched_with(engine):
@@ -238,16 +204,6 @@ def test_a_rank_that_dies_is_named_and_the_others_end(model, engine):
     with pytest.raises(RankLostError, match="rank 1"):
         engine.step()
     await_true(lambda: not any(child.is_running() for child in children))
-
-
-@pytest.mark.heavy
-def test_a_rank_that_fails_shows_what_it_wrote(model):
-    with sharded(model, 3) as engine:
-        engine._decoder._followers.tell(["nonsense"])
-        engine.submit(FOREVER)
-        words = r"Traceback[\s\S]*\nrank [12] \(.*exit code 1: AssertionError: nonsense"
-        with pytest.raises(RankLostError, match=words):
-            engine.run()
 
 
 def test_a_rank_that_does_not_start_says_why(model, monkeypatch):

@@ -1,6 +1,5 @@
 """Ten steps of training are those of transformers and `torch.optim.AdamW`, at one rank and over several."""
 
-from collections.abc import Iterator
 from itertools import product
 
 import pytest
@@ -26,13 +25,6 @@ pytest.importorskip("transformers")
 
 STEPS, SEQUENCES, LENGTH = 10, 4, 24
 STAGE = StageConfig(name="families", lr=3e-3, warmup_steps=3, steps=STEPS, grad_clip=1.0, label_smoothing=0.0)
-
-
-@pytest.fixture(scope="module")
-def ranks(tmp_path_factory: pytest.TempPathFactory) -> Iterator[RankGroups]:
-    groups = RankGroups(tmp_path_factory.mktemp("ranks"))
-    yield groups
-    groups.close()
 
 
 def model_of(family: str, heads: int) -> ModelConfig:
@@ -100,12 +92,10 @@ def losses_of_transformers(config: ModelConfig) -> list[float]:
 
 
 def cases() -> list:
-    """Every family with whole and with padded heads, on a layout that cuts everything; the rest at length."""
+    """Every family with padded heads on a layout that cuts everything; the rest at length."""
     rows = []
     for family, heads, layout in product(FAMILIES, (5, 25), ("1x1x1", "1x1x2", "1x2x2")):
-        marks = [pytest.mark.bars]
-        if layout == "1x2x2" or (layout == "1x1x2" and heads == 5):
-            marks = [pytest.mark.heavy]
+        marks = [pytest.mark.heavy if (heads, layout) == (5, "1x2x2") else pytest.mark.bars]
         if (family, heads, layout) == ("Qwen2", 5, "1x2x2"):
             marks = []
         rows.append(pytest.param(family, heads, layout, marks=marks))

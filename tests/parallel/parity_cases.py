@@ -52,8 +52,8 @@ SMALL = ("1x1x1", "1x2x1", "1x1x4+sp", "1x2x2+sp")
 
 
 def layouts(*names: str) -> list:
-    """Parameters for tests: those not in SMALL are heavy."""
-    return [pytest.param(name, marks=() if name in SMALL else pytest.mark.heavy) for name in names]
+    """Parameters for tests: those not in SMALL are run at length."""
+    return [pytest.param(name, marks=() if name in SMALL else pytest.mark.bars) for name in names]
 
 
 @dataclass(frozen=True)
@@ -135,7 +135,8 @@ def cases() -> list[Case]:
 
 def small_cases() -> list[Case]:
     """The fewest rows, found greedily, in which every layout of up to four ranks occurs, every number of heads meets
-    every width of tensor parallelism, and any two values of any two other choices meet. The rest is heavy."""
+    every width of tensor parallelism, and any two values of any two other choices meet. The rest
+    is run at length."""
     left = [case for case in cases() if case.world_size <= 4]
     missing = set().union(*(_facts(case) for case in left))
     found = []

@@ -38,7 +38,7 @@ def adapted(heads: tuple[int, int], lora: LoraConfig = LORA, **changes) -> Adapt
 
 @pytest.mark.parametrize(
     ("layout", "heads"),
-    [*CASES, *(pytest.param(*case, marks=pytest.mark.heavy) for case in MORE)],
+    [*CASES, *(pytest.param(*case, marks=pytest.mark.bars) for case in MORE)],
     ids=lambda value: str(value).replace(", ", "of"),
 )
 def test_steps_are_those_of_one_process(ranks: RankGroups, layout: str, heads: tuple[int, int]):
@@ -59,7 +59,7 @@ def test_steps_are_those_of_one_process(ranks: RankGroups, layout: str, heads: t
 
 
 HEAVY = [
-    pytest.param(layout, tied, marks=pytest.mark.heavy) for layout in ("1x4x1", "1x2x2", "1x1x4") for tied in (0, 1)
+    pytest.param(layout, tied, marks=pytest.mark.bars) for layout in ("1x4x1", "1x2x2", "1x1x4") for tied in (0, 1)
 ]
 
 
@@ -118,7 +118,7 @@ def merged_values(model: AdaptedModelConfig) -> dict[str, np.ndarray]:
 @pytest.mark.parametrize("offload", [False, True], ids=["on the device", "offloaded"])
 @pytest.mark.parametrize(
     ("layout", "heads"),
-    [("1x1x1", (5, 5)), pytest.param("1x4x1", (6, 3), marks=pytest.mark.heavy), ("1x2x2", (5, 1))],
+    [("1x1x1", (5, 5)), pytest.param("1x4x1", (6, 3), marks=pytest.mark.bars), ("1x2x2", (5, 1))],
 )
 def test_adapters_are_merged_into_the_weights_that_leave(
     ranks: RankGroups, layout: str, heads: tuple[int, int], offload: bool

@@ -46,7 +46,7 @@ def test_initial_values_are_the_same_bits_on_any_layout(ranks: RankGroups, layou
     [
         ("1x1x1", "compute"),
         ("1x2x1", "fp32"),
-        pytest.param("1x2x2", "compute", marks=pytest.mark.heavy),
+        pytest.param("1x2x2", "compute", marks=pytest.mark.bars),
         ("1x1x4+sp", "compute"),
         ("1x1x4+sp", "fp32"),
     ],
@@ -84,14 +84,14 @@ def test_compiled_blocks_compute_the_same(ranks: RankGroups, layout: str, mode: 
     assert error(found.gradients, expected) < (BF16 if dtype == "bf16" else 1e-6)
 
 
-@pytest.mark.parametrize("layout", ["1x2x1", "1x2x2+sp", pytest.param("2x1x2", marks=pytest.mark.heavy)])
+@pytest.mark.parametrize("layout", ["1x2x1", "1x2x2+sp", pytest.param("2x1x2", marks=pytest.mark.bars)])
 def test_offloaded_parameters_take_the_same_step(ranks: RankGroups, layout: str):
     model, parallel = model_of((5, 5)), parallel_of(layout, cpu_offload=True)
     found: MeshTrajectory = ranks.run(layout_of(layout).world_size, rank_steps, model, parallel, range(1))
     assert entries_off(found.end, expected_of(model).end, 1e-5) == {}
 
 
-@pytest.mark.parametrize("layout", ["1x4x1", "1x2x2+sp", pytest.param("2x1x2", marks=pytest.mark.heavy)])
+@pytest.mark.parametrize("layout", ["1x4x1", "1x2x2+sp", pytest.param("2x1x2", marks=pytest.mark.bars)])
 @pytest.mark.parametrize("muon", [None, MuonConfig(lr=0.02, variance_beta=0.9)], ids=["adamw", "muon"])
 def test_a_rank_without_finite_gradients_makes_all_ranks_skip_the_step(ranks: RankGroups, layout: str, muon):
     """The flag decides inside kernels what is written: a moment, a counter or a rank that forgets it goes its own way
@@ -112,7 +112,7 @@ def steps_with_many_units(world: World, model: ModelConfig, parallel: ParallelCo
 
 
 @pytest.mark.parametrize(
-    "layout", ["1x2x1", *(pytest.param(layout, marks=pytest.mark.heavy) for layout in ("2x2x1", "1x2x2+sp"))]
+    "layout", ["1x2x1", *(pytest.param(layout, marks=pytest.mark.bars) for layout in ("2x2x1", "1x2x2+sp"))]
 )
 def test_parameters_that_stay_gathered_are_never_stale(ranks: RankGroups, layout: str):
     size, model = layout_of(layout).world_size, model_of((5, 5))

@@ -53,7 +53,7 @@ def assert_is_that_of_one_process(found: MeshTrajectory, model: ModelConfig) -> 
 
 @pytest.mark.parametrize(
     "case",
-    [pytest.param(case, id=str(case), marks=() if case in SMALL_CASES else pytest.mark.heavy) for case in CASES],
+    [pytest.param(case, id=str(case), marks=() if case in SMALL_CASES else pytest.mark.bars) for case in CASES],
 )
 def test_a_step_is_that_of_one_process(ranks: RankGroups, case: Case):
     found: MeshTrajectory = ranks.run(
@@ -71,7 +71,7 @@ def test_a_step_of_a_scalar_head_is_that_of_one_process(ranks: RankGroups, layou
 
 @pytest.mark.parametrize("layout", layouts("1x1x1", "1x4x1", "2x1x1", "1x1x2", "1x1x4+sp", "2x1x2", "1x2x2+sp"))
 @pytest.mark.parametrize(
-    "heads", [pytest.param((5, 5), id="padded heads", marks=pytest.mark.heavy), pytest.param((6, 3), id="groups")]
+    "heads", [pytest.param((5, 5), id="padded heads", marks=pytest.mark.bars), pytest.param((6, 3), id="groups")]
 )
 def test_a_step_with_normalised_queries_and_keys_is_that_of_one_process(
     ranks: RankGroups, layout: str, heads: tuple[int, int]
@@ -96,7 +96,7 @@ def test_a_step_with_squared_relu_and_capped_logits_is_that_of_one_process(ranks
         *(pytest.param(ROWS[AFTER], layout, id=f"{AFTER}-{layout}") for layout in ("1x1x4+sp", "1x2x2+sp")),
         pytest.param(TOGETHER, "1x1x4+sp", id="all others together-1x1x4+sp"),
         *(
-            pytest.param(row, layout, id=f"{name}-{layout}", marks=pytest.mark.heavy)
+            pytest.param(row, layout, id=f"{name}-{layout}", marks=pytest.mark.bars)
             for name, row in ROWS.items()
             for layout in ("1x1x2", "1x1x4+sp", "1x2x2+sp")
         ),
@@ -122,7 +122,7 @@ VALUE_RESIDUALS = [
 
 @pytest.mark.parametrize(
     ("heads", "layout", "checkpointing"),
-    [pytest.param(*row, marks=() if row[1] in SMALL else pytest.mark.heavy) for row in VALUE_RESIDUALS],
+    [pytest.param(*row, marks=() if row[1] in SMALL else pytest.mark.bars) for row in VALUE_RESIDUALS],
 )
 def test_a_step_with_value_residuals_is_that_of_one_process(
     ranks: RankGroups, heads: tuple[int, int], layout: str, checkpointing: str
@@ -148,7 +148,7 @@ def assert_orthogonal_steps_are_those_of_one_process(
 @pytest.mark.parametrize("layout", layouts("1x1x1", "1x4x1", "4x1x1", "1x1x2", "1x1x4+sp", "2x1x2", "1x2x2+sp"))
 @pytest.mark.parametrize(
     "heads",
-    [pytest.param((5, 5), id="padded heads"), pytest.param((4, 4), id="whole heads", marks=pytest.mark.heavy)],
+    [pytest.param((5, 5), id="padded heads"), pytest.param((4, 4), id="whole heads", marks=pytest.mark.bars)],
 )
 def test_orthogonal_steps_are_those_of_one_process(ranks: RankGroups, layout: str, heads: tuple[int, int]):
     assert_orthogonal_steps_are_those_of_one_process(ranks, layout, model_of(heads), MuonConfig(lr=0.02), 2)

@@ -47,8 +47,8 @@ SMALL_TENSOR_PARALLEL = {(model, layout) for model, layout, _ in SMALL_MOVES}
 
 
 def marked(rows: Iterable[tuple[str, ...]], small: Collection[tuple[str, ...]]) -> list:
-    """Parameters for tests: those not in `small` are heavy."""
-    return [pytest.param(*row, marks=() if row in small else pytest.mark.heavy) for row in rows]
+    """Parameters for tests: those not in `small` are run at length."""
+    return [pytest.param(*row, marks=() if row in small else pytest.mark.bars) for row in rows]
 
 
 @dataclass(frozen=True)
@@ -94,7 +94,7 @@ def test_another_layout_loads_the_same_bits_and_takes_the_same_step(ranks, saved
 
 
 @pytest.mark.parametrize(
-    ("source", "target"), [("1x1x2", "1x4x1"), pytest.param("1x2x2", "1x1x4", marks=pytest.mark.heavy)]
+    ("source", "target"), [("1x1x2", "1x4x1"), pytest.param("1x2x2", "1x1x4", marks=pytest.mark.bars)]
 )
 def test_another_layout_continues_with_normalised_orthogonal_steps(ranks, tmp_path, source, target):
     model, muon = MODELS["6 heads, 3 key heads"], MuonConfig(lr=0.02, variance_beta=0.9)

@@ -16,7 +16,7 @@ from dist_lm.stages.rlhf.config import RlhfRunConfig
 @pytest.mark.parametrize(
     ("model", "stage"),
     [  # files of both, as recipes, are composed in test_recipes.py
-        pytest.param(model, stage, marks=() if model == "nano" or stage == "rlhf" else pytest.mark.heavy)
+        pytest.param(model, stage, marks=() if model == "nano" or stage == "rlhf" else pytest.mark.bars)
         for model in choices("model")
         for stage in choices("stage")
     ],

@@ -51,7 +51,7 @@ def layout_of(config, before: ContinuedRun | None = None, ranks: int = GPUS) -> 
     [
         *(("parallel=fsdp", nodes, f"{nodes}x8x1") for nodes in (1, 2, 8, 64)),
         *(("parallel=auto", nodes, f"{nodes}x8x1") for nodes in (1, 8)),
-        *(pytest.param("parallel=auto", nodes, f"{nodes}x8x1", marks=pytest.mark.heavy) for nodes in (2, 64)),
+        *(pytest.param("parallel=auto", nodes, f"{nodes}x8x1", marks=pytest.mark.bars) for nodes in (2, 64)),
     ],
 )
 def test_a_model_that_a_node_holds_is_sharded_inside_it(parallel, nodes, expected):

@@ -81,7 +81,7 @@ SMALL = ("dp 2", "tp 2, sequence parallel")  # what the others add, they add to 
 
 
 @pytest.mark.parametrize(
-    "name", [pytest.param(name, marks=() if name in SMALL else pytest.mark.heavy) for name in LAYOUTS]
+    "name", [pytest.param(name, marks=() if name in SMALL else pytest.mark.bars) for name in LAYOUTS]
 )
 def test_metrics_are_those_of_one_rank(ranks: RankGroups, text: str, name: str):
     size, parallel = LAYOUTS[name]

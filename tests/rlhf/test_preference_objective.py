@@ -1,6 +1,5 @@
 """Stage preference with a model: a tree is K passes, and how a batch is cut changes no loss, metric or gradient."""
 
-from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
@@ -143,13 +142,6 @@ def one_step(
         "gradients": logical_arrays(kept, parameter_shapes(MODEL)),
         "held out": held_out_metrics(loss, rankings, known, seen, point, seed=0),
     }
-
-
-@pytest.fixture(scope="module")
-def ranks(tmp_path_factory: pytest.TempPathFactory) -> Iterator[RankGroups]:
-    groups = RankGroups(tmp_path_factory.mktemp("ranks"))
-    yield groups
-    groups.close()
 
 
 CUTS = [(1, 4, ParallelConfig()), (1, 2, ParallelConfig()), (2, 4, ParallelConfig()), (2, 2, ParallelConfig())]

@@ -12,6 +12,8 @@ import torch
 from dist_lm.chat.layouts.turns import conversation_of
 from dist_lm.chat.template import prompt, stop_tokens
 from dist_lm.generation.request import Answer, Request, SamplingParams
+from dist_lm.server.answers import logprobs_value
+from tests.patience import patient
 from tests.server.conftest import Running
 
 MESSAGES: list[Any] = [{"role": "system", "content": "Be short."}, {"role": "user", "content": "Is it dry in Oslo?"}]
@@ -149,6 +151,17 @@ def test_top_logprobs_are_the_models_most_likely_tokens(client: openai.OpenAI, s
     assert all(1 <= len(by_text) <= 2 for by_text in alternatives)
 
 
+def test_of_two_tokens_with_one_text_the_likelier_is_told(server: Running):
+    """Finds an alternative of /v1/completions whose probability is that of a rarer token."""
+    tokenizer = server.loaded.tokenizer
+    bytes_of = ((token, tokenizer.content([token])) for token in range(tokenizer.vocab_size))
+    # Bytes that are no character of their own.
+    first, second, *_ = [token for token, content in bytes_of if content.decode(errors="replace") == "\ufffd"]
+    top = (((first, -0.5), (5, -1.0), (second, -2.0)),)
+    value = logprobs_value("completions", [first], [-0.5], top, tokenizer)
+    assert value["top_logprobs"][0]["\ufffd"] == -0.5
+
+
 def test_penalties_are_those_of_the_engine(client: openai.OpenAI, server: Running):
     """Finds a penalty that is accepted and does nothing, or another one in its place."""
     ids = [5, 6, 7]
@@ -191,7 +204,7 @@ def test_the_next_turn_says_what_was_cached_of_its_prompt(client: openai.OpenAI,
     assert last.usage
     assert last.usage.prompt_tokens_details
     assert second.prompt_tokens - 32 <= (last.usage.prompt_tokens_details.cached_tokens or 0) < second.prompt_tokens
-    assert "dist_lm_prefix_reused_tokens_total" in httpx.get(f"{server.url}/metrics").text
+    assert "dist_lm_prefix_reused_tokens_total" in httpx.get(f"{server.url}/metrics", timeout=patient(20)).text
 
 
 @pytest.mark.parametrize("tool_choice", ["auto", "required", {"type": "function", "function": {"name": "clock"}}])

@@ -7,7 +7,7 @@ import pytest
 
 from dist_lm.data.infill import InfillMarks
 from dist_lm.server.infill import SNIPPET, infill_job
-from dist_lm.server.served import Served
+from dist_lm.server.served import Served, ServeLimits
 from tests.server.conftest import CONTEXT, Running, wait_for
 
 # What llama.vscode sends: `createRequestPayload` in its src/llama-server.ts.
@@ -72,10 +72,24 @@ def test_long_files_keep_what_is_near_the_cursor(server: Running, long: tuple[st
 
 @pytest.mark.parametrize(
     ("field", "value"),
-    [("input_prefix", 3), ("input_extra", [{"text": 1}]), ("input_extra", [{"text": ""}] * 65), ("n_predict", 10**9)],
+    [("input_prefix", 3), ("input_extra", [{"text": 1}]), ("input_extra", [{"text": ""}] * 65), ("n_predict", 10**9),
+     ("n_probs", 3), ("return_token_ids", True)],
     ids=lambda value: str(value)[:20],
-)
+)  # fmt: skip
 def test_other_forms_are_refused(server: Running, field: str, value: Any):
+    """Finds a field that is taken although the answer cannot have what it asks for."""
     response = server.post("/infill", COMPLETION | {field: value})
     assert response.status_code == 400
     assert response.json()["error"]["param"] == field
+
+
+def test_a_request_may_leave_length_and_seed_to_the_server(server: Running):
+    """Finds a default length that the server's own limit refuses, and llama.cpp's -1 as one fixed seed."""
+    limits = ServeLimits(max_tokens=100, default_tokens=200)
+    about = Served("small", server.loaded.tokenizer, CONTEXT, limits=limits)
+    texts = {"input_prefix": "def f():\n", "input_suffix": "", "n_probs": 0}
+    for length in ({}, {"n_predict": -1}):
+        (request,) = infill_job(texts | length, about, "").requests
+        assert request.params.max_new_tokens == 100
+    seeds = {infill_job(texts | {"seed": -1}, about, "").requests[0].seed for _ in range(4)}
+    assert len(seeds) == 4

@@ -93,10 +93,10 @@ CASES = [
     ),
     ("Llama", {"target_modules": ["o_proj", "up_proj"], "layers_to_transform": [1]}),
     ("GPTNeoX", {"target_modules": ["query_key_value", "dense"]}),
-    pytest.param("Llama", {"target_modules": "all-linear"}, marks=pytest.mark.heavy),
-    pytest.param("Starcoder2", {"target_modules": ["c_fc", "o_proj"]}, marks=pytest.mark.heavy),
-    pytest.param("Arcee", {"target_modules": ["k_proj", "up_proj"]}, marks=pytest.mark.heavy),
-    pytest.param("Pythia", {"target_modules": ["query_key_value", "dense_h_to_4h"]}, marks=pytest.mark.heavy),
+    pytest.param("Llama", {"target_modules": "all-linear"}, marks=pytest.mark.bars),
+    pytest.param("Starcoder2", {"target_modules": ["c_fc", "o_proj"]}, marks=pytest.mark.bars),
+    pytest.param("Arcee", {"target_modules": ["k_proj", "up_proj"]}, marks=pytest.mark.bars),
+    pytest.param("Pythia", {"target_modules": ["query_key_value", "dense_h_to_4h"]}, marks=pytest.mark.bars),
 ]
 
 

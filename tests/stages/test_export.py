@@ -80,7 +80,7 @@ def work(tiny_work: WorkDirectory, tmp_path: Path) -> WorkDirectory:
 @pytest.mark.parametrize(
     ("family", "dtype", "head"),
     [
-        pytest.param(family, dtype, head, marks=pytest.mark.heavy if family in FURTHER and dtype == "bf16" else ())
+        pytest.param(family, dtype, head, marks=pytest.mark.bars if family in FURTHER and dtype == "bf16" else ())
         for family, dtype, head in product(FAMILIES, ["fp32", "bf16"], ["tokens", "scalar"])
         if head == "tokens" or family in SCORED
     ],

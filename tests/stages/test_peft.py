@@ -20,9 +20,9 @@ peft = pytest.importorskip("peft")
 EVERY = ["attention", "feed_forward"]
 CASES = [
     *(("GPTNeoX", EVERY, "tokens"), ("GPTNeoX", ["query", "value"], "tokens"), ("Llama", ["query", "up"], "scalar")),
-    *(pytest.param(family, EVERY, "tokens", marks=pytest.mark.heavy) for family in FAMILIES if family != "GPTNeoX"),
-    *(pytest.param("GPTNeoX", targets, "tokens", marks=pytest.mark.heavy) for targets in (["key"], ["output", "down"])),
-    pytest.param("GPTNeoX", ["query", "up"], "scalar", marks=pytest.mark.heavy),
+    *(pytest.param(family, EVERY, "tokens", marks=pytest.mark.bars) for family in FAMILIES if family != "GPTNeoX"),
+    *(pytest.param("GPTNeoX", targets, "tokens", marks=pytest.mark.bars) for targets in (["key"], ["output", "down"])),
+    pytest.param("GPTNeoX", ["query", "up"], "scalar", marks=pytest.mark.bars),
 ]
 
 
@@ -69,7 +69,7 @@ class OurMask(torch.nn.Module):
         return apply_dropout(x, channels)
 
 
-@pytest.mark.parametrize("family", ["Llama", "Qwen3", pytest.param("GPTNeoX", marks=pytest.mark.heavy)])
+@pytest.mark.parametrize("family", ["Llama", "Qwen3", pytest.param("GPTNeoX", marks=pytest.mark.bars)])
 @pytest.mark.parametrize("tied", [False, True], ids=["untied", "tied"])
 def test_rslora_dropout_and_trained_tokens_are_those_of_peft(family: str, tied: bool, tmp_path: Path):
     """Finds settings that adapter_config.json does not say, and gradients that peft would not have."""

@@ -79,12 +79,12 @@ CASES = [
     ("Llama", "ours", {"tie_embeddings": True}),
     ("Llama", "sentencepiece", {}),
     ("Qwen3", "byte-level", {"tie_embeddings": True}),
-    pytest.param("GPTNeoX", "ours", {}, marks=pytest.mark.heavy),
-    pytest.param("Pythia", "byte-level", {}, marks=pytest.mark.heavy),
-    pytest.param("Starcoder2", "ours", {"tie_embeddings": True}, marks=pytest.mark.heavy),
-    pytest.param("Arcee", "ours", {}, marks=pytest.mark.heavy),
-    pytest.param("Llama 3.1", "byte-level", {}, marks=pytest.mark.heavy),
-    pytest.param("Llama with biases", "sentencepiece", {"n_kv_heads": 1}, marks=pytest.mark.heavy),
+    pytest.param("GPTNeoX", "ours", {}, marks=pytest.mark.bars),
+    pytest.param("Pythia", "byte-level", {}, marks=pytest.mark.bars),
+    pytest.param("Starcoder2", "ours", {"tie_embeddings": True}, marks=pytest.mark.bars),
+    pytest.param("Arcee", "ours", {}, marks=pytest.mark.bars),
+    pytest.param("Llama 3.1", "byte-level", {}, marks=pytest.mark.bars),
+    pytest.param("Llama with biases", "sentencepiece", {"n_kv_heads": 1}, marks=pytest.mark.bars),
 ]
 
 

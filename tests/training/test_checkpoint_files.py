@@ -14,6 +14,7 @@ from dist_lm.prepare.compose import compose_config
 from dist_lm.storage import durable
 from dist_lm.training import checkpoint_files as files
 from dist_lm.training.adapters import adapted_model, check_same_adapters
+from dist_lm.training.checkpoint import read_contents
 from dist_lm.training.state import TrainState
 
 MODEL = {"d_model": 8}
@@ -101,6 +102,26 @@ def test_a_file_of_tensors_that_is_not_its_own_is_damage(tmp_path):
     with pytest.raises(ArtefactError, match=r"shard-00002\.safetensors does not belong to it"):
         files.verify(newest)
     assert files.newest_intact(files.steps_in(tmp_path)) == tmp_path / files.step_name(1)
+
+
+def test_an_index_that_is_not_its_own_is_damage(tmp_path):
+    """Finds an index put into a checkpoint that was written without one, which a load would follow."""
+    directory = make(tmp_path, 1)
+    (directory / files.INDEX).write_text('{"files": [], "tensors": {}}')
+    with pytest.raises(ArtefactError, match=r"index\.json does not belong to it"):
+        files.verify(directory)
+
+
+@pytest.mark.parametrize(
+    "content", ["[" * 100_000, '{"a": {"sha256": "", "bytes": Infinity}}'], ids=["deep", "infinite"]
+)
+@pytest.mark.parametrize("read", [files.read_state, files.read_manifest, read_contents], ids=lambda read: read.__name__)
+def test_json_that_no_save_writes_is_refused(tmp_path, read, content):
+    """Finds JSON whose error is not one of a damaged file: a first rank that ends with it leaves the others waiting."""
+    for name in (files.STATE, files.MANIFEST, files.INDEX):
+        (tmp_path / name).write_text(content)
+    with pytest.raises(ArtefactError, match="cannot be read"):
+        read(tmp_path)
 
 
 def test_a_damaged_start_is_refused_and_others_are_named(tmp_path):

@@ -189,11 +189,13 @@ class _Parts:
         """
         # transformers has no name of its own for the factors, so each of its weights is looked up by ours.
         names = {name for name in parameter_shapes(self._adapted(LoraConfig(rank=1))) if name.endswith(".a")}
+
         places: dict[str, tuple[Converted, int]] = {}
         weights = dict(self.described.ranks)
         for conversion in converted(self.architecture, parameter_shapes(self.model)):
             if conversion.name not in weights or f"{adapter_of(conversion.ours[0])}a" not in names:
                 continue
+
             rank = weights.pop(conversion.name)
             out, into = conversion.shape
             shapes = tuple(self._factor(conversion, factor).shape for factor in "AB")
@@ -203,6 +205,8 @@ class _Parts:
                     f"{((rank, into), (out, rank))} by the base"
                 )
             places |= {name: (conversion, index) for index, name in enumerate(conversion.ours)}
+
+        # What is left has no counterpart in the model.
         if weights:
             raise ArtefactError(
                 f"{self.folder / WEIGHTS}: adapter of {shown_value(next(iter(weights)))}: expected weights of "

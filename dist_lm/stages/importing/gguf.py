@@ -21,6 +21,7 @@ from dist_lm.interop.snapshot_files import parsed
 from dist_lm.interop.weights import converted
 from dist_lm.model.size import parameter_shapes
 from dist_lm.storage import durable
+from dist_lm.training.checkpoint_files import ShortFileError, read_exactly
 from dist_lm.training.checkpoint_tensors import ComputedTensor, write_tensors
 
 PREFIX_BYTES, MOST_PREFIX_BYTES = 16 << 20, 256 << 20  # the header is looked for in as many bytes, then in more
@@ -59,7 +60,12 @@ def write_snapshot(path: Path, folder: Path) -> None:
     def read(name: str) -> Any:
         type_number, sizes, offset, n_bytes = stored[name]
         rows = math.prod(sizes[:-1])
-        data = np.memmap(path, np.uint8, "r", offset, (*sizes[:-1], n_bytes // rows))
+        data = np.empty((*sizes[:-1], n_bytes // rows), np.uint8)
+        try:
+            with path.open("rb") as file:
+                read_exactly(file, offset, data.reshape(-1).data)
+        except (OSError, ShortFileError) as error:
+            raise ArtefactError(f"{path}: tensor {name} cannot be read ({error})") from error
         try:
             weights = gguf.quants.dequantize(data, gguf.GGMLQuantizationType(type_number))
         except NotImplementedError as error:
