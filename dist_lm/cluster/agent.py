@@ -36,6 +36,7 @@ from dist_lm.storage.run_directory import RunDirectory
 PEERS_LEAVE_S = 5
 QUIET_S = 2.0  # after this silence of a rank, the state of its process is read too
 STACKS_SIGNAL = signal.SIGUSR2  # makes a rank write the stacks of its threads to its log
+NUMA_NODES = Path("/sys/devices/system/node")
 PY_SPY_S = 20.0  # for all ranks of a node
 
 
@@ -335,6 +336,32 @@ class NodeAgent:
         return tuple(RankExit(**failure) for failure in json.loads(content or "[]"))
 
 
+def numa_binding(nodes: Path = NUMA_NODES) -> list[str]:
+    """Returns torchrun's option that keeps each rank on the cores beside its GPU; empty where it would gain nothing or
+    torchrun would fail: with a single NUMA node, without `numactl`, or if this process may use no core of some node.
+
+    Args:
+        nodes: where Linux lists NUMA nodes.
+    """
+    allowed = os.sched_getaffinity(0)
+    cores_of_nodes = [cores_of((node / "cpulist").read_text()) for node in sorted(nodes.glob("node[0-9]*"))]
+    if len(cores_of_nodes) < 2 or shutil.which("numactl") is None:
+        return []
+    # A job may have been given cores of some nodes alone, and nodes of memory have none.
+    if not all(cores & allowed for cores in cores_of_nodes):
+        return []
+    return ["--numa-binding", "node"]
+
+
+def cores_of(ranges: str) -> set[int]:
+    """Returns the numbers that a list of Linux such as `0-3,8` names; none for an empty one."""
+    cores: set[int] = set()
+    for part in filter(None, ranges.strip().split(",")):
+        first, _, last = part.partition("-")
+        cores.update(range(int(first), int(last or first) + 1))
+    return cores
+
+
 def torchrun_arguments(assignment: Assignment) -> list[str]:
     """Returns torchrun's command line for one node.
 
@@ -350,6 +377,7 @@ def torchrun_arguments(assignment: Assignment) -> list[str]:
         *("--nnodes", str(assignment.nodes)),
         *("--nproc-per-node", str(assignment.ranks_per_node), "--max-restarts", "0"),
         *("--shutdown-timeout", str(PEERS_LEAVE_S)),
+        *(numa_binding() if assignment.device == "cuda" else ()),
         *rendezvous,
         *("-m", assignment.module, *assignment.arguments),
     ]

@@ -73,8 +73,8 @@ class ParallelConfig:
     dp_shard: int = -1  # ranks that share one copy of parameters, gradients and optimizer state (FSDP)
     tp: int = 1  # ranks that share the attention heads, the feed-forward width and the vocabulary of one layer
     sp: bool = False  # norms, dropout and residuals hold 1/tp of the tokens of a sequence (sequence parallelism)
-    # free gathered parameters before the backward pass (false: gather them once a step); null: on GPUs if they do not
-    # fit hardware.memory_gib for a whole step, elsewhere if over 64 MiB
+    # free gathered parameters before the backward pass (false: gather and cast them once a step); null: on GPUs if they
+    # do not fit hardware.memory_gib for a whole step, elsewhere if over 64 MiB
     reshard_after_forward: bool | None = None
     reduce_every_micro_batch: bool = False  # reduce gradients after each micro-batch: sends more, holds only shards
     # auto (bf16 on GPUs that have it, else fp32) | fastest (bf16 on CPUs that multiply it too) | fp32 | bf16

@@ -12,6 +12,8 @@ from dist_lm.errors import require
 UNGATED, GATED = ("gelu", "gelu_tanh", "relu2"), ("swiglu", "geglu", "geglu_tanh")
 """Values of `model.ffn`."""
 
+COMPUTE_DTYPE, WIDE_LOGITS = "compute", "fp32"  # values of `model.head_dtype`
+
 LAYER_LISTS = ("full_layers", "rope_free_layers")  # keys that list layers
 
 EXPORTED = (
@@ -88,6 +90,9 @@ class ModelConfig:
     residual_scale: float = 1.0
     attention_scale: float | None = None
     logit_divisor: float = 1.0
+    # dtype of logits where passes are in bf16: compute (that of the passes) | fp32 (products of bf16 numbers, added and
+    # kept in fp32: log-probabilities of trainer and engine then differ less)
+    head_dtype: str = "compute"
     logit_cap: float = 0.0  # c: logits are c tanh(logits / c) (Gemma Team 2024, section 2); 0: off
     init_std: float = 0.02
     # initial values of the projections onto the residual stream: zero | depth: deviation of init_std / sqrt(2 n_layers)
@@ -182,6 +187,8 @@ class ModelConfig:
         require(self.norm in ("layernorm", "rmsnorm"), "model.norm", self.norm, "layernorm or rmsnorm")
         require(self.ffn in (*UNGATED, *GATED), "model.ffn", self.ffn, ", ".join((*UNGATED, *GATED)))
         require(self.head in ("tokens", "scalar"), "model.head", self.head, "tokens or scalar")
+        dtypes = (COMPUTE_DTYPE, WIDE_LOGITS)
+        require(self.head_dtype in dtypes, "model.head_dtype", self.head_dtype, " or ".join(dtypes))
         require(self.norm_place in ("before", "after"), "model.norm_place", self.norm_place, "before or after")
         spans = ("head", "all") if self.qk_norm else ("head",)
         require(self.qk_norm_span in spans, "model.qk_norm_span", self.qk_norm_span, "head, or all with model.qk_norm")

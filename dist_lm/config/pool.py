@@ -24,6 +24,7 @@ class EngineConfig:
     cache_tokens: int = 16384  # KV cache of an engine, all sequences together
     page_tokens: int = 0  # size of a page of the cache; 0: 256 on CUDA in half precision, otherwise 64
     max_sequences: int = 64  # sequences that an engine runs at the same time
+    step_tokens: int = 0  # most prompt tokens that an engine computes in a step; 0: 8192 on CUDA, otherwise 512
 
     def check_actors(self, group: str) -> None:
         """Refuses a number of actors out of bounds; `group` is the group of the configuration that has this key."""
@@ -65,6 +66,8 @@ class RolloutPoolConfig(EngineConfig):
         for key in ("tp", "max_sequences"):
             require(getattr(self, key) > 0, f"{self.key}.{key}", getattr(self, key), "a positive integer")
 
+        accepted = "a positive integer, or 0 to choose"
+        require(self.step_tokens >= 0, f"{self.key}.step_tokens", self.step_tokens, accepted)
         pages = self.page_tokens
         require(pages >= 0, f"{self.key}.page_tokens", pages, "a positive integer, or 0 to choose")
         # A cache of less than one page could not hold a single token.

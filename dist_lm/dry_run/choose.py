@@ -8,7 +8,7 @@ from typing import TypeVar
 
 from dist_lm.config.cluster import ParallelConfig
 from dist_lm.config.root import Config
-from dist_lm.dry_run.estimate import estimate_memory, estimate_work, gradients_add_up, offloads
+from dist_lm.dry_run.estimate import estimate_memory, estimate_work, gradients_add_up, is_half, offloads
 from dist_lm.dry_run.work import step_seconds
 from dist_lm.errors import ConfigError
 from dist_lm.parallel.layout import AXES, Layout, check_batch, layouts_of, resolved
@@ -155,12 +155,14 @@ def inside_nodes(config: Config) -> ParallelConfig | None:
 def gathers_once(config: Config, layout: Layout) -> bool:
     """Returns whether GPUs have the memory to keep all parameters gathered during a step, by an estimate.
 
-    False, too, if `config` decides it (parallel.reshard_after_forward), runs on a CPU, shards nothing over dp_shard, or
-    is of a stage without sequences (rlhf).
+    False, too, if `config` decides it (parallel.reshard_after_forward), runs on a CPU, needs neither messages nor
+    another dtype for it, or is of a stage without sequences (rlhf).
     """
     parallel = config.parallel
     hardware = config.hardware
-    is_open = parallel.reshard_after_forward is None and layout.dp_shard > 1 and config.takes_sequences
+    # A single GPU gathers nothing, but would cast every block twice for each micro-batch.
+    gathers = layout.dp_shard > 1 or is_half(config)
+    is_open = parallel.reshard_after_forward is None and gathers and config.takes_sequences
     if not is_open or config.device not in ("auto", "cuda"):
         return False
 

@@ -40,7 +40,7 @@ from dist_lm.stages.training.stage import training_stage
 from dist_lm.training.heartbeat import StopRequest, Unheard
 from dist_lm.training.muon import CPU, GPU
 from dist_lm.training.objective import LossSum, Objective, Prepare
-from dist_lm.training.optimizer import build_optimizer
+from dist_lm.training.optimizer import ShardedAdamW, build_optimizer
 from dist_lm.training.state import TrainState
 from dist_lm.training.trainer import Trainer
 
@@ -160,7 +160,7 @@ def rehearse(
     mesh: DeviceMesh,
     world: World,
     model: Transformer,
-    optimizer: torch.optim.Optimizer,
+    optimizer: ShardedAdamW,
     objective: Objective,
     micro_batches: Sequence[Batch],
     memory: LiveMemory,
@@ -207,7 +207,7 @@ def trainer_of_steps(
     config: Config,
     world: World,
     model: Transformer,
-    optimizer: torch.optim.Optimizer,
+    optimizer: ShardedAdamW,
     objective: Objective,
     adds_sums: bool,
     prepare: Prepare | None = None,

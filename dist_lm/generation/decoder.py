@@ -7,6 +7,7 @@ Dimensions: N tokens, P pieces of prompts, B sequences, D d_model, V vocabulary,
 d_head, T positions, F hidden units (twice as many before a gate).
 """
 
+import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -16,16 +17,17 @@ from typing import Any, cast
 import torch
 import torch.nn.functional as F  # noqa: N812  the name the field uses
 
-from dist_lm.config.model import ModelConfig
+from dist_lm.config.model import WIDE_LOGITS, ModelConfig
 from dist_lm.errors import ArtefactError
 from dist_lm.generation.flash_pages import PAGE_TOKENS, DecodeGraphs, FlashDecodePlan, FlashPages
-from dist_lm.generation.linear import GELUS, VECTOR, Linear, build_linear
+from dist_lm.generation.linear import GELUS, VECTOR, Linear, build_linear, wide_linear
 from dist_lm.generation.paged_cache import PLAIN_PAGE_TOKENS, DecodePlan, PagedCache, Piece, PlainPages, pages_for
 from dist_lm.generation.sampling import token_logprobs
 from dist_lm.generation.shard import Share, build_embedding, gathering, leaving, share_of
 from dist_lm.generation.transfer import upload
 from dist_lm.model.layers import RopeTables, activate, capped, mix_values, normalise_heads, rope_tables, rotate
 from dist_lm.model.size import VALUE_MIX, packs_documents, parameter_shapes
+from dist_lm.parallel.mesh import use_flash_attention_3
 from dist_lm.parallel.tensor_axis import TensorAxis
 
 WeightStream = Iterable[tuple[str, torch.Tensor]]
@@ -86,7 +88,9 @@ class Decoder:
         self.dtype = dtype
         self._device = device
         self._page_tokens = page_tokens
-        self.cache = build_cache(self.share, n_pages, page_tokens, dtype, device)
+        use_flash_attention_3(device)
+        self.weight_scale, self.score_scale = scales_of(config, dtype)
+        self.cache = self._new_cache(n_pages)
 
         if config.qk_norm_span == "all":
             # For a norm over the heads of all ranks; padded heads have no share.
@@ -118,7 +122,7 @@ class Decoder:
         # Both the cache and the graphs must be free before the new cache is allocated.
         self._graphs = None
         del self.cache
-        self.cache = build_cache(self.share, n_pages, self._page_tokens, self.dtype, self._device)
+        self.cache = self._new_cache(n_pages)
         self._graphs = self._new_graphs()
 
     def build(self, look_up: LookUp) -> None:
@@ -138,7 +142,7 @@ class Decoder:
         embedding = self._in_place("embedding", look_up("embedding.weight").clone())
         self._embed = build_embedding(embedding, self.share.vocab, axis)
         for number in range(config.n_layers):
-            self._layers.append(_layer(config, self.share, axis, look_up, self._in_place, number))
+            self._layers.append(_layer(config, self.share, axis, look_up, self._in_place, number, self.weight_scale))
         # A tied head reads the embedding, so the divisor of logits is in the norm before it.
         self._final_norm = _norm(config, look_up, self._in_place, "final_norm", 1 / config.logit_divisor)
 
@@ -146,8 +150,15 @@ class Decoder:
         if not config.tie_embeddings:
             head_weight = self._in_place("lm_head", look_up("lm_head.weight"))
         self._lm_head = build_linear(head_weight, None)
+        if config.head_dtype == WIDE_LOGITS and self.dtype != torch.float32:
+            self._lm_head = wide_linear(head_weight)
         if axis:
             self._lm_head = gathering(self._lm_head, axis, config.vocab_size)
+
+    def _new_cache(self, n_pages: int) -> PagedCache:
+        cache = build_cache(self.share, n_pages, self._page_tokens, self.dtype, self._device)
+        cache.score_scale = self.score_scale
+        return cache
 
     def _new_graphs(self) -> DecodeGraphs | None:
         """Returns graphs of decode steps, if the device has them; steps with collectives run eagerly."""
@@ -281,8 +292,8 @@ class Decoder:
 
         Args:
             token_N: int64, as is position_N.
-            attend: a function (layer, scaled queries (N, H, K), keys (N, G, K), values (N, G, K)) -> attention
-                (N, H, K); it may write the cache.
+            attend: a function (layer, queries (N, H, K), keys (N, G, K), values (N, G, K)) -> attention (N, H, K) with
+                scores times `score_scale`; it may write the cache.
         """
         config, share = self.config, self.share
         rope: RopeTables = (self._cos_TR[position_N][:, None], self._sin_TR[position_N][:, None])
@@ -357,6 +368,20 @@ class Decoder:
     def logits(self, x_ND: torch.Tensor) -> torch.Tensor:
         """Returns fp32 logits (N, V) of hidden states."""
         return capped(self._lm_head(self._final_norm(x_ND)).float(), self.config.logit_cap)
+
+
+def scales_of(config: ModelConfig, dtype: torch.dtype) -> tuple[float, float]:
+    """Returns the factors of queries, which their weights take in, and of attention scores, which is left to kernels;
+    their product is the scale of scores.
+
+    Half-precision weights take in powers of two alone: any other factor would round every weight again, which the
+    trainer does not do.
+    """
+    scale = config.score_scale
+    is_power_of_two = math.frexp(scale)[0] == 0.5
+    if is_power_of_two or dtype in (torch.float32, torch.float64):
+        return scale, 1.0
+    return 1.0, scale
 
 
 def build_cache(share: Share, n_pages: int, page_tokens: int, dtype: torch.dtype, device: torch.device) -> PagedCache:
@@ -455,13 +480,20 @@ def _norm(config: ModelConfig, look_up: LookUp, in_place: Place, name: str, scal
 
 
 def _layer(
-    config: ModelConfig, share: Share, axis: TensorAxis | None, look_up: LookUp, in_place: Place, number: int
+    config: ModelConfig,
+    share: Share,
+    axis: TensorAxis | None,
+    look_up: LookUp,
+    in_place: Place,
+    number: int,
+    query_scale: float,
 ) -> _Layer:
-    """Returns one block with its weights, this rank's share of them, laid out for the device. The scales of attention
-    and of the residual stream are multiplied into them. The order of look-ups is part of the protocol between ranks.
+    """Returns one block with its weights, this rank's share of them, laid out for the device. The scale of the residual
+    stream is multiplied into them. The order of look-ups is part of the protocol between ranks.
 
     Args:
         number: index of the block, from 0.
+        query_scale: factor of queries.
     """
     prefix = f"blocks.{number}."
 
@@ -482,9 +514,9 @@ def _layer(
     def output_bias(name: str, is_used: bool) -> torch.Tensor | None:
         return look_up(prefix + name) * residual_scale if is_used else None
 
-    # The scale of attention scores is multiplied into the weights of queries, or of their norm.
+    # The factor of queries is multiplied into their weights, or into those of their norm.
     query, key, value, output = weights("attention.query", "attention.key", "attention.value", "attention.output")
-    scale = config.score_scale
+    scale = query_scale
     qk_norm = None
     if config.qk_norm:
         query_norm_K, key_norm_K = weights("attention.query_norm.weight", "attention.key_norm.weight")

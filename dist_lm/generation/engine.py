@@ -57,6 +57,8 @@ if TYPE_CHECKING:
     from dist_lm.generation.sharded import ShardedDecoder
 
 
+GPU_STEP_TOKENS, CPU_STEP_TOKENS, CPU_PIECE_TOKENS = 8192, 512, 256  # see `EngineOptions.for_device`
+
 NAN = "the model's logits are not numbers (nan)"
 NOTHING_ALLOWED = "logit_bias and constraint together allow no token"
 
@@ -69,14 +71,15 @@ class EngineOptions:
     # tokens of a page; 0: 256 where the flash kernel runs (CUDA in half precision, multiples of 256 only), otherwise 64
     page_tokens: int = 0
     max_sequences: int = 64  # sequences that run at the same time
-    piece_tokens: int = 256  # tokens of a prompt that are computed at once
-    step_tokens: int = 512  # most prompt tokens per step; one piece is always computed, even if it is longer
+    piece_tokens: int = 0  # tokens of a prompt that are computed at once; 0: 256, on CUDA step_tokens
+    # most prompt tokens per step; one piece is always computed, even if it is longer; 0: 512, on CUDA 8192
+    step_tokens: int = 0
     prefix_cache: bool = False  # keep the pages of prompts, while there is space, for later ones that begin alike
 
     def __post_init__(self) -> None:
-        require(self.page_tokens >= 0, "page_tokens", self.page_tokens, "a positive integer, or 0 to choose")
-        for key in ("max_sequences", "piece_tokens", "step_tokens"):
-            require(getattr(self, key) > 0, key, getattr(self, key), "a positive integer")
+        for key in ("page_tokens", "piece_tokens", "step_tokens"):
+            require(getattr(self, key) >= 0, key, getattr(self, key), "a positive integer, or 0 to choose")
+        require(self.max_sequences > 0, "max_sequences", self.max_sequences, "a positive integer")
         # A page must be a multiple of a vector register: otherwise rounding would depend on the number of pages.
         require(self.page_tokens % ALIGNED == 0, "page_tokens", self.page_tokens, f"a multiple of {ALIGNED}")
         has_page = self.cache_tokens == 0 or self.cache_tokens >= max(1, self.page_tokens)
@@ -85,6 +88,20 @@ class EngineOptions:
         # A block must be computed alike by each request, and lie in one page.
         for key in ("page_tokens", "piece_tokens") if self.prefix_cache else ():
             require(getattr(self, key) % BLOCK == 0, key, getattr(self, key), f"a multiple of {BLOCK} for prefix_cache")
+
+    def for_device(self, device: torch.device) -> "EngineOptions":
+        """Returns a copy with the tokens of steps and pieces chosen, where they are 0.
+
+        A GPU multiplies 512 rows hardly faster than 4,096, and prompts then wait for each other. On a CPU small pieces
+        let running sequences go on.
+        """
+        on_gpu = device.type == "cuda"
+        step_tokens = self.step_tokens or (GPU_STEP_TOKENS if on_gpu else CPU_STEP_TOKENS)
+        piece_tokens = self.piece_tokens or CPU_PIECE_TOKENS
+        if on_gpu and not self.piece_tokens:
+            # Complete blocks, as the prefix cache needs them.
+            piece_tokens = max(BLOCK, step_tokens // BLOCK * BLOCK)
+        return replace(self, step_tokens=step_tokens, piece_tokens=piece_tokens)
 
     @property
     def n_pages(self) -> int:
@@ -144,7 +161,7 @@ class Engine:
         self._dtype = dtype
         self._tp = tp
 
-        options = options or EngineOptions()
+        options = (options or EngineOptions()).for_device(self._device)
         page_tokens = options.page_tokens or best_page_tokens(config, dtype, self._device)
         self.options = replace(options, page_tokens=page_tokens)
         self.prefix_counts = PrefixCounts()

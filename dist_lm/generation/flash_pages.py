@@ -1,7 +1,8 @@
 """The paged cache for the flash kernel (CUDA, bf16 or fp16), and decode steps over it as CUDA graphs.
 
-The kernel follows a table of pages. It does not split a sequence among thread blocks (`num_splits=1`), so attention
-gives a sequence the same bits in any batch.
+The kernel follows a table of pages. It may split the keys of a sequence among thread blocks, because few long sequences
+would leave most of a GPU idle otherwise. It chooses the number of parts by the size of the batch and its longest
+sequence, so the last bits of an answer depend on other requests.
 
 A decode step launches hundreds of small kernels, which would wait for Python; a graph launches them as one. A graph has
 fixed tensors and a fixed number of sequences. One graph is captured for each of a few sizes when first needed. A step
@@ -147,12 +148,11 @@ class FlashPages(PagedCache):
             None if is_fa3 else queries.key_begin_B,
             queries.longest,
             queries.page_BP.shape[1] * self.page_tokens,
-            scale=1.0,
+            scale=self.score_scale,
             window_size=self._window_sizes[layer],  # counted from the last query, which sees the last key
             enable_gqa=self._is_grouped,
             seqused_k=queries.length_B,
             block_table=queries.page_BP,
-            num_splits=1,
         )
         assert isinstance(o_NHK, torch.Tensor)
         return o_NHK

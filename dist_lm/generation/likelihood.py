@@ -99,7 +99,8 @@ def _likelihoods_of_pack(decoder: Decoder, pack: Sequence[Tree], device: torch.d
 
     def attend(layer: int, q_NHK: torch.Tensor, k_NGK: torch.Tensor, v_NGK: torch.Tensor) -> torch.Tensor:
         has_window = decoder.share.windows[layer] is not None
-        return torch.cat([_attend(tree, q_NHK, k_NGK, v_NGK, has_window) for tree in packed_trees])
+        attended = [_attend(tree, q_NHK, k_NGK, v_NGK, has_window, decoder.score_scale) for tree in packed_trees]
+        return torch.cat(attended)
 
     x_RD = decoder.hidden(token_N, position_N, attend)[row_R]
 
@@ -168,28 +169,34 @@ def _bias(visible_TS: torch.Tensor, dtype: torch.dtype, device: torch.device) ->
 
 
 def _attend(
-    tree: _PackedTree, q_NHK: torch.Tensor, k_NGK: torch.Tensor, v_NGK: torch.Tensor, has_window: bool
+    tree: _PackedTree,
+    q_NHK: torch.Tensor,
+    k_NGK: torch.Tensor,
+    v_NGK: torch.Tensor,
+    has_window: bool,
+    scale: float,
 ) -> torch.Tensor:
     """Returns the attention (tokens of the tree, H, K): the context is causal, continuations see what `bias_TS` says.
 
     Args:
-        q_NHK, k_NGK, v_NGK: of all packed tokens; queries are scaled.
+        q_NHK, k_NGK, v_NGK: of all packed tokens.
         has_window: whether the layer has a window.
+        scale: factor of attention scores.
     """
     q, k, v = (x_N[tree.begin : tree.end].transpose(0, 1)[None] for x_N in (q_NHK, k_NGK, v_NGK))
     is_grouped = k.shape[1] != q.shape[1]
     if has_window and tree.window_bias_TS is not None:
-        o = F.scaled_dot_product_attention(q, k, v, attn_mask=tree.window_bias_TS, scale=1.0, enable_gqa=is_grouped)
+        o = F.scaled_dot_product_attention(q, k, v, attn_mask=tree.window_bias_TS, scale=scale, enable_gqa=is_grouped)
         return o[0].transpose(0, 1)
 
     # Two calls, because the context needs no mask: it is causal, and longer than its continuations.
     context = slice(tree.n_context)
     o = F.scaled_dot_product_attention(
-        q[:, :, context], k[:, :, context], v[:, :, context], is_causal=True, scale=1.0, enable_gqa=is_grouped
+        q[:, :, context], k[:, :, context], v[:, :, context], is_causal=True, scale=scale, enable_gqa=is_grouped
     )
     if tree.bias_TS is not None:
         o_of_continuations = F.scaled_dot_product_attention(
-            q[:, :, tree.n_context :], k, v, attn_mask=tree.bias_TS, scale=1.0, enable_gqa=is_grouped
+            q[:, :, tree.n_context :], k, v, attn_mask=tree.bias_TS, scale=scale, enable_gqa=is_grouped
         )
         o = torch.cat([o, o_of_continuations], dim=2)
     return o[0].transpose(0, 1)

@@ -15,6 +15,8 @@ from typing import Protocol
 import torch
 import torch.nn.functional as F  # noqa: N812  the name the field uses
 
+from dist_lm.model.cross_entropy import wide_product
+
 TYPICAL_ROWS = 32  # the packed layout is chosen for this many rows and works for any number
 VECTOR = 32  # rows of hidden units are padded to a multiple, so that no kernel loop has a tail
 PARTS = (1, 2, 4, 8)  # numbers of parts that are tried
@@ -45,6 +47,16 @@ def build_linear(weight_ND: torch.Tensor, bias_N: torch.Tensor | None, activatio
         if activation:
             y_MN = F.gelu(y_MN, approximate=GELUS[activation])
         return y_MN
+
+    return linear
+
+
+def wide_linear(weight_ND: torch.Tensor) -> Linear:
+    """Returns a layer with half-precision inputs and fp32 outputs, which reads `weight_ND` itself."""
+
+    def linear(x_MD: torch.Tensor, added_MN: torch.Tensor | None = None) -> torch.Tensor:
+        y_MN = wide_product(x_MD, weight_ND)
+        return y_MN if added_MN is None else added_MN + y_MN
 
     return linear
 

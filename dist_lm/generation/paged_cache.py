@@ -175,8 +175,9 @@ class PrefillPlan(Protocol):
 
 
 class PagedCache:
-    """Keys and values of all layers: two tensors (L, pages, ...). Queries arrive scaled."""
+    """Keys and values of all layers: two tensors (L, pages, ...)."""
 
+    score_scale = 1.0  # factor of attention scores; 1 if queries arrive scaled
     token_dim: int  # dimension of a page's tokens, counted without that of the pages
 
     def __init__(self, shape: Sequence[int], page_tokens: int, dtype: torch.dtype, device: torch.device) -> None:
@@ -517,6 +518,8 @@ class PlainPages(PagedCache):
         ]
         score_nX = concatenated(scores_nX)
         score_BPHW = score_nX.index_select(0, plan.slot_X).view(n_rows, -1, n_heads, page_tokens)
+        if self.score_scale != 1:
+            score_BPHW = score_BPHW.float() * self.score_scale
         n_pages = score_BPHW.shape[1]
         bias_B1S = plan.window_bias_B1S if self._has_window[layer] else plan.bias_B1S
         weight_BHS = (score_BPHW.transpose(1, 2).flatten(2) + bias_B1S).softmax(dim=-1).to(q_BHK.dtype)
@@ -568,7 +571,12 @@ class PlainPages(PagedCache):
                 x_N.contiguous().unflatten(0, (n_rows, -1)).transpose(1, 2) for x_N in (q_NHK, k_NGK, v_NGK)
             )
             o_BHTK = F.scaled_dot_product_attention(
-                q_BHTK, k_BGTK, v_BGTK, is_causal=True, scale=1.0, enable_gqa=q_BHTK.shape[1] != k_BGTK.shape[1]
+                q_BHTK,
+                k_BGTK,
+                v_BGTK,
+                is_causal=True,
+                scale=self.score_scale,
+                enable_gqa=q_BHTK.shape[1] != k_BGTK.shape[1],
             )
             return o_BHTK.transpose(1, 2).flatten(0, 1)
 
@@ -594,7 +602,7 @@ class PlainPages(PagedCache):
                     v_GSK[None],
                     attn_mask=block.bias_TS,
                     is_causal=block.bias_TS is None,
-                    scale=1.0,
+                    scale=self.score_scale,
                     enable_gqa=k_GSK.shape[0] != q_NHK.shape[1],
                 )
                 outputs_THK.append(o_1HTK[0].transpose(0, 1))

@@ -9,6 +9,8 @@ from typing import NamedTuple
 import torch
 import torch.nn.functional as F  # noqa: N812  the name the field uses
 
+from dist_lm.config.model import WIDE_LOGITS
+
 FP32_BYTES = 4
 DROPPED = -1e30
 """Logit of a token outside the set drawn from. Finite: with tensor parallelism a rank may hold none of the set, and
@@ -19,11 +21,62 @@ LossFn = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
 its own logits alone."""
 
 
+Product = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
+"""(x (N, D), weight (V, D)) -> logits (N, V)."""
+
+WEIGHT_SLICE_BYTES = 8 << 20  # fp32 copy of a part of the head's weight, on devices without products into fp32
+
+
 class Logprobs(NamedTuple):
     """Log-probabilities of targets and entropies of their distributions, in nats, fp32."""
 
     logprob_BT: torch.Tensor  # log-probability of each target
     entropy_BT: torch.Tensor  # entropy of the distribution that the target was drawn from
+
+
+def product_of(head_dtype: str) -> Product:
+    """Returns the product with the head's weight that `model.head_dtype` names."""
+    return wide_product if head_dtype == WIDE_LOGITS else F.linear
+
+
+def wide_product(x_ND: torch.Tensor, weight_VD: torch.Tensor) -> torch.Tensor:
+    """Returns x @ weight^T, (..., V), in fp32 also for half-precision inputs; wider dtypes stay.
+
+    Products of half-precision numbers are exact in fp32, so only their sum is rounded. Gradients are those of a product
+    in the dtype of the inputs. There is no fp32 copy of the weight: memory grows with the logits alone.
+    """
+    if x_ND.dtype not in (torch.bfloat16, torch.float16):
+        return F.linear(x_ND, weight_VD)
+    logits_NV = _WideProduct.apply(x_ND.flatten(0, -2), weight_VD)
+    assert isinstance(logits_NV, torch.Tensor)
+    return logits_NV.unflatten(0, x_ND.shape[:-1])
+
+
+class _WideProduct(torch.autograd.Function):
+    """`wide_product` of half-precision tensors (N, D) and (V, D)."""
+
+    @staticmethod
+    def forward(ctx, x_ND: torch.Tensor, weight_VD: torch.Tensor) -> torch.Tensor:
+        ctx.save_for_backward(x_ND, weight_VD)
+        if x_ND.is_cuda:
+            return torch.mm(x_ND, weight_VD.t(), out_dtype=torch.float32)
+
+        logits_NV = x_ND.new_empty(len(x_ND), len(weight_VD), dtype=torch.float32)
+        slice_rows = max(1, WEIGHT_SLICE_BYTES // (FP32_BYTES * weight_VD.shape[1]))
+        wide_x_ND = x_ND.float()
+        for logits_Nv, weight_vD in zip(logits_NV.split(slice_rows, dim=1), weight_VD.split(slice_rows), strict=True):
+            logits_Nv.copy_(wide_x_ND @ weight_vD.float().t())
+        return logits_NV
+
+    @staticmethod
+    def backward(ctx, grad_NV: torch.Tensor):
+        """Returns the gradients of x and of the weight, in their dtypes; None for one that is not needed."""
+        x_ND, weight_VD = ctx.saved_tensors
+        grad_NV = grad_NV.to(x_ND.dtype)
+
+        grad_x_ND = grad_NV @ weight_VD if ctx.needs_input_grad[0] else None
+        grad_weight_VD = grad_NV.t() @ x_ND if ctx.needs_input_grad[1] else None
+        return grad_x_ND, grad_weight_VD
 
 
 def token_losses(
@@ -78,21 +131,26 @@ def tempered(logits_NV: torch.Tensor, temperature: float, allowed_NV: torch.Tens
 
 
 def losses_in_chunks(
-    x_ND: torch.Tensor, weight_VD: torch.Tensor, targets_N: torch.Tensor, loss_fn: LossFn, chunk_bytes: int
+    x_ND: torch.Tensor,
+    weight_VD: torch.Tensor,
+    targets_N: torch.Tensor,
+    loss_fn: LossFn,
+    chunk_bytes: int,
+    product: Product = F.linear,
 ) -> torch.Tensor:
-    """Returns `loss_fn(x @ weight^T, targets)`, with a row for each row of x and with at most `chunk_bytes` of fp32
-    logits at once (0: no limit). `loss_fn` gets the logits in the dtype of the product.
+    """Returns `loss_fn(product(x, weight), targets)`, with a row for each row of x and with at most `chunk_bytes` of
+    fp32 logits at once (0: no limit). `loss_fn` gets the logits in the dtype of the product.
 
     With more than one chunk, the backward pass computes the logits of each chunk again and adds up the gradients of the
     weight in fp32. A chunk has at least one row, even if that is larger.
     """
     if not chunk_bytes:
-        return loss_fn(F.linear(x_ND, weight_VD), targets_N)
+        return loss_fn(product(x_ND, weight_VD), targets_N)
 
     chunk_rows = max(1, chunk_bytes // (FP32_BYTES * weight_VD.shape[0]))
     if len(x_ND) <= chunk_rows:
-        return loss_fn(F.linear(x_ND, weight_VD), targets_N)
-    losses_N = _LossesInChunks.apply(x_ND, weight_VD, targets_N, loss_fn, chunk_rows)
+        return loss_fn(product(x_ND, weight_VD), targets_N)
+    losses_N = _LossesInChunks.apply(x_ND, weight_VD, targets_N, loss_fn, product, chunk_rows)
     assert isinstance(losses_N, torch.Tensor)
     return losses_N
 
@@ -102,12 +160,18 @@ class _LossesInChunks(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx, x_ND: torch.Tensor, weight_VD: torch.Tensor, targets_N: torch.Tensor, loss_fn: LossFn, chunk_rows: int
+        ctx,
+        x_ND: torch.Tensor,
+        weight_VD: torch.Tensor,
+        targets_N: torch.Tensor,
+        loss_fn: LossFn,
+        product: Product,
+        chunk_rows: int,
     ) -> torch.Tensor:
         ctx.save_for_backward(x_ND, weight_VD, targets_N)
-        ctx.loss_fn, ctx.chunk_rows = loss_fn, chunk_rows
+        ctx.loss_fn, ctx.product, ctx.chunk_rows = loss_fn, product, chunk_rows
         chunks = zip(x_ND.split(chunk_rows), targets_N.split(chunk_rows), strict=True)
-        return torch.cat([loss_fn(F.linear(x_nD, weight_VD), targets_n) for x_nD, targets_n in chunks])
+        return torch.cat([loss_fn(product(x_nD, weight_VD), targets_n) for x_nD, targets_n in chunks])
 
     @staticmethod
     def backward(ctx, grad_N: torch.Tensor):
@@ -119,7 +183,7 @@ class _LossesInChunks(torch.autograd.Function):
         for x_nD, targets_n, grad_n, grad_x_nD in zip(*chunks, strict=True):
             with torch.enable_grad():
                 inputs = (x_nD.detach().requires_grad_(), weight_VD.detach().requires_grad_())
-                losses_n = ctx.loss_fn(F.linear(*inputs), targets_n)
+                losses_n = ctx.loss_fn(ctx.product(*inputs), targets_n)
             chunk_grad_x_nD, chunk_grad_weight_VD = torch.autograd.grad(losses_n, inputs, grad_n)
 
             # `grad_x_nD` is a view of `grad_x_ND`. The weight's gradient is the sum over chunks, in fp32.
@@ -130,4 +194,4 @@ class _LossesInChunks(torch.autograd.Function):
                 grad_weight_VD.add_(chunk_grad_weight_VD)
 
         assert grad_weight_VD is not None
-        return grad_x_ND, grad_weight_VD.to(weight_VD.dtype), None, None, None
+        return grad_x_ND, grad_weight_VD.to(weight_VD.dtype), None, None, None, None

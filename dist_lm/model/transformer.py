@@ -14,7 +14,6 @@ from dataclasses import replace
 from functools import partial
 
 import torch
-import torch.nn.functional as F  # noqa: N812  the name the field uses
 from torch import nn
 
 from dist_lm.config.model import ModelConfig
@@ -119,6 +118,7 @@ class Transformer(nn.Module):
         self.blocks = nn.ModuleList(Block(config, layer) for layer in range(config.n_layers))
         self.final_norm = build_norm(config)
         self.windows = config.windows
+        self.head_product = cross_entropy.product_of(config.head_dtype)
 
         self.lm_head = self.scalar_head = None
         if config.head == "scalar":
@@ -135,7 +135,7 @@ class Transformer(nn.Module):
         position_BT: torch.Tensor | None = None,
         dropout: DropoutKey | None = None,
     ) -> torch.Tensor:
-        """Returns logits (B, T, V) in the dtype of the parameters.
+        """Returns logits (B, T, V) in the dtype of the parameters, or that of `model.head_dtype`.
 
         Args:
             tokens_BT: int64.
@@ -209,7 +209,7 @@ class Transformer(nn.Module):
 
     def head(self, x_BTD: torch.Tensor) -> torch.Tensor:
         """Returns logits (..., V) for the output of `hidden`."""
-        return capped(F.linear(x_BTD, self.head_weight), self.config.logit_cap)
+        return capped(self.head_product(x_BTD, self.head_weight), self.config.logit_cap)
 
     def token_losses(self, batch: Batch, label_smoothing: float = 0.0, z_loss: float = 0.0) -> torch.Tensor:
         """Returns the cross-entropy of every target in nats, fp32, (B, T); 0 for tokens that are not in
@@ -221,7 +221,8 @@ class Transformer(nn.Module):
         targets_N = _select(batch.targets_BT.flatten(), batch.logit_index_N)
 
         loss_fn = partial(self.losses_of_logits, label_smoothing=label_smoothing, z_loss=z_loss)
-        losses_N = losses_in_chunks(x_ND, self.head_weight, targets_N, self._with_logit_cap(loss_fn), self.chunk_bytes)
+        loss_fn = self._with_logit_cap(loss_fn)
+        losses_N = losses_in_chunks(x_ND, self.head_weight, targets_N, loss_fn, self.chunk_bytes, self.head_product)
         return _scatter(losses_N, batch.logit_index_N, batch)
 
     def logprobs(
@@ -248,8 +249,9 @@ class Transformer(nn.Module):
                 allowed_nV = sets.mask(set_n, self.config.vocab_size, self.vocab_range)
             return self.logprobs_of_logits(logits_nV, target_n, temperature, entropy_gradient, allowed_nV)
 
+        loss_fn = self._with_logit_cap(logprob_and_entropy)
         columns_N2 = losses_in_chunks(
-            x_ND, self.head_weight, target_and_set_N2, self._with_logit_cap(logprob_and_entropy), self.chunk_bytes
+            x_ND, self.head_weight, target_and_set_N2, loss_fn, self.chunk_bytes, self.head_product
         )
         return Logprobs(*(_scatter(column_N, batch.logit_index_N, batch) for column_N in columns_N2.unbind(-1)))
 

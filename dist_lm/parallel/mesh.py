@@ -1,6 +1,8 @@
 """Process groups, devices and meshes, and the first message over them. Nothing else chooses a device or a backend."""
 
 import gc
+import importlib.util
+import logging
 import os
 import sys
 import time
@@ -8,12 +10,14 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
+from functools import cache
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from fairscale.nn.model_parallel import initialize
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.nn.attention import activate_flash_attention_impl
 
 from dist_lm.errors import ConfigError, require
 from dist_lm.parallel.guarded_gloo import guarded
@@ -21,11 +25,16 @@ from dist_lm.parallel.layout import Layout
 from dist_lm.parallel.rendezvous import store_of_ranks
 from dist_lm.parallel.tensor_axis import TensorAxis
 
+log = logging.getLogger(__name__)
+
 DATA_AXES = ("dp_replicate", "dp_shard")
 LOOPBACK = "lo0" if sys.platform == "darwin" else "lo"
 LINK_BYTES = 4 << 20  # size of the all-reduce that is timed
 LINK_ROUNDS = 3
 BF16_CAPABILITY = (8, 0)  # compute capability of the first GPUs with bf16 instructions (Ampere)
+
+FLASH_3 = "flash_attn_interface"  # module of FlashAttention 3
+FLASH_3_CAPABILITY = (9, 0)  # compute capability of the GPUs that it is written for (Hopper)
 
 
 @dataclass(frozen=True)
@@ -72,6 +81,25 @@ def lacks_bf16(device: torch.device) -> bool:
     return torch.cuda.get_device_capability(device) < BF16_CAPABILITY
 
 
+@cache
+def use_flash_attention_3(device: torch.device) -> bool:
+    """Makes FlashAttention 3 compute attention on a GPU that has it (compute capability 9.0), if its package is
+    installed, for the whole process. Returns whether it does; otherwise FlashAttention 2 goes on.
+
+    A package that cannot be loaded is logged.
+    """
+    if device.type != "cuda" or importlib.util.find_spec(FLASH_3) is None:
+        return False
+    if torch.cuda.get_device_capability(device) != FLASH_3_CAPABILITY:
+        return False
+    try:
+        activate_flash_attention_impl("FA3")
+    except (ImportError, OSError, RuntimeError) as error:  # built for another torch or CUDA
+        log.warning("%s cannot be loaded, so FlashAttention 2 computes attention: %s", FLASH_3, error)
+        return False
+    return True
+
+
 def option_device(device: str) -> torch.device:
     """Returns the device that the option `--device` of a verb names, for a single process.
 
@@ -106,6 +134,7 @@ def process_group(device: str, timeout_s: float = 600.0) -> Iterator[World]:
     rank_device = choose_device(device, local_rank)
     if rank_device.type == "cuda":
         torch.cuda.set_device(rank_device)
+        use_flash_attention_3(rank_device)
     with guarded():
         dist.init_process_group(
             store=dist.PrefixStore("default_pg", store_of_ranks(timeout_s)),

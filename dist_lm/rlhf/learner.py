@@ -55,7 +55,7 @@ from dist_lm.training.objective import LossSum, Objective, next_token
 from dist_lm.training.optimizer import learning_rate, set_learning_rate
 from dist_lm.training.step import StepResult, accumulate_gradients, update
 from dist_lm.training.step_meter import WallLaps
-from dist_lm.training.trainer import NonFiniteGradientsError, is_due
+from dist_lm.training.trainer import NonFiniteGradientsError, is_due, without_collection
 
 Columns = Mapping[str, torch.Tensor]
 Pretraining = Callable[[int], Sequence[Batch]]
@@ -289,7 +289,9 @@ class Learner:
         clock.lap("forward")
 
         self._set_learning_rates(state.iteration)
-        updates = updater(state, prepared, passes)
+        # A collection on one rank would hold up all of them; between the updates of iterations it is free to come.
+        with without_collection():
+            updates = updater(state, prepared, passes)
         clock.lap("update")
 
         # Metrics describe the policy that drew the rollouts, so they come before the state moves on.

@@ -50,7 +50,12 @@ RLHF_FREE_KEYS = (
 )
 # Stages generate and evaluate compare only the keys that their answers depend on; all others are free.
 ANSWER_KEYS = ("seed", "model.", "stage.", "parallel.compute_dtype", "parallel.tp")
-ANSWER_FREE_KEYS = (*(key for key in FREE_KEYS if key not in ANSWER_KEYS), "stage.actors", "stage.max_sequences")
+ANSWER_FREE_KEYS = (
+    *(key for key in FREE_KEYS if key not in ANSWER_KEYS),
+    "stage.actors",
+    "stage.max_sequences",
+    "stage.step_tokens",
+)
 EVALUATION_KEYS = (*ANSWER_KEYS, "eval.")
 EVALUATION_FREE_KEYS = (
     *(key for key in ANSWER_FREE_KEYS if key not in EVALUATION_KEYS),

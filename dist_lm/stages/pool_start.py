@@ -113,7 +113,12 @@ def pool_starter(config: Config, device: torch.device) -> Iterator[PoolStarter |
 
 def engine_options(pool: RolloutPoolConfig) -> EngineOptions:
     """The size of an engine of a pool."""
-    return EngineOptions(cache_tokens=pool.cache_tokens, page_tokens=pool.page_tokens, max_sequences=pool.max_sequences)
+    return EngineOptions(
+        cache_tokens=pool.cache_tokens,
+        page_tokens=pool.page_tokens,
+        max_sequences=pool.max_sequences,
+        step_tokens=pool.step_tokens,
+    )
 
 
 def engine_spec(

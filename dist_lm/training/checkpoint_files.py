@@ -485,8 +485,8 @@ def check_same_model(
     for model in (expected, saved):
         model["n_kv_heads"] = model.get("n_kv_heads") or model.get("n_heads")
 
-    # These keys change neither shapes nor arithmetic of a trained model.
-    ignored = {"name", "init_std", "residual_init", "base_width", "max_seq_len", "export_as", *but}
+    # These keys change neither shapes nor arithmetic of a trained model, beyond its rounding.
+    ignored = {"name", "init_std", "residual_init", "base_width", "max_seq_len", "export_as", "head_dtype", *but}
     different = [
         f"model.{key}={expected[key]} (checkpoint: {saved.get(key)})"
         for key in expected

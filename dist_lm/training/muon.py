@@ -114,6 +114,7 @@ class Variance:
     # Average over the steps of the sum of squares of each neuron's update, of `neuron_shape`, on `device_of_whole`.
     neuron_sq: torch.Tensor
     beta: float
+    is_skipped: torch.Tensor | None = None  # bool scalar: the step is dropped, and `neuron_sq` must stay
 
     def normalise_(self, step: torch.Tensor) -> None:
         """Moves `neuron_sq` towards the squares of the update, then divides the update of each neuron by its root; both
@@ -130,7 +131,10 @@ class Variance:
         lengths = torch.linalg.vector_norm(step, dim=input_dim, keepdim=True, dtype=self.neuron_sq.dtype)
         squares = lengths.square()
         logical = tuple(slice(size) for size in self.neuron_sq.shape)
-        self.neuron_sq.lerp_(squares[logical], 1 - self.beta)
+        new_squares = squares[logical]
+        if self.is_skipped is not None:
+            new_squares = torch.where(self.is_skipped, self.neuron_sq, new_squares)
+        self.neuron_sq.lerp_(new_squares, 1 - self.beta)
 
         factor = torch.zeros_like(squares)
         factor[logical] = 1 / (self.neuron_sq.sqrt() + VARIANCE_EPSILON)

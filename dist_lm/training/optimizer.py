@@ -19,6 +19,7 @@ same at every d_model, so this norm falls with the root of d_model.
 
 import math
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -44,6 +45,14 @@ def is_decayed(name: str) -> bool:
     return not any(part in name for part in ("norm", "bias", "embed", "value_mix"))
 
 
+@dataclass(frozen=True)
+class _Skip:
+    """Whether a step changes nothing, as a bool scalar."""
+
+    by_shards: torch.Tensor  # in the memory of parameters and moments
+    by_wholes: torch.Tensor  # on the device of `device_of_whole`
+
+
 class ShardedAdamW(torch.optim.AdamW):
     """AdamW, and Muon for groups with a `momentum`, on the shards of this rank.
 
@@ -53,6 +62,7 @@ class ShardedAdamW(torch.optim.AdamW):
 
     arithmetic: Arithmetic | None = None  # of Muon; None: that of the devices of all ranks
     _owners: Owners | None = None  # of the matrices, from the first step of Muon on
+    _skip: "_Skip | None" = None  # of the present step
 
     @torch.no_grad()
     def step(self, closure: None = None) -> None:
@@ -63,10 +73,28 @@ class ShardedAdamW(torch.optim.AdamW):
                 self._step_adamw(group)
         self._step_muon([group for group in self.param_groups if "momentum" in group])
 
+    def step_unless(self, is_skipped: torch.Tensor) -> None:
+        """Does the same as `step`; if `is_skipped`, parameters and state keep their values (collective with Muon).
+
+        The host does not wait for a GPU to know: the step is computed in any case, and what it writes depends on the
+        flag. Only parameters in host memory need a copy of it.
+
+        Args:
+            is_skipped: bool scalar, the same on all ranks, on the device that computes the steps of whole matrices.
+        """
+        shard = shard_of(self.param_groups[0]["params"][0])
+        self._skip = _Skip(is_skipped.to(shard.device), is_skipped)
+        try:
+            self.step()
+        finally:
+            self._skip = None
+
     def _step_adamw(self, group: Mapping[str, Any]) -> None:
         """Steps the parameters of a group that have a gradient by AdamW, in place, with their moments and step
         counters, by one fused kernel over their shards."""
         parameters = [parameter for parameter in group["params"] if parameter.grad is not None]
+        if not parameters:
+            return
         states = [self.state[parameter] for parameter in parameters]
         beta1, beta2 = group["betas"]
 
@@ -86,24 +114,34 @@ class ShardedAdamW(torch.optim.AdamW):
             weight_decay=group["weight_decay"],
             eps=group["eps"],
             maximize=False,
+            found_inf=None if self._skip is None else self._skip.by_shards.float(),
         )
 
     def _step_muon(self, groups: Sequence[Mapping[str, Any]]) -> None:
         """Steps the matrices of these groups that have a gradient by Muon, in place, with momentum, step counters and
         variances (collective). The gradients stay."""
+        skip = self._skip
+        advance = 1 if skip is None else skip.by_shards.logical_not()
         stepped = []
         group_of = []
         for group in groups:
+            remaining = self._remaining(group)
             for parameter in group["params"]:
                 if parameter.grad is None:
                     continue
                 state, gradient = self.state[parameter], shard_of(parameter.grad)
-                state["step"] += 1
-                # Momentum works element by element, on shards.
-                average = shard_of(state["exp_avg"]).lerp_(gradient, 1 - group["momentum"])
-                variance = Variance(state[VARIANCE], group["variance_beta"]) if VARIANCE in state else None
+                state["step"] += advance
+
+                # Momentum works element by element, on shards; a skipped step moves it towards itself.
+                average = shard_of(state["exp_avg"])
+                target = gradient if skip is None else torch.where(skip.by_shards, average, gradient)
+                average.lerp_(target, 1 - group["momentum"])
+
+                variance = None
+                if VARIANCE in state:
+                    variance = Variance(state[VARIANCE], group["variance_beta"], skip and skip.by_wholes)
                 stepped.append(Stepped(parameter, gradient, average, group["momentum"], variance))
-                group_of.append(group)
+                group_of.append((group, remaining))
         if not stepped:
             return
 
@@ -112,10 +150,19 @@ class ShardedAdamW(torch.optim.AdamW):
             self._owners = owners_of([moved.parameter for moved in stepped], arithmetic)
         steps = orthogonal_steps(stepped) if self._owners is None else self._owners.steps(stepped)
         for number, part, step in steps:
-            group = group_of[number]
-            # Decay follows `stage.lr`, not the rate of the group, so scaling a rate does not change it.
-            decay = group["lr"] / group["lr_ratio"] * group["weight_decay"]
-            part.mul_(1 - decay).sub_(step, alpha=group["lr"])
+            group, remaining = group_of[number]
+            if skip is not None:
+                step = step.masked_fill_(skip.by_shards, 0)
+            part.mul_(remaining).sub_(step, alpha=group["lr"])
+
+    def _remaining(self, group: Mapping[str, Any]) -> float | torch.Tensor:
+        """Returns what decay leaves of the parameters of a group of Muon, as a factor; 1 if the step is skipped."""
+        # Decay follows `stage.lr`, not the rate of the group, so scaling a rate does not change it.
+        remaining = 1 - group["lr"] / group["lr_ratio"] * group["weight_decay"]
+        if self._skip is None:
+            return remaining
+        shard = shard_of(group["params"][0])
+        return torch.full((), remaining, dtype=shard.dtype, device=shard.device).masked_fill_(self._skip.by_shards, 1)
 
     @torch.no_grad()
     def gather_variances(self) -> None:

@@ -4,6 +4,7 @@ An objective returns a sum and a count. Gradients of the sums are added over mic
 by the global count, so the step does not depend on how the global batch was split.
 """
 
+import functools
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -19,6 +20,7 @@ from dist_lm.parallel.sharding import set_reduction
 from dist_lm.parallel.values import keep_trained_rows, reduce_partial_gradients, shard_of, squared_norms
 from dist_lm.training.heartbeat import StopRequest
 from dist_lm.training.objective import Objective
+from dist_lm.training.optimizer import ShardedAdamW
 from dist_lm.training.step_meter import Laps
 
 
@@ -97,7 +99,7 @@ def _add_to(sums: dict[str, torch.Tensor], terms: Mapping[str, torch.Tensor]) ->
 
 def update(
     model: nn.Module,
-    optimizer: torch.optim.Optimizer,
+    optimizer: ShardedAdamW,
     sums: Sums,
     *,
     grad_clip: float,
@@ -110,7 +112,7 @@ def update(
     (collective).
 
     Gradients that are not finite leave parameters and moments unchanged. In any case the gradients are freed. The host
-    waits for the device once.
+    waits for the device once, at the end; with parameters in host memory also before the optimizer.
 
     Args:
         sums: of `accumulate_gradients`, on every rank with the same names of metrics.
@@ -142,8 +144,21 @@ def update(
     dist.all_reduce(message)
     _lap(laps, "communication")
 
+    # Clipping, and whether to step at all, are decided on the device: if the host read the norm, the device would have
+    # nothing to do until the optimizer's kernels come.
+    gradients = [shard_of(gradient) for group in groups.values() for gradient in group]
+    squares_G = message[1 : 1 + len(groups)]
+    count_1 = message[1 + len(groups) + 2]
+    clipping = clipping_of(squares_G, count_1, grad_clip)
+    torch._foreach_mul_(gradients, clipping.factor.to(gradients[0]))
+    optimizer.step_unless(clipping.is_skipped)
+    # Free the gradients even if the step was skipped: the next step must not add to them.
+    optimizer.zero_grad(set_to_none=True)
+    _lap(laps, "optimizer")
+
     # This is the only time that a step waits for the GPU.
-    numbers = iter(message.tolist())
+    grad_norm, *sums_of_ranks = torch.cat([clipping.grad_norm.reshape(1), message]).tolist()
+    numbers = iter(sums_of_ranks)
     n_stopping = next(numbers)
     group_squares = {name: next(numbers) for name in groups}
     all_tokens, total, count = next(numbers), next(numbers), next(numbers)
@@ -151,21 +166,7 @@ def update(
     metric_counts = {name: next(numbers) for name in count_names}
     metrics = {name: metric_totals[name] / max(metric_counts.get(name, count), 1.0) for name in metric_names}
 
-    # The gradients are sums; dividing and clipping are one pass over them.
     divisor = max(count, 1.0)
-    grad_norm = math.sqrt(sum(group_squares.values())) / divisor
-    applied = math.isfinite(grad_norm)
-    if applied:
-        clip = 1.0
-        if grad_clip and grad_norm > grad_clip:
-            clip = grad_clip / grad_norm
-        gradients = [shard_of(gradient) for group in groups.values() for gradient in group]
-        torch._foreach_mul_(gradients, clip / divisor)
-        optimizer.step()
-    # Free the gradients even if the step was skipped: the next step must not add to them.
-    optimizer.zero_grad(set_to_none=True)
-    _lap(laps, "optimizer")
-
     grad_norms = {}
     if laps:
         grad_norms = {name: math.sqrt(square) / divisor for name, square in group_squares.items()}
@@ -173,12 +174,40 @@ def update(
         loss=total / divisor,
         count=count,
         grad_norm=grad_norm,
-        applied=applied,
+        applied=math.isfinite(grad_norm),
         stop_requested=n_stopping > 0,
         metrics=metrics,
         tokens=int(all_tokens),
         grad_norms=grad_norms,
     )
+
+
+@dataclass(frozen=True)
+class Clipping:
+    """What becomes of the gradients of a step, on the device."""
+
+    grad_norm: torch.Tensor  # float64 scalar: global L2 norm before clipping
+    factor: torch.Tensor  # float64 scalar: gradients of the sums times this are clipped gradients of the mean
+    is_skipped: torch.Tensor  # bool scalar: the norm is not finite
+
+
+def clipping_of(squares_G: torch.Tensor, count: torch.Tensor, grad_clip: float) -> Clipping:
+    """Returns the clipping of gradients whose squared L2 norms by group, before division, are `squares_G` (float64).
+
+    Args:
+        count: float64 scalar; the gradients are divided by it, but at least by 1.
+        grad_clip: largest L2 norm after division; 0: no clipping.
+    """
+    # One addition after the other: the order of a sum over a tensor depends on the device.
+    square = functools.reduce(torch.add, squares_G.unbind())
+    divisor = count.clamp(min=1.0)
+    grad_norm = square.sqrt() / divisor
+
+    clip = torch.ones_like(grad_norm)
+    if grad_clip:
+        clip = torch.where(grad_norm > grad_clip, torch.full_like(grad_norm, grad_clip) / grad_norm, clip)
+    # Dividing and clipping are one pass over the gradients.
+    return Clipping(grad_norm, clip / divisor, grad_norm.isfinite().logical_not())
 
 
 def gradients_by_group(model: nn.Module) -> dict[str, list[torch.Tensor]]:

@@ -174,7 +174,7 @@ class DeviceLaps:
     """Measures laps by events in the stream of a GPU: the time the GPU worked, whenever the work was queued.
 
     `take` does not wait: laps that the GPU has not finished belong to the next call. A training step reads a sum over
-    all ranks after its backward pass, so only the optimizer comes one step late.
+    all ranks after its optimizer, so all of its laps are finished then.
     """
 
     def __init__(self, device: torch.device) -> None:
@@ -297,8 +297,8 @@ class UpdateSize:
     def squares(self) -> torch.Tensor:
         """Returns this rank's part of the squared L2 norms of the update and of the parameters after it: (2,) float64.
 
-        The parts of all ranks add up. Zeros if the step was skipped or not watched. The copy is freed, and the next
-        step is not measured unless `watch` is called again.
+        The parts of all ranks add up. Zeros if the step was not watched; a skipped step has an update of 0. The copy is
+        freed, and the next step is not measured unless `watch` is called again.
         """
         if self._hook:
             self._hook.remove()

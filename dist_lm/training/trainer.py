@@ -1,15 +1,17 @@
 """The training loop: data, step, evaluation, checkpoint, metrics. It depends on no stage and no layout."""
 
+import gc
 import logging
 import math
 import resource
 import time
-from collections.abc import Callable, Sequence
-from contextlib import nullcontext
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import Protocol
+from types import TracebackType
+from typing import Protocol, Self
 
 import torch
 
@@ -27,7 +29,7 @@ from dist_lm.training import averages, checkpoint_files
 from dist_lm.training.checkpoint_saver import CheckpointSaver
 from dist_lm.training.heartbeat import Heartbeat, Phase, StopRequest
 from dist_lm.training.objective import Objective, Prepare
-from dist_lm.training.optimizer import muon_momentum, set_learning_rate, set_momentum, stage_rate
+from dist_lm.training.optimizer import ShardedAdamW, muon_momentum, set_learning_rate, set_momentum, stage_rate
 from dist_lm.training.state import TrainState
 from dist_lm.training.step import StepResult, accumulate_gradients, update
 from dist_lm.training.step_meter import Laps, StepMeter
@@ -35,6 +37,7 @@ from dist_lm.training.step_profiler import StepProfiler
 
 log = logging.getLogger(__name__)
 
+COLLECT_EVERY = 50  # steps between collections of garbage
 DETAILED_EVERY = 10  # at least so many steps lie between two lines with details
 
 Evaluate = Callable[[Transformer, bool, Callable[[], None]], dict[str, float]]
@@ -64,7 +67,7 @@ class Trainer:
     world: World
     adds_sums: bool  # whether this rank adds its loss sums: True on exactly one rank of each tp group
     model: Transformer
-    optimizer: torch.optim.Optimizer
+    optimizer: ShardedAdamW
     objective: Objective
     stream: StepStream
     evaluate: Evaluate
@@ -102,7 +105,7 @@ class Trainer:
 
         # The meter hooks into the blocks, so it exists once per attempt, not per step.
         meter = StepMeter(self.world, self.optimizer, stage.steps, self.model.blocks)
-        with self._saver() as saver, self.profiler or nullcontext():
+        with self._saver() as saver, self.profiler or nullcontext(), ScheduledCollection() as garbage:
             while state.step < stage.steps:
                 self._advance_profiler(state.step)
                 meter.begin(self.is_detailed(state.step + 1))
@@ -121,11 +124,13 @@ class Trainer:
                 if stage.ema_decay:
                     averages.follow(self.optimizer, stage.ema_decay, state.step)
                 meter.end(state.step, outcome.tokens)
+                garbage.after_step(state.step)
 
                 # Metrics, and the held-out loss if it is due.
-                val_loss = self._report(state, outcome, rate, meter)
+                val_loss = self._report(state, outcome, rate, meter, garbage)
                 if self.tasks:
-                    self.tasks.reached(state.step)
+                    with garbage.automatic():
+                        self.tasks.reached(state.step)
                 self._check_finite(state, saver)
 
                 # Checkpoint, always after the last step: the next attempt or stage begins there.
@@ -182,7 +187,9 @@ class Trainer:
             laps=laps,
         )
 
-    def _report(self, state: TrainState, outcome: StepResult, rate: float, meter: StepMeter) -> float | None:
+    def _report(
+        self, state: TrainState, outcome: StepResult, rate: float, meter: StepMeter, garbage: "ScheduledCollection"
+    ) -> float | None:
         """Measures and writes the metrics of a step if they are due (collective); after the last step they are due,
         with the loss on all held-out data.
 
@@ -199,19 +206,27 @@ class Trainer:
         line = self.metrics_of(state, outcome, rate, meter)
         val_loss = None
         if evaluates:
-            line |= self._evaluate(state.step, everything=is_last)
-            if stage.ema_decay:
-                evaluate = partial(self._evaluate, state.step, is_last)
-                line |= averages.measured(self.optimizer, evaluate)
-
-            # The last step is evaluated twice: on all held-out data for the report, and on `eval_sequences`, so that
-            # checkpoints are compared on the same sequences.
-            val_loss = line["val/loss"]
-            if is_last and stage.eval_sequences > 0:
-                val_loss = self._evaluate(state.step, everything=False)["val/loss"]
+            with garbage.automatic():
+                held_out, val_loss = self._evaluate_after(state.step, is_last)
+            line |= held_out
         if self.metrics:
             self.metrics.write(state.step, line)
         return val_loss
+
+    def _evaluate_after(self, step: int, is_last: bool) -> tuple[dict[str, float], float]:
+        """Returns the held-out metrics after `step`, and the loss by which its checkpoint competes for BEST
+        (collective)."""
+        stage = self.config.stage
+        metrics = self._evaluate(step, everything=is_last)
+        if stage.ema_decay:
+            metrics |= averages.measured(self.optimizer, partial(self._evaluate, step, is_last))
+
+        # The last step is evaluated twice: on all held-out data for the report, and on `eval_sequences`, so that
+        # checkpoints are compared on the same sequences.
+        val_loss = metrics["val/loss"]
+        if is_last and stage.eval_sequences > 0:
+            val_loss = self._evaluate(step, everything=False)["val/loss"]
+        return metrics, val_loss
 
     def metrics_of(self, state: TrainState, result: StepResult, rate: float, meter: StepMeter) -> dict[str, float]:
         """Returns the metrics of a step by their names, without held-out metrics; nothing is written. Collective if
@@ -378,3 +393,70 @@ def peak_memory_gib(device: torch.device) -> float:
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device) / 2**30
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
+
+
+# Garbage. Python collects whenever enough objects have been made, so on many ranks some rank pauses in almost every
+# step, and all others wait for it. Here all ranks pause after the same steps, and scan only what training has made.
+
+
+@contextmanager
+def without_collection() -> Iterator[None]:
+    """Turns automatic collection off inside the block, for the whole process."""
+    was_enabled = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if was_enabled:
+            gc.enable()
+
+
+class ScheduledCollection:
+    """A context manager that turns automatic collection off inside its block, for the whole process.
+
+    Afterwards the collector is as it was before, also after an error: other stages may run in the process.
+    """
+
+    def __init__(self) -> None:
+        self._was_enabled = False
+        self._froze = False
+        self._is_cost_known = False
+
+    def __enter__(self) -> Self:
+        self._was_enabled = gc.isenabled()
+        gc.disable()
+        gc.collect()
+
+        # Collections scan what set-up has left no more. What somebody else has frozen could not be told apart later.
+        self._froze = gc.get_freeze_count() == 0
+        if self._froze:
+            gc.freeze()
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None):
+        if self._froze:
+            gc.unfreeze()
+        if self._was_enabled:
+            gc.enable()
+
+    def after_step(self, step: int) -> None:
+        """Collects if it is due after `step` completed steps; the first time, logs what that costs."""
+        if step % COLLECT_EVERY:
+            return
+        started = time.perf_counter()
+        gc.collect()
+
+        if not self._is_cost_known:
+            self._is_cost_known = True
+            elapsed_ms = 1000 * (time.perf_counter() - started)
+            log.info("garbage is collected every %d steps: the first time took %.1f ms", COLLECT_EVERY, elapsed_ms)
+
+    @contextmanager
+    def automatic(self) -> Iterator[None]:
+        """Lets Python collect as before inside the block: for long work between steps, such as an evaluation."""
+        if self._was_enabled:
+            gc.enable()
+        try:
+            yield
+        finally:
+            gc.disable()

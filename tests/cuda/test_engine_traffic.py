@@ -39,7 +39,7 @@ class Downloads(Traffic):
 @pytest.fixture(params=[torch.bfloat16, torch.float32], ids=["flash", "plain"])
 def engine(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Engine:
     monkeypatch.setattr(torch.Tensor, "pin_memory", pinned)
-    options = EngineOptions(page_tokens=256, step_tokens=2048)
+    options = EngineOptions(page_tokens=256, step_tokens=2048, piece_tokens=256)
     with monkeypatch.context() as patch:
         patch.setattr(torch, "inference_mode", torch.no_grad)
         return Engine(SHALLOW, weights_of(SHALLOW), eot_id=1, options=options, dtype=request.param, device=CUDA)
@@ -100,3 +100,15 @@ def test_a_step_that_ends_a_prompt_beside_others_waits_once(engine):
     assert +both.waits == ONE_WAIT
     # plan, tokens, rows and positions; plan, tokens; seeds, parameters
     assert both.uploads == {"pinned": 7}
+
+
+def test_a_step_reads_8192_prompt_tokens(monkeypatch):
+    """With the 512 tokens of a CPU, a GPU reads the prompts of a batch in sixteen times as many steps."""
+    monkeypatch.setattr(torch.Tensor, "pin_memory", pinned)
+    with monkeypatch.context() as patch:
+        patch.setattr(torch, "inference_mode", torch.no_grad)
+        engine = Engine(SHALLOW, weights_of(SHALLOW), eot_id=1, dtype=torch.bfloat16, device=CUDA)
+    for number in range(9):
+        engine.submit(Request(str(number), [5] * 1024, FREE))
+    step(engine)
+    assert (len(engine._running), len(engine._prefilling)) == (8, 1)

@@ -208,7 +208,6 @@ def call(**changes) -> torch.Tensor:
         "max_k": 2 * page,
         "seqused_k": integers(3),
         "block_table": integers(3, 2),
-        "num_splits": 1,
         "window_size": (-1, 0),
     }
     changed = {name: change(given[name]) for name, change in changes.items()}

@@ -1,17 +1,21 @@
 """A step of training at the widths of `large` on fake CUDA tensors: devices, messages, copies and waits."""
 
 from collections import Counter
+from typing import Any
 
 import pytest
 import torch
 from torch._subclasses.fake_tensor import unset_fake_temporarily
+from torch.distributed.tensor import DTensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from dist_lm.config.root import Config
 from dist_lm.data.evaluation_batches import EvaluationBatch
-from dist_lm.dry_run.watch import Watch
+from dist_lm.dry_run.watch import LiveMemory, Watch
 from dist_lm.parallel.layout import placements, resolve_layout
 from dist_lm.parallel.values import shard_of
 from dist_lm.prepare.compose import compose_config
+from dist_lm.prepare.layout import with_layout
 from dist_lm.training.objective import summed_losses
 from dist_lm.training.optimizer import VARIANCE
 from tests.cuda.card import CARD, Played, Traffic, played, stand_in, text
@@ -77,8 +81,9 @@ def test_messages_of_two_micro_batches(explicit, layout, kept):
         (("stage.muon.lr=0.02",), {}, {"pinned": 14}),
         (("parallel.activation_checkpointing=selective",), {}, {"pinned": 14}),
         (("parallel.activation_checkpointing=full", "stage.dropout=0.1"), {}, {"pinned": 14}),
-        # every gradient goes to the host, every parameter comes from it for each of 5 gathers, and the norms come back
-        (("parallel.cpu_offload=true",), {"device to host": 68}, {"pinned": 274, "pageable": 1}),
+        # every gradient goes to the host, every parameter comes from it for each of 5 gathers, and the norms come back;
+        # the host, which computes the step, reads the factor of clipping and the decision
+        (("parallel.cpu_offload=true",), {"device to host": 70}, {"pinned": 274, "pageable": 1}),
     ],
     ids=["plain", "dropout", "muon", "selective", "full", "offload"],
 )
@@ -92,8 +97,72 @@ def test_copies_and_waits_of_a_step(explicit, overrides, waits, uploads):
             assert dict(traffic.waits) == waits
             assert dict(traffic.uploads) == uploads
             assert explicit["tolist"] == 1
-            assert explicit.total() == 1 + waits.get("device to host", 0)
+            # gradients are waited for by events, the factor and the decision when they are copied
+            blocking = 2 if config.parallel.cpu_offload else 0
+            assert explicit.total() == 1 + waits.get("device to host", 0) - blocking
         check_devices(run, "cpu" if config.parallel.cpu_offload else "cuda")
+
+
+@pytest.mark.parametrize("muon", ["stage.muon.lr=0", "stage.muon.lr=0.02"], ids=["adamw", "muon"])
+@pytest.mark.parametrize("ranks", [1, 8])
+def test_the_host_waits_for_nothing_before_the_optimizer_has_been_queued(explicit, ranks, muon):
+    """A norm read on the host stops the card between backward pass and optimizer in every step."""
+    config = config_of(muon, "stage.muon.variance_beta=0.9", "parallel=fsdp", layers=1)
+    with played(config, ranks) as run:
+        batches = run.batches(2)
+        with Watch(), Traffic(run.axes) as traffic:
+            waited: list[int] = []
+            run.trainer.optimizer.register_step_post_hook(
+                lambda *_: waited.append(explicit.total() + traffic.waits.total())
+            )
+            run.step(batches)
+    assert waited == [0]
+    assert explicit == {"tolist": 1}
+
+
+class Casts(TorchDispatchMode):
+    """Counts the copies of fp32 tensors of one size to bf16."""
+
+    def __init__(self, numel: int) -> None:
+        super().__init__()
+        self.numel, self.count = numel, 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if any(issubclass(kind, DTensor) for kind in types):
+            return NotImplemented
+        result = func(*args, **kwargs or {})
+        if func is torch.ops.aten._to_copy.default and args[0].numel() == self.numel:
+            self.count += (args[0].dtype, result.dtype) == (torch.float32, torch.bfloat16)
+        return result
+
+
+@pytest.mark.parametrize(("memory_gib", "casts_a_step"), [(80, 1), (1, 6)], ids=["room", "no room"])
+def test_one_gpu_casts_a_block_once_a_step(explicit, memory_gib, casts_a_step):
+    """Three micro-batches: where memory is short, each casts every block for its forward and its backward pass."""
+    config = with_layout(config_of(f"hardware.memory_gib={memory_gib}", layers=2), 1)
+    with played(config, 1) as run:
+        model = run.trainer.model
+        batches = run.batches(3)
+        with Watch(), Casts(model.blocks[0].attention.query.numel()) as casts:
+            run.step(batches)
+    projections = 4 * len(model.blocks)  # of one size
+    assert casts.count == casts_a_step * projections
+
+
+@pytest.mark.parametrize("layout", ["fsdp-8", "tp-2"])
+def test_logits_in_fp32_take_no_memory_but_their_own(explicit, layout):
+    """An fp32 copy of the head's weight would take 195 MiB, in the trainer all the time."""
+    peaks = []
+    for head_dtype in ("compute", "fp32"):
+        ranks, overrides = LAYOUTS[layout]
+        config = config_of(*overrides, f"model.head_dtype={head_dtype}", "parallel.loss_chunk_mib=64", layers=1)
+        with played(config, ranks) as run:
+            batches = run.batches(1)
+            memory = LiveMemory(gloo=False)
+            with Watch(memory):
+                run.step(batches)
+        peaks.append(memory.peak)
+    assert peaks[1] <= peaks[0] + (64 << 20)
 
 
 @pytest.mark.parametrize("layout", ["fsdp-8", "tp-2"])

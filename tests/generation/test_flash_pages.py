@@ -14,15 +14,14 @@ from dist_lm.generation.engine import Engine, EngineOptions
 from dist_lm.generation.flash_pages import DecodeGraphs, FlashPages, graph_size
 from dist_lm.generation.paged_cache import PlainPages, pages_for
 from dist_lm.generation.shard import share_of
+from dist_lm.parallel import mesh
 from dist_lm.stages.generate.stage import GenerateConfig
 from tests.generation.test_engine import CONFIG, GROUPED, PAGE, model_of, requests_of_all_kinds, run_schedule
 
 
-def varlen_attn(
-    q, k, v, cu_q, cu_k, max_q, max_k, *, scale, window_size, enable_gqa, seqused_k, block_table, num_splits
-):
-    """Queries of a sequence are its last ones; keys follow its table of pages. tests/cuda has the other checks."""
-    assert num_splits == 1
+def varlen_attn(q, k, v, cu_q, cu_k, max_q, max_k, *, scale, window_size, enable_gqa, seqused_k, block_table):
+    """Queries of a sequence are its last ones; keys follow its table of pages. tests/cuda has the other checks. The
+    kernel chooses in how many parts it splits the keys."""
     before, behind = window_size
     assert behind == 0
     assert block_table.dtype == seqused_k.dtype == cu_q.dtype == cu_k.dtype == torch.int32
@@ -150,6 +149,45 @@ def test_an_engine_takes_the_size_of_pages_that_is_given(given, expected):
 def test_heads_that_the_kernel_does_not_take_have_small_pages():
     config = replace(CONFIG, d_model=60, n_heads=5)  # 12 numbers a head
     assert best_page_tokens(config, torch.bfloat16, torch.device("cuda")) == 64
+
+
+@pytest.mark.parametrize(
+    ("options", "device", "expected"),
+    [
+        (EngineOptions(), "cpu", (512, 256)),
+        (EngineOptions(), "cuda", (8192, 8192)),
+        (EngineOptions(step_tokens=1000), "cuda", (1000, 992)),
+        (EngineOptions(step_tokens=1000, piece_tokens=100), "cuda", (1000, 100)),
+        (EngineOptions(step_tokens=100), "cpu", (100, 256)),
+    ],
+)
+def test_prompt_tokens_of_a_step_follow_the_device_unless_asked_for(options, device, expected):
+    """A GPU that reads 512 tokens a step is idle; pieces that are no whole blocks would break the prefix cache."""
+    chosen = options.for_device(torch.device(device))
+    assert (chosen.step_tokens, chosen.piece_tokens) == expected
+
+
+@pytest.mark.parametrize(
+    ("capability", "error", "activated"),
+    [((9, 0), None, True), ((8, 0), None, False), ((9, 0), ImportError("undefined symbol"), False)],
+    ids=["Hopper", "Ampere", "of another torch"],
+)
+def test_flash_attention_3_is_used_where_it_imports(monkeypatch, caplog, capability, error, activated):
+    """A kernel for another GPU ends in an illegal instruction; a package that does not fit must not end the run."""
+    asked = []
+
+    def activate(name: str) -> None:
+        asked.append(name)
+        if error is not None:
+            raise error
+
+    monkeypatch.setattr(mesh.importlib.util, "find_spec", lambda name: object())
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
+    monkeypatch.setattr(mesh, "activate_flash_attention_impl", activate)
+    monkeypatch.setattr(mesh, "use_flash_attention_3", mesh.use_flash_attention_3.__wrapped__)
+    assert mesh.use_flash_attention_3(torch.device("cuda", 0)) is activated
+    assert asked == ["FA3"] * (capability == (9, 0))
+    assert ("undefined symbol" in caplog.text) is (error is not None)
 
 
 @pytest.mark.parametrize("pool", [RolloutPoolConfig(), GenerateConfig(name="generate"), EngineOptions()])

@@ -15,6 +15,7 @@ ELSEWHERE = {
     "test_initialise": ("init_std", "residual_init", "base_width"),
     "test_parity": ("value_residual",),
     "test_export": ("export_as",),
+    "test_bf16_engine": ("head_dtype",),
 }
 
 

@@ -15,11 +15,11 @@ from dist_lm.model.size import Shape, neuron_shape, parameter_shapes
 from dist_lm.parallel.layout import resolve_layout
 from dist_lm.parallel.mesh import World, build_mesh, data_mesh
 from dist_lm.parallel.sharding import build_model, reshard
-from dist_lm.parallel.values import fill, unsharded_copy
+from dist_lm.parallel.values import fill, shard_of, unsharded_copy
 from dist_lm.training import checkpoint, checkpoint_saver
 from dist_lm.training.heartbeat import StopRequest
 from dist_lm.training.muon import Arithmetic
-from dist_lm.training.optimizer import VARIANCE, build_optimizer
+from dist_lm.training.optimizer import VARIANCE, build_optimizer, named_state
 from dist_lm.training.state import TrainState
 from dist_lm.training.step import accumulate_gradients, update
 from tests.parallel.training_task import (
@@ -113,6 +113,34 @@ def rank_steps(
     outcome.dirty = {f"gradient of {name}" for name in dirty(last, shapes)} | dirty(end, shapes)
     outcome.torn = {f"gradient of {name}" for name in torn(last)} | torn(end)
     return outcome
+
+
+def changed_by_a_skipped_step(
+    world: World, model_config: ModelConfig, parallel: ParallelConfig, muon: MuonConfig | None
+) -> tuple[list[bool], list[str]]:
+    """(Whether each of three steps was applied, the parameters and state of this rank that the second one changed);
+    the last rank's gradients of that step are not finite (collective)."""
+    mesh = build_mesh(resolve_layout(parallel, model_config, world.size), world.device)
+    ranks = data_mesh(mesh)
+    model = build_model(model_config, parallel, mesh, world.device, SEED)
+    optimizer = build_optimizer(model, STAGE, muon)
+    applied: list[bool] = []
+    bits: list[Tensors] = []
+
+    for step in range(3):
+        own = rows(batch_of(model_config, step), slice(ranks.get_local_rank(), None, ranks.size()))
+        sums = accumulate_gradients(model, objective_of(model_config), [own])
+        if step == 1 and world.rank == world.size - 1:
+            gradient = next(parameter.grad for parameter in model.parameters() if parameter.grad is not None)
+            shard_of(gradient).view(-1)[-1] = float("inf")
+        adds_sums = mesh.get_local_rank("tp") == 0
+        result = update(model, optimizer, sums, grad_clip=STAGE.grad_clip, adds_sums=adds_sums, stop=StopRequest())
+        applied.append(result.applied)
+        state = {**dict(model.named_parameters()), **dict(named_state(model, optimizer))}
+        bits.append({name: shard_of(value).detach().clone() for name, value in state.items()})
+
+    before, after = bits[:2]
+    return applied, [name for name, value in before.items() if not torch.equal(value, after[name])]
 
 
 def initial_weights(world: World, model_config: ModelConfig, parallel: ParallelConfig) -> Arrays:

@@ -2,19 +2,28 @@
 
 import os
 import shutil
+from dataclasses import replace
 
 import numpy as np
 import pytest
 
 from dist_lm.config.cluster import ParallelConfig
 from dist_lm.config.model import ModelConfig
+from dist_lm.config.stage import MuonConfig
 from dist_lm.model.keyed_random import initial_value
 from dist_lm.model.size import parameter_shapes
 from dist_lm.parallel import layout as layout_module
 from dist_lm.parallel.layout import Layout
 from dist_lm.parallel.mesh import World, build_mesh
 from dist_lm.parallel.sharding import build_model
-from tests.parallel.on_a_mesh import MeshTrajectory, compiled_graphs, forget_graphs, initial_weights, rank_steps
+from tests.parallel.on_a_mesh import (
+    MeshTrajectory,
+    changed_by_a_skipped_step,
+    compiled_graphs,
+    forget_graphs,
+    initial_weights,
+    rank_steps,
+)
 from tests.parallel.one_process import entries_off, error, expected_of
 from tests.parallel.parity_cases import layout_of, model_of, parallel_of
 from tests.parallel.ranks import RankGroups
@@ -32,10 +41,19 @@ def test_initial_values_are_the_same_bits_on_any_layout(ranks: RankGroups, layou
     assert [name for name in expected if not np.array_equal(found[name], expected[name])] == []
 
 
-@pytest.mark.parametrize("layout", ["1x1x1", "1x2x1", pytest.param("1x2x2", marks=pytest.mark.bars), "1x1x4+sp"])
-def test_bf16_compute_is_near(ranks: RankGroups, layout: str):
-    parallel = parallel_of(layout, compute_dtype="bf16")
-    found: MeshTrajectory = ranks.run(layout_of(layout).world_size, rank_steps, MODEL, parallel, range(1))
+@pytest.mark.parametrize(
+    ("layout", "head_dtype"),
+    [
+        ("1x1x1", "compute"),
+        ("1x2x1", "fp32"),
+        pytest.param("1x2x2", "compute", marks=pytest.mark.bars),
+        ("1x1x4+sp", "compute"),
+        ("1x1x4+sp", "fp32"),
+    ],
+)
+def test_bf16_compute_is_near(ranks: RankGroups, layout: str, head_dtype: str):
+    model, parallel = replace(MODEL, head_dtype=head_dtype), parallel_of(layout, compute_dtype="bf16")
+    found: MeshTrajectory = ranks.run(layout_of(layout).world_size, rank_steps, model, parallel, range(1))
     expected = expected_of(MODEL)
     assert found.losses == pytest.approx(expected.losses, rel=1e-3)
     assert 1e-4 < error(found.gradients, expected.gradients) < BF16
@@ -71,6 +89,18 @@ def test_offloaded_parameters_take_the_same_step(ranks: RankGroups, layout: str)
     model, parallel = model_of((5, 5)), parallel_of(layout, cpu_offload=True)
     found: MeshTrajectory = ranks.run(layout_of(layout).world_size, rank_steps, model, parallel, range(1))
     assert entries_off(found.end, expected_of(model).end, 1e-5) == {}
+
+
+@pytest.mark.parametrize("layout", ["1x4x1", "1x2x2+sp", pytest.param("2x1x2", marks=pytest.mark.bars)])
+@pytest.mark.parametrize("muon", [None, MuonConfig(lr=0.02, variance_beta=0.9)], ids=["adamw", "muon"])
+def test_a_rank_without_finite_gradients_makes_all_ranks_skip_the_step(ranks: RankGroups, layout: str, muon):
+    """The flag decides inside kernels what is written: a moment, a counter or a rank that forgets it goes its own way
+    from here on, and nan that an owner of matrices computes would come back in a step."""
+    applied, changed = ranks.run(
+        layout_of(layout).world_size, changed_by_a_skipped_step, model_of((5, 5)), parallel_of(layout), muon
+    )
+    assert applied == [True, False, True]
+    assert changed == []
 
 
 def steps_with_many_units(world: World, model: ModelConfig, parallel: ParallelConfig) -> MeshTrajectory:

@@ -89,7 +89,8 @@ def test_a_layout_across_nodes_is_taken_by_auto_only_where_it_is_clearly_faster(
         (("hardware.memory_gib=30",), False),
         (("parallel.reshard_after_forward=true",), False),
         (("device=cpu",), False),
-        (("parallel=ddp",), False),  # nothing is gathered
+        (("parallel=ddp",), True),  # nothing is gathered, but every block is cast
+        (("parallel=ddp", "parallel.compute_dtype=fp32"), False),
     ],
 )
 def test_parameters_stay_gathered_where_they_fit(overrides, gathers_once):

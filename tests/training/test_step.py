@@ -1,18 +1,22 @@
 """One optimizer step: the same however the batch is cut, and nothing at all when gradients are not finite."""
 
+import math
+
 import pytest
 import torch
 import torch.distributed as dist
 from torch import nn
 
-from dist_lm.config.stage import StageConfig
+from dist_lm.config.stage import MuonConfig, StageConfig
 from dist_lm.data.batch import Batch
 from dist_lm.model.cross_entropy import token_losses
+from dist_lm.parallel.values import squared_norms
 from dist_lm.training.heartbeat import StopRequest
 from dist_lm.training.objective import LossSum, next_token
 from dist_lm.training.optimizer import build_optimizer, named_state
-from dist_lm.training.step import accumulate_gradients, update
-from tests.model.small_models import small_config
+from dist_lm.training.step import accumulate_gradients, gradients_by_group, update
+from dist_lm.training.step_meter import WallLaps
+from tests.model.small_models import small_config, small_model, small_tokens
 
 VOCAB = 11
 
@@ -51,9 +55,70 @@ def batch_of(rows: slice) -> Batch:
     return Batch(*(part[rows] for part in whole))
 
 
-def step(model, optimizer, batches, objective=None, grad_clip=1.0):
+def step(model, optimizer, batches, objective=None, grad_clip=1.0, laps=None):
     sums = accumulate_gradients(model, objective or next_token(0.1), batches)
-    return update(model, optimizer, sums, grad_clip=grad_clip, adds_sums=True, stop=StopRequest())
+    return update(model, optimizer, sums, grad_clip=grad_clip, adds_sums=True, stop=StopRequest(), laps=laps)
+
+
+def step_of_the_host(model, optimizer, batches, grad_clip):
+    """The same step with every decision taken by the host: it reads norm and count, then clips, then steps or not."""
+    sums = accumulate_gradients(model, next_token(0.1), batches)
+    groups = gradients_by_group(model)
+    squares = squared_norms(list(groups.values())).tolist()
+    divisor = max(sums.total_and_count[1].item(), 1.0)
+    grad_norm = math.sqrt(sum(squares)) / divisor
+    clip = grad_clip / grad_norm if grad_clip and grad_norm > grad_clip else 1.0
+    if math.isfinite(grad_norm):
+        torch._foreach_mul_([gradient for group in groups.values() for gradient in group], clip / divisor)
+        optimizer.step()
+    optimizer.zero_grad(set_to_none=True)
+    return grad_norm
+
+
+MUON = MuonConfig(lr=0.02, variance_beta=0.9)
+
+
+def trained_pair(muon):
+    """Two equal models with an optimizer each, and the batch they learn."""
+    config = small_config(qk_norm=True)
+    stage = StageConfig(name="test", lr=1e-2, weight_decay=0.1)
+    tokens = small_tokens(config, 4, 17)
+    batch = Batch.plain(tokens[:, :-1], tokens[:, 1:])
+    models = [small_model(config) for _ in range(2)]
+    return [(model, build_optimizer(model, stage, muon)) for model in models], batch
+
+
+def bits_of(model, optimizer):
+    return {**dict(model.named_parameters()), **dict(named_state(model, optimizer))}
+
+
+@pytest.mark.parametrize("muon", [None, MUON], ids=["adamw", "muon"])
+@pytest.mark.parametrize("grad_clip", [0.0, 0.05, 1e3], ids=["off", "clipped", "not reached"])
+def test_a_step_decided_on_the_device_has_the_bits_of_one_decided_by_the_host(muon, grad_clip):
+    """A factor in another dtype, a sum in another order or a division by a reciprocal: the last bit of every weight."""
+    ((model, optimizer), (reference, its_optimizer)), batch = trained_pair(muon)
+    for _ in range(2):
+        result = step(model, optimizer, [batch], grad_clip=grad_clip, laps=WallLaps())
+        assert result.grad_norm == step_of_the_host(reference, its_optimizer, [batch], grad_clip)
+    expected = bits_of(reference, its_optimizer)
+    assert [n for n, value in bits_of(model, optimizer).items() if not torch.equal(value, expected[n])] == []
+
+
+@pytest.mark.parametrize("muon", [None, MUON], ids=["adamw", "muon"])
+def test_a_skipped_step_leaves_no_trace_in_what_follows(muon):
+    """Moments, counters or variances that a skipped step moves show in the next step, if not at once."""
+    ((model, optimizer), (reference, its_optimizer)), batch = trained_pair(muon)
+
+    def broken(forward, batch):
+        loss = next_token(0.1)(forward, batch)
+        return LossSum(loss.total * float("nan"), loss.count)
+
+    objectives = [None, broken, broken, None]
+    assert [step(model, optimizer, [batch], chosen).applied for chosen in objectives] == [True, False, False, True]
+    for _ in range(2):
+        step(reference, its_optimizer, [batch])
+    expected = bits_of(reference, its_optimizer)
+    assert [n for n, value in bits_of(model, optimizer).items() if not torch.equal(value, expected[n])] == []
 
 
 def optimizer_of(model):

@@ -207,7 +207,10 @@ class Evaluate(PoolStage):
         tp = 1 if config.parallel.tp == -1 else config.parallel.tp
         check_tp(config.model, tp, None, "parallel.tp")
         cache = max(config.stage.cache_tokens, config.model.max_seq_len)
-        options = EngineOptions(cache, page_tokens=config.stage.page_tokens, max_sequences=config.stage.max_sequences)
+        stage = config.stage
+        options = EngineOptions(
+            cache, page_tokens=stage.page_tokens, max_sequences=stage.max_sequences, step_tokens=stage.step_tokens
+        )
         return options, tp, config.stage.actors
 
     def work(

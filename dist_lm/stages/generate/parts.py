@@ -77,7 +77,10 @@ def options_of(stage: "GenerateConfig") -> EngineOptions:
     """
     try:
         return EngineOptions(
-            cache_tokens=stage.cache_tokens, page_tokens=stage.page_tokens, max_sequences=stage.max_sequences
+            cache_tokens=stage.cache_tokens,
+            page_tokens=stage.page_tokens,
+            max_sequences=stage.max_sequences,
+            step_tokens=stage.step_tokens,
         )
     except ConfigError as error:
         raise ConfigError(f"stage.{error}") from error

@@ -36,7 +36,7 @@ STATE, PENDING, CRITIC, FROZEN = "rlhf.json", "pending.safetensors", "critic.jso
 # keys that do not affect the hidden states, and keys that `d_head` and `kv_heads` replace in the comparison
 NOT_IN_TRUNK = {
     *("name", "head", "max_seq_len", "tie_embeddings", "logit_cap", "init_std", "residual_init"),
-    *("base_width", "head_width", "n_kv_heads", "export_as", "logit_divisor"),
+    *("base_width", "head_width", "n_kv_heads", "export_as", "logit_divisor", "head_dtype"),
 }
 
 Bases = Mapping[str, Mapping[str, str]]
