@@ -102,8 +102,12 @@ def data_where(
     from dist_lm.storage.run_directory import RunDirectory
     from dist_lm.verbs.data_where import print_places
 
-    content = Path(text).read_text() if file else text
-    print_places(RunDirectory(run), content, most, OutputConsole(), as_json=json)
+    if file:
+        try:
+            text = Path(text).read_text()
+        except (OSError, ValueError) as error:
+            raise ArtefactError(f"{text}: cannot be read as text ({error})") from error
+    print_places(RunDirectory(run), text, most, OutputConsole(), as_json=json)
 
 
 @data.command("new")
