@@ -63,7 +63,7 @@ def followed(combination: dict) -> dict:
 
 def test_the_options_are_those_of_the_configuration():
     free = {"name", "export_as", "norm_eps", "init_std", "residual_init", "base_width", "logit_cap", "value_residual"}
-    free |= {"full_layers", "embedding_scale", "residual_scale", "attention_scale", "qk_norm_span"}
+    free |= {"full_layers", "embedding_scale", "residual_scale", "attention_scale", "qk_norm_span", "head_dtype"}
     keys = {field.name for field in fields(ModelConfig)}
     assert {key for key in keys if not key.startswith("rope_")} == CHOICES.keys() | SIZES.keys() | free
 
