@@ -58,6 +58,8 @@ def harm(places: Places, words: Sequence[bytes], text: bytes) -> str:
     Args:
         words: function and arguments, or `$` and the name of a variable.
     """
+    if not _patterns:
+        prepare()
     name, first, *_ = (*(word.decode("latin-1") for word in words[:2]), "")
     found = places.get((name, first), set()) | places.get((name, ANY), set())
     text = text.rstrip(b"\n")

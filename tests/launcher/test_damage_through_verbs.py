@@ -93,6 +93,22 @@ def of_measurement(world: World) -> list[Path]:
     return [world.run.config, world.run.corpora, world.work.corpus_manifest("code"), world.work.tokenizer_model]
 
 
+def of_documents(world: World) -> list[Path]:
+    """The files that tell what a step read."""
+    corpus = world.work.corpus("code")
+    (origins, *_), (index, *_), (tar, *_) = (sorted(corpus.glob(f"train-*.{end}")) for end in ("zst", "index", "tar"))
+    run = world.run
+    return [
+        run.config,
+        run.corpora,
+        world.work.corpus_manifest("code"),
+        origins,
+        index,
+        tar,
+        world.work.tokenizer_model,
+    ]
+
+
 def of_status(world: World) -> list[Path]:
     run = world.run
     pointer = run.checkpoints / checkpoint_files.LATEST
@@ -169,6 +185,8 @@ CASES: dict[str, tuple[Case, ...]] = {
             lambda world: [world.work.corpus_manifest("code"), world.run.corpora],
         ),
     ),
+    "data step": (Case(lambda world: ["data", "step", world.run.path, 1, "--text"], of_documents),),
+    "data where": (Case(lambda world: ["data", "where", world.run.path, "def"], of_documents),),
     "data new": (
         Case(
             lambda world: ["data", "new", world.outside / "own.jsonl", "--out", world.outside / "conf/corpus/own.yaml"],

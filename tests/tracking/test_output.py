@@ -97,6 +97,8 @@ FOR_PROGRAMS = {
     "gpu_check/probe.py": 1,
     "sandbox/languages.py": 1,
     "tracking/readable.py": 1,
+    "verbs/data_step.py": 1,  # `--json`
+    "verbs/data_where.py": 1,
 }
 
 

@@ -48,8 +48,7 @@ def test_every_branch_is_its_prompt_and_its_completion(rankings: RankingCorpus) 
     settings = {"seed": 0, "seq_len": WIDTH, "pad_id": 0, "global_batch": 60, "micro_batch": 60}
     with RankingStream(rankings, "pairs", 0.0, dp_rank=0, dp_size=1, assemble=trees, **settings) as stream:
         batch = next(stream).micro_batches[0]
-    rows = [stream._epochs.locate(number) for number in range(60)]
-    chosen = [number for order, i in rows for number, _, _ in order.sequence(i)]
+    chosen = [part.document for number in range(60) for part in stream._rows.slices(number)[1]]
     assert len(batch.prompt_C) > 300
     assert batch.reference_C.tolist() == [
         value for number in chosen for value in reference.logprob[rankings.completion_slice(number)].tolist()
