@@ -135,7 +135,7 @@ def test_held_out_ranks_are_those_of_the_utilities_and_those_of_train_are_noisy(
     assert 0.6 < right[True] < 0.95
 
 
-@pytest.mark.heavy
+@pytest.mark.bars
 def test_whole_rankings_are_learned_in_a_hundred_steps(tmp_path: Path) -> None:
     """Too few to tell them from pairs: 0.759 and 0.761."""
     assert taus(tmp_path, 0, ["rankings"], rankings=2000, steps=100)[0] >= 0.6

@@ -66,6 +66,7 @@ def test_from_the_command_to_the_first_loss(tiny_work, tmp_path):
     assert {"launch.py", "train.py", "training/trainer.py", "model/transformer.py"} <= found
 
 
+@pytest.mark.bars
 def test_one_iteration_of_rlhf(tiny_work, tmp_path):
     work = linked(tiny_work, tmp_path / "own")
     start = write_untrained(work, "tools", seed=1)

@@ -123,7 +123,7 @@ def smoke_reads(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Reads]:
 
 
 @pytest.mark.cluster
-@pytest.mark.heavy
+@pytest.mark.bars
 def test_every_key_is_read_or_listed(smoke_reads):
     reads: Reads = set().union(*smoke_reads.values())
     shared = {key for stage in OWN for key, (owner, name) in keys_of(stage).items() if is_read(owner, name, reads)}
@@ -138,7 +138,7 @@ def test_every_key_is_read_or_listed(smoke_reads):
 
 
 @pytest.mark.cluster
-@pytest.mark.heavy
+@pytest.mark.bars
 def test_every_kind_of_process_notes_what_it_reads(smoke_reads):
     """Otherwise a key could count as unread because its reader was not watched."""
     assert ("SampledStageConfig", "beta1") in smoke_reads["rank"]

@@ -182,18 +182,18 @@ def test_a_loss_that_needs_the_global_batch_is_played_with_its_passes_before_the
     assert played.memory.gradients == pytest.approx(played.memory.parameters, rel=0.01)
 
 
-@pytest.mark.heavy
+@pytest.mark.bars
 @pytest.mark.parametrize(
     ("model", "layout", "most"),
     [
-        pytest.param("large", Layout(1, 8, 1), 1.10, id="large on 8", marks=pytest.mark.bars),
-        pytest.param("xlarge", Layout(64, 8, 1), 1.15, id="xlarge on 512", marks=pytest.mark.bars),
-        pytest.param("llama_8b", Layout(8, 8, 1), 1.10, id="llama_8b on 64", marks=pytest.mark.bars),
+        pytest.param("large", Layout(1, 8, 1), 1.10, id="large on 8"),
+        pytest.param("xlarge", Layout(64, 8, 1), 1.15, id="xlarge on 512"),
+        pytest.param("llama_8b", Layout(8, 8, 1), 1.10, id="llama_8b on 64"),
         pytest.param("llama_8b", Layout(64, 8, 1), 1.10, id="llama_8b on 512"),
     ],
 )
 def test_muon_by_owners_costs_little_beside_adamw(model, layout, most):
-    """By the dry run, of one sequence a rank; `bash launch/test.sh -m heavy tests/dry_run -k owners`."""
+    """By the dry run, of one sequence a rank; `bash launch/test.sh -m bars tests/dry_run -k owners`."""
     seq_len = 8192 if model == "llama_8b" else 4096
     seconds, peaks = [], []
     for overrides in ([], ["stage.muon.lr=0"]):
