@@ -23,7 +23,7 @@ Equal documents give equal bytes.
 import hashlib
 import io
 import json
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import fields, replace
 from itertools import repeat
@@ -405,15 +405,20 @@ def write_origins(tar: Path, origins: Iterable[Origin]) -> None:
     durable.write_bytes(origins_path(tar), compressor.compress("".join(lines).encode()))
 
 
-def read_origins(tar: Path) -> Iterator[Origin]:
+def read_origins(tar: Path, only: Collection[int] | None = None) -> Iterator[Origin]:
     """Yields the origin of every document of `tar`, in the order of the documents.
+
+    Args:
+        only: numbers of documents, counted in the tar; the others are passed over unparsed. None: all.
 
     Raises:
         OSError, ZstdError, ValueError, KeyError: the file beside the tar is missing or damaged.
     """
     with origins_path(tar).open("rb") as file:
         content = zstandard.ZstdDecompressor().stream_reader(file)
-        for line in io.TextIOWrapper(content, encoding="utf-8", newline="\n"):
+        for number, line in enumerate(io.TextIOWrapper(content, encoding="utf-8", newline="\n")):
+            if only is not None and number not in only:
+                continue
             origin = json.loads(line)
             yield Origin(origin["source"], origin["licence"], origin["from"], origin.get("own", False))
 

@@ -6,10 +6,9 @@ run, on any layout, can be looked up.
 
 import json
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass
-from itertools import islice
-from pathlib import Path
+from typing import TYPE_CHECKING
 
 from rich.console import Console
 from rich.rule import Rule
@@ -28,6 +27,9 @@ from dist_lm.stages.training.arguments import TrainingSequences
 from dist_lm.stages.training.stage import TrainingStage
 from dist_lm.storage.run_directory import RunDirectory
 
+if TYPE_CHECKING:
+    from dist_lm.tokenizer.tokenizer import Tokenizer
+
 SHOWN_TOKENS = 160  # of a slice, with `--text`
 
 
@@ -44,9 +46,10 @@ class UsedSlice:
     language: str
     source: str
     licence: str
+    text: str = ""  # the beginning, with the names of special tokens, where it was asked for
 
 
-def slices_of_step(run: RunDirectory, step: int) -> list[UsedSlice]:
+def slices_of_step(run: RunDirectory, step: int, with_text: bool = False) -> list[UsedSlice]:
     """Returns what the ranks together read in a step of a run, in the order of its sequences.
 
     A sequence has one token more than `stage.seq_len`, the last target. Reads the index of each corpus, and the origins
@@ -60,6 +63,8 @@ def slices_of_step(run: RunDirectory, step: int) -> list[UsedSlice]:
             a file is damaged.
         UserError: the package that the tokenizer needs is not installed.
     """
+    from dist_lm.tokenizer.tokenizer import text_with_marks
+
     config = load_config(run.config)
     numbers = _sequences_of_step(config, run, step)
     sequences = training_sequences(config, run)
@@ -74,6 +79,15 @@ def slices_of_step(run: RunDirectory, step: int) -> list[UsedSlice]:
         documents_of.setdefault(corpus, set()).add(part.document)
     origins = {corpus: origins_of(corpus, documents) for corpus, documents in documents_of.items()}
 
+    tokenizer = tokenizer_of(run, sequences) if with_text else None
+
+    def text_of(corpus: TokenCorpus, part: DocumentSlice) -> str:
+        if tokenizer is None:
+            return ""
+        stop = min(part.stop, part.start + SHOWN_TOKENS)
+        text = text_with_marks(corpus.tokens(part.document, part.start, stop).tolist(), tokenizer)
+        return text + " ..." if stop < part.stop else text
+
     return [
         UsedSlice(
             sequence=number,
@@ -85,6 +99,7 @@ def slices_of_step(run: RunDirectory, step: int) -> list[UsedSlice]:
             language=corpus.languages[corpus.language_codes[part.document]],
             source=origins[corpus][part.document].source,
             licence=origins[corpus][part.document].licence,
+            text=text_of(corpus, part),
         )
         for number, corpus, part in read
     ]
@@ -97,20 +112,39 @@ def training_sequences(config: Config, run: RunDirectory) -> TrainingSequences:
         ArtefactError: the run trains on no documents, its corpus has changed since it began, or a file is damaged.
         UserError: the package that the tokenizer needs is not installed.
     """
-    stage = stage_named(config.stage.name)
-    if not isinstance(stage, TrainingStage) or not trains_on_a_corpus(config):
+    stage = stage_with_corpus(config)
+    if stage is None:
         raise ArtefactError(
-            f"{run.path}: stage {stage.name} draws what it trains on itself; expected a run of a stage that trains on "
-            "a corpus"
+            f"{run.path}: stage {config.stage.name} draws what it trains on itself; expected a run of a stage that "
+            "trains on a corpus"
         )
     require_content(run, config.stage.corpus_names)
     return stage.sequences(config, run)
 
 
-def trains_on_a_corpus(config: Config) -> bool:
-    """Returns whether the stage of a run reads sequences of a corpus."""
+def stage_with_corpus(config: Config) -> TrainingStage | None:
+    """Returns the stage of a run, if its training stream is sequences of a corpus."""
     stage = stage_named(config.stage.name)
-    return isinstance(stage, TrainingStage) and stage.has_sequences
+    return stage if isinstance(stage, TrainingStage) and stage.has_sequences else None
+
+
+def tokenizer_of(run: RunDirectory, sequences: TrainingSequences) -> "Tokenizer":
+    """Returns the tokenizer of a run's work directory.
+
+    Raises:
+        ArtefactError: it cannot be read, or a corpus was written with another one: its tokens would be other text.
+        UserError: the package that it needs is not installed.
+    """
+    from dist_lm.tokenizer.tokenizer import Tokenizer
+
+    tokenizer = Tokenizer.load(run.work.tokenizer_model)
+    for corpus in sequences.corpora:
+        if read_manifest(corpus.directory).recipe.tokenizer_sha256 != tokenizer.sha256:
+            raise ArtefactError(
+                f"corpus {corpus.directory} was written with another tokenizer than {run.work.tokenizer_model}: "
+                "restore that tokenizer to see its text"
+            )
+    return tokenizer
 
 
 def _sequences_of_step(config: Config, run: RunDirectory, step: int) -> range:
@@ -139,26 +173,11 @@ def origins_of(corpus: TokenCorpus, documents: Iterable[int]) -> dict[int, Origi
         if inside:
             tar = corpus.directory / shard.name
             try:
-                origins |= _origins_in(tar, first, inside)
-            except (OSError, ValueError, KeyError, StopIteration, ZstdError) as error:
+                read = read_origins(tar, {document - first for document in inside})
+                origins |= dict(zip(inside, read, strict=True))
+            except (OSError, ValueError, KeyError, ZstdError) as error:
                 raise ArtefactError(f"{tar}: sources and licences cannot be read ({error})") from error
         first = end
-    return origins
-
-
-def _origins_in(tar: Path, first: int, documents: Sequence[int]) -> dict[int, Origin]:
-    """Returns the origins of documents of one tar.
-
-    Args:
-        first: number of the first document of the tar.
-        documents: rising numbers.
-    """
-    lines = read_origins(tar)
-    origins = {}
-    position = first
-    for document in documents:
-        origins[document] = next(islice(lines, document - position, None))
-        position = document + 1
     return origins
 
 
@@ -171,11 +190,10 @@ def print_step(run: RunDirectory, step: int, console: Console, *, as_json: bool,
     Raises:
         ArtefactError, UserError: as `slices_of_step`; or a tar is damaged.
     """
-    used = slices_of_step(run, step)
-    texts = _texts(run, used) if with_text else {}
+    used = slices_of_step(run, step, with_text)
     if as_json:
         for part in used:
-            print(json.dumps(asdict(part) | ({"text": texts[part]} if with_text else {}), ensure_ascii=True))
+            print(json.dumps(asdict(part)))
         return
 
     numbers = sorted({part.sequence for part in used})
@@ -197,9 +215,9 @@ def print_step(run: RunDirectory, step: int, console: Console, *, as_json: bool,
             part.source,
         )
     console.print(table)
-    for part, text in texts.items():
+    for part in used if with_text else ():
         console.print(Rule(Text(f"sequence {part.sequence:,}, {part.source}"), align="left"))
-        console.print(Text(text))
+        console.print(Text(part.text))
     for line in _licence_lines(used):
         console.print(Text(line), soft_wrap=True)
 
@@ -210,22 +228,3 @@ def _licence_lines(used: Sequence[UsedSlice]) -> list[str]:
     for part in used:
         tokens[part.licence or "not given"] += part.stop - part.start
     return ["Licences", f"{'tokens':>12}  licence", *(f"{n:>12,}  {name}" for name, n in tokens.most_common())]
-
-
-def _texts(run: RunDirectory, used: Sequence[UsedSlice]) -> Mapping[UsedSlice, str]:
-    """Returns the beginning of the text of each slice, with the names of special tokens.
-
-    Raises:
-        ArtefactError: a tar or the tokenizer is damaged.
-        UserError: the package that the tokenizer needs is not installed.
-    """
-    from dist_lm.tokenizer.tokenizer import Tokenizer, text_with_marks
-
-    tokenizer = Tokenizer.load(run.work.tokenizer_model)
-    corpora = {name: TokenCorpus.open(run.work.corpus(name), "train") for name in {part.corpus for part in used}}
-    texts = {}
-    for part in used:
-        stop = min(part.stop, part.start + SHOWN_TOKENS)
-        text = text_with_marks(corpora[part.corpus].tokens(part.document, part.start, stop).tolist(), tokenizer)
-        texts[part] = text + " ..." * (stop < part.stop)
-    return texts

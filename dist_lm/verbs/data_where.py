@@ -1,6 +1,7 @@
 """The verb `data where`: the documents of a run's training text that hold a text, and the steps that read it there."""
 
 import json
+import logging
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from itertools import islice
@@ -18,7 +19,9 @@ from dist_lm.stages.registry import load_config
 from dist_lm.storage.run_directory import RunDirectory
 from dist_lm.tracking.readable import counted
 from dist_lm.training import checkpoint_files
-from dist_lm.verbs.data_step import origins_of, training_sequences, trains_on_a_corpus
+from dist_lm.verbs.data_step import origins_of, stage_with_corpus, tokenizer_of, training_sequences
+
+log = logging.getLogger(__name__)
 
 NAMED_STEPS = 8  # that a line names
 
@@ -38,9 +41,9 @@ class Place:
     steps: tuple[int, ...]  # of the run that read it, rising; from 1
 
 
-def places_of_text(run: RunDirectory, text: str, most: int) -> list[Place]:
-    """Returns where the training text of a run holds a text, at most `most` places of each corpus, and the steps so far
-    that read a token of it.
+def places_of_text(run: RunDirectory, text: str, most: int) -> tuple[list[Place], bool]:
+    """Returns where the training text of a run holds a text, with the steps that read a token of it: at most `most`
+    places of each corpus, and whether there are more.
 
     Reads the train split of each corpus of the run whole.
 
@@ -48,19 +51,19 @@ def places_of_text(run: RunDirectory, text: str, most: int) -> list[Place]:
         ArtefactError: there is no run, it trains on no documents, its corpus has changed since, or a file is damaged.
         UserError: the package that the tokenizer needs is not installed.
     """
-    from dist_lm.tokenizer.tokenizer import Tokenizer
-
     config = load_config(run.config)
     sequences = training_sequences(config, run)
     end = trained_steps(config, run) * config.stage.global_batch
-    table = ByteTable(Tokenizer.load(run.work.tokenizer_model).vocabulary())
+    table = ByteTable(tokenizer_of(run, sequences).vocabulary())
 
-    places = []
+    places, has_more = [], False
     for corpus in sequences.corpora:
-        found = list(islice(find_text(corpus, text.encode(), table), most))
+        found = list(islice(find_text(corpus, text.encode(), table), most + 1))
+        has_more |= len(found) > most
+        found = found[:most]
         numbers = sequences.numbers(corpus, found, end)
         places += _places(run, corpus, found, [_steps(numbers[part], config) for part in found])
-    return places
+    return places, has_more
 
 
 def _steps(numbers: Sequence[int], config: Config) -> tuple[int, ...]:
@@ -89,7 +92,7 @@ def _places(
 
 
 def trained_steps(config: Config, run: RunDirectory) -> int:
-    """Returns the steps that a run has taken: those of its newest checkpoint; all of them before it has one.
+    """Returns the steps that a run has taken, by its newest checkpoint; before it has one, those that it will take.
 
     Raises:
         ArtefactError: the pointer to that checkpoint names nothing that is there.
@@ -123,15 +126,17 @@ def print_places(run: RunDirectory, text: str, most: int, console: Console, *, a
     if not text:
         raise ArtefactError("TEXT is empty: expected the text to look for")
     for each in with_ancestors(run):
-        if not trains_on_a_corpus(load_config(each.config)):
+        if stage_with_corpus(load_config(each.config)) is None:
             if not as_json:
                 console.print(Text(f"{each.path}: trained on no corpus of this work directory"), soft_wrap=True)
             continue
 
-        places = places_of_text(each, text, most)
+        places, has_more = places_of_text(each, text, most)
+        if has_more:
+            log.warning("%s: there are more places than --most %d of a corpus", each.path, most)
         if as_json:
             for place in places:
-                print(json.dumps(asdict(place), ensure_ascii=True))
+                print(json.dumps(asdict(place)))
             continue
 
         console.print(Text(f"{each.path}: {counted(len(places), 'place')}", style="bold"), soft_wrap=True)
@@ -143,7 +148,7 @@ def print_places(run: RunDirectory, text: str, most: int, console: Console, *, a
 
 def _in_words(steps: Sequence[int]) -> str:
     if not steps:
-        return "read by no step so far"
+        return "read by no step"
     named = ", ".join(f"{step:,}" for step in steps[:NAMED_STEPS])
     more = f" and {len(steps) - NAMED_STEPS:,} more" if len(steps) > NAMED_STEPS else ""
     return f"read by step {named}{more}"

@@ -10,8 +10,9 @@ import pytest
 from dist_lm.data.order import DocumentSlice
 from dist_lm.data.text_search import ByteTable, find_text
 from dist_lm.data.token_corpus import TokenCorpus
+from dist_lm.errors import ArtefactError
 from dist_lm.stages.registry import load_config
-from dist_lm.storage.run_directory import RunDirectory, WorkDirectory
+from dist_lm.storage.run_directory import WorkDirectory
 from dist_lm.tokenizer.tokenizer import Tokenizer
 from dist_lm.tracking.readable import OutputConsole
 from dist_lm.verbs.data_step import training_sequences
@@ -83,7 +84,7 @@ def test_steps_are_those_of_a_replay(work: WorkDirectory, stage: str, settings: 
     assert len({part for _, parts in read for part in parts}) > corpus.n_documents // 4
 
     for text in substrings(contents(corpus, tokenizer), 6):
-        for place in places_of_text(run, text, most=10):
+        for place in places_of_text(run, text, most=10)[0]:
             numbers = [number for number, (other, parts) in enumerate(read) if reads(other, parts, place)]
             assert place.steps == tuple(sorted({number // 8 + 1 for number in numbers})), (text, place)
 
@@ -109,12 +110,22 @@ def test_ancestors_are_asked_too(work: WorkDirectory):
     assert f"{base.path}: 1 place" in shown
 
 
-def test_a_text_of_special_meaning_is_text(work: WorkDirectory, capsys: pytest.CaptureFixture[str]):
-    """Finds a text that is taken for a pattern, and JSON that cannot be read."""
-    run: RunDirectory = prepare(work, "literal", "stage.steps=4", "stage.init_from=none", stage="code")
-    print_places(run, ".*", 5, OutputConsole(), as_json=True)
-    for line in capsys.readouterr().out.splitlines():
-        assert json.loads(line)["corpus"] == "code"
-    assert DocumentSlice(0, 0, 1) not in find_text(
-        TokenCorpus.open(work.corpus("code"), "train"), b"\x00never", ByteTable([b"a"] * 640)
-    )
+def test_a_text_of_special_meaning_is_text_and_a_cut_list_says_so(
+    work: WorkDirectory, capsys: pytest.CaptureFixture[str], caplog: pytest.LogCaptureFixture
+):
+    """Finds a text that is taken for a pattern, and places that are left out without a word."""
+    run = prepare(work, "literal", "stage.steps=4", "stage.init_from=none", stage="code")
+    assert places_of_text(run, "[a-z ]", 5) == ([], False)
+
+    print_places(run, "e", 5, OutputConsole(), as_json=True)
+    lines = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+    assert len(lines) == 5 * len({line["corpus"] for line in lines})
+    assert "more places than --most 5" in caplog.text
+
+
+def test_text_of_another_tokenizer_is_refused(work: WorkDirectory):
+    """Finds tokens that are shown as the text of a tokenizer that the corpus was not written with."""
+    run = prepare(work, "replaced", "stage.steps=4", "stage.init_from=none", stage="code")
+    work.tokenizer_model.write_bytes(work.tokenizer_model.read_bytes() + b"\0")
+    with pytest.raises(ArtefactError):
+        places_of_text(run, "e", 5)
