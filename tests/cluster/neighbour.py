@@ -263,21 +263,8 @@ def calls_ray(token: str) -> Outcome:
 
 
 def asks_the_runtime_environment_agent() -> Outcome:
-    answers = []
-    for place in listening():
-        for path in ("get_or_create_runtime_env", "delete_runtime_env_if_possible", "get_runtime_envs_info"):
-            host = place[0].removeprefix("::ffff:")
-            request = urllib.request.Request(f"http://{host}:{place[1]}/{path}", b"", method="POST")
-            try:
-                with urllib.request.urlopen(request, timeout=0.5) as answer:
-                    return True, f"{path} at {place}: {answer.status}"
-            except urllib.error.HTTPError as error:
-                if error.code not in (401, 403, 404, 405):
-                    return True, f"{path} at {place}: {error.code}"
-                answers.append(error.code)
-            except (OSError, ValueError, http.client.HTTPException):
-                break
-    return False, f"answers: {answers}"
+    names = ("get_or_create_runtime_env", "delete_runtime_env_if_possible", "get_runtime_envs_info")
+    return asks_by_http([(f"/{name}", b"") for name in names], {}, timeout_s=0.5)
 
 
 def asks_a_server_without_a_key() -> Outcome:
@@ -290,14 +277,18 @@ def asks_a_server_with_a_key_of_his() -> Outcome:
 
 def asks_a_server(headers: dict[str, str]) -> Outcome:
     """A server that lets him in answers, or says what is wrong with the body."""
+    return asks_by_http([(path, ASKED if path not in SERVED[:2] else None) for path in SERVED], headers, timeout_s=5)
+
+
+def asks_by_http(requests: list[tuple[str, bytes | None]], headers: dict[str, str], timeout_s: float) -> Outcome:
+    """Asks whatever listens; `requests`: paths with their bodies (None: a GET). A place that speaks no HTTP is left."""
     statuses: dict[int, int] = {}
     for place in listening():
-        for path in SERVED:
-            body = ASKED if path not in SERVED[:2] else None
+        for path, body in requests:
             host = place[0].removeprefix("::ffff:")
             request = urllib.request.Request(f"http://{host}:{place[1]}{path}", body, headers)
             try:
-                with urllib.request.urlopen(request, timeout=5) as answer:
+                with urllib.request.urlopen(request, timeout=timeout_s) as answer:
                     return True, f"{path} at {place}: {answer.status}"
             except urllib.error.HTTPError as error:
                 if error.code not in (401, 403, 404, 405):
