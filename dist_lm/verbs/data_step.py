@@ -8,11 +8,10 @@ import json
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass
+from itertools import groupby
 from typing import TYPE_CHECKING
 
 from rich.console import Console
-from rich.rule import Rule
-from rich.table import Table
 from rich.text import Text
 from zstandard import ZstdError
 
@@ -182,7 +181,7 @@ def origins_of(corpus: TokenCorpus, documents: Iterable[int]) -> dict[int, Origi
 
 
 def print_step(run: RunDirectory, step: int, console: Console, *, as_json: bool, with_text: bool) -> None:
-    """Prints the slices of a step: a table and the sources with their tokens, or a JSON line for each slice.
+    """Prints the slices of a step, sequence by sequence, and its tokens by licence; or a JSON line for each slice.
 
     Args:
         with_text: print the beginning of the text of each slice, too.
@@ -193,31 +192,20 @@ def print_step(run: RunDirectory, step: int, console: Console, *, as_json: bool,
     used = slices_of_step(run, step, with_text)
     if as_json:
         for part in used:
-            print(json.dumps(asdict(part)))
+            print(json.dumps({key: value for key, value in asdict(part).items() if with_text or key != "text"}))
         return
 
-    numbers = sorted({part.sequence for part in used})
-    head = f"Step {step:,} of {run.path}: sequences {numbers[0]:,} to {numbers[-1]:,} of its training stream"
-    console.print(Text(head, style="bold"), soft_wrap=True)
-    table = Table("sequence", "corpus", title_justify="left")
-    for name in ("document", "tokens", "of"):
-        table.add_column(name, justify="right")
-    table.add_column("licence")
-    table.add_column("source", overflow="fold")
-    for part in used:
-        table.add_row(
-            f"{part.sequence:,}",
-            part.corpus,
-            f"{part.document:,}",
-            f"{part.start:,} to {part.stop:,}",
-            f"{part.document_tokens:,}",
-            part.licence or "not given",
-            part.source,
-        )
-    console.print(table)
-    for part in used if with_text else ():
-        console.print(Rule(Text(f"sequence {part.sequence:,}, {part.source}"), align="left"))
-        console.print(Text(part.text))
+    # No table: it would fold a path, which then could not be copied.
+    console.print(Text(f"Step {step:,} of {run.path}", style="bold"), soft_wrap=True)
+    for sequence, parts in groupby(used, key=lambda part: part.sequence):
+        for number, part in enumerate(parts):
+            if number == 0:
+                console.print(Text(f"sequence {sequence:,}, of {part.corpus}", style="bold"), soft_wrap=True)
+            tokens = f"{part.start:>7,} to {part.stop:>7,} of {part.document_tokens:>7,}"
+            line = f"{tokens}  document {part.document:,}  {part.licence or 'licence not given'}  {part.source}"
+            console.print(Text(line), soft_wrap=True)
+            if with_text:
+                console.print(Text(part.text, style="dim"))
     for line in _licence_lines(used):
         console.print(Text(line), soft_wrap=True)
 

@@ -99,8 +99,8 @@ def test_people_and_programs_are_told_the_same(work: WorkDirectory, capsys: pyte
     assert [line["source"] for line in lines] == [part.source for part in used]
     assert all(line["text"] for line in lines)
 
-    console = OutputConsole(file=io.StringIO(), width=300)
+    console = OutputConsole(file=io.StringIO(), width=80)
     print_step(run, 2, console, as_json=False, with_text=False)
     shown = console.file.getvalue()  # pyright: ignore[reportAttributeAccessIssue]
-    assert f"sequences {used[0].sequence} to {used[-1].sequence}" in shown
+    assert all(f"sequence {part.sequence}, of {part.corpus}" in shown for part in used)
     assert all(part.source in shown for part in used)
