@@ -68,8 +68,8 @@ def numbers_with(
     # Epoch by epoch, because the order of one takes seconds in a large corpus.
     for epoch in range(-(-end // n_sequences)):
         order, first = order_of(epoch), epoch * n_sequences
-        for part, found in numbers.items():
-            found += [number for i in order.visits(part) if (number := first + i) < end]
+        for part, numbers_of_part in numbers.items():
+            numbers_of_part += [number for i in order.visits(part) if (number := first + i) < end]
     return numbers
 
 

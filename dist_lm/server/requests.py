@@ -32,7 +32,7 @@ IGNORED = {
     *("samplers", "cache_prompt", "timings_per_token", "repeat_last_n", "dynatemp_exponent", "xtc_threshold"),
     *("dry_base", "dry_allowed_length", "dry_penalty_last_n"),
 }
-# Of llama.cpp, which its clients send with every request.
+# llama.cpp's clients send these with every request.
 LLAMA_DEFAULTS: dict[str, Sequence[Json]] = {
     "repeat_penalty": (1, None),
     "typical_p": (1, None),

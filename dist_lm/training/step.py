@@ -184,7 +184,7 @@ def update(
 
 @dataclass(frozen=True)
 class Clipping:
-    """What becomes of the gradients of a step, on the device."""
+    """The clipping of a step's gradients, or that the step is skipped, as tensors on the device."""
 
     grad_norm: torch.Tensor  # float64 scalar: global L2 norm before clipping
     factor: torch.Tensor  # float64 scalar: gradients of the sums times this are clipped gradients of the mean

@@ -163,12 +163,12 @@ def origins_of(corpus: TokenCorpus, documents: Iterable[int]) -> dict[int, Origi
     Raises:
         ArtefactError: the manifest or the file beside a tar is missing or damaged; names the tar.
     """
-    left = sorted(documents)
+    numbers = sorted(documents)
     origins: dict[int, Origin] = {}
     first = 0
     for shard in read_manifest(corpus.directory).splits[corpus.split].shards:
         end = first + shard.counts.documents
-        inside = [document for document in left if first <= document < end]
+        inside = [document for document in numbers if first <= document < end]
         if inside:
             tar = corpus.directory / shard.name
             try:

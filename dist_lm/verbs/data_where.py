@@ -58,11 +58,11 @@ def places_of_text(run: RunDirectory, text: str, most: int) -> tuple[list[Place]
 
     places, has_more = [], False
     for corpus in sequences.corpora:
-        found = list(islice(find_text(corpus, text.encode(), table), most + 1))
-        has_more |= len(found) > most
-        found = found[:most]
-        numbers = sequences.numbers(corpus, found, end)
-        places += _places(run, corpus, found, [_steps(numbers[part], config) for part in found])
+        parts = list(islice(find_text(corpus, text.encode(), table), most + 1))
+        has_more |= len(parts) > most
+        parts = parts[:most]
+        numbers = sequences.numbers(corpus, parts, end)
+        places += _places(run, corpus, parts, [_steps(numbers[part], config) for part in parts])
     return places, has_more
 
 
@@ -72,9 +72,9 @@ def _steps(numbers: Sequence[int], config: Config) -> tuple[int, ...]:
 
 
 def _places(
-    run: RunDirectory, corpus: TokenCorpus, found: Sequence[DocumentSlice], steps: Sequence[tuple[int, ...]]
+    run: RunDirectory, corpus: TokenCorpus, parts: Sequence[DocumentSlice], steps: Sequence[tuple[int, ...]]
 ) -> list[Place]:
-    origins = origins_of(corpus, {part.document for part in found})
+    origins = origins_of(corpus, {part.document for part in parts})
     return [
         Place(
             run=str(run.path),
@@ -87,7 +87,7 @@ def _places(
             licence=origins[part.document].licence,
             steps=steps_of_part,
         )
-        for part, steps_of_part in zip(found, steps, strict=True)
+        for part, steps_of_part in zip(parts, steps, strict=True)
     ]
 
 

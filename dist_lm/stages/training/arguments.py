@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 
 
 class TrainingSequences(Protocol):
-    """What a training stream reads: its sequences are numbered 0, 1, 2, ... over all epochs."""
+    """The sequences that a training stream reads, numbered 0, 1, 2, ... over all epochs."""
 
     @property
     def corpora(self) -> "list[TokenCorpus]":
