@@ -82,9 +82,9 @@ class EngineModel(TemplateLM):
         # The template of an imported model comes first, then that of the run, then ours.
         self._splitter = Splitter(loaded.tokenizer)
         self._is_chat = False  # whether the harness has applied the template
-        kept = loaded.tokenizer.kept_template
-        if kept:
-            self._template = kept
+        imported_template = loaded.tokenizer.kept_template
+        if imported_template:
+            self._template = imported_template
             self._ends = turn_ends(loaded.tokenizer)
         else:
             path = loaded.run.chat_template if loaded.run else None
@@ -95,8 +95,8 @@ class EngineModel(TemplateLM):
             self._ends = () if end_id is None else (end_id,)
 
         self._bos = loaded.tokenizer.first_token.id
-        if kept:
-            bos_name = dict(kept.special_tokens).get("bos_token", "")
+        if imported_template:
+            bos_name = dict(imported_template.special_tokens).get("bos_token", "")
             self._bos = loaded.tokenizer.special_ids_in_file.get(bos_name, self._bos)
 
     # Properties that the harness reads

@@ -78,9 +78,9 @@ class _Bytes:
             raise self.damaged(f"{length} bytes at {self.position} reach over its end")
         if end > len(self.content):
             raise _MoreNeededError
-        taken = self.content[self.position : end]
+        part = self.content[self.position : end]
         self.position = end
-        return taken
+        return part
 
     def number(self, code: str) -> Any:
         """Returns the next number; `code` is that of `struct`."""

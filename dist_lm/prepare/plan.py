@@ -214,15 +214,15 @@ def with_continued_runs(plan: Plan, overrides: Sequence[str]) -> Plan:
     """
     # The recorded layout stays unless this command sets `parallel` keys; defaults of conf/ do not count.
     keys = [override.split("=")[0] for override in overrides]
-    asked = {key.removeprefix("parallel.") for key in keys if key.startswith("parallel.")}
+    changed_keys = {key.removeprefix("parallel.") for key in keys if key.startswith("parallel.")}
     if "parallel" in keys:
-        asked |= set(AXES)
+        changed_keys |= set(AXES)
 
     def with_recorded(stage: PlannedStage) -> PlannedStage:
         if stage.stage.runs_in is not RunsIn.RANKS or stage.action is not Action.RESUME:
             return stage
         recorded = load_config(run_of(stage.config).config)
-        return replace(stage, continued=ContinuedRun(recorded, frozenset(asked)))
+        return replace(stage, continued=ContinuedRun(recorded, frozenset(changed_keys)))
 
     return Plan(tuple(map(with_recorded, plan.stages)))
 

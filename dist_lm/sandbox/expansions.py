@@ -61,9 +61,9 @@ def harm(places: Places, words: Sequence[bytes], text: bytes) -> str:
     if not _patterns:
         prepare()
     name, first, *_ = (*(word.decode("latin-1") for word in words[:2]), "")
-    found = places.get((name, first), set()) | places.get((name, ANY), set())
+    read_as = places.get((name, first), set()) | places.get((name, ANY), set())
     text = text.rstrip(b"\n")
-    return next((place for place in sorted(found) if not _patterns[place].fullmatch(text)), "")
+    return next((place for place in sorted(read_as) if not _patterns[place].fullmatch(text)), "")
 
 
 def places_of(code: bytes, functions: Collection[bytes]) -> Places:
@@ -317,8 +317,8 @@ class _Reader:
                 self.uses.append((source, place))
 
     def _skip_to(self, end: str) -> None:
-        found = self._text.find(end, self._at)
-        self._at = len(self._text) if found < 0 else found
+        end_at = self._text.find(end, self._at)
+        self._at = len(self._text) if end_at < 0 else end_at
 
     def _skip_braces(self) -> None:
         """Passes `${...}`; what is expanded inside is no code."""

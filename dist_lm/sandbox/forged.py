@@ -80,8 +80,8 @@ def _pairs(language: str, test: Test) -> list[tuple[str, str]]:
     if test.stdout is not None:
         return [(re.sub(r"\s", "", test.stdin), re.sub(r"\s", "", test.stdout))]
     if language == "bash":
-        found = re.findall(r"\$\(\w+ ([^()]*)\)\"? (?:==?|-eq) \$?['\"]?([^'\" ]*)", test.code)
-        return [(re.sub(r"\s", "", arguments), value) for arguments, value in found]
+        comparisons = re.findall(r"\$\(\w+ ([^()]*)\)\"? (?:==?|-eq) \$?['\"]?([^'\" ]*)", test.code)
+        return [(re.sub(r"\s", "", arguments), value) for arguments, value in comparisons]
     if language != "python":
         return []
 

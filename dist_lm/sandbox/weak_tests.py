@@ -118,8 +118,8 @@ def _expected(language: str, test: Test) -> list[str | None]:
         return _expected_in_python(test.code)
     if language == "bash":
         conditions = [part.strip() for part in re.split(r"&&|\n", test.code) if part.strip()]
-        found = [_BASH_TEST.fullmatch(condition) for condition in conditions]
-        return [match and match[1].removeprefix("$").strip("'\"") for match in found]
+        matches = [_BASH_TEST.fullmatch(condition) for condition in conditions]
+        return [match and match[1].removeprefix("$").strip("'\"") for match in matches]
     return [None]
 
 

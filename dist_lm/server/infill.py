@@ -52,14 +52,14 @@ def infill_job(body: Mapping[str, Json], served: Served, client: str) -> Job:
         del chosen["seed"]
 
     # Editors send n_predict=0 so that the prompt is read ahead: one token is drawn, and not shown.
-    asked = {
+    completion = {
         **DEFAULTS,
         **chosen,
         "prompt": _prompt(body, served, min(n_new, served.context // ANSWER_SHARE)),
         "repetition_penalty": body.get("repeat_penalty"),
         "max_tokens": max(1, n_new),
     }
-    job = job_of("completions", asked, served, client)
+    job = job_of("completions", completion, served, client)
     return job.with_asked({"n_predict": n_new})
 
 

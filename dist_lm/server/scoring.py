@@ -110,7 +110,7 @@ def _conversation(turns: Json, body: Mapping[str, Json], served: Served) -> list
         if answer.role != "assistant":
             raise ChatError("expected a last turn of the assistant, which is scored")
         # As in training: behind the mark that ends the turn stands nothing.
-        asked = replace(conversation, messages=tuple(before))
-        return [*prompt(asked, served.tokenizer), *answer_tokens(answer, served.tokenizer, asked)]
+        question = replace(conversation, messages=tuple(before))
+        return [*prompt(question, served.tokenizer), *answer_tokens(answer, served.tokenizer, question)]
     except UserError as error:
         raise ProtocolError(str(error), param="messages") from error
