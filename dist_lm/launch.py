@@ -9,7 +9,7 @@ import os
 import resource
 import signal
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from tempfile import NamedTemporaryFile
 from typing import TYPE_CHECKING, Literal
@@ -44,7 +44,9 @@ from dist_lm.tracking.console import Console
 from dist_lm.tracking.readable import readable_count, say
 
 if TYPE_CHECKING:
+    from dist_lm.cluster.ray_cluster import RayCluster
     from dist_lm.launcher.pipeline import Pipeline
+    from dist_lm.launcher.process import Interrupt
 
 TRY_AGAIN = 75  # EX_TEMPFAIL of sysexits.h
 SMALLEST_FILE_LIMIT = 1 << 30  # bytes; Ray maps shared memory as files, and checkpoints and shards are large
@@ -366,12 +368,9 @@ def run_missing(plan: Plan, console: Console, pipeline: "Pipeline", job: str | N
     """
     from dist_lm.cluster.ray_cluster import connect
     from dist_lm.launcher.pipeline import build_artefact
-    from dist_lm.launcher.pool_run import run_pool_stage
     from dist_lm.launcher.process import left_at_once, watch_signals
-    from dist_lm.launcher.stage_run import run_training_stage
 
-    runner_of = {RunsIn.RANKS: run_training_stage, RunsIn.POOL: run_pool_stage}
-    on_cluster = [stage for stage in plan.missing if stage.stage.runs_in in runner_of]
+    on_cluster = [stage for stage in plan.missing if stage.stage.runs_in in (RunsIn.RANKS, RunsIn.POOL)]
     n_before = next((n for n, stage in enumerate(plan.missing) if stage in on_cluster), len(plan.missing))
 
     # Stages before the first one on the cluster are built before it is joined, so that no node is reserved meanwhile.
@@ -391,7 +390,8 @@ def run_missing(plan: Plan, console: Console, pipeline: "Pipeline", job: str | N
             pipeline.begin(stage.name)
             is_done, detail = False, ""
             if stage in on_cluster and not interrupt.requested:
-                is_done = runner_of[stage.stage.runs_in](stage, cluster, console, interrupt, job)
+                run_stage = runner_of(stage.stage.runs_in)
+                is_done = run_stage(stage, cluster, console, interrupt, job)
             elif not interrupt.requested:
                 # A part that is left unfinished is built again by the next command.
                 with left_at_once(interrupt, console):
@@ -403,6 +403,19 @@ def run_missing(plan: Plan, console: Console, pipeline: "Pipeline", job: str | N
                 return interrupt.number
             pipeline.done(stage.name, detail)
     return 0
+
+
+def runner_of(place: RunsIn) -> "Callable[[PlannedStage, RayCluster, Console, Interrupt, str | None], bool]":
+    """Returns the function that runs a stage on the cluster; it returns whether the stage is done."""
+    if place is RunsIn.POOL:
+        # It imports torch, which takes seconds that a stage of ranks need not wait.
+        from dist_lm.launcher.pool_run import run_pool_stage
+
+        return run_pool_stage
+
+    from dist_lm.launcher.stage_run import run_training_stage
+
+    return run_training_stage
 
 
 def check_on_cluster(stages: Sequence[PlannedStage]) -> None:

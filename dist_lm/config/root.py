@@ -273,13 +273,14 @@ def read_content(path: Path) -> dict[str, Any]:
     return content
 
 
-def read_config(path: Path, schema: type[Config]) -> Config:
+def read_config(path: Path, schema_of: Callable[[str], type[Config]]) -> Config:
     """Reads a file of `save_config` and checks types and bounds again.
 
     A file of an earlier version may have keys of `dist_lm.config.renamed`.
 
     Args:
-        schema: the configuration class of the file's stage.
+        schema_of: returns the configuration class of a stage. Only the stage that wrote the file knows the types of
+            its keys.
 
     Raises:
         ConfigError: the file was written with other keys or types, before the schema changed, or a value is out of
@@ -287,7 +288,9 @@ def read_config(path: Path, schema: type[Config]) -> Config:
         ArtefactError: the file cannot be read, or is no configuration of a run.
     """
     content = read_content(path)
-    content = with_present_keys(content, content["stage"]["name"])
+    stage = content["stage"]["name"]
+    schema = schema_of(stage)
+    content = with_present_keys(content, stage)
     try:
         config = OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(schema), content))
     except ConfigError as error:

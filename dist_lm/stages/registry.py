@@ -10,7 +10,7 @@ from functools import cache
 from importlib.metadata import entry_points
 from pathlib import Path
 
-from dist_lm.config.root import Config, read_config, read_content
+from dist_lm.config.root import Config, read_config
 from dist_lm.errors import ConfigError
 from dist_lm.stages.stage import Stage
 
@@ -104,5 +104,4 @@ def load_config(path: Path) -> Config:
         ConfigError: a value is not accepted by this version, or the stage is unknown.
         ArtefactError: the file is missing, cannot be read, or is no configuration of a run.
     """
-    # Only the stage that wrote the file knows the types of its keys.
-    return read_config(path, stage_named(read_content(path)["stage"]["name"]).schema)
+    return read_config(path, lambda stage: stage_named(stage).schema)
