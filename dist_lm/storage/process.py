@@ -103,10 +103,10 @@ def send(process: psutil.Process, number: signal.Signals) -> None:
 def end(find: Callable[[], list[psutil.Process]], grace_s: float, kill_s: float = 10.0) -> list[int]:
     """Ends every process that `find` returns: SIGTERM once to each, then SIGKILL to those that live after `grace_s`.
 
-    Times are in seconds. Returns when `find` finds no process, and at the latest after `grace_s + kill_s` seconds.
+    Times are in seconds. Returns when all that `find` ever found have ended, and at the latest after `grace_s + kill_s` seconds.
 
     Args:
-        find: called every `POLL_S` seconds, so it must leave out processes that have ended.
+        find: called every `POLL_S` seconds; processes that have ended are left out of what it returns.
 
     Returns:
         Ids of the processes that still live `kill_s` seconds after the first SIGKILL (blocked in the kernel); an empty
@@ -115,10 +115,17 @@ def end(find: Callable[[], list[psutil.Process]], grace_s: float, kill_s: float 
     Raises:
         psutil.AccessDenied: a process belongs to another user.
     """
-    # Search again in each round: a process may have started others meanwhile.
+    found: set[psutil.Process] = set()
+
+    def find_living() -> list[psutil.Process]:
+        # Search again in each round: a process may have started others meanwhile. One that is ending has no environment
+        # any more, so that `find` may not know it by its mark, but still holds its files and devices.
+        found.update(find())
+        return [process for process in found if process.is_running() and is_alive(process)]
+
     terminated: set[int] = set()
     deadline = time.monotonic() + grace_s
-    while (living := find()) and time.monotonic() < deadline:
+    while (living := find_living()) and time.monotonic() < deadline:
         for process in living:
             if process.pid not in terminated:
                 terminated.add(process.pid)
@@ -126,7 +133,7 @@ def end(find: Callable[[], list[psutil.Process]], grace_s: float, kill_s: float 
         time.sleep(POLL_S)
 
     deadline = time.monotonic() + kill_s
-    while (living := find()) and time.monotonic() < deadline:
+    while (living := find_living()) and time.monotonic() < deadline:
         for process in living:
             send(process, signal.SIGKILL)
         time.sleep(POLL_S)

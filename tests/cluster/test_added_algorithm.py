@@ -106,7 +106,7 @@ print("torch" in sys.modules)
     assert torch_is_loaded == "False"
 
 
-@pytest.mark.heavy
+@pytest.mark.bars  # test_added_stage.py launches a stage of another package
 def test_it_is_trained_by_a_launch(program: Path, tiny_work: WorkDirectory, tmp_path: Path):
     work = linked(tiny_work, tmp_path / "own")
     start = write_untrained(work, "tools", 0)

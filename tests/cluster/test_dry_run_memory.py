@@ -27,7 +27,11 @@ SETTINGS = (
 
 
 @pytest.mark.parametrize(
-    ("override", "global_batch"), [("parallel.dp_shard=2", 8), ("parallel.tp=2", 4)], ids=["fsdp", "tp"]
+    ("override", "global_batch"),
+    [
+        pytest.param("parallel.dp_shard=2", 8, id="fsdp"),
+        pytest.param("parallel.tp=2", 4, id="tp", marks=pytest.mark.bars),
+    ],
 )
 def test_measured_memory_is_what_the_dry_run_says(override, global_batch, tmp_path, monkeypatch):
     config = compose_config([*SETTINGS, override, f"stage.global_batch={global_batch}"])

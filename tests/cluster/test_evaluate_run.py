@@ -36,6 +36,7 @@ def started(work: WorkDirectory, models: list[Path], run_id: str, *overrides: st
     )
 
 
+@pytest.mark.bars  # test_generation_run.py kills the same pool
 def test_a_killed_run_gives_the_same_result(tiny_work, tmp_path):
     work = linked(tiny_work, tmp_path / "work")
     models = [write_untrained(work, stage, seed).path for seed, stage in enumerate(("language", "code"))]

@@ -326,7 +326,7 @@ def test_a_signal_while_engines_start_does_not_wait_for_them(trained, tmp_path, 
     assert_gone(family)
 
 
-@pytest.mark.heavy
+@pytest.mark.bars  # test_sharded.py compares its tokens
 def test_several_processes_can_share_the_model_of_an_engine(trained, tmp_path):
     prompts = write_prompts(tmp_path / "p.jsonl", 60)
     said = {}
@@ -341,7 +341,11 @@ def test_several_processes_can_share_the_model_of_an_engine(trained, tmp_path):
 
 @pytest.mark.parametrize(
     ("count", "new_tokens"),
-    [pytest.param(3_000, 24, marks=pytest.mark.heavy), pytest.param(10_000, 4, marks=pytest.mark.bars)],
+    [
+        pytest.param(1_000, 24, marks=pytest.mark.heavy),
+        pytest.param(3_000, 24, marks=pytest.mark.bars),
+        pytest.param(10_000, 4, marks=pytest.mark.bars),
+    ],
 )
 def test_thousands_of_prompts_through_kills_and_signals(trained, tmp_path, count, new_tokens):
     prompts = write_prompts(tmp_path / "p.jsonl", count)

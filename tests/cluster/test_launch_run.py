@@ -25,7 +25,7 @@ from tests.training_run import linked, numbers
 pytestmark = pytest.mark.cluster
 
 
-@pytest.mark.heavy
+@pytest.mark.bars  # .ci/run runs the quick start
 def test_one_command_builds_the_stage_before_and_ends_with_samples(tiny_work, tmp_path):
     work = linked(tiny_work, tmp_path)
     code, out, err = finish(start(work, "tracking=wandb", "tracking.mode=offline"))
@@ -59,7 +59,7 @@ def stop_at_step_2(work: WorkDirectory, number: signal.Signals, whole_group: boo
     assert_gone(started)
 
 
-@pytest.mark.heavy
+@pytest.mark.bars  # test_preemption.py stops a run by a signal
 def test_term_to_the_process_group_checkpoints_and_stops_everything(undisturbed, tmp_path):
     stop_at_step_2(follow_on(undisturbed, tmp_path), signal.SIGTERM, whole_group=True)
 

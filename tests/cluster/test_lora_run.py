@@ -101,7 +101,7 @@ def test_what_reads_a_run_gets_merged_weights(reference, work):
     )
 
 
-@pytest.mark.heavy
+@pytest.mark.bars  # test_what_reads_a_run_gets_merged_weights opens the same weights
 def test_a_later_stage_starts_from_merged_weights(reference, work):
     once = ("stage.steps=1", "stage.lr=1e-9", "stage.muon.lr=0", "stage.warmup_steps=0")
     run = prepare(work, "after", f"stage.init_from={reference.path}", *once, stage="code")

@@ -119,7 +119,7 @@ def test_actors_that_die_cost_no_answer_and_change_none(pool):
     assert sorted_results(disturbed, requests(60)) == undisturbed
 
 
-@pytest.mark.heavy
+@pytest.mark.bars  # test_actors_that_die_cost_no_answer_and_change_none kills two
 def test_ten_kills_during_a_thousand_requests(pool):
     undisturbed = sorted_results(pool.generate(requests(1000)), requests(1000))
     disturbed = killing(pool, pool.generate(requests(1000)), 10, 1200)

@@ -17,7 +17,7 @@ COMPILER = pytest.mark.skipif(not shutil.which("g++"), reason="torch.compile on 
 @pytest.mark.parametrize(
     ("when", "overrides"),
     [
-        ("evaluating", ("stage.eval_every=1", "stage.eval_sequences=64")),
+        pytest.param("evaluating", ("stage.eval_every=1", "stage.eval_sequences=64"), marks=pytest.mark.bars),
         ("saving", ("stage.checkpoint_every=1", "stage.checkpoint_async=false")),
         pytest.param("compiling", ("parallel.compile=always",), marks=[COMPILER, pytest.mark.bars]),
     ],

@@ -181,7 +181,7 @@ def linked_runs(work: WorkDirectory, name: str) -> WorkDirectory:
     return WorkDirectory(work.path / name)
 
 
-@pytest.mark.heavy
+@pytest.mark.bars
 def test_adapters_learn_and_their_base_is_the_reference(work: WorkDirectory, reference: RunDirectory) -> None:
     run = preference_run(work, "lora", *LORA)
     train(run, ranks=1)
@@ -198,7 +198,7 @@ def test_adapters_learn_and_their_base_is_the_reference(work: WorkDirectory, ref
     assert numbers(again) == found
 
 
-@pytest.mark.heavy
+@pytest.mark.bars  # one that goes on is a row of the small size
 def test_a_killed_run_ends_bit_identical(reference: RunDirectory, work: WorkDirectory) -> None:
     run = preference_run(work, "killed")
     process = start(run, ranks=1)

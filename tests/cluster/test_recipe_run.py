@@ -65,6 +65,7 @@ def launched(folder: Path, experiment: str, *overrides: str) -> WorkDirectory:
     return WorkDirectory(folder / "work")
 
 
+@pytest.mark.bars
 def test_preferences_are_learned_behind_fine_tuning(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Finds keys of the file that the ranks of stage preference refuse, which a plan does not meet."""
     monkeypatch.chdir(folder)

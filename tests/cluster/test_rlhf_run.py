@@ -330,9 +330,8 @@ def test_kills_of_actors_and_ranks_change_no_number(started_work, tmp_path, algo
     assert sum(event["event"] == "failed" for event in events) >= kills // 2
 
 
-@pytest.mark.parametrize(
-    "push", [pytest.param(PUSH_AUTO, marks=pytest.mark.heavy), pytest.param(PUSH_DIRECT, marks=pytest.mark.bars)]
-)
+@pytest.mark.bars  # test_weight_push.py kills actors amid a push
+@pytest.mark.parametrize("push", [PUSH_AUTO, PUSH_DIRECT])
 def test_kills_in_the_middle_of_a_push_of_weights_change_no_number(started_work, tmp_path, push):
     steps = ("rlhf.rewards={mine: {kind: length, target: 6}}", "stage.eval_every=0")
     expected, work = undisturbed_and_other(started_work, tmp_path, *steps)

@@ -68,7 +68,9 @@ def test_the_curve_does_not_depend_on_tensor_parallelism(two_by_two, tiny_work, 
     assert {path.name for path in run.samples.iterdir()} == {path.name for path in two_by_two.samples.iterdir()}
 
 
-@pytest.mark.parametrize(("dp_shard", "tp"), [(1, 1), (4, 1), (1, 4)])
+@pytest.mark.parametrize(
+    ("dp_shard", "tp"), [pytest.param(1, 1, marks=pytest.mark.bars), (4, 1), pytest.param(1, 4, marks=pytest.mark.bars)]
+)
 def test_a_run_stopped_half_way_continues_on_another_layout(two_by_two, tiny_work, tmp_path, dp_shard, tp):
     run = linked(tiny_work, tmp_path).run("language", "same")
     copy_until(two_by_two, run, step=HALF)

@@ -81,7 +81,7 @@ def test_conversations_longer_than_a_sequence_are_left_out_loudly(tiny_work, tmp
     assert "are longer than stage.seq_len=60 and are left out" in run.warnings.read_text()
 
 
-@pytest.mark.heavy
+@pytest.mark.bars  # .ci/run runs the quick start
 def test_one_command_trains_all_stages_and_shows_what_was_forgotten(tiny_work, tmp_path):
     work = linked(tiny_work, tmp_path)
     prefixes = ("stage", "stages.code", "stages.language")

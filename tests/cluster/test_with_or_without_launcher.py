@@ -172,7 +172,7 @@ def test_a_run_killed_with_the_launcher_is_finished_without_it_and_the_reverse(u
     assert_same(run, expected)
 
 
-@pytest.mark.heavy
+@pytest.mark.bars
 @pytest.mark.skipif(sys.platform != "linux", reason="other loopback addresses exist on Linux only")
 def test_two_nodes_are_the_same_with_and_without_the_launcher(undisturbed, tmp_path):
     few = ("stage.steps=12",)

@@ -43,10 +43,16 @@ def survive(slurm: RealSlurm, job: TrainingJob, disturb: Disturbance) -> None:
 @pytest.mark.parametrize(
     "disturbances",
     [
-        (happens.kill_a_rank, happens.kill_a_torchrun, happens.kill_an_agent, happens.kill_the_driver),
-        (happens.kill_the_raylet_of_a_worker, happens.kill_the_raylet_of_the_head, happens.kill_a_worker_node),
+        pytest.param(  # tests/cluster kills each of them without a Slurm
+            (happens.kill_a_rank, happens.kill_a_torchrun, happens.kill_an_agent, happens.kill_the_driver),
+            id="processes",
+            marks=pytest.mark.bars,
+        ),
+        pytest.param(
+            (happens.kill_the_raylet_of_a_worker, happens.kill_the_raylet_of_the_head, happens.kill_a_worker_node),
+            id="nodes",
+        ),
     ],
-    ids=["processes", "nodes"],
 )
 def test_the_job_goes_on_after(
     slurm: RealSlurm, fresh: WorkDirectory, undisturbed: TrainingJob, disturbances: tuple[Disturbance, ...]
@@ -75,8 +81,10 @@ def start_again(slurm: RealSlurm, job: TrainingJob, disturb: Disturbance, life: 
 
 @pytest.mark.parametrize(
     "disturbances",
-    [(happens.warn_of_the_time_limit, happens.requeue), (happens.kill_the_head_node,)],  # Slurm may drain its nodes
-    ids=["the whole job", "its head"],
+    [
+        pytest.param((happens.warn_of_the_time_limit, happens.requeue), id="the whole job"),
+        pytest.param((happens.kill_the_head_node,), id="its head", marks=pytest.mark.bars),  # Slurm may drain its nodes
+    ],
 )
 def test_slurm_starts_the_job_again_after(
     slurm: RealSlurm, fresh: WorkDirectory, undisturbed: TrainingJob, disturbances: tuple[Disturbance, ...]
@@ -90,6 +98,7 @@ def test_slurm_starts_the_job_again_after(
     check_same(job, undisturbed)
 
 
+@pytest.mark.bars  # test_nodes_lost_and_found.py replaces one without a Slurm
 def test_a_replacement_joins_for_a_node_that_dies(slurm: RealSlurm, fresh: WorkDirectory) -> None:
     job = TrainingJob(slurm, fresh, "stage.steps=20")
     job.wait_for_log("starting Ray at")
@@ -101,6 +110,7 @@ def test_a_replacement_joins_for_a_node_that_dies(slurm: RealSlurm, fresh: WorkD
     assert len(job.numbers()) == 20
 
 
+@pytest.mark.bars
 def test_the_only_node_dies(slurm: RealSlurm, fresh: WorkDirectory) -> None:
     job = TrainingJob(slurm, fresh, "stage.steps=60", "stage.checkpoint_every=10", nodes=1)
     job.wait_for_step(15)

@@ -13,7 +13,7 @@ SHAPE = ("model.norm=rmsnorm", "model.ffn=swiglu", "model.bias=false", "model.ro
 SHORT = ("stage.steps=3", "stage.warmup_steps=1", "stage.checkpoint_every=3", "stage.eval_every=3")
 
 
-@pytest.mark.heavy
+@pytest.mark.bars  # test_hf_start.py trains from an import
 @pytest.mark.cluster
 def test_a_run_trains_from_an_import_at_any_layout(tiny_work, tmp_path):
     work = linked(tiny_work, tmp_path / "work")
