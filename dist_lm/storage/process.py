@@ -103,7 +103,8 @@ def send(process: psutil.Process, number: signal.Signals) -> None:
 def end(find: Callable[[], list[psutil.Process]], grace_s: float, kill_s: float = 10.0) -> list[int]:
     """Ends every process that `find` returns: SIGTERM once to each, then SIGKILL to those that live after `grace_s`.
 
-    Times are in seconds. Returns when all that `find` ever found have ended, and at the latest after `grace_s + kill_s` seconds.
+    Times are in seconds. Returns when all that `find` ever found have ended, and at the latest after `grace_s + kill_s`
+    seconds.
 
     Args:
         find: called every `POLL_S` seconds; processes that have ended are left out of what it returns.

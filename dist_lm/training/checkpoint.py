@@ -29,7 +29,6 @@ from dist_lm.training.adapters import adapted_model, check_same_adapters
 from dist_lm.training.checkpoint_tensors import (
     LARGEST,
     StoredTensor,
-    are_tiles,
     as_fp32,
     model_tensors,
     own_parameters,
@@ -81,7 +80,7 @@ class PartsOfTensor:
         begin_D, end_D = _ends(box)
         begin_PD = np.maximum(begin_D, self.offset_PD[numbers])
         end_PD = np.minimum(end_D, self.offset_PD[numbers] + self.size_PD[numbers])
-        return are_tiles(begin_PD, end_PD, begin_D, end_D)
+        return files.are_tiles(begin_PD, end_PD, begin_D, end_D)
 
 
 def _ends(box: Box) -> tuple[np.ndarray, np.ndarray]:

@@ -20,8 +20,11 @@ import shutil
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
 from io import BufferedReader
+from itertools import product
 from pathlib import Path
 from typing import Any
+
+import numpy as np
 
 from dist_lm.config.model import LAYER_LISTS, ModelConfig
 from dist_lm.errors import ArtefactError
@@ -296,6 +299,35 @@ def verify_state(directory: Path) -> None:
     expected = read_manifest(directory).get(STATE)
     if expected and (reason := _damage_of_file(directory / STATE, expected, contents=True)):
         raise ArtefactError(f"checkpoint {directory}: {STATE} {reason}")
+
+
+def are_tiles(begin_PD: np.ndarray, end_PD: np.ndarray, box_begin_D: np.ndarray, box_end_D: np.ndarray) -> bool:
+    """Returns whether P parts of D dimensions hold every entry of a box once, and no entry outside; P log P steps
+    for each of 2^D corners.
+
+    Args:
+        begin_PD: first indices of the parts, int64; `end_PD` has those after their last ones.
+        box_begin_D: first indices of the box, int64; `box_end_D` has those after its last ones.
+    """
+    # How often each entry is covered follows from the corners of the parts alone: each counts +1, or -1 if an odd
+    # number of its coordinates are ends. The sums of the parts at all corners must be those of the box.
+    begins = np.vstack([begin_PD, box_begin_D])
+    ends = np.vstack([end_PD, box_end_D])
+    signs = np.ones(len(begins), dtype=np.int64)
+    signs[-1] = -1
+
+    corners, counts = [], []
+    for is_end_D in product((False, True), repeat=len(box_begin_D)):
+        corners.append(np.where(np.array(is_end_D, dtype=bool), ends, begins))
+        counts.append(signs * (-1) ** sum(is_end_D))
+    corners_CD, counts_C = np.concatenate(corners), np.concatenate(counts)
+
+    # Equal corners get the same number. To sort one dimension after the other is ten times faster than to sort rows.
+    numbers_C = np.zeros(len(corners_CD), dtype=np.int64)
+    for coordinates_C in corners_CD.T:
+        _, places_C = np.unique(coordinates_C, return_inverse=True)
+        _, numbers_C = np.unique(numbers_C * len(corners_CD) + places_C, return_inverse=True)
+    return not np.bincount(numbers_C, counts_C).any()
 
 
 def first_damage(
