@@ -23,10 +23,10 @@ from dist_lm.model.size import (
 from dist_lm.parallel.layout import (
     Layout,
     blocks_per_unit,
+    distinct_placements,
     has_units_outside,
     keys_of,
     one_block,
-    placements,
     rank_slice,
     reshards,
 )
@@ -109,21 +109,24 @@ def shapes_of(config: Config, layout: Layout) -> Shapes:
     size = element_bytes(config)
     block, outside = one_block(model, layout)
 
-    trained = {name: placement for name, placement in placements(model, layout).items() if is_trained(name, model)}
+    trained = [named for named in distinct_placements(model, layout) if is_trained(named[0], model)]
     micro_batches, sequences = micro_batches_of(config, layout)
     vocabulary = rank_slice(model.vocab_size, layout.tp, 0).held
 
-    own_elements = sum(math.prod(placement.local(layout)) for placement in [*block * model.n_layers, *outside])
+    own_block, own_outside = (sum(math.prod(part.local(layout)) for part in parts) for parts in (block, outside))
+    own_elements = model.n_layers * own_block + own_outside
     quantised = []
     if model.is_in_4bit:
         quantised = [math.prod(shape) for name, shape in parameter_shapes(model).items() if is_matrix(name)]
 
     return Shapes(
         own_elements=own_elements - sum(quantised),
-        own_trained=sum(math.prod(placement.local(layout)) for placement in trained.values()),
-        own_matrices=sum(math.prod(placement.local(layout)) for name, placement in trained.items() if is_matrix(name)),
-        trained=sum(placement.whole(layout) for placement in trained.values()),
-        gathered_trained=sum(placement.gathered(layout) for placement in trained.values()),
+        own_trained=sum(times * math.prod(placement.local(layout)) for _, placement, times in trained),
+        own_matrices=sum(
+            times * math.prod(placement.local(layout)) for name, placement, times in trained if is_matrix(name)
+        ),
+        trained=sum(times * placement.whole(layout) for _, placement, times in trained),
+        gathered_trained=sum(times * placement.gathered(layout) for _, placement, times in trained),
         quantised=sum(quantised),
         quantised_bytes=sum(quantised_bytes(n_entries) for n_entries in quantised),
         largest_quantised=max(quantised, default=0),

@@ -310,6 +310,19 @@ def placements(model: ModelConfig, layout: Layout) -> dict[str, Placement]:
     return {name: _placement(name, shape, model, layout) for name, shape in parameter_shapes(model).items()}
 
 
+def distinct_placements(model: ModelConfig, layout: Layout) -> list[tuple[str, Placement, int]]:
+    """Returns parameters as (name, placement, how many parameters are placed like it): those outside blocks, of the
+    first block, and of the second one, which later ones are like.
+
+    A layout is chosen among thousands of candidates, and a large model has many blocks.
+    """
+    n_later = model.n_layers - 1
+    return [
+        (name, placement, n_later if name.startswith("blocks.1.") else 1)
+        for name, placement in placements(model.at_layers(min(2, model.n_layers)), layout).items()
+    ]
+
+
 def one_block(model: ModelConfig, layout: Layout) -> tuple[list[Placement], list[Placement]]:
     """Returns placements of (the parameters of one block, the parameters outside blocks); all blocks are alike."""
     # One layer is enough, and a large model has many.
