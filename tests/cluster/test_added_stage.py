@@ -101,7 +101,7 @@ def launch(work: WorkDirectory, environment: dict[str, str], *overrides: str) ->
     return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=DEADLINE_S, check=False)
 
 
-@pytest.mark.heavy
+@pytest.mark.bars  # test_added_stage_contract.py holds it to each method
 def test_a_stage_of_another_package_is_trained(tiny_work, installed, tmp_path):
     own = linked(tiny_work, tmp_path / "own")
     done = launch(own, installed, "stage.word=good")

@@ -66,6 +66,7 @@ def test_a_killed_run_gives_the_same_result(tiny_work, tmp_path):
     assert results[0]["comparisons"] == results[1]["comparisons"]
 
 
+@pytest.mark.bars  # test_sandboxes.py runs programs on all nodes
 def test_programs_run_on_every_node_with_the_same_verdicts(tiny_work, tmp_path):
     work = linked(tiny_work, tmp_path / "work")
     models = [write_untrained(work, "code", 1).path]

@@ -311,7 +311,7 @@ def actors_of(process: subprocess.Popen) -> list[psutil.Process]:
     return found
 
 
-@pytest.mark.heavy
+@pytest.mark.bars
 @pytest.mark.parametrize("number", [signal.SIGTERM, pytest.param(signal.SIGINT, marks=pytest.mark.bars)])
 def test_a_signal_while_engines_start_does_not_wait_for_them(trained, tmp_path, number):
     prompts = write_prompts(tmp_path / "p.jsonl", 100)

@@ -17,7 +17,7 @@ SEEDS, STEPS = (0, 1, 2), 400
 RATES = {"left": 1e-9, "fim": 0.5}  # the rate of `left` chooses no piece, and the middles are judged all the same
 
 
-@pytest.mark.heavy
+@pytest.mark.bars
 @pytest.mark.cluster
 def test_a_run_measures_middles_and_leaves_val_as_it_is(tiny_work: WorkDirectory, tmp_path: Path) -> None:
     work = linked(tiny_work, tmp_path / "work")

@@ -66,7 +66,7 @@ def test_the_first_step_is_that_of_the_base(reference, work):
     assert numbers(reference)[STEPS]["val/loss"] < numbers(reference)[0]["val/loss"]
 
 
-@pytest.mark.heavy
+@pytest.mark.bars  # test_training_run.py resumes a run of whole weights
 def test_a_resumed_run_ends_bit_identical(reference, work, tmp_path):
     run = own_copy(work, tmp_path).run("code", "resumed")
     copy_until(reference, run, step=STEPS // 2)

@@ -36,6 +36,7 @@ def old_numpy(directory: Path) -> Path:
     return directory
 
 
+@pytest.mark.bars
 def test_an_unfit_node_is_named_and_left_out_for_a_spare(tmp_path, run):
     with loopback_ray(tmp_path, nodes=1) as ray, connect(ray.config()) as cluster:
         ray.start(1, PYTHONPATH=str(old_numpy(tmp_path / "old")))

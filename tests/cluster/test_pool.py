@@ -73,7 +73,7 @@ def test_actors_that_die_at_their_start_end_the_pool(cluster):  # the pool of la
         pass
 
 
-@pytest.mark.heavy
+@pytest.mark.bars
 def test_an_actor_whose_model_lies_in_several_processes_is_replaced_when_one_of_them_dies(cluster):
     expected = list(answers_of_one(SPEC, requests(30)))
     alone = replace(cluster, config=replace(cluster.config, nodes=1))

@@ -142,7 +142,7 @@ def test_chats_are_answered_in_the_kept_layout(snapshot: Path, tmp_path: Path):
 
 
 @pytest.mark.cluster
-@pytest.mark.heavy
+@pytest.mark.bars
 def test_stage_tools_learns_answers_of_the_kept_layout_at_any_layout(tiny_work: WorkDirectory, tmp_path: Path):
     """Answers alone are learned, at one rank as with tp 2."""
     work = WorkDirectory(tmp_path / "work")
