@@ -9,6 +9,8 @@
 #   bash launch/test.sh tests/cuda         CUDA code on fake tensors, without a GPU; needs g++, installs triton
 #   bash launch/test.sh -m bars            further rows of what others assert: layouts, families, seeds, kills (hours)
 set -euo pipefail
+# Some images set it: then each of thousands of processes would compile the package and its tests anew.
+unset PYTHONDONTWRITEBYTECODE
 case " $* " in
 *tests/cuda* | *" --all "*) DIST_LM_EXTRAS=dev,cuda-tests ;; # triton, whose compiler needs no GPU
 *heavy* | *tests/report*) DIST_LM_EXTRAS=dev ;;
@@ -91,19 +93,22 @@ end_lanes() { # of a suite that was interrupted or failed
   rm -rf "$logs"
 }
 
-# These mostly wait for processes to start, so two of them run side by side, beside three of the others; a file keeps
-# its runs and its Ray. Each worker imports what it collects: files without such tests are left out.
+# Each worker imports what it collects: files without tests of a mark are left out.
 mapfile -t of_several_processes < <(grep -rl --include='test_*.py' 'mark\.cluster' tests | sort -r) # the dearest comes first
+mapfile -t heavy < <(grep -rl --include='test_*.py' 'mark\.heavy' tests | sort)
+
+# These mostly wait for processes to start, so two of them run side by side, beside three of the others; a file keeps
+# its runs and its Ray.
 lane "tests of several processes" \
   python -m pytest -n 2 --dist loadfile "${of_several_processes[@]}" -m "cluster and not heavy and not bars"
 python -m pytest -n 3 --dist worksteal -m "not cluster and not heavy and not bars and not cuda" || failed=$?
 wait_for_lanes
 if [ "$*" = --all ]; then
-  lane "Slurm, which mostly waits" python -m pytest -s -m "slurm and not bars"
+  lane "Slurm, which mostly waits" python -m pytest -s tests/slurm -m "slurm and not bars"
   lane "CUDA code on fake tensors" python -m pytest tests/cuda
-  lane "heavy tests of one process" python -m pytest -m "heavy and not cluster and not slurm and not bars"
+  lane "heavy tests of one process" python -m pytest "${heavy[@]}" -m "heavy and not cluster and not slurm and not bars"
   echo "== heavy tests of several processes ($SECONDS s)"
-  python -m pytest -m "heavy and cluster and not slurm and not bars" || failed=$?
+  python -m pytest "${of_several_processes[@]}" -m "heavy and cluster and not slurm and not bars" || failed=$?
   wait_for_lanes
 fi
 echo "== all of it ($SECONDS s)"

@@ -86,13 +86,14 @@ def pytest_collection() -> Iterator[None]:
 
 
 def pytest_itemcollected(item: pytest.Item) -> None:
-    if item.get_closest_marker("cluster") and not _names_cluster(item.path):
-        raise pytest.UsageError(f"{item.nodeid}: its file has no mark.cluster, by which launch/test.sh finds it")
+    for mark in ("cluster", "heavy"):
+        if item.get_closest_marker(mark) and not _names_mark(item.path, mark):
+            raise pytest.UsageError(f"{item.nodeid}: its file has no mark.{mark}, by which launch/test.sh finds it")
 
 
 @cache
-def _names_cluster(path: Path) -> bool:
-    return "mark.cluster" in path.read_text()
+def _names_mark(path: Path, mark: str) -> bool:
+    return f"mark.{mark}" in path.read_text()
 
 
 @pytest.fixture(scope="module")
