@@ -1,4 +1,4 @@
-"""Rollouts drawn under constraints: ranks that train compute the allowed tokens again, from grammar and tokens alone."""
+"""Rollouts drawn under constraints: learners compute the allowed tokens again, from grammar and tokens alone."""
 
 import json
 import math
@@ -44,7 +44,6 @@ TOOLS = (
     Tool("to", "d", {"type": "object", "properties": {"x": {"enum": ["up", "down", "back"]}}, "required": ["x"]}),
     Tool("at", "d", {"type": "object", "properties": {"y": {"type": "integer", "minimum": 0, "maximum": 50}}}),
 )
-FILTERS = {"no filter": {}, "top-k": {"top_k": 20}, "top-p": {"top_p": 0.8}}
 NEAR = 1e-6
 
 
@@ -75,7 +74,7 @@ def constraints_of(tokenizer: Tokenizer, kind: str) -> RolloutConstraints:
 
 
 def config_of(algorithm: str, **others) -> RlhfConfig:
-    shared = {"prompts": 6, "samples": 2, "max_new_tokens": 40, "epochs": 2, "lr": 1e-3, "kl_coefficient": 0.05}
+    shared = {"prompts": 4, "samples": 2, "max_new_tokens": 30, "epochs": 2, "lr": 1e-3, "kl_coefficient": 0.05}
     length = RewardPartConfig(kind="length", target=20)
     return RlhfConfig(algorithm=algorithm, rewards={"length": length}, **(shared | others))
 
@@ -113,9 +112,17 @@ def drawn_under(
 
 
 @pytest.mark.usefixtures("one_rank")
-@pytest.mark.parametrize("filters", FILTERS.values(), ids=FILTERS)
-@pytest.mark.parametrize("kind", ["schema", "calls"])
-@pytest.mark.parametrize("algorithm", ["grpo", "ppo"])
+@pytest.mark.parametrize(
+    ("algorithm", "kind", "filters"),
+    [
+        ("grpo", "schema", {}),
+        ("grpo", "calls", {"top_k": 20}),
+        ("ppo", "calls", {}),
+        pytest.param("ppo", "schema", {"top_k": 20}, marks=pytest.mark.heavy),
+        pytest.param("grpo", "schema", {"top_p": 0.8}, marks=pytest.mark.heavy),
+        pytest.param("dapo", "calls", {}, marks=pytest.mark.heavy),
+    ],
+)
 def test_engine_trainer_and_reference_speak_of_one_distribution_and_the_first_ratio_is_1(
     tokenizer, model, algorithm, kind, filters
 ):
@@ -138,7 +145,9 @@ def test_engine_trainer_and_reference_speak_of_one_distribution_and_the_first_ra
             finishes.add(rollout.finish)
             if rollout.ended:
                 assert_fulfils(kind, rollout.position, rollout.completion.tolist(), tokenizer)
-    assert finishes == {"stop", "eot", "length"} or finishes >= {"stop", "length"} or finishes >= {"eot", "length"}
+    # The tokens of answers that were cut off have sets, too.
+    assert "length" in finishes
+    assert finishes & {"eot", "stop"}
     assert max(made.metric("rollout/logprob_gap")) < 1e-5
     assert made.metric("rlhf/kl")[0] == pytest.approx(0, abs=1e-5)
 
@@ -206,20 +215,24 @@ def test_logprobs_are_those_of_a_dense_softmax_over_the_allowed_tokens(tokenizer
     grammars = Grammars(lambda: tokenizer)
     for row, rollout in enumerate(rollouts):
         matcher = grammars.matcher(constraints.constraint_at(rollout.position), constraints.ends)
-        tokens = np.concatenate([rollout.prompt, rollout.completion])
+        bits = []
+        for token in rollout.completion[:-1].tolist():
+            bits.append(matcher.allowed())
+            matcher.take(token)
+        bits.append(matcher.allowed())
+        is_allowed_TV = torch.from_numpy(np.unpackbits(np.stack(bits), axis=1, bitorder="little")).bool()
+        is_allowed_TV = is_allowed_TV[:, : tokenizer.vocab_size]
+
+        new = len(rollout.completion)
+        tokens = torch.from_numpy(np.concatenate([rollout.prompt, rollout.completion]))[None]
         with torch.no_grad():
-            x_TV = policy(torch.from_numpy(tokens)[None])[0, -len(rollout.completion) - 1 : -1].double() / temperature
-        for place, token in enumerate(rollout.completion.tolist()):
-            bits_U = torch.from_numpy(matcher.allowed())
-            is_allowed_V = torch.tensor([bool(bits_U[t // 8] >> t % 8 & 1) for t in range(tokenizer.vocab_size)])
-            logprob_V = x_TV[place].masked_fill(~is_allowed_V, -math.inf).log_softmax(-1)
-            expected = float(logprob_V[token])
-            assert float(logprob_BT[row, place]) == pytest.approx(expected, abs=NEAR)
-            assert float(rollout.logprobs[place]) == pytest.approx(expected, abs=1e-5)
-            entropy = -float((logprob_V.exp() * logprob_V)[is_allowed_V].sum())
-            assert float(entropy_BT[row, place]) == pytest.approx(entropy, abs=1e-5)
-            if place + 1 < len(rollout.completion):
-                matcher.take(token)
+            x_TV = policy(tokens)[0, -new - 1 : -1].double() / temperature
+        logprob_TV = x_TV.masked_fill(~is_allowed_TV, -math.inf).log_softmax(-1)
+        expected_T = logprob_TV.gather(-1, torch.from_numpy(rollout.completion)[:, None])[:, 0]
+        entropy_T = -(logprob_TV.exp() * logprob_TV.where(is_allowed_TV, 0)).sum(-1)
+        torch.testing.assert_close(logprob_BT[row, :new].double(), expected_T, rtol=0, atol=NEAR)
+        torch.testing.assert_close(torch.from_numpy(rollout.logprobs).double(), expected_T, rtol=0, atol=1e-5)
+        torch.testing.assert_close(entropy_BT[row, :new].double(), entropy_T, rtol=0, atol=1e-5)
 
 
 @pytest.mark.usefixtures("one_rank")
