@@ -141,8 +141,9 @@ class RlhfRunConfig(CorpusFormsConfig):
         if constraint_file := self.rlhf.constraint_file:
             noted[f"rlhf.constraint={self.rlhf.constraint}"] = [constraint_file]
 
-        # Reward functions see the rows of a corpus, which its tokens do not tell.
-        if not self.rlhf.prompts_from and any(part.kind == "function" for part in self.rlhf.rewards.values()):
+        # Reward functions and constraints of calls see the rows of a corpus, which its tokens do not tell.
+        has_function = any(part.kind == "function" for part in self.rlhf.rewards.values())
+        if not self.rlhf.prompts_from and (has_function or self.rlhf.constraint == CALLS):
             corpus = self.corpus_in(WorkDirectory(Path(self.work_dir)), self.stage.corpus)
             if rows := sorted(corpus.glob(f"*{ROWS}")):
                 noted[f"rows of stage.corpus={self.stage.corpus}"] = rows
