@@ -326,6 +326,22 @@ def test_a_constrained_run_is_the_same_by_actors_and_after_a_resume(started_work
     assert numbers(work.run("rlhf", "default")) == found
 
 
+@pytest.mark.bars  # the sets of top-k and top-p reach ranks by the same way
+def test_two_ranks_agree_with_one_under_a_constraint(started_work, tmp_path):
+    """Finds a rank that follows the grammars of rollouts that are not its own."""
+    form = tmp_path / "form.json"
+    form.write_text(json.dumps({"json_schema": FORM}))
+    found = {}
+    for ranks in (1, 2):
+        overrides = (*GRPO, f"rlhf.constraint={form}", "stage.steps=2", "stage.eval_every=2")
+        run = prepare(work_of(started_work, tmp_path / str(ranks)), *overrides)
+        train(run, ranks=ranks)
+        found[ranks] = numbers(run)[1]
+    assert found[1]["rlhf/policy_grad_norm"] > 0
+    for name in ("score_mean", "reward_mean", "entropy", "new_tokens_mean", "ratio_mean", "policy_grad_norm"):
+        assert found[2][f"rlhf/{name}"] == pytest.approx(found[1][f"rlhf/{name}"], rel=1e-5, abs=1e-6), name
+
+
 def undisturbed_and_other(started_work, tmp_path, *steps: str) -> tuple[RunDirectory, WorkDirectory]:
     """A run that was left alone, and a work directory for another one."""
     expected = prepare(work_of(started_work, tmp_path / "undisturbed"), *steps)
