@@ -11,7 +11,7 @@ As JSON, a constraint is an object with one key:
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal, get_args
+from typing import Any, Literal, NamedTuple, get_args
 
 from dist_lm.errors import ConfigError, require
 
@@ -53,6 +53,13 @@ class Constraint:
         n_bytes = len(text.encode(errors="surrogatepass"))
         require(n_bytes <= MOST_BYTES, key, f"{n_bytes:,} bytes", f"at most {MOST_BYTES:,}")
         return cls(kind, text)
+
+
+class GrammarRecord(NamedTuple):
+    """Identifies the grammar that an answer followed. Equal records allow the same tokens after the same tokens."""
+
+    library: str  # version of llguidance
+    sha256: str  # of the grammar, the tokenizer and the tokens that end the answer, hexadecimal
 
 
 def _are_texts(value: Any) -> bool:

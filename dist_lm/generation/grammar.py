@@ -6,17 +6,19 @@ that the tokenizer would choose for them, so that an answer has the tokens that 
 Dimensions: U bytes with one bit for each token of the vocabulary.
 """
 
+import hashlib
 import json
 import threading
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
-from functools import lru_cache
-from typing import Any, cast
+from functools import cache, lru_cache
+from importlib import metadata
+from typing import Any, NamedTuple, cast
 
 import numpy as np
 
 from dist_lm.errors import UserError
-from dist_lm.generation.constraint import Constraint, Kind
+from dist_lm.generation.constraint import Constraint, GrammarRecord, Kind
 from dist_lm.generation.schema_keywords import bounded, check_schema
 from dist_lm.sandbox import limited
 from dist_lm.tokenizer.tokenizer import Tokenizer
@@ -36,17 +38,32 @@ class GrammarError(UserError):
     """A constraint that cannot be read, or that no token fulfils."""
 
 
+@cache
+def library_version() -> str:
+    """Returns the version of llguidance, which must be installed."""
+    return metadata.version("llguidance")
+
+
+class _Compiled(NamedTuple):
+    """A constraint as llguidance follows it."""
+
+    state: Any  # `LLMatcher` before the first token
+    grammar_sha256: str  # of the grammar that the library was given
+
+
 class Matcher:
     """The tokens that may come next in one answer."""
 
-    def __init__(self, state: Any, end: int, ends: Sequence[int], vocab_size: int) -> None:
+    def __init__(self, state: Any, end: int, ends: Sequence[int], vocab_size: int, record: GrammarRecord) -> None:
         """
         Args:
             state: an `LLMatcher` before the first token, of this matcher alone.
             end: the token with which llguidance ends a text.
             ends: the tokens that end the answer in its place; they are allowed once the constraint is fulfilled, and
                 never before.
+            record: identifies the grammar.
         """
+        self.record = record
         self._state = state
         self._end = end
         self._ends = np.array(ends, np.int64)
@@ -107,7 +124,7 @@ class Grammars:
         self._lock = threading.Lock()
         self._tokenizer: Tokenizer | None = None
         self._library_tokenizer: Any = None
-        self._kept: OrderedDict[Constraint, Any] = OrderedDict()
+        self._kept: OrderedDict[Constraint, _Compiled] = OrderedDict()
 
     def matcher(self, constraint: Constraint, ends: Sequence[int]) -> Matcher:
         """Returns a matcher at the beginning of an answer.
@@ -122,9 +139,14 @@ class Grammars:
         """
         self.prepare(constraint)
         with self._lock:
-            state = self._kept[constraint].deep_copy()
-        assert self._tokenizer, "loaded for the first grammar"
-        return Matcher(state, self._tokenizer.eot_id, ends, self._tokenizer.vocab_size)
+            compiled = self._kept[constraint]
+            state = compiled.state.deep_copy()
+        tokenizer = self._tokenizer
+        assert tokenizer, "loaded for the first grammar"
+
+        identity = json.dumps([compiled.grammar_sha256, tokenizer.sha256, sorted({*ends})])
+        record = GrammarRecord(library_version(), hashlib.sha256(identity.encode()).hexdigest())
+        return Matcher(state, tokenizer.eot_id, ends, tokenizer.vocab_size, record)
 
     def has(self, constraint: Constraint) -> bool:
         """Returns whether a constraint is compiled."""
@@ -151,9 +173,9 @@ class Grammars:
                 limited.call(try_constraint, constraint.kind, constraint.text, self._tokenizer.vocab_size)
             except limited.LimitError as error:
                 raise GrammarError(f"constraint.{constraint.kind}: compiling it {error}") from error
-        state = _compiled(constraint, self._library_tokenizer)
+        compiled = _compiled(constraint, self._library_tokenizer)
         with self._lock:
-            self._kept[constraint] = state
+            self._kept[constraint] = compiled
             self._kept.move_to_end(constraint)
             if len(self._kept) > KEPT:
                 self._kept.popitem(last=False)
@@ -167,8 +189,8 @@ def try_constraint(kind: Kind, text: str, vocab_size: int) -> None:
     Raises:
         GrammarError, SchemaError, UserError: as `Grammars.matcher`.
     """
-    state = _compiled(Constraint(kind, text), _byte_tokenizer(vocab_size))
-    state.compute_bitmask()
+    compiled = _compiled(Constraint(kind, text), _byte_tokenizer(vocab_size))
+    compiled.state.compute_bitmask()
 
 
 @lru_cache
@@ -191,8 +213,8 @@ def _library_tokenizer(wrapped: "_Wrapped | _Bytes") -> Any:
     return LLTokenizer(TokenizerWrapper(wrapped))
 
 
-def _compiled(constraint: Constraint, library_tokenizer: Any) -> Any:
-    """Returns an `LLMatcher` before the first token.
+def _compiled(constraint: Constraint, library_tokenizer: Any) -> _Compiled:
+    """Compiles a constraint.
 
     Raises:
         GrammarError: the constraint cannot be read, or takes too much work.
@@ -223,7 +245,7 @@ def _compiled(constraint: Constraint, library_tokenizer: Any) -> Any:
         raise GrammarError(f"constraint.{constraint.kind}: {_line(state.get_error())}")
     if warnings := state.get_grammar_warnings():
         raise GrammarError(f"constraint.{constraint.kind}: {_line('; '.join(warnings))}")
-    return state
+    return _Compiled(state, hashlib.sha256(grammar.encode(errors="surrogatepass")).hexdigest())
 
 
 class _Bytes:

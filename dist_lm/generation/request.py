@@ -12,7 +12,7 @@ from functools import cached_property
 from typing import TYPE_CHECKING, Any, Literal
 
 from dist_lm.errors import ArtefactError, UserError, require
-from dist_lm.generation.constraint import Constraint
+from dist_lm.generation.constraint import Constraint, GrammarRecord
 from dist_lm.model.keyed_random import hash_words, signed
 
 if TYPE_CHECKING:
@@ -189,6 +189,7 @@ class Answer:
     # with params.top_logprobs, for each token; empty for one that a constraint left no choice about
     top_logprobs: tuple[TopLogprobs, ...] = ()
     reused_tokens: int = field(default=0, compare=False)  # of the prompt, those that the prefix cache held
+    grammar: GrammarRecord | None = None  # what the answer followed, with a constraint
 
 
 @dataclass(frozen=True)
@@ -389,6 +390,7 @@ class AnswerSequence:
             sets=tuple(self.sets),
             top_logprobs=tuple(self.top_logprobs),
             reused_tokens=self.n_reused,
+            grammar=self.matcher.record if self.matcher else None,
         )
 
 

@@ -17,6 +17,7 @@ from dist_lm.rlhf.algorithms.registry import ALGORITHMS
 
 REWARD_KINDS = ("reward_model", "length", "parses", "function", "tests")
 TEST_SCORES = ("share", "all")
+CALLS = "calls"  # value of `constraint`: no file, but the tools of each prompt
 PARSED_LANGUAGES = ("python", "bash", "sql")
 LARGEST_REWARD = (2 - 2**-23) * 2.0**127  # largest number of fp32: rewards are computed with in that
 Value = TypeVar("Value")
@@ -86,6 +87,10 @@ class IterationConfig(OptimizerConfig, SamplingConfig):
     # largest number of draws of an iteration, to replace groups whose scores are all the same
     sampling_rounds: int | None = None
     ignore_eot: bool = False  # no token ends a completion: all have max_new_tokens
+    # what completions must be (`generation/constraint.py`); log-probabilities, entropy and KL are those of the
+    # distribution over the allowed tokens. calls: each call fits a tool of the prompt; or a file of JSON, an object
+    # with one of json_schema, regex, lark and choice; empty: anything
+    constraint: str = ""
     max_staleness: int = 0  # largest age of a rollout's weights in iterations; 0: generate, then train
     importance_cap: float = 2.0  # cap of the importance weight, trainer / engine probability; 0: no weights
     # updates
@@ -154,6 +159,10 @@ class RlhfConfig(_KeysOfAlgorithms, IterationConfig):
         fewest = ALGORITHMS[self.algorithm].Keys.fewest_samples
         accepted = f"at least {fewest}: rlhf.algorithm={self.algorithm} compares the rollouts of a prompt"
         require(self.rollouts_per_prompt >= fewest, "rlhf.samples", self.samples, accepted)
+
+        # A completion with a constraint ends where that is fulfilled.
+        accepted = f"false with rlhf.constraint={self.constraint}"
+        require(not (self.constraint and self.ignore_eot), "rlhf.ignore_eot", self.ignore_eot, accepted)
 
         # Every update needs a rollout.
         rollouts = self.rollouts_per_iteration

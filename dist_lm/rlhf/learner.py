@@ -35,12 +35,14 @@ from dist_lm.model.transformer import Transformer
 from dist_lm.parallel.mesh import World
 from dist_lm.rlhf.algorithm import Algorithm, DrawnTokens, Prepared
 from dist_lm.rlhf.config import RlhfConfig, not_null
+from dist_lm.rlhf.constrained_rollouts import RolloutConstraints
 from dist_lm.rlhf.experience import Collected, collect
 from dist_lm.rlhf.models import Execution, RlhfModels, RunBoth, Trained, dealing, one_after_other, sent_weights
 from dist_lm.rlhf.packed_rollouts import Minibatch, Passes, RolloutBatch
 from dist_lm.rlhf.policy_gradient import groups_of, k1, mean_and_std
 from dist_lm.rlhf.rewards import REWARD_MODEL, Judge, UsableRollouts, refuse_void, share_usable
 from dist_lm.rlhf.rollouts import (
+    ConstraintOrder,
     PromptOrder,
     Rollouts,
     RolloutSource,
@@ -86,6 +88,7 @@ class RolloutSupply:
     prompts: PromptOrder
     judge: Judge
     stop_tokens: tuple[int, ...] = ()  # tokens that end a completion, besides end-of-text; not with rlhf.ignore_eot
+    constraint_at: ConstraintOrder | None = None  # what completions must be; None: anything
 
     def draw(
         self, prompts: Sequence[Sequence[int]], position: int, samples: int, config: RlhfConfig, seed: int
@@ -99,7 +102,7 @@ class RolloutSupply:
             seed: of the run; with the prompt's position it determines each answer.
 
         Raises:
-            RequestError: a prompt cannot be answered.
+            RequestError: a prompt cannot be answered, or its constraint not be followed.
             RewardError: a prompt has no tests, though a part of the reward needs them.
             UserError, PoolFailure: of the source, see `RolloutSource`.
         """
@@ -111,7 +114,7 @@ class RolloutSupply:
             stop_tokens=() if config.ignore_eot else self.stop_tokens,
             ignore_eot=config.ignore_eot,
         )
-        requests = requests_of(prompts, position, samples, params, seed)
+        requests = requests_of(prompts, position, samples, params, seed, self.constraint_at)
         # Rules that run programs start on each answer as soon as it is there, while the engines draw the others.
         return rollouts_of(requests, self.source.generate(requests, self.judge.begin))
 
@@ -140,6 +143,7 @@ class Learner:
     algorithm: Algorithm
     supply: RolloutSupply | None  # on the first rank
     pretraining: Pretraining | None = None
+    constraints: RolloutConstraints | None = None  # on every rank, if rollouts have constraints
     save_every: int = 0  # iterations; 0: only at the end
     save: Callable[[RlhfState], None] = lambda state: None  # on every rank; only the first has pending rollouts
     report: Callable[[IterationReport], None] = lambda report: None  # on every rank
@@ -176,6 +180,7 @@ class Learner:
             RewardError: rules failed on more rollouts than rlhf.max_failed_fraction allows, or on all; or scores leave
                 no finite inputs of the losses.
             RequestError: a prompt cannot be answered.
+            ArtefactError: rollouts followed other grammars than `constraints` make.
             UserError, PoolFailure: of the source of rollouts, see `RolloutSource`; on the first rank.
             CheckpointWriteError: of `save`. `report` and `tasks` may raise others.
         """
@@ -216,7 +221,7 @@ class Learner:
             schedule: on the first rank.
 
         Raises:
-            NonFiniteGradientsError, RewardError, RequestError, UserError, PoolFailure: as `run`.
+            NonFiniteGradientsError, RewardError, RequestError, ArtefactError, UserError, PoolFailure: as `run`.
         """
         execution = Execution(
             config=self.config,
@@ -255,7 +260,7 @@ class Learner:
         requested. Changes models and optimizers, and sends the new weights to the source if they draw later rollouts.
 
         Raises:
-            NonFiniteGradientsError, RewardError, RequestError, UserError, PoolFailure: as `run`.
+            NonFiniteGradientsError, RewardError, RequestError, ArtefactError, UserError, PoolFailure: as `run`.
         """
         clock = WallLaps()
         self.alive()
@@ -275,6 +280,7 @@ class Learner:
             seed=self.seed,
             iteration=state.iteration,
             minibatches=self.config.minibatches,
+            sets_of=self.constraints.sets_of(rollouts) if self.constraints else None,
         )
         batches = [batch for minibatch in passes(0) for batch in minibatch.batches]
         collected = collect(
@@ -596,6 +602,8 @@ def iteration_metrics(
 
     if len(rollouts.set_size_M):
         metrics["rollout/set_bytes"] = float(rollouts.set_size_M.mean())
+    if len(rollouts.grammar_BG):
+        metrics["rollout/forced_rate"] = float((rollouts.logprobs_M == 0).mean())
     # With fresh weights the engine and the trainer compute the same model; a gap shows that they don't.
     gap_BT = (experience.logprob_BT - collected.engine_logprob_BT).abs() * mask_BT
     metrics["rollout/logprob_gap"] = float(gap_BT.max())

@@ -24,6 +24,9 @@ from dist_lm.data.packing import best_fit_decreasing, longest_first
 from dist_lm.model.token_sets import TokenSets
 from dist_lm.rlhf.rollouts import Rollouts
 
+SetsOf = Callable[[np.ndarray], TokenSets | None]
+"""Indices of K completion tokens in M -> the sets they were drawn from; None: the whole vocabulary."""
+
 
 @dataclass(frozen=True, slots=True)
 class RolloutBatch(Batch):
@@ -76,12 +79,22 @@ class Passes:
     """
 
     def __init__(
-        self, rollouts: Rollouts, dealing: Dealing, device: torch.device, *, seed: int, iteration: int, minibatches: int
+        self,
+        rollouts: Rollouts,
+        dealing: Dealing,
+        device: torch.device,
+        *,
+        seed: int,
+        iteration: int,
+        minibatches: int,
+        sets_of: SetsOf | None = None,
     ) -> None:
         """
         Args:
             minibatches: number of minibatches of a pass.
+            sets_of: None: the sets that came with the rollouts.
         """
+        self._sets_of = sets_of
         self._rollouts, self._dealing, self._device = rollouts, dealing, device
         self._order, self._n_minibatches = (seed, iteration), minibatches
         self._first: list[Minibatch] = []
@@ -93,7 +106,7 @@ class Passes:
 
         result = []
         for rollout_S in minibatches(*self._order, pass_number, len(self._rollouts), self._n_minibatches):
-            batches = rollout_batches(self._rollouts, rollout_S, self._dealing)
+            batches = rollout_batches(self._rollouts, rollout_S, self._dealing, self._sets_of)
             result.append(Minibatch([batch.to(self._device) for batch in batches], rollout_S))
         if not self._first:
             self._first = result
@@ -114,13 +127,18 @@ def minibatches(seed: int, iteration: int, pass_number: int, n_rollouts: int, n:
     return np.array_split(order, min(n, n_rollouts))
 
 
-def rollout_batches(rollouts: Rollouts, chosen_S: np.ndarray, dealing: Dealing) -> list[RolloutBatch]:
+def rollout_batches(
+    rollouts: Rollouts, chosen_S: np.ndarray, dealing: Dealing, sets_of: SetsOf | None = None
+) -> list[RolloutBatch]:
     """Returns a rank's micro-batches of the rollouts `chosen_S`, each without its last token.
 
     Rows are as wide as the longest of all rollouts.
+
+    Args:
+        sets_of: None: the sets that came with the rollouts.
     """
     rows, spans = _dealt(rollouts, chosen_S, dealing, rollouts.prompt_tokens_B + rollouts.new_tokens_B - 1)
-    return [rows.batch(begin, end) for begin, end in spans]
+    return [rows.batch(begin, end, sets_of or rollouts.sets_of) for begin, end in spans]
 
 
 def scoring_batches(rollouts: Rollouts, dealing: Dealing) -> list[ScoringBatch]:
@@ -213,11 +231,10 @@ class _Rows:
 
         all_new_B = rollouts.new_tokens_B
         self.place_in_M = np.repeat((np.cumsum(all_new_B) - all_new_B)[number_S], new_S) + new_offset
-        self.rollouts = rollouts
         self.end = begin_S + length_S - 1
         self.number = number_S
 
-    def batch(self, begin_row: int, end_row: int) -> RolloutBatch:
+    def batch(self, begin_row: int, end_row: int, sets_of: SetsOf) -> RolloutBatch:
         """Returns rows `begin_row` to `end_row` - 1 as a batch on the host, with targets and the sets they were drawn
         from."""
         begin = begin_row * self.width
@@ -228,7 +245,7 @@ class _Rows:
             loss_mask_BT=self._grid(self.mask, begin_row, end_row),
             logit_index_N=torch.from_numpy(self.logit_index[is_inside] - begin),
             column_N=torch.from_numpy(self.column[is_inside]),
-            sets=self.rollouts.sets_of(self.place_in_M[is_inside]),
+            sets=sets_of(self.place_in_M[is_inside]),
         )
 
     def scoring_batch(self, begin_row: int, end_row: int) -> ScoringBatch:

@@ -1,7 +1,7 @@
 """Rollouts: the order of prompts, the requests for completions, and completions as arrays.
 
 Dimensions: B rollouts, N their tokens (prompts and completions) concatenated, M the tokens of completions concatenated,
-X bytes of their sets.
+X bytes of their sets, G bytes that identify a grammar.
 """
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -14,6 +14,7 @@ import torch
 
 from dist_lm.data.order import Shuffle, key, permutation
 from dist_lm.errors import ArtefactError
+from dist_lm.generation.constraint import Constraint, GrammarRecord
 from dist_lm.generation.decoder import Weights, WeightStream
 from dist_lm.generation.engine import Engine
 from dist_lm.generation.request import (
@@ -37,8 +38,14 @@ ENDED = ("eot", "stop")
 
 _SEED = 0x726F6C6C  # salt of sampling seeds: keeps them apart from other hashes of seed and position
 
+LIBRARY_BYTES, DIGEST_BYTES = 32, 32
+"""Sizes of the parts of a packed `GrammarRecord`."""
+
 PromptOrder = Callable[[int, int], list[Sequence[int]]]
 """(first position, count) -> the token ids of the prompts there."""
+
+ConstraintOrder = Callable[[int], Constraint]
+"""position -> the constraint of the completions of the prompt there."""
 
 
 @dataclass(frozen=True)
@@ -187,6 +194,8 @@ class Rollouts:
     # from the whole vocabulary
     set_size_M: np.ndarray = field(default_factory=lambda: np.zeros(0, np.int32))  # int32; bytes of each set
     sets_X: np.ndarray = field(default_factory=lambda: np.zeros(0, np.uint8))  # uint8; the packed sets
+    # uint8; the grammar that each completion followed (`packed_record`); no rows without constraints
+    grammar_BG: np.ndarray = field(default_factory=lambda: np.zeros((0, LIBRARY_BYTES + DIGEST_BYTES), np.uint8))
 
     def __len__(self) -> int:
         return len(self.new_tokens_B)
@@ -220,6 +229,8 @@ class Rollouts:
         if len(self.set_size_M):
             columns["set_size_M"] = self.set_size_M[chosen_M]
             columns["sets_X"] = self.sets_X[np.repeat(chosen_M, self.set_size_M)]
+        if len(self.grammar_BG):
+            columns["grammar_BG"] = self.grammar_BG[chosen_B]
         return Rollouts(tokens_N=self.tokens_N[chosen_N], logprobs_M=self.logprobs_M[chosen_M], **columns)
 
     def sets_of(self, place_K: np.ndarray) -> TokenSets | None:
@@ -292,7 +303,12 @@ def concatenated(parts: Sequence[ScoredRollouts]) -> ScoredRollouts:
 
 
 def requests_of(
-    prompts: Sequence[Sequence[int]], first_position: int, samples: int, params: SamplingParams, seed: int
+    prompts: Sequence[Sequence[int]],
+    first_position: int,
+    samples: int,
+    params: SamplingParams,
+    seed: int,
+    constraint_at: ConstraintOrder | None = None,
 ) -> list[Request]:
     """Returns requests whose answers depend only on the weights and on (seed, position of the prompt, sample).
 
@@ -301,24 +317,31 @@ def requests_of(
         samples: completions of each prompt.
         params: with filters, the answers have the sets of tokens that they were drawn from. They may not adjust logits
             (penalties, bias).
+        constraint_at: what the completions of each prompt must be; None: anything.
     """
     assert not params.adjusts_logits, params
     # Filters renormalise probabilities over the tokens that they allow; training must use the same sets.
     filters = (params.top_k, params.top_p, params.min_p) != (0, 1, 0)
-    return [
-        Request(str(position), prompt, params, signed(hash_words(seed, _SEED, position)), samples, keep_sets=filters)
-        for position, prompt in enumerate(prompts, first_position)
-    ]
+    requests = []
+    for position, prompt in enumerate(prompts, first_position):
+        answer_seed = signed(hash_words(seed, _SEED, position))
+        constraint = constraint_at(position) if constraint_at else None
+        requests.append(
+            Request(str(position), prompt, params, answer_seed, samples, keep_sets=filters, constraint=constraint)
+        )
+    return requests
 
 
 def rollouts_of(requests: Sequence[Request], answers: Sequence[Answer]) -> Rollouts:
-    """Returns the answers to `requests_of` as arrays, in their order: by request, then by index. None may be
-    missing."""
+    """Returns the answers to `requests_of` as arrays, in their order: by request, then by index. None may be missing.
+    Either all requests have a constraint, or none has."""
     prompts = {request.id: request.prompt for request in requests}
     assert [answer.request for answer in answers] == [r.id for r in requests for _ in range(r.n)], "order of answers"
 
     # Sets have different sizes, so they are one array of bytes with the size of each.
     token_sets = [packed for answer in answers for packed in answer.sets]
+    records = [packed_record(answer.grammar) for answer in answers if answer.grammar]
+    assert len(records) in (0, len(answers)), "constraints of some requests alone"
 
     def column(values: list[int]) -> np.ndarray:
         return np.array(values, np.int64)
@@ -334,4 +357,17 @@ def rollouts_of(requests: Sequence[Request], answers: Sequence[Answer]) -> Rollo
         sample_B=column([answer.index for answer in answers]),
         set_size_M=np.array([len(packed) for packed in token_sets], np.int32),
         sets_X=np.array(bytearray().join(token_sets), np.uint8),
+        grammar_BG=np.array(bytearray().join(records), np.uint8).reshape(-1, LIBRARY_BYTES + DIGEST_BYTES),
     )
+
+
+def packed_record(record: GrammarRecord) -> bytes:
+    """Returns a record as LIBRARY_BYTES + DIGEST_BYTES bytes: the version of the library, filled up with zeros or cut
+    off, then the digest."""
+    library = record.library.encode()[:LIBRARY_BYTES].ljust(LIBRARY_BYTES, b"\0")
+    return library + bytes.fromhex(record.sha256)
+
+
+def library_of(record_G: np.ndarray) -> str:
+    """Returns the version of the library in a packed record."""
+    return record_G[:LIBRARY_BYTES].tobytes().rstrip(b"\0").decode(errors="replace")

@@ -401,6 +401,12 @@ REINFORCEMENT = (
     *_table(
         "rlhf",
         RLHF,
+        ("rollout/forced_rate", "", "", "Share of completion tokens drawn with probability 1."),
+        only="with rlhf.constraint",
+    ),
+    *_table(
+        "rlhf",
+        RLHF,
         ("rlhf/entropy", "nats/token", "", "Entropy of the sampling distribution."),
         ("rlhf/new_tokens_mean", "tokens", "", "Mean length of a rollout."),
         ("rlhf/new_tokens_min", "tokens", "", "Length of the shortest rollout."),

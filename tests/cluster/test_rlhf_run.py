@@ -293,6 +293,55 @@ def test_an_actor_draws_what_an_engine_in_the_rank_draws(started_work, reference
     assert "wins against the reference" in out
 
 
+FORM = {"type": "object", "properties": {"x": {"enum": ["up", "down", "back"]}, "y": {"type": "integer"}}}
+
+
+@pytest.mark.parametrize(
+    "kind", [pytest.param("schema", marks=pytest.mark.heavy), pytest.param("calls", marks=pytest.mark.bars)]
+)
+def test_a_constrained_run_is_the_same_by_actors_and_after_a_resume(started_work, tmp_path, kind):
+    """Finds actors without grammars, a learner that follows others, and records that a checkpoint loses."""
+    form = tmp_path / "form.json"
+    form.write_text(json.dumps({"json_schema": FORM}))
+    constraint = "calls" if kind == "calls" else str(form)
+    one_update = ("rlhf.epochs=1", "rlhf.minibatches=1")
+    overrides = (*GRPO, *one_update, "rlhf.max_staleness=1", f"rlhf.constraint={constraint}")
+    expected = prepare(work_of(started_work, tmp_path / "whole"), *overrides)
+    train(expected, ranks=1)
+    found = numbers(expected)
+    iterations = range(1, ITERATIONS + 1)
+    assert [found[step]["rlhf/ratio_mean"] for step in iterations] == pytest.approx([1] * ITERATIONS, abs=1e-6)
+    assert all("rollout/forced_rate" in found[step] for step in iterations)
+    assert found[1]["rollout/logprob_gap"] < 1e-5
+    assert all("rollout/set_bytes" not in line for line in found.values())
+
+    resumed = work_of(started_work, tmp_path / "resumed").run("rlhf", "default")
+    copy_until(expected, resumed, step=2)
+    train(resumed, ranks=1)
+    assert numbers(resumed) == found
+
+    work = work_of(started_work, tmp_path / "launched")
+    code, _, err = finish_launch(launch(work, *overrides))
+    assert code == 0, err
+    assert numbers(work.run("rlhf", "default")) == found
+
+
+@pytest.mark.bars  # the sets of top-k and top-p reach ranks by the same way
+def test_two_ranks_agree_with_one_under_a_constraint(started_work, tmp_path):
+    """Finds a rank that follows the grammars of rollouts that are not its own."""
+    form = tmp_path / "form.json"
+    form.write_text(json.dumps({"json_schema": FORM}))
+    found = {}
+    for ranks in (1, 2):
+        overrides = (*GRPO, f"rlhf.constraint={form}", "stage.steps=2", "stage.eval_every=2")
+        run = prepare(work_of(started_work, tmp_path / str(ranks)), *overrides)
+        train(run, ranks=ranks)
+        found[ranks] = numbers(run)[1]
+    assert found[1]["rlhf/policy_grad_norm"] > 0
+    for name in ("score_mean", "reward_mean", "entropy", "new_tokens_mean", "ratio_mean", "policy_grad_norm"):
+        assert found[2][f"rlhf/{name}"] == pytest.approx(found[1][f"rlhf/{name}"], rel=1e-5, abs=1e-6), name
+
+
 def undisturbed_and_other(started_work, tmp_path, *steps: str) -> tuple[RunDirectory, WorkDirectory]:
     """A run that was left alone, and a work directory for another one."""
     expected = prepare(work_of(started_work, tmp_path / "undisturbed"), *steps)

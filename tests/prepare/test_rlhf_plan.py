@@ -160,6 +160,30 @@ def test_a_resumed_run_refuses_prompts_that_have_changed(work):
         plan_of(work, *given, target="rlhf")
 
 
+def test_a_constraint_is_tried_before_anything_starts_and_noted_with_the_run(work):
+    """Finds ranks that start for nothing, and a run that goes on under another grammar."""
+    start = make_run(work, "code", "stage.init_from=none", done=True)
+    prompts, form = work.path / "prompts.txt", work.path / "form.json"
+    prompts.write_text("one\n")
+    form.write_text('{"regex": "(a"}')
+    sources = (*RULES_ONLY, f"stage.init_from={start.path}", f"rlhf.prompts_from={prompts}")
+    with pytest.raises(ConfigError, match=rf"^rlhf\.constraint={form}: constraint\.regex: "):
+        plan_of(work, *sources, f"rlhf.constraint={form}", target="rlhf")
+    with pytest.raises(ArtefactError, match=r"^rlhf\.constraint=calls: no prompt has tools"):
+        plan_of(work, *sources, "rlhf.constraint=calls", target="rlhf")
+
+    form.write_text('{"choice": ["yes", "no"]}')
+    constrained = (*sources, f"rlhf.constraint={form}")
+    run = make_run(work, "rlhf", *constrained, checkpoint=True)
+    run.note_files(load_config(run.config).noted_files)
+    assert actions(plan_of(work, *constrained, target="rlhf")) == {"rlhf": Action.RESUME}
+    with pytest.raises(ConfigError, match=r"rlhf\.constraint"):
+        plan_of(work, *sources, target="rlhf")
+    form.write_text('{"choice": ["yes", "no", "perhaps"]}')
+    with pytest.raises(ArtefactError, match=r"^rlhf\.constraint=.*form\.json: has changed since .*rlhf/default"):
+        plan_of(work, *constrained, target="rlhf")
+
+
 def test_texts_are_no_prompts_of_rlhf(work):
     with pytest.raises(
         ConfigError,

@@ -61,8 +61,9 @@ def test_engine_trainer_and_reference_speak_of_one_distribution_and_the_first_ra
 
 @pytest.mark.usefixtures("one_rank")
 def test_without_filters_nothing_is_kept():
-    rollouts = ran(config_of("grpo"), 1).reports[0].rollouts
-    assert len(rollouts.set_size_M) == len(rollouts.sets_X) == 0
+    report = ran(config_of("grpo"), 1).reports[0]
+    assert len(report.rollouts.set_size_M) == len(report.rollouts.sets_X) == len(report.rollouts.grammar_BG) == 0
+    assert not {"rollout/set_bytes", "rollout/forced_rate"} & report.metrics.keys()
 
 
 @pytest.mark.usefixtures("one_rank")

@@ -13,7 +13,7 @@ from dist_lm.data.journal import ROWS
 from dist_lm.data.prompt_rows import find_rows
 from dist_lm.data.sources.reader import corpora_of_form
 from dist_lm.errors import ArtefactError, require
-from dist_lm.rlhf.config import RlhfConfig
+from dist_lm.rlhf.config import CALLS, RlhfConfig
 from dist_lm.stages.corpus_forms import CorpusFormsConfig
 from dist_lm.storage.run_directory import WorkDirectory
 
@@ -70,6 +70,21 @@ class RlhfRunGroup(RlhfConfig):
         return any(part.kind == "reward_model" for part in self.rewards.values())
 
     @property
+    def constraint_file(self) -> Path | None:
+        """The file that rlhf.constraint names; None: it names none.
+
+        Raises:
+            ConfigError: there is no such file.
+        """
+        if self.constraint in ("", CALLS):
+            return None
+        path = Path(self.constraint).expanduser()
+        require(
+            path.is_file(), "rlhf.constraint", self.constraint, f"{CALLS}, or a file of JSON; there is no such file"
+        )
+        return path
+
+    @property
     def pretrain_corpus_names(self) -> tuple[str, ...]:
         """Names of the corpora of pretraining text; none if its coefficient is 0."""
         if not self.pretrain_coefficient:
@@ -123,9 +138,12 @@ class RlhfRunConfig(CorpusFormsConfig):
         patterns = {f"rlhf.{key}": getattr(self.rlhf, key) for key in ("prompts_from", "held_out_from")}
         prompts = {f"{key}={pattern}": find_rows(pattern, key) for key, pattern in patterns.items() if pattern}
         noted = super().noted_files | prompts
+        if constraint_file := self.rlhf.constraint_file:
+            noted[f"rlhf.constraint={self.rlhf.constraint}"] = [constraint_file]
 
-        # Reward functions see the rows of a corpus, which its tokens do not tell.
-        if not self.rlhf.prompts_from and any(part.kind == "function" for part in self.rlhf.rewards.values()):
+        # Reward functions and constraints of calls see the rows of a corpus, which its tokens do not tell.
+        has_function = any(part.kind == "function" for part in self.rlhf.rewards.values())
+        if not self.rlhf.prompts_from and (has_function or self.rlhf.constraint == CALLS):
             corpus = self.corpus_in(WorkDirectory(Path(self.work_dir)), self.stage.corpus)
             if rows := sorted(corpus.glob(f"*{ROWS}")):
                 noted[f"rows of stage.corpus={self.stage.corpus}"] = rows

@@ -28,9 +28,12 @@ from dist_lm.data.token_corpus import TokenCorpus
 from dist_lm.errors import ArtefactError
 from dist_lm.generation.decoder import WeightStream
 from dist_lm.generation.engine import Engine
+from dist_lm.generation.grammar import Grammars
 from dist_lm.parallel.mesh import World, data_mesh
 from dist_lm.parallel.sharding import compute_dtype
 from dist_lm.rlhf.algorithms.registry import ALGORITHMS
+from dist_lm.rlhf.config import CALLS
+from dist_lm.rlhf.constrained_rollouts import RolloutConstraints
 from dist_lm.rlhf.learner import IterationReport, Learner, Pretraining, RolloutSupply
 from dist_lm.rlhf.models import own_threads, sent_weights
 from dist_lm.rlhf.rewards import Judge, Tasks
@@ -39,6 +42,7 @@ from dist_lm.rlhf.state import RlhfState
 from dist_lm.stages.pool_start import PoolStarter, engine_spec, pool_starter
 from dist_lm.stages.registry import load_config
 from dist_lm.stages.rlhf.config import RlhfRunConfig
+from dist_lm.stages.rlhf.constraint import NO_TOOLS, constraint_of_index
 from dist_lm.stages.rlhf.evaluations import HeldOut, tasks_of_iterations
 from dist_lm.stages.rlhf.models import LoadedRun, load_run, saved_files, train_state
 from dist_lm.stages.rlhf.prompts import Prompts, check_columns, forms_of, read_all, request_reader, tasks_of
@@ -83,7 +87,7 @@ def run_rank(run: RunDirectory, stop: StopRequest, heartbeat: Heartbeat) -> None
             sandbox.
         NonFiniteGradientsError, RewardError, RequestError: see `Learner.run`.
         CheckpointWriteError: a checkpoint could not be written.
-        UserError: a task of stage.eval_tasks cannot be asked, or as `open_supply`.
+        UserError: a task of stage.eval_tasks cannot be asked, or as `rollout_constraints` and `open_supply`.
         ClusterError, PoolFailure: Ray refuses the first rank, or actors find no place or keep dying.
     """
     began = time.time()
@@ -108,7 +112,11 @@ def run_rank(run: RunDirectory, stop: StopRequest, heartbeat: Heartbeat) -> None
         run.require_files(config.noted_files)  # prompts must not change while the run goes on
         train_prompts, held_out_prompts = read_all(config, run, tokenizer, judges=world.is_first)
         pool = stack.enter_context(pool_starter(config, world.device)) if world.is_first else None
-        supply = open_supply(config, start, loaded, train_prompts, reporter, stack, pool)
+        constraints = constraint_of_held_out = None
+        if config.rlhf.constraint:
+            constraints = rollout_constraints(config, train_prompts, tokenizer)
+            constraint_of_held_out = constraint_of_index(config.rlhf, held_out_prompts, tokenizer)
+        supply = open_supply(config, start, loaded, train_prompts, constraints, reporter, stack, pool)
 
         tasks = None
         if config.stage.eval_tasks:
@@ -121,7 +129,8 @@ def run_rank(run: RunDirectory, stop: StopRequest, heartbeat: Heartbeat) -> None
         evaluating = partial(reporter.alive, Phase.EVALUATING)
         compared = supply
         if supply:
-            compared = replace(supply, judge=supply.judge.for_prompts(held_out_prompts.row_of))
+            judge = supply.judge.for_prompts(held_out_prompts.row_of)
+            compared = replace(supply, judge=judge, constraint_at=constraint_of_held_out)
         held_out = HeldOut(config, start, loaded.models, compared, held_out_prompts, evaluating)
         if state.iteration == 0:
             comparison = held_out.compare(state.reward_scale)
@@ -150,6 +159,7 @@ def run_rank(run: RunDirectory, stop: StopRequest, heartbeat: Heartbeat) -> None
                 algorithm=algorithm,
                 supply=supply,
                 pretraining=text,
+                constraints=constraints,
                 save_every=config.stage.checkpoint_every,
                 save=Saving(saver, loaded, reporter, world.is_first),
                 report=reporter,
@@ -176,11 +186,33 @@ def run_rank(run: RunDirectory, stop: StopRequest, heartbeat: Heartbeat) -> None
 # --- the source of rollouts ---
 
 
+def rollout_constraints(config: RlhfRunConfig, prompts: Prompts, tokenizer: Tokenizer) -> RolloutConstraints:
+    """Returns the constraints of completions, on every rank: engines draw under them, and ranks follow them again.
+
+    The constraint of the first prompt is compiled, so that one that cannot be followed is refused before it is used.
+
+    Raises:
+        ArtefactError: calls are constrained, and no prompt has tools.
+        UserError: a constraint cannot be followed (GrammarError, SchemaError), or as `constraint_of_index`.
+    """
+    if config.rlhf.constraint == CALLS and not any(prompts.tools):
+        raise ArtefactError(NO_TOOLS)
+
+    constraint_of = constraint_of_index(config.rlhf, prompts, tokenizer)
+    order = ShuffledPrompts(prompts, config.seed)
+    grammars, ends = Grammars(lambda: tokenizer), (tokenizer.eot_id, *stop_tokens(tokenizer))
+    grammars.matcher(constraint_of(0), ends).allowed()
+    return RolloutConstraints(
+        grammars, lambda position: constraint_of(order.index(position)), ends, tokenizer.vocab_size
+    )
+
+
 def open_supply(
     config: RlhfRunConfig,
     start: RankStart,
     loaded: LoadedRun,
     prompts: Prompts,
+    constraints: RolloutConstraints | None,
     reporter: "Reporter",
     stack: ExitStack,
     pool: PoolStarter | None,
@@ -226,7 +258,8 @@ def open_supply(
         origin = f"stage.corpus={config.stage.corpus}"
         check_columns(forms_of(settings), [(origin, row.columns) for row in prompts.rows])
     source = stack.enter_context(rollout_source(config, tokenizer, weights, start.world.device, generating, pool))
-    return RolloutSupply(source, order, judge, stop_tokens=stop_tokens(tokenizer))
+    constraint_at = constraints.constraint_at if constraints else None
+    return RolloutSupply(source, order, judge, stop_tokens(tokenizer), constraint_at)
 
 
 @contextmanager
@@ -258,6 +291,8 @@ def rollout_source(
 
     needs_texts = bool(config.stage.eval_tasks)
     spec = engine_spec(config, config.pool, tokenizer, compute_dtype(config.parallel, device), device, needs_texts)
+    if config.rlhf.constraint:
+        spec = replace(spec, tokenizer_file=tokenizer.file_content)
     if pool is not None:
         with pool.start(spec, weights, FIRST_WEIGHTS, keep_going, _sender(config, spec, device)) as actors:
             yield PoolRollouts(actors, sleeps=config.in_turns)
@@ -271,6 +306,7 @@ def rollout_source(
         options=spec.options,
         dtype=spec.dtype,
         device=device,
+        grammars=Grammars(lambda: tokenizer) if config.rlhf.constraint else None,
     )
     yield EngineRollouts(engine, sleeps=config.in_turns)
 
@@ -370,6 +406,7 @@ class Reporter:
     iteration: int  # finished iterations
     profiler: StepProfiler | None
     _eta: Eta = field(init=False)
+    _has_warned: bool = field(init=False, default=False)  # of a reward that a constraint earns
 
     def __post_init__(self) -> None:
         self._eta = Eta(self.config.stage.steps)
@@ -401,10 +438,26 @@ class Reporter:
             self.metrics.write(report.iteration, line)
         if self.metrics and has_table and self.config.rlhf.table_rollouts:
             self._write_table(report)
+        self._warn_of_free_reward(report)
         if self.profiler:
             self.alive(Phase.TRACING)
             self.profiler.reached(report.iteration)
         self.alive(Phase.DATA)
+
+    def _warn_of_free_reward(self, report: IterationReport) -> None:
+        """Logs, once and on the first rank, that a constraint may earn the reward by itself: scores are all the same
+        in each group, or in the iteration."""
+        if not self.config.rlhf.constraint or self._has_warned or not self.world.is_first:
+            return
+
+        has_equal_scores = len(report.score_B) > 1 and bool((report.score_B == report.score_B[0]).all())
+        if has_equal_scores or report.metrics.get("rlhf/groups_without_signal") == 1:
+            self._has_warned = True
+            log.warning(
+                "iteration %d: all rollouts of a prompt have the same score, so nothing is learned: what "
+                "rlhf.constraint=%s forces earns the reward by itself; score what it leaves open",
+                *(report.iteration, self.config.rlhf.constraint),
+            )
 
     def alive(self, phase: Phase, done: float = 0.0) -> None:
         """Write a heartbeat, with the share of the phase that is done; 0: unknown."""

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import overload
 
 from dist_lm.chat.documents import read_kept_row
-from dist_lm.chat.messages import ChatError, Conversation, Message
+from dist_lm.chat.messages import ChatError, Conversation, Message, Tool
 from dist_lm.chat.parse import parse
 from dist_lm.chat.template import prompt as rendered
 from dist_lm.config.root import imported_function
@@ -21,6 +21,7 @@ from dist_lm.data.prompt_rows import PROMPT, FileRow, find_rows, prompt_of, read
 from dist_lm.data.shard_writer import read_kept_rows
 from dist_lm.data.token_corpus import TokenCorpus
 from dist_lm.errors import ArtefactError, ConfigError, UserError
+from dist_lm.rlhf.config import CALLS
 from dist_lm.rlhf.reward_forms import Form, Judged, form_of
 from dist_lm.rlhf.rules import PromptRow
 from dist_lm.sandbox.program import Test
@@ -43,15 +44,19 @@ class Prompts(Sequence[Sequence[int]]):
 
     tokens: list[Sequence[int]] = field(default_factory=list)
     rows: list[PromptRow] = field(default_factory=list)  # the row of each; empty if no reward function reads rows
+    # the tools that each one offers; empty unless rlhf.constraint=calls
+    tools: list[Sequence[Tool]] = field(default_factory=list)
 
     def row_of(self, index: int) -> PromptRow:
         """Returns what the data say about a prompt; nothing if no reward function reads it."""
         return self.rows[index] if self.rows else PromptRow()
 
     def chosen(self, indices: Iterable[int]) -> "Prompts":
-        """Returns the prompts at these positions, with their rows."""
+        """Returns the prompts at these positions, with their rows and tools."""
         positions = list(indices)
-        return Prompts([self.tokens[i] for i in positions], [self.rows[i] for i in positions] if self.rows else [])
+        rows = [self.rows[i] for i in positions] if self.rows else []
+        tools = [self.tools[i] for i in positions] if self.tools else []
+        return Prompts([self.tokens[i] for i in positions], rows, tools)
 
     def __len__(self) -> int:
         return len(self.tokens)
@@ -67,8 +72,8 @@ class Prompts(Sequence[Sequence[int]]):
 def read_all(
     config: RlhfRunConfig, run: RunDirectory, tokenizer: Tokenizer, judges: bool = True
 ) -> tuple[Prompts, Prompts]:
-    """Returns (prompts, held-out prompts) as token ids, with their rows if a reward function may read them. Prompts
-    too long for an answer are left out with a warning.
+    """Returns (prompts, held-out prompts) as token ids, with their rows if a reward function may read them, and their
+    tools if calls are constrained. Prompts too long for an answer are left out with a warning.
 
     Of the held-out ones the first `held_out_prompts` that fit are returned.
 
@@ -81,14 +86,16 @@ def read_all(
     """
     settings = config.rlhf
     with_rows = judges and any(part.kind == "function" for part in settings.rewards.values())
+    with_tools = settings.constraint == CALLS
     if settings.prompts_from:
-        prompts = _of_files(settings.prompts_from, PROMPTS_FROM, tokenizer, with_rows)
+        prompts = _of_files(settings.prompts_from, PROMPTS_FROM, tokenizer, with_rows, with_tools)
         train, held_out = _split(prompts, all_for_training=bool(settings.held_out_from))
     else:
         corpus = config.corpus_in(run.work, config.stage.corpus)
-        train, held_out = (_of_corpus(corpus, split, tokenizer, with_rows) for split in ("train", "val"))
+        splits = ("train", "val")
+        train, held_out = (_of_corpus(corpus, split, tokenizer, with_rows, with_tools) for split in splits)
     if settings.held_out_from:
-        held_out = _of_files(settings.held_out_from, HELD_OUT_FROM, tokenizer, with_rows)
+        held_out = _of_files(settings.held_out_from, HELD_OUT_FROM, tokenizer, with_rows, with_tools)
 
     # A prompt must leave room for the longest completion.
     room = config.model.max_seq_len - settings.max_new_tokens
@@ -231,6 +238,16 @@ def request_reader(tokenizer: Tokenizer) -> Callable[[Sequence[int]], str]:
     return request_of
 
 
+def tools_of_files(settings: RlhfRunGroup) -> Iterator[Sequence[Tool]]:
+    """Yields the tools of each prompt of rlhf.prompts_from.
+
+    Raises:
+        ConfigError, ArtefactError: as `check_prompts`.
+    """
+    for _, conversation in _prompts_of(settings.prompts_from, PROMPTS_FROM):
+        yield conversation.tools
+
+
 def _files(settings: RlhfRunGroup) -> list[tuple[str, str]]:
     """Returns the keys of files of prompts that are set, with their file or glob."""
     keys = ((PROMPTS_FROM, settings.prompts_from), (HELD_OUT_FROM, settings.held_out_from))
@@ -248,16 +265,17 @@ def _task(row: FileRow, key: str, readable: bool) -> Task:
         raise ArtefactError(f"{key}: {row.place}: {error} (a reward of kind tests needs them)") from None
 
 
-def _of_corpus(directory: Path, split: str, tokenizer: Tokenizer, with_rows: bool) -> Prompts:
+def _of_corpus(directory: Path, split: str, tokenizer: Tokenizer, with_rows: bool, with_tools: bool) -> Prompts:
     """Returns the tokens of each document before the first learned one: before the assistant's turn or the completions.
 
     Each prompt occurs once, though several rankings may have the same one. Empty prompts are left out.
 
     Args:
         with_rows: also return the rows.
+        with_tools: also return the tools.
 
     Raises:
-        ArtefactError: the corpus is missing, or holds texts.
+        ArtefactError: the corpus is missing, or holds texts; or it does not tell the tools.
     """
     corpus = TokenCorpus.open(directory, split)
     if not corpus.has_mask:
@@ -267,19 +285,51 @@ def _of_corpus(directory: Path, split: str, tokenizer: Tokenizer, with_rows: boo
         )
 
     # A dict keeps the order of the corpus and each prompt once.
-    prompts: dict[tuple[int, ...], PromptRow] = {}
-    kept_rows = read_kept_rows(directory, split) if with_rows else repeat("")
-    for document, kept_row in zip(range(corpus.n_documents), kept_rows, strict=with_rows):
+    prompts: dict[tuple[int, ...], tuple[PromptRow, Sequence[Tool]]] = {}
+    reads_rows = with_rows or with_tools
+    kept_rows = read_kept_rows(directory, split) if reads_rows else repeat("")
+    for document, kept_row in zip(range(corpus.n_documents), kept_rows, strict=reads_rows):
         length = int(corpus.lengths[document])
         first_learned = int(corpus.mask(document, 0, length).argmax())
         stored_ids = corpus.tokens(document, 0, first_learned).copy()
         token_ids = tuple(tokenizer.first_token.put(stored_ids).tolist())
         if token_ids and token_ids not in prompts:
-            row = PromptRow()
+            row, tools = PromptRow(), ()
             if with_rows:
                 row = _row_of(kept_row, stored_ids.tolist(), tokenizer)
-            prompts[token_ids] = row
-    return Prompts([list(prompt) for prompt in prompts], list(prompts.values()) if with_rows else [])
+            if with_tools:
+                tools = _tools_of(kept_row, stored_ids.tolist(), tokenizer, directory)
+            prompts[token_ids] = row, tools
+
+    rows = [row for row, _ in prompts.values()] if with_rows else []
+    tools_of_prompts = [tools for _, tools in prompts.values()] if with_tools else []
+    return Prompts([list(prompt) for prompt in prompts], rows, tools_of_prompts)
+
+
+def _tools_of(kept_row: str, token_ids: Sequence[int], tokenizer: Tokenizer, directory: Path) -> Sequence[Tool]:
+    """Returns the tools that a prompt of a corpus offers: of its row, else as they are read from its tokens.
+
+    Args:
+        kept_row: empty: a corpus of an older release, or of generated conversations.
+        directory: of the corpus.
+
+    Raises:
+        ArtefactError: the corpus has no row, and the layout of an imported model cannot be read back.
+    """
+    if kept_row:
+        return read_kept_row(kept_row)[0].tools
+    if tokenizer.kept_template:
+        raise ArtefactError(
+            f"corpus {directory}: keeps no rows, which would tell the tools of its prompts (rlhf.constraint={CALLS}): "
+            "build it again, or give rlhf.prompts_from=FILE"
+        )
+    return _parsed(token_ids, tokenizer).tools
+
+
+def _parsed(token_ids: Sequence[int], tokenizer: Tokenizer) -> Conversation:
+    """Returns the conversation of a prompt in our own layout, read back from its tokens."""
+    opening = len(tokenizer.mark(START)) + len(tokenizer.encode("assistant\n"))
+    return parse(token_ids[:-opening], tokenizer)
 
 
 def _row_of(kept_row: str, token_ids: Sequence[int], tokenizer: Tokenizer) -> PromptRow:
@@ -296,16 +346,17 @@ def _row_of(kept_row: str, token_ids: Sequence[int], tokenizer: Tokenizer) -> Pr
         return PromptRow(messages_of(conversation.messages), columns)
     if tokenizer.kept_template:
         return PromptRow([{"role": "user", "content": request_reader(tokenizer)(token_ids)}])
-    opening = len(tokenizer.mark(START)) + len(tokenizer.encode("assistant\n"))
-    return PromptRow(messages_of(parse(token_ids[:-opening], tokenizer).messages))
+    return PromptRow(messages_of(_parsed(token_ids, tokenizer).messages))
 
 
-def _of_files(pattern: str, key: str, tokenizer: Tokenizer, with_rows: bool) -> Prompts:
+def _of_files(pattern: str, key: str, tokenizer: Tokenizer, with_rows: bool, with_tools: bool) -> Prompts:
     from dist_lm.chat.jinja_text import messages_of  # imports jinja2, which the launcher does without
 
     prompts = Prompts()
     for row, conversation in _prompts_of(pattern, key):
         prompts.tokens.append(_rendered(conversation, row, key, tokenizer))
+        if with_tools:
+            prompts.tools.append(conversation.tools)
         if with_rows:
             messages, columns = messages_of(conversation.messages), row.columns
             # Turns that a table holds as JSON text are turns for functions too.

@@ -141,14 +141,17 @@ def check_inputs(config: RlhfRunConfig) -> None:
     """Refuses prompts, functions or a reward model that are missing or invalid; the model of `auto` is not looked at.
 
     Raises:
-        ConfigError: a key names nothing, or a function cannot be imported.
+        ConfigError: a key names nothing, a function cannot be imported, or a constraint not be followed.
         ArtefactError: a prompt is invalid, or the model gives no scores, has another vocabulary, or its run is not
             finished.
     """
+    from dist_lm.stages.rlhf.constraint import check_constraint
     from dist_lm.stages.rlhf.prompts import check_prompts
 
     settings = config.rlhf
     check_prompts(settings)
+    if settings.constraint:
+        check_constraint(settings)
     if not settings.asks_reward_model or settings.reward_model == AUTO:
         return
 

@@ -1,0 +1,100 @@
+"""What completions of stage `rlhf` must be (`rlhf.constraint`): the file is read and tried, tools become grammars. No
+torch: the launcher reads this file."""
+
+import json
+from collections.abc import Callable, Sequence
+from dataclasses import asdict
+from functools import lru_cache
+from pathlib import Path
+
+from dist_lm.chat.messages import Tool
+from dist_lm.chat.parse import writes_hermes_calls
+from dist_lm.errors import ArtefactError, ConfigError, UserError
+from dist_lm.generation.call_grammar import call_constraint
+from dist_lm.generation.constraint import Constraint
+from dist_lm.generation.grammar import try_constraint
+from dist_lm.rlhf.config import CALLS
+from dist_lm.stages.rlhf.config import RlhfRunGroup
+from dist_lm.stages.rlhf.prompts import Prompts, tools_of_files
+from dist_lm.tokenizer.tokenizer import Tokenizer
+
+BYTES = 257  # tokens of the vocabulary with which a constraint is tried: bytes, and one that ends a text
+NO_TOOLS = f"rlhf.constraint={CALLS}: no prompt has tools, so there are no calls to constrain: give prompts with tools"
+
+
+def check_constraint(settings: RlhfRunGroup) -> None:
+    """Refuses a constraint that cannot be followed, before the run starts; returns nothing.
+
+    A Lark grammar is only compiled by the ranks, because it may name tokens.
+
+    Raises:
+        ConfigError: the file of rlhf.constraint is missing, or holds no constraint, or one that cannot be followed.
+        ArtefactError: calls are constrained, and no row of rlhf.prompts_from has tools.
+        UserError: the package llguidance is not installed.
+    """
+    path = settings.constraint_file
+    if path is None:
+        if settings.prompts_from and not any(tools_of_files(settings)):
+            raise ArtefactError(NO_TOOLS)
+        return
+
+    constraint = read_constraint(path, settings.constraint)
+    if constraint.kind != "lark":
+        try:
+            try_constraint(constraint.kind, constraint.text, BYTES)
+        except UserError as error:
+            raise ConfigError(f"rlhf.constraint={settings.constraint}: {error}") from error
+
+
+def read_constraint(path: Path, shown_path: str) -> Constraint:
+    """Returns the constraint in a file of JSON.
+
+    Args:
+        shown_path: the path as the configuration has it, for messages.
+
+    Raises:
+        ConfigError: the file cannot be read, or holds no constraint.
+    """
+    try:
+        described = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError) as error:
+        raise ConfigError(f"rlhf.constraint={shown_path}: expected JSON of a constraint ({error})") from error
+
+    try:
+        return Constraint.from_json(described)
+    except ConfigError as error:
+        raise ConfigError(f"rlhf.constraint={shown_path}: {error}") from error
+
+
+def constraint_of_index(settings: RlhfRunGroup, prompts: Prompts, tokenizer: Tokenizer) -> Callable[[int], Constraint]:
+    """Returns a function that gives the constraint of the prompt at an index of `prompts`.
+
+    A turn without tools may have no calls. Keywords of their schemas that no grammar holds to are left out, as in the
+    other commands that constrain calls.
+
+    Raises:
+        ConfigError: the file of rlhf.constraint holds no constraint.
+        UserError: the chat template of an imported model writes calls in another form than ours.
+    """
+    path = settings.constraint_file
+    if path is not None:
+        constraint = read_constraint(path, settings.constraint)
+        return lambda index: constraint
+
+    if tokenizer.kept_template and not writes_hermes_calls(tokenizer):
+        raise UserError(
+            f"rlhf.constraint={CALLS}: the chat template of the model shows no calls in the form "
+            "<tool_call>JSON</tool_call>, which rewards could read: leave it out"
+        )
+
+    # Many prompts offer the same tools, whose schemas take milliseconds to check.
+    @lru_cache(maxsize=256)
+    def constraint_of_tools(tools_json: str) -> Constraint:
+        tools = [Tool(**tool) for tool in json.loads(tools_json)]
+        return call_constraint(tools, tokenizer, strict=False)
+
+    return lambda index: constraint_of_tools(_as_json(prompts.tools[index]))
+
+
+def _as_json(tools: Sequence[Tool]) -> str:
+    return json.dumps([asdict(tool) for tool in tools])
