@@ -182,9 +182,12 @@ def require_same_past(
     Raises:
         ConfigError: names the first phase that would change, how, and the way out.
     """
-    begin, change = 0, ""
     if phases and not recorded and step:
-        change = f"its first {step:,} steps had no phases"
+        raise ConfigError(
+            f"{run} has taken {step:,} steps without stage.phases: leave them out, or choose another run_id"
+        )
+
+    begin, change = 0, ""
     for i, before in enumerate(recorded):
         if begin >= step or change:
             break

@@ -107,7 +107,10 @@ def _config(run: RunDirectory | None) -> Mapping[str, Any]:
     if not isinstance(stage.get("mix") or {}, dict):
         wrong.append("stage.mix")
     phases = stage.get("phases") or []
-    if not (isinstance(phases, list) and all(isinstance(phase, dict) and "mix" in phase for phase in phases)):
+    has_form = isinstance(phases, list) and all(
+        isinstance(phase, dict) and isinstance(phase.get("mix"), dict) for phase in phases
+    )
+    if not has_form:
         wrong.append("stage.phases")
     if wrong:
         raise ArtefactError(f"{run.config}: not the configuration of a run ({wrong[0]}): {WAY_OUT}")
