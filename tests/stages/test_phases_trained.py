@@ -2,6 +2,7 @@
 
 import pytest
 
+from dist_lm.stages.exporting.files import export
 from dist_lm.stages.registry import load_config
 from dist_lm.training import checkpoint_files
 from tests.training_run import copy_until, numbers, prepare, train
@@ -11,9 +12,9 @@ SHORT = (PHASES, "stage.steps=10", "stage.init_from=none", "stage.eval_every=5",
 
 
 @pytest.mark.heavy  # trains two runs
-def test_a_run_goes_on_through_its_phases_at_another_layout(work):
+def test_a_run_goes_on_through_its_phases_at_another_layout(work, tmp_path):
     """Finds phases that a resumed run or another number of ranks reads in another order, a rate without its factor,
-    checkpoints without the mix of their steps, and a corpus of a phase without a held-out loss."""
+    checkpoints without the mix of their steps, and a corpus without a held-out loss or a row in the model card."""
     whole = prepare(work, "whole", *SHORT, stage="code")
     result = train(whole, ranks=1)
     global_batch = load_config(whole.config).stage.global_batch
@@ -29,6 +30,10 @@ def test_a_run_goes_on_through_its_phases_at_another_layout(work):
     n_language = (first // 4 + second // 2) / result["epochs"]["language"]
     assert numbers(whole)[6]["train/epochs_language"] == pytest.approx(first / 4 / n_language)
     assert numbers(whole)[7]["train/lr"] < 0.6 * numbers(whole)[6]["train/lr"]
+
+    export(whole.path, tmp_path / "exported", "fp32")
+    card = (tmp_path / "exported" / "README.md").read_text()
+    assert all(f"\n| {name} | " in card for name in ("code", "language"))
 
     killed = work.run("code", "killed")
     copy_until(whole, killed, step=5)
