@@ -13,6 +13,7 @@ from dist_lm.stages.registry import load_config
 from dist_lm.stages.stage import PHASE_COLUMNS, Action, Look, run_of
 from dist_lm.stages.training.stage import training_stage
 from dist_lm.storage.run_directory import RunDirectory, WorkDirectory
+from dist_lm.tracking.readable import passes_in_words
 from dist_lm.training import checkpoint_files
 from dist_lm.training.state import TrainState
 from tests.conftest import composed, tiny
@@ -66,7 +67,7 @@ def test_the_plan_says_what_each_phase_reads(work):
         ("", "language"),
     ]
     assert [row[2:] for row in rows] == [
-        (f"{n}", f"{n * config.stage.seq_len:,}", f"{n / epoch:.2f}", f"{so_far / epoch:.2f}")
+        (f"{n}", f"{n * config.stage.seq_len:,}", passes_in_words(n / epoch), passes_in_words(so_far / epoch))
         for n, epoch, so_far in numbers
     ]
     # What this command builds cannot be counted yet.

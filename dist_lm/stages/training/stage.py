@@ -284,8 +284,10 @@ class TrainingStage(Stage):
                 sequences_before[corpus.corpus] += sequences
                 if not sequences:
                     continue
-                epochs = f"{sequences / corpus.n_sequences:.2f}"
-                epochs_so_far = f"{sequences_before[corpus.corpus] / corpus.n_sequences:.2f}"
+                epochs, epochs_so_far = (
+                    passes_in_words(count / corpus.n_sequences)
+                    for count in (sequences, sequences_before[corpus.corpus])
+                )
                 tokens = f"{sequences * stage.seq_len:,}"
                 rows.append((name, corpus.corpus, f"{sequences:,}", tokens, epochs, epochs_so_far))
                 name = ""  # once for each phase
