@@ -38,7 +38,7 @@ from dist_lm.prepare.plan import (
     with_command_file,
 )
 from dist_lm.stages.registry import stage_named
-from dist_lm.stages.stage import RunsIn
+from dist_lm.stages.stage import PHASE_COLUMNS, RunsIn
 from dist_lm.storage.process import cores
 from dist_lm.tracking.console import Console
 from dist_lm.tracking.readable import readable_count, say
@@ -204,6 +204,9 @@ def show_plan(plan: Plan, console: Console) -> None:
         ("stage", "plan", ""),
         [(stage.name, stage.action.value, stage.detail) for stage in plan.stages],
     )
+    for stage in plan.stages:
+        if stage.phases:
+            console.table(f"phases of stage={stage.name}", PHASE_COLUMNS, stage.phases)
 
 
 def warn_of_repetition(plan: Plan, console: Console) -> None:

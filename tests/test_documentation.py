@@ -405,6 +405,7 @@ WORDS_OF_A_PAGE["metrics.md"] = 2_540  # generated: it grows with the metrics
 WORDS_OF_A_PAGE |= {"lm_eval.md": 350, "evaluation.md": 870, "eval_tasks.md": 500, "hidden_tests.md": 450}
 WORDS_OF_A_PAGE["finetune.md"] = 980  # from a model and conversations to a model that answers
 WORDS_OF_A_PAGE["data_files.md"] = 550  # formats, compression and splits of sources
+WORDS_OF_A_PAGE["mixtures.md"] = 750  # phases: what they read, what may change
 
 
 def test_docs_are_short():

@@ -198,8 +198,8 @@ class Config:
         return f"stage.corpus={name}: expected one of the corpora of corpus={self.corpus.name}: {listed}"
 
     def _check_mix(self, stage: StageConfig) -> None:
-        """Refuses corpora in `stage.mix` that are not configured or are that of the stage itself, and any without
-        `stage.corpus`.
+        """Refuses corpora in `stage.mix` that are not configured or are that of the stage itself, any without
+        `stage.corpus`, and corpora in `stage.phases` that are not configured.
 
         Raises:
             ConfigError: names the corpus and those that could be.
@@ -214,6 +214,10 @@ class Config:
                     refusal += f" (stage.mix.{name}=0 leaves it out)"
                 raise ConfigError(refusal)
             require(name in mixable, "stage.mix", name, accepted)
+
+        accepted = f"corpora of corpus={self.corpus.name}: {', '.join(self.corpus.corpora) or 'none'}"
+        for name in stage.phased_corpora:
+            require(name in self.corpus.corpora, "stage.phases", name, accepted)
 
     def _check_eval_tasks(self) -> None:
         """Refuses tasks for a model that writes no text, tasks without their file, and keys of `eval.pool` out of

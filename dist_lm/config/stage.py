@@ -9,13 +9,14 @@ OptimizerConfig and SamplingConfig hold keys that the group `rlhf` has, too.
 """
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
 from omegaconf import MISSING
 
 from dist_lm.config.evaluation import LOOP_TASKS
+from dist_lm.config.phases import PhaseConfig, check_phases
 from dist_lm.errors import require
 
 COSINE, WSD, LINEAR = "cosine", "wsd", "linear"
@@ -229,6 +230,7 @@ class TrainingGroup(StageGroup):
     log_every: int = 1  # steps
 
     epochs: ClassVar[float] = 0.0
+    phases: ClassVar[Sequence[PhaseConfig]] = ()
     ema_decay: ClassVar[float] = 0.0
 
     def __post_init__(self) -> None:
@@ -315,6 +317,11 @@ class StageConfig(TrainerGroup):
     """The group `stage` of a stage that predicts the next token of texts and conversations."""
 
     mix: dict[str, float] | None = field(default_factory=dict)  # share of the sequences from other corpora, by name
+    # in place of mix: parts of the run with a mix of all corpora each (docs/mixtures.md)
+    phases: list[PhaseConfig] = field(  # pyright: ignore[reportIncompatibleVariableOverride]
+        default_factory=list
+    )
+    max_epochs: dict[str, float] = field(default_factory=dict)  # most passes over a corpus in all phases, by name
     label_smoothing: float = 0.0
     z_loss: float = 0.0  # weight of the squared log-normaliser of the logits; 0: off
     document_mask: bool = True  # attention stays inside a document
@@ -333,8 +340,32 @@ class StageConfig(TrainerGroup):
         # a file of one's own can take out what the file that it varies mixes in
         self.mix = {name: share for name, share in (self.mix or {}).items() if share}
         check_shares("stage.mix", self.mix, own="stage.corpus")
+        if self.phases:
+            self._check_phases()
+        for name, most in self.max_epochs.items():
+            require(0 < most < math.inf, f"stage.max_epochs.{name}", most, "a positive number of passes")
+            accepted = f"corpora of stage.phases: {', '.join(self.phased_corpora) or 'there are no phases'}"
+            require(name in self.phased_corpora, "stage.max_epochs", name, accepted)
+
+    def _check_phases(self) -> None:
+        """Refuses phases that no run can have, and keys beside them that say the same in another way.
+
+        Raises:
+            ConfigError: names the key and what would be accepted.
+        """
+        require(not self.mix, "stage.mix", self.mix, "null with stage.phases, whose mixes name every corpus")
+        require(not self.epochs, "stage.epochs", self.epochs, "stage.steps with stage.phases")
+        check_phases(self.phases, self.steps)
+        accepted = f"stage.corpus={self.corpus} in at least one phase"
+        require(self.corpus in self.phased_corpora, "stage.phases", f"mixes of {self.phased_corpora}", accepted)
+
+    @property
+    def phased_corpora(self) -> list[str]:
+        """Names of the corpora in `phases`, sorted."""
+        return sorted({name for phase in self.phases for name in phase.mix})
 
     @property
     def corpus_names(self) -> tuple[str, ...]:
-        """Names of the corpora that the stage trains on: `corpus`, then those in `mix`."""
-        return tuple(name for name in (self.corpus, *sorted(self.mix or {})) if name)
+        """Names of the corpora that the stage trains on: `corpus`, then those in `mix` or in `phases`."""
+        others = {*(self.mix or {}), *self.phased_corpora} - {self.corpus}
+        return tuple(name for name in (self.corpus, *sorted(others)) if name)

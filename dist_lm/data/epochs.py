@@ -1,7 +1,8 @@
 """Passes over corpora: how often a run reads each one, and how many steps a number of passes takes.
 
 An epoch of a corpus is all its sequences, once. A step takes `stage.global_batch` sequences; with a mix, each corpus
-gives its share of them. Nothing here needs torch, because the plan of a command counts epochs too.
+gives its share of them, and with phases what the phases give it. Nothing here needs torch, because the plan of a
+command counts epochs too.
 """
 
 import math
@@ -9,7 +10,8 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 from dist_lm.data.order import sequences_an_epoch
-from dist_lm.data.packing import Packing
+from dist_lm.data.packing import DROP, Packing
+from dist_lm.data.phases import MixPhase, PhasedMix, mix_of
 from dist_lm.data.token_corpus import TokenCorpus
 from dist_lm.tracking.readable import counted, listed, passes_in_words
 
@@ -35,15 +37,43 @@ class CorpusPass:
         return max(1, math.ceil(round(epochs * self.n_sequences / (self.share * global_batch), 6)))
 
 
-def text_sequences(corpus: TokenCorpus, seq_len: int, fim_rate: float = 0.0) -> int:
+@dataclass(frozen=True, slots=True)
+class PhasedPass(CorpusPass):
+    """One corpus of a training stream with phases; `share` is that of all phases together."""
+
+    mix: PhasedMix | None = None
+    place: int = 0  # of the corpus in `mix`
+
+    def epochs(self, sequences: int) -> float:
+        """Returns the passes over the corpus in the first `sequences` sequences of the stream."""
+        assert self.mix is not None
+        return self.mix.count(self.place, sequences) / self.n_sequences
+
+
+def phased_passes(phases: Sequence[MixPhase], n_sequences: Mapping[str, int]) -> tuple[PhasedPass, ...]:
+    """Returns the corpora of a training stream with phases, that of the stage first.
+
+    Args:
+        n_sequences: sequences in an epoch of each corpus, in the order of `MixPhase.sequences`.
+    """
+    mix = mix_of(phases)
+    total = sum(sum(phase.sequences.values()) for phase in phases)
+    return tuple(
+        PhasedPass(name, n_epoch, mix.count(place, total) / total, mix, place)
+        for place, (name, n_epoch) in enumerate(n_sequences.items())
+    )
+
+
+def text_sequences(corpus: TokenCorpus, seq_len: int, fim_rate: float = 0.0, too_long: str = DROP) -> int:
     """Returns the sequences of an epoch of texts or conversations, as `CorpusSequences` has them; perhaps 0.
 
     Args:
         seq_len: in tokens.
         fim_rate: share of the slices of texts that are rearranged for fill-in-the-middle.
+        too_long: what becomes of conversations that are longer than a sequence (`packing.TOO_LONG`).
     """
     if corpus.has_mask:
-        return Packing(corpus.lengths, seq_len).n_rows
+        return Packing(corpus.lengths, seq_len, too_long).n_rows
     if fim_rate:
         from dist_lm.data.infill import ADDED, most_slices  # imports torch
 
@@ -93,8 +123,8 @@ def repetition_warning(stage: str, passes: Sequence[CorpusPass], steps: int, glo
 
     counts = [f"{name} {passes_in_words(epochs)} times" for name, epochs in repeated.items()]
     words = f"stage={stage}: {steps:,} steps read {listed(counts, NAMED)}: a model learns such text by heart"
-    # The key counts passes over the stage's own corpus, which comes first.
+    # The key counts passes over the stage's own corpus, which comes first; phases count steps.
     own_passes = passes[0]
-    if own_passes.corpus in repeated:
+    if own_passes.corpus in repeated and not isinstance(own_passes, PhasedPass):
         words += f"; stage.epochs=3 takes {counted(own_passes.steps(3, global_batch), 'step')}"
     return words

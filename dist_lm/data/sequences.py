@@ -5,6 +5,7 @@ micro-batches changes nothing.
 """
 
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Generic, Protocol, TypeVar
 
 import numpy as np
@@ -13,6 +14,7 @@ from dist_lm.data.batch import SequenceContent
 from dist_lm.data.infill import ADDED, Infill, InfillEpoch, most_slices
 from dist_lm.data.order import DocumentSlice, EpochOrder, Shuffle, key, permutation, sequences_an_epoch
 from dist_lm.data.packing import DROP, SPLIT, TRUNCATE, PackedEpoch, Packing
+from dist_lm.data.phases import PhasedMix
 from dist_lm.data.token_corpus import TokenCorpus
 from dist_lm.errors import ArtefactError
 
@@ -203,6 +205,14 @@ class Mix:
         self._block = block
 
 
+@dataclass(frozen=True)
+class PhasedCorpora:
+    """The corpora beside the stage's own one in a run with phases, and how its phases mix all of them."""
+
+    corpora: Sequence[TokenCorpus]
+    mix: Callable[[Sequence[int]], PhasedMix]  # from the sequences of an epoch of each corpus, the stage's own first
+
+
 class MixedSequences:
     """The sequences of a stream of texts and conversations, numbered over all epochs: those of the stage's own corpus,
     with shares of others."""
@@ -213,7 +223,7 @@ class MixedSequences:
         *,
         seed: int,
         seq_len: int,
-        mix: Mapping[TokenCorpus, float] | None = None,
+        mix: Mapping[TokenCorpus, float] | PhasedCorpora | None = None,
         seq_len_key: str = SEQ_LEN,
         infill: Infill | None = None,
         too_long: str = DROP,
@@ -221,19 +231,25 @@ class MixedSequences:
         """Opens the sequences. Arguments that are not listed are those of `CorpusSequences`.
 
         Args:
-            mix: further corpora with their shares of all sequences (`Mix`).
+            mix: further corpora with their shares of all sequences (`Mix`), or with phases (`PhasedMix`).
             infill: rearranges slices of documents of `corpus`; the corpora of `mix` stay as they are.
 
         Raises:
             ArtefactError: a corpus fills no sequence.
+            ConfigError: a corpus cannot fill a phase.
         """
-        # The stage's own corpus is number 0, as in `Mix`.
-        shares = mix or {}
+        # The stage's own corpus is number 0, as in both kinds of mixes.
+        others = mix.corpora if isinstance(mix, PhasedCorpora) else list(mix or {})
         self.of_corpora = [CorpusSequences(corpus, seed, seq_len, seq_len_key, infill, too_long)]
         self.of_corpora += [
-            CorpusSequences(mixed_corpus, seed, seq_len, seq_len_key, too_long=too_long) for mixed_corpus in shares
+            CorpusSequences(mixed_corpus, seed, seq_len, seq_len_key, too_long=too_long) for mixed_corpus in others
         ]
-        self._mix = Mix(list(shares.values()), seed)
+
+        self._mix: Mix | PhasedMix
+        if isinstance(mix, PhasedCorpora):
+            self._mix = mix.mix([sequences.n_sequences for sequences in self.of_corpora])
+        else:
+            self._mix = Mix(list((mix or {}).values()), seed)
 
     @property
     def corpora(self) -> list[TokenCorpus]:

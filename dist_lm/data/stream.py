@@ -17,7 +17,7 @@ import torch
 from dist_lm.data.batch import Batch, assemble
 from dist_lm.data.infill import Infill
 from dist_lm.data.packing import DROP
-from dist_lm.data.sequences import SEQ_LEN, MixedSequences
+from dist_lm.data.sequences import SEQ_LEN, MixedSequences, PhasedCorpora
 from dist_lm.data.token_corpus import TokenCorpus
 from dist_lm.errors import ConfigError
 from dist_lm.tokenizer.tokenizer import FirstToken
@@ -132,7 +132,7 @@ class SequenceStream(StepStream):
         reset_positions: bool = True,
         pad_id: int = 0,
         first_token: FirstToken | None = None,
-        mix: Mapping[TokenCorpus, float] | None = None,
+        mix: Mapping[TokenCorpus, float] | PhasedCorpora | None = None,
         pin_memory: bool = False,
         seq_len_key: str = SEQ_LEN,
         infill: Infill | None = None,
@@ -146,7 +146,7 @@ class SequenceStream(StepStream):
             first_token: of the tokenizer; None: documents begin with end-of-text.
 
         Raises:
-            ConfigError: the batch does not divide over the ranks.
+            ConfigError: the batch does not divide over the ranks, or a corpus cannot fill a phase.
             ArtefactError: a corpus fills no sequence.
         """
         self._sequences = MixedSequences(

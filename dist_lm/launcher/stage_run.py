@@ -25,7 +25,7 @@ from dist_lm.parallel.layout import Layout
 from dist_lm.prepare.layout import check_hardware, on_nodes, sizes, with_layout
 from dist_lm.prepare.plan import PlannedStage
 from dist_lm.prepare.run import begin_attempt, launch_lock, rank_lock
-from dist_lm.stages.stage import Action, run_of
+from dist_lm.stages.stage import PHASE_COLUMNS, Action, run_of
 from dist_lm.stages.training.stage import training_stage
 from dist_lm.storage.run_directory import RunDirectory
 from dist_lm.tracking.console import Console
@@ -299,8 +299,8 @@ def run_training_stage(
         job: batch job of this process.
 
     Raises:
-        ConfigError: layout, batch, device or hardware group do not fit the cluster, another command has begun the run
-            with other settings, or tracking.mode=online without a login.
+        ConfigError: layout, batch, device or hardware group do not fit the cluster, a corpus cannot fill a phase,
+            another command has begun the run with other settings, or tracking.mode=online without a login.
         ClusterError: too few nodes are available or fit.
         GangFailure: more than cluster.max_restarts failures in a row without a new checkpoint, or one that no restart
             mends.
@@ -315,6 +315,9 @@ def run_training_stage(
     stage = replace(stage, config=training.with_steps(stage.config))
     if warning := training.repetition(stage.config):
         console.warning(warning)
+    # The plan of a command that also builds the corpora could not count their sequences.
+    if not stage.phases and (phases := training.phase_rows(stage.config)):
+        console.table(f"phases of stage={stage.name}", PHASE_COLUMNS, phases)
     config, ranks = fitted(stage, cluster)
     run = run_of(config)
     possible_nodes = sizes(config, ranks, stage.continued)

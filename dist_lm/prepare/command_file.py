@@ -74,6 +74,8 @@ def _word(value: Any, where: str) -> str:
         return "{}"
     if isinstance(value, list):
         return f"[{','.join(_word(entry, where) for entry in value)}]"
+    if isinstance(value, dict):  # in a list, such as a phase
+        return f"{{{','.join(f'{name}:{_word(entry, where)}' for name, entry in value.items())}}}"
     text = str(value)
     if not text.isprintable() or "'" in text:
         raise ConfigError(f"{where}: expected a text without line breaks and quotation marks, found {text!r}")

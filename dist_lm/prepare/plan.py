@@ -35,6 +35,7 @@ class PlannedStage:
     config: Config
     action: Action
     detail: str
+    phases: tuple[tuple[str, ...], ...] = ()  # as in `Look`
     continued: ContinuedRun | None = None  # if it is a training run with a checkpoint
     is_target: bool = True  # whether the command names it
 
@@ -195,7 +196,7 @@ def make_plan(target: str, compose: Callable[[str], Config]) -> Plan:
             rebuilt.add(name)
         if stage.runs_in is RunsIn.LAUNCHER:
             folders |= look.config.corpus.folders
-        planned.append(PlannedStage(stage, look.config, look.action, look.detail, is_target=is_target))
+        planned.append(PlannedStage(stage, look.config, look.action, look.detail, look.phases, is_target=is_target))
 
     missing = [earlier.name for earlier in planned[:-1] if earlier.action is not Action.READY]
     if missing and configs[target].prerequisites == "fail":

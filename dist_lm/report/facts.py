@@ -8,6 +8,7 @@ from typing import Any, Literal
 import numpy as np
 
 from dist_lm.config.model import ModelConfig
+from dist_lm.config.phases import phased_corpora
 from dist_lm.data.manifest import Manifest
 from dist_lm.parallel.layout import Layout
 
@@ -105,12 +106,12 @@ class RunFacts:
 
     @property
     def corpora(self) -> frozenset[str]:
-        """Returns the names of the corpora that the run reads: its own (not with `rlhf.prompts_from`), its mix, its
-        pretraining text (with `rlhf.pretrain_coefficient`)."""
+        """Returns the names of the corpora that the run reads: its own (not with `rlhf.prompts_from`), its mix or those
+        of its phases, its pretraining text (with `rlhf.pretrain_coefficient`)."""
         stage = self.config.get("stage", {})
         rlhf = self.config.get("rlhf") or {}
 
-        names = {*(stage.get("mix") or {})}
+        names = {*(stage.get("mix") or {}), *phased_corpora(stage.get("phases") or ())}
         if rlhf.get("pretrain_coefficient"):
             names |= {rlhf.get("pretrain_corpus"), *(rlhf.get("pretrain_mix") or {})}
         if not rlhf.get("prompts_from"):

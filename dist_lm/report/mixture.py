@@ -4,6 +4,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from dist_lm.config.phases import PhaseConfig, epochs_in, phase_ends, phased_corpora, weights_of
 from dist_lm.data.manifest import Counts, Manifest, Split
 from dist_lm.report.facts import RunFacts, Share, WorkFacts
 from dist_lm.tracking.readable import gib, percent, readable_count
@@ -20,8 +21,8 @@ class Mixture:
 
 
 def mixtures(runs: Sequence[RunFacts], works: Sequence[WorkFacts]) -> list[Mixture]:
-    """Returns a bar for each run whose own corpus is in `works`: its languages, weighted by the share of their corpus.
-    A corpus of its mix that is not there is one part; other runs have no bar."""
+    """Returns a bar for each run whose own corpus is in `works`: its languages, weighted by the share of their corpus
+    in the whole run. A corpus of its mix that is not there is one part; other runs have no bar."""
     work_of = {work.path: work for work in works}
     colours: dict[str, int] = {}  # language -> colour, the same in all bars
     bars = []
@@ -34,10 +35,9 @@ def mixtures(runs: Sequence[RunFacts], works: Sequence[WorkFacts]) -> list[Mixtu
         if run.folders.get(stage.get("corpus", ""), stage.get("corpus")) not in work.corpora:
             continue
 
-        # The run's own corpus gets what the mix leaves.
-        mix = {str(name): float(share) for name, share in (stage.get("mix") or {}).items()}
-        corpora = {stage["corpus"]: 1 - sum(mix.values())} | mix
-        manifests = {name: work.corpora.get(run.folders.get(name, name)) for name in corpora}
+        names = {stage["corpus"], *(stage.get("mix") or {}), *phased_corpora(stage.get("phases") or ())}
+        manifests = {name: work.corpora.get(run.folders.get(name, name)) for name in names}
+        corpora = _shares(stage, manifests)
         parts = [part for name, share in corpora.items() for part in _parts(name, share, manifests[name])]
         bars.append(Mixture(run.label, tuple(_bar(_merged(parts), colours))))
 
@@ -77,6 +77,35 @@ def tokenizer_words(report: Mapping[str, Any]) -> str:
     )
     total = f"{report['vocab_size']:,} pieces, {report['bytes_per_token']:.2f} bytes a token"
     return f"{total} ({by_language})" if by_language else total
+
+
+def _shares(stage: Mapping[str, Any], manifests: Mapping[str, Manifest | None]) -> dict[str, float]:
+    """Returns the share of the sequences of a run that each corpus gives, its own first.
+
+    Passes of a phase count by the train tokens of their corpus, and by nothing where it is not there.
+    """
+    if not stage.get("phases"):
+        # The run's own corpus gets what the mix leaves.
+        mix = {str(name): float(share) for name, share in (stage.get("mix") or {}).items()}
+        return {stage["corpus"]: 1 - sum(mix.values())} | mix
+
+    phases = [PhaseConfig(**phase) for phase in stage["phases"]]
+    ends = phase_ends(phases, stage["steps"])
+    step_tokens = stage["global_batch"] * stage["seq_len"]
+
+    tokens: dict[str, float] = {stage["corpus"]: 0.0}
+    for phase, begin, end in zip(phases, [0, *ends], ends, strict=False):
+        amounts = {}
+        for name, epochs in epochs_in(phase.mix).items():
+            manifest = manifests[name]
+            amounts[name] = float(epochs) * manifest.splits["train"].counts.tokens if manifest else 0.0
+
+        weights = weights_of(phase.mix)
+        left = (end - begin) * step_tokens - sum(amounts.values())
+        amounts |= {name: left * float(weight / sum(weights.values())) for name, weight in weights.items()}
+        for name, amount in amounts.items():
+            tokens[name] = tokens.get(name, 0.0) + amount
+    return {name: amount / (ends[-1] * step_tokens) for name, amount in tokens.items()}
 
 
 def _parts(name: str, share: float, manifest: Manifest | None) -> list[tuple[str, float, str]]:

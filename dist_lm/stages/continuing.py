@@ -4,7 +4,7 @@ A run continues under the settings that its `config.yaml` records. A changed set
 key, unless it is one of these:
 
 - `FREE_KEYS` and the additions of a stage: placement, tracking and the like, which do not change results.
-- `SCHEDULE_KEYS`: they may change as long as all steps so far keep their learning rates.
+- `SCHEDULE_KEYS`: they may change as long as all steps so far keep their learning rates, and their mix of corpora.
 
 `stage.init_from` gives a run only weights: it begins at step 0, at the beginning of the data, with a new optimizer.
 `stage.branch_from` gives it the whole state of a checkpoint, so only the schedule may differ from the run before.
@@ -20,12 +20,14 @@ from dist_lm.config.corpus import HF, STAGE_RUN
 from dist_lm.config.root import Config
 from dist_lm.config.stage import WSD, StageConfig
 from dist_lm.data.manifest import manifest_path, read_manifest, recorded_content
+from dist_lm.data.phases import require_same_past
 from dist_lm.errors import ArtefactError, ConfigError, require
 from dist_lm.stages.registry import load_config
 from dist_lm.stages.stage import IMPORT, Stage, run_of
 from dist_lm.storage import durable
 from dist_lm.storage.run_directory import RunDirectory, WorkDirectory
 from dist_lm.training import checkpoint_files
+from dist_lm.training.state import TrainState
 
 if TYPE_CHECKING:
     from dist_lm.stages.training.stage import TrainingStage
@@ -40,7 +42,7 @@ FREE_KEYS = (
     *("parallel.compile", "parallel.cpu_offload", "parallel.loss_chunk_mib"),
     *("stage.init_from", "stage.branch_from", "stage.micro_batch", "stage.checkpoint_every", "stage.checkpoint_async"),
     *("stage.keep_checkpoints", "stage.log_every", "stage.max_nonfinite_steps"),
-    *("stage.eval_tasks", "stage.eval_new_tokens", "eval."),
+    *("stage.eval_tasks", "stage.eval_new_tokens", "stage.max_epochs", "eval."),
 )
 # Keys that are also free in stage rlhf.
 RLHF_FREE_KEYS = (
@@ -61,8 +63,11 @@ EVALUATION_FREE_KEYS = (
     *(key for key in ANSWER_FREE_KEYS if key not in EVALUATION_KEYS),
     *("stage.cache_tokens", "eval.pool."),
 )
-# A change of the schedule is refused only if it changes the learning rate of a step that was taken.
-SCHEDULE_KEYS = ("stage.steps", "stage.epochs", "stage.schedule", "stage.decay", "stage.min_lr_ratio")
+# A change of the schedule is refused only if it changes the learning rate or the mix of a step that was taken.
+SCHEDULE_KEYS = (
+    *("stage.steps", "stage.epochs", "stage.schedule", "stage.decay", "stage.min_lr_ratio"),
+    "stage.phases",
+)
 # Besides the schedule, a branch has its own name and its own measurements.
 BRANCH_KEYS = ("run_id", "stage.eval_", "stage.sampling.")
 
@@ -97,6 +102,9 @@ def require_same_settings(
 
     schedule_keys = tuple(key.replace("stage.", prefix) for key in stage.schedule_keys)
     if any(conflict.startswith(schedule_keys) for conflict in conflicts):
+        latest = checkpoint_files.read_pointer(run.checkpoints, checkpoint_files.LATEST)
+        if latest:
+            check_phases_of_past(stage, config, run.path, checkpoint_files.read_state(latest)[0])
         conflicts = without_schedule(conflicts, schedule_keys, run, recorded, config)
     refuse_other_settings(run, config, conflicts)
 
@@ -198,6 +206,22 @@ def first_other_rate(before: StageConfig, after: StageConfig, steps: int) -> int
     return None
 
 
+def check_phases_of_past(stage: "TrainingStage", config: Config, origin: Path, state: TrainState) -> None:
+    """Refuses phases that would change steps which were taken. Passes if a corpus is not there; ranks compare again.
+
+    Args:
+        origin: what is continued, for the message.
+        state: its state.
+
+    Raises:
+        ConfigError: names the phase, or a corpus that cannot fill one.
+        ArtefactError: a corpus is damaged.
+    """
+    phases = stage.known_phases(config)
+    if phases or not config.stage.phases:
+        require_same_past(origin, state.phases, [phase.record() for phase in phases], state.step)
+
+
 # --- where a run starts ---
 
 
@@ -274,6 +298,7 @@ def check_branch(stage: "TrainingStage", config: Config) -> Path:
             "weights alone"
         )
 
+    check_phases_of_past(stage, config, start, state)
     # Steps that follow from epochs are compared when the corpus is there.
     if config.stage.epochs and not config.stage.steps:
         require_same_content(start, run, config.corpus_names, config.corpus.folders)

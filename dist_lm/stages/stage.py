@@ -50,6 +50,9 @@ class RunsIn(Enum):
     POOL = "pool"  # requests to a pool of generation engines
 
 
+PHASE_COLUMNS = ("phase", "corpus", "sequences", "tokens", "epochs", "epochs so far")
+
+
 @dataclass(frozen=True)
 class Look:
     """The state of a stage's output, and the action that the launcher must take."""
@@ -57,6 +60,7 @@ class Look:
     config: Config  # with references resolved: `stage.init_from` is `none` or an absolute path
     action: Action
     detail: str  # one line for the plan
+    phases: tuple[tuple[str, ...], ...] = ()  # rows of `PHASE_COLUMNS`, where the run has phases
 
 
 @dataclass(frozen=True)

@@ -1,8 +1,9 @@
 """Stages that predict the next token of texts and conversations: their objective, data, evaluation and summary."""
 
 import logging
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from omegaconf import MISSING
@@ -10,9 +11,10 @@ from omegaconf import MISSING
 from dist_lm.config.corpus import SPLITS
 from dist_lm.config.root import Config
 from dist_lm.config.stage import SamplingConfig, StageConfig
-from dist_lm.data.epochs import CorpusPass, shares_of, text_sequences
+from dist_lm.data.epochs import CorpusPass, phased_passes, shares_of, text_sequences
 from dist_lm.data.manifest import Split, read_manifest
 from dist_lm.data.order import sequences_an_epoch
+from dist_lm.data.phases import MixPhase, PhasedMix, mix_of, mix_phases
 from dist_lm.data.sources.reader import form_of
 from dist_lm.data.token_corpus import TokenCorpus
 from dist_lm.errors import ConfigError, require
@@ -74,7 +76,7 @@ class SampledConfig(CorpusFormsConfig):
 
 
 class TextStage(TrainingStage):
-    """Next-token prediction on `stage.corpus`, with shares of other corpora (`stage.mix`)."""
+    """Next-token prediction on `stage.corpus`, with shares of other corpora (`stage.mix`, `stage.phases`)."""
 
     schema = SampledConfig
     needs = ("shards",)
@@ -90,7 +92,8 @@ class TextStage(TrainingStage):
             ConfigError: names the key.
         """
         stage = config.stage
-        mixed = [("stage.mix", name) for name in stage.mix or {}]
+        mix_key = "stage.phases" if stage.phases else "stage.mix"
+        mixed = [(mix_key, name) for name in stage.corpus_names if name != stage.corpus]
         for key, name in (("stage.corpus", stage.corpus), *mixed):
             if name and form_of(config.corpus, name) == "ranking":
                 raise ConfigError(f"{key}={name}: expected texts or conversations; stage=reward learns from rankings")
@@ -111,7 +114,7 @@ class TextStage(TrainingStage):
         Raises:
             ArtefactError: a corpus is missing or damaged, or no document fits into a sequence.
             UserError: the tokenizer lacks a mark that stage.fim_rate needs.
-            ConfigError: the batch does not divide over the ranks.
+            ConfigError: the batch does not divide over the ranks, or a corpus cannot fill a phase.
         """
         from dist_lm.data.sequences import note_of_left_out
 
@@ -124,13 +127,11 @@ class TextStage(TrainingStage):
                     if note := note_of_left_out(corpus, stage.seq_len, too_long=stage.too_long):
                         log.warning("%s", note)
         stream = open_stream(arguments)
-        shares = shares_of(arguments.config.stage.corpus, arguments.config.stage.mix)
-        passes = tuple(
-            CorpusPass(name, sequences.n_sequences, share)
-            for (name, share), sequences in zip(shares.items(), stream.corpora, strict=True)
-        )
-        text_bytes = bytes_per_token(arguments.run, arguments.config)
-        return StageData(stream, evaluator(arguments), text_bytes, passes)
+        n_sequences = [sequences.n_sequences for sequences in stream.corpora]
+        passes = passes_over(arguments.config.stage, n_sequences)
+        phases = [phase.record() for phase in phases_over(arguments.config.stage, n_sequences)]
+        text_bytes = bytes_per_token(arguments.config, arguments.run, {each.corpus: each.share for each in passes})
+        return StageData(stream, evaluator(arguments), text_bytes, passes, phases)
 
     def sequences(self, config: Config, run: RunDirectory) -> TrainingSequences:
         from dist_lm.data.sequences import MixedSequences
@@ -140,19 +141,29 @@ class TextStage(TrainingStage):
         return MixedSequences(seq_len=config.stage.seq_len, **sequence_options(config, run, tokenizer))
 
     def passes(self, config: Config, exact: bool) -> tuple[CorpusPass, ...]:
+        return passes_over(config.stage, self._sequences_of_corpora(config, exact))
+
+    def phases(self, config: Config) -> tuple[MixPhase, ...]:
+        return phases_over(config.stage, self._sequences_of_corpora(config, exact=True))
+
+    def _sequences_of_corpora(self, config: Config, exact: bool) -> list[int]:
+        """Returns the sequences in an epoch of each corpus of the stage; for `exact`, see `passes`."""
         stage, work = config.stage, run_of(config).work
-        passes = []
-        for name, share in shares_of(stage.corpus, stage.mix).items():
+        # Phases are compared with those of the ranks, so their numbers are exact.
+        exact = exact or bool(stage.phases)
+
+        counts = []
+        for name in stage.corpus_names:
             directory = config.corpus_in(work, name)
             fim_rate = fim_rate_of(config) if name == stage.corpus else 0.0
             if form_of(config.corpus, name) == "text" and not (exact and fim_rate):
                 # To open a corpus of 200 million documents takes minutes, and the manifest knows the tokens.
                 train = read_manifest(directory).splits.get("train", Split())
-                n_sequences = sequences_an_epoch(train.counts.tokens, stage.seq_len)
+                counts.append(sequences_an_epoch(train.counts.tokens, stage.seq_len))
             else:
-                n_sequences = text_sequences(TokenCorpus.open(directory, "train"), stage.seq_len, fim_rate)
-            passes.append(CorpusPass(name, n_sequences, share))
-        return tuple(passes)
+                corpus = TokenCorpus.open(directory, "train")
+                counts.append(text_sequences(corpus, stage.seq_len, fim_rate, stage.too_long))
+        return counts
 
     def result(self, config: Config, run: RunDirectory, metrics: Mapping[str, Any]) -> dict[str, Any]:
         """Returns `gzip_bits_per_byte`: bits per byte of `gzip -9` on each held-out document alone, by language and for
@@ -192,13 +203,42 @@ def fim_rate_of(config: Config) -> float:
     return getattr(config.stage, "fim_rate", 0.0)
 
 
+def phases_over(stage: StageConfig, n_sequences: Sequence[int]) -> tuple[MixPhase, ...]:
+    """Returns stage.phases in numbers; none without phases.
+
+    Args:
+        n_sequences: sequences in an epoch of each of `stage.corpus_names`.
+
+    Raises:
+        ConfigError: a corpus cannot fill a phase; names both, and the numbers.
+    """
+    if not stage.phases:
+        return ()
+    return mix_phases(stage, dict(zip(stage.corpus_names, n_sequences, strict=True)))
+
+
+def passes_over(stage: StageConfig, n_sequences: Sequence[int]) -> tuple[CorpusPass, ...]:
+    """Returns the corpora of a stage, its own first; arguments and errors are those of `phases_over`."""
+    if stage.phases:
+        return phased_passes(phases_over(stage, n_sequences), dict(zip(stage.corpus_names, n_sequences, strict=True)))
+    shares = shares_of(stage.corpus, stage.mix)
+    return tuple(
+        CorpusPass(name, n_epoch, share) for (name, share), n_epoch in zip(shares.items(), n_sequences, strict=True)
+    )
+
+
+def mix_over(stage: StageConfig, n_sequences: Sequence[int]) -> PhasedMix:
+    """Returns the order of the corpora of a stage with phases; arguments and errors are those of `phases_over`."""
+    return mix_of(phases_over(stage, n_sequences))
+
+
 def open_stream(arguments: DataArguments) -> "SequenceStream":
     """Returns the training sequences of this rank, from the position in `arguments` on.
 
     Raises:
         ArtefactError: a corpus is missing or damaged, or fills no sequence.
         UserError: the tokenizer lacks a mark that stage.fim_rate needs.
-        ConfigError: the batch does not divide over the ranks.
+        ConfigError: the batch does not divide over the ranks, or a corpus cannot fill a phase.
     """
     from dist_lm.data.stream import SequenceStream
 
@@ -223,16 +263,23 @@ def sequence_options(config: Config, run: RunDirectory, tokenizer: "Tokenizer") 
         UserError: the tokenizer lacks a mark that stage.fim_rate needs.
     """
     from dist_lm.data.infill import Infill, InfillMarks
+    from dist_lm.data.sequences import PhasedCorpora
 
     stage = config.stage
     corpora = {name: TokenCorpus.open(config.corpus_in(run.work, name), "train") for name in stage.corpus_names}
     infill = None
     if fim_rate := fim_rate_of(config):
         infill = Infill(fim_rate, InfillMarks.of(tokenizer))
+
+    mix: dict[TokenCorpus, float] | PhasedCorpora = {
+        corpora[name]: share for name, share in sorted((stage.mix or {}).items())
+    }
+    if stage.phases:
+        mix = PhasedCorpora([corpora[name] for name in stage.corpus_names[1:]], partial(mix_over, stage))
     return {
         "corpus": corpora[stage.corpus],
         "seed": config.seed,
-        "mix": {corpora[name]: share for name, share in sorted((stage.mix or {}).items())},
+        "mix": mix,
         "infill": infill,
         "too_long": stage.too_long,
     }
@@ -269,8 +316,7 @@ def evaluator(arguments: DataArguments) -> "Evaluate":
     from dist_lm.training.objective import loss_metrics, mixed_metrics, summed_losses
 
     config, stage, device = arguments.config, arguments.config.stage, arguments.world.device
-    names = [stage.corpus, *sorted(stage.mix or {})]
-    corpora = {name: TokenCorpus.open(config.corpus_in(arguments.run.work, name), "val") for name in names}
+    corpora = {name: TokenCorpus.open(config.corpus_in(arguments.run.work, name), "val") for name in stage.corpus_names}
 
     # INFILL_LEFT hides the text after the middle, to measure how much that text helps.
     middles = {}
@@ -305,17 +351,12 @@ def evaluator(arguments: DataArguments) -> "Evaluate":
     return evaluate
 
 
-def bytes_per_token(run: RunDirectory, config: Config) -> float:
-    """Returns the UTF-8 bytes per token of the training splits, weighted by the corpora's shares of all sequences.
+def bytes_per_token(config: Config, run: RunDirectory, shares: Mapping[str, float]) -> float:
+    """Returns the UTF-8 bytes per token of the training splits, weighted by each corpus's share of all sequences.
 
     Raises:
         ArtefactError: a corpus is missing or damaged.
     """
-    from dist_lm.data.manifest import read_manifest
-
-    mix = config.stage.mix or {}
-    # A corpus weighs by its share of the sequences, not by its size.
-    shares = {config.stage.corpus: 1 - sum(mix.values()), **mix}
     counts = {name: read_manifest(config.corpus_in(run.work, name)).splits["train"].counts for name in shares}
     return sum(share * counts[name].bytes / counts[name].tokens for name, share in shares.items())
 

@@ -27,6 +27,7 @@ from torch import nn
 from torch.optim.adamw import adamw
 
 from dist_lm.config.model import ModelConfig
+from dist_lm.config.phases import rate_factor
 from dist_lm.config.stage import ADAMW, COSINE, LINEAR, MuonConfig, OptimizerConfig, TrainerGroup
 from dist_lm.model.size import ADAPTERS, TOKEN_WEIGHTS, is_matrix, neuron_shape, parameter_shapes
 from dist_lm.model.transformer import Transformer
@@ -296,8 +297,13 @@ def learning_rate(step: int, *, peak: float, warmup_steps: int, steps: int, min_
 
 
 def stage_rate(stage: TrainerGroup, step: int) -> float:
-    """Returns the learning rate, for `stage.lr`, of a 0-based step of a stage; groups have multiples of it
-    (`rate_ratio`).
+    """Returns the learning rate, for `stage.lr`, of a 0-based step of a stage: that of its schedule, times the factor
+    of its phase; groups have multiples of it (`rate_ratio`)."""
+    return scheduled_rate(stage, step) * rate_factor(stage.phases, stage.steps, step)
+
+
+def scheduled_rate(stage: TrainerGroup, step: int) -> float:
+    """Returns the learning rate of a 0-based step by the schedule alone.
 
     Schedule `wsd`: linear warm-up, constant (Hu et al. 2024, eq. 1), then a decay over the last `decay_steps`, linear
     or 1-sqrt (Haegele et al. 2024, eq. 1). Schedule `linear` is the same with a linear decay over the last

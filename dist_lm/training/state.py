@@ -55,6 +55,8 @@ class TrainState:
     best_val_loss: float | None = None  # lowest of the evaluated checkpoints, on stage.eval_sequences sequences
     best_step: int = 0
     tokenizer: str = ""  # SHA-256 of the tokenizer that the model was trained with
+    # stage.phases in numbers, of which those that have begun stay: {"until": last step, "sequences": {corpus: number}}
+    phases: list[dict[str, Any]] = field(default_factory=list)
 
     @classmethod
     def from_json(cls, values: Mapping[str, Any]) -> "TrainState":

@@ -55,6 +55,7 @@ READ_BY: Mapping[str, tuple[str, ...]] = {
     "tests/stages/test_rlhf_reporter.py": ("stage.log_every",),
     "tests/training/test_optimizer.py": ("stage.decay", "stage.decay_share", "stage.decay_steps"),
     "tests/stages/test_eval_tasks.py": ("stage.eval_new_tokens",),
+    "tests/data/test_phases.py": ("stage.phases.", "stage.max_epochs"),
     "tests/model/test_lora.py": ("stage.lora.",),
     "tests/rlhf/test_preference.py": ("stage.preference.",),
     "tests/stages/test_tokenizer_stage.py": ("tokenizer.chat_template",),

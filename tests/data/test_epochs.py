@@ -15,6 +15,7 @@ from dist_lm.data.epochs import (
     text_sequences,
 )
 from dist_lm.data.infill import Infill, InfillMarks
+from dist_lm.data.packing import TOO_LONG
 from dist_lm.data.sequences import CorpusSequences, Mix, packed
 from tests.data.synthetic_corpus import corpus, lengths
 
@@ -28,6 +29,14 @@ def test_the_plan_counts_the_sequences_that_the_stream_has(tmp_path: Path, seq_l
     tokens = corpus(tmp_path, lengths(40, 50), masked)
     infill = Infill(fim_rate, InfillMarks(2, 3, 4)) if fim_rate else None
     assert text_sequences(tokens, seq_len, fim_rate) == CorpusSequences(tokens, 0, seq_len, infill=infill).n_sequences
+
+
+@pytest.mark.parametrize("too_long", TOO_LONG)
+def test_the_plan_counts_long_conversations_as_the_stream_does(tmp_path: Path, too_long: str):
+    """Finds steps of stage.epochs, and passes of a phase, that leave out conversations which training splits."""
+    tokens = corpus(tmp_path, lengths(40, 50), masked=True)
+    n_sequences = CorpusSequences(tokens, 0, 16, too_long=too_long).n_sequences
+    assert text_sequences(tokens, 16, too_long=too_long) == n_sequences
 
 
 def test_the_plan_counts_rankings_as_their_stream_does(tmp_path: Path):

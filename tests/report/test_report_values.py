@@ -378,6 +378,7 @@ def test_what_a_rank_holds_is_what_its_optimizer_keeps(tmp_path, muon, moments):
     [
         ("language", [], ["language"]),
         ("code", ["stage.mix={tools: 0.2}"], ["code", "tools"]),
+        ("code", ["stage.phases=[{until: 5, mix: {code: 1}}, {mix: {tools: 1}}]"], ["code", "tools"]),
         (
             "rlhf",
             ["stage.corpus=tools", "rlhf.pretrain_coefficient=0.1", "rlhf.pretrain_corpus=code"],
@@ -394,6 +395,23 @@ def test_only_corpora_that_the_run_read_are_listed(tmp_path, stage, overrides, r
     page = write_report([run.path], None, None)[0].read_text(encoding="utf-8")
     assert [name for name in ("code", "language", "tools") if f'<th scope="row">{name}</th>' in page] == read
     assert ("These runs read no corpora" in page) == (not read)
+
+
+def test_the_mixture_of_a_run_with_phases_is_that_of_all_its_steps(tmp_path):
+    """Finds a bar that shows the last phase, the share that weights would have without passes, or no bar."""
+    work = make_pipeline(tmp_path, steps=10)
+    kinds = {f"kind_{number}": 200 for number in range(2)}
+    make_corpora(work, {"tools": kinds})
+    phases = "stage.phases=[{until: 5, mix: {code: 3, language: 1}}, {mix: {code: 1, tools: 1 epoch}}]"
+    run = make_run(work, "code", "phased", steps=10, overrides=[phases, "stage.global_batch=4", "stage.seq_len=100"])
+    facts = read_facts([run.path])
+    (bar,) = mixtures(facts.runs, facts.works)
+    width_of = {share.label: share.width for share in bar.shares}
+    assert width_of["kind_0"] == width_of["kind_1"] == pytest.approx(100 * 200 / 4000)
+    assert sum(width_of.values()) == pytest.approx(100)
+    n_language = 100 * 5 * 4 * 100 / 4 / 4000
+    corpora = facts.works[0].corpora
+    assert sum(width_of[name] for name in corpora["language"].splits["train"].languages) == pytest.approx(n_language)
 
 
 def test_every_slice_of_a_mixture_has_a_colour_of_its_own_and_the_smallest_share_one(tmp_path):

@@ -36,7 +36,13 @@ def row_of(run: RunDirectory, used: list[UsedSlice], sequence: int) -> np.ndarra
 
 
 @pytest.mark.parametrize(
-    ("stage", "settings"), [("language", ()), ("code", ("stage.mix={language: 0.25}",)), ("tools", ())]
+    ("stage", "settings"),
+    [
+        ("language", ()),
+        ("code", ("stage.mix={language: 0.25}",)),
+        ("code", ("stage.phases=[{until: 30, mix: {code: 1}}, {mix: {code: 1, language: 2}}]",)),
+        ("tools", ()),
+    ],
 )
 def test_slices_are_what_the_ranks_of_a_step_read(work: WorkDirectory, stage: str, settings: tuple[str, ...]):
     """Finds a step off by one, a corpus of the mix or an epoch that is looked up in another order."""

@@ -68,10 +68,11 @@ def test_every_place_of_a_text_is_found_and_no_other(tiny_work: WorkDirectory, n
     ("stage", "settings"),
     [
         ("code", ("stage.mix={language: 0.25}",)),
+        ("code", ("stage.phases=[{until: 0.3, mix: {code: 1}}, {mix: {code: 2, language: 1}}]",)),
         ("code", ("stage.fim_rate=0.5",)),
         ("tools", ("stage.too_long=split",)),
     ],
-    ids=["mix", "infill", "conversations"],
+    ids=["mix", "phases", "infill", "conversations"],
 )
 def test_steps_are_those_of_a_replay(work: WorkDirectory, stage: str, settings: tuple[str, ...]):
     """Finds a sequence that is missed at a cut, in a later epoch or in a mix, or one that has no token of the text."""

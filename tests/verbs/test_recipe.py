@@ -170,6 +170,7 @@ def test_values_of_a_command_file_are_those_of_hydra(tmp_path):
         "init_from": "hf:/a/b-1.0",
         "eval_at_start": True,
         "lora": {"tokens": ["<|im_start|>"]},
+        "phases": [{"until": 0.8, "mix": {"code": 3}}, {"mix": {"tools": "2 epochs", "code": 1}}],
     }
     file.write_text(OmegaConf.to_yaml(content))
     found = with_command_file([f"hydra.searchpath=['{tmp_path}']", "experiment=own", "stage.lr=2"])
@@ -182,6 +183,7 @@ def test_values_of_a_command_file_are_those_of_hydra(tmp_path):
         "stage.init_from=hf:/a/b-1.0",
         "stage.eval_at_start=true",
         "stage.lora.tokens=['<|im_start|>']",
+        "stage.phases=[{until:0.8,mix:{code:3}},{mix:{tools:'2 epochs',code:1}}]",
         f"hydra.searchpath=['{tmp_path}']",
         "stage.lr=2",
     ]

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from dist_lm.config.model import ModelConfig
+from dist_lm.config.phases import phased_corpora
 from dist_lm.config.root import WAY_OUT, read_groups
 from dist_lm.data.inspect import licences_of
 from dist_lm.data.manifest import manifest_path, read_manifest
@@ -105,6 +106,12 @@ def _config(run: RunDirectory | None) -> Mapping[str, Any]:
     wrong = [key for key, value in texts.items() if not isinstance(value, str)]
     if not isinstance(stage.get("mix") or {}, dict):
         wrong.append("stage.mix")
+    phases = stage.get("phases") or []
+    has_form = isinstance(phases, list) and all(
+        isinstance(phase, dict) and isinstance(phase.get("mix"), dict) for phase in phases
+    )
+    if not has_form:
+        wrong.append("stage.phases")
     if wrong:
         raise ArtefactError(f"{run.config}: not the configuration of a run ({wrong[0]}): {WAY_OUT}")
     return config
@@ -115,7 +122,7 @@ def _data(run: RunDirectory | None, stage: Mapping[str, Any]) -> tuple[set[str],
 
     A corpus that is gone or damaged gets a row that says so.
     """
-    names = [stage.get("corpus") or "", *(stage.get("mix") or {})]
+    names = [stage.get("corpus") or "", *(stage.get("mix") or {}), *phased_corpora(stage.get("phases") or ())]
 
     rows: list[str] = []
     all_licences = set[str]()

@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 from dist_lm.config.root import Config
 from dist_lm.storage.run_directory import RunDirectory
@@ -66,6 +66,7 @@ class StageData:
     evaluate: "Evaluate"
     bytes_per_token: float = 0.0  # mean of the training text; 0: the data is not text
     passes: "tuple[CorpusPass, ...]" = ()  # corpora of the stream, that of the stage first
+    phases: Sequence[dict[str, Any]] = ()  # stage.phases in numbers, for `TrainState.phases`
 
 
 @dataclass(frozen=True)

@@ -25,6 +25,7 @@ from dist_lm.config.model import AdaptedModelConfig
 from dist_lm.config.root import Config
 from dist_lm.config.stage import LoraConfig
 from dist_lm.data.manifest import read_manifest, record_content, require_content
+from dist_lm.data.phases import require_same_past
 from dist_lm.data.token_corpus import TokenCorpus
 from dist_lm.errors import ArtefactError, require
 from dist_lm.model.lora import without_adapters
@@ -208,8 +209,8 @@ def run_rank(stage: "TrainingStage", run: RunDirectory, stop: StopRequest, heart
 
     Raises:
         ArtefactError: checkpoint, tokenizer, corpus or the last evaluation is missing, damaged or does not fit.
-        ConfigError: a setting does not fit the corpus; or the node has no GPU for this rank, or no sandbox for the
-            programs of a task.
+        ConfigError: a setting does not fit the corpus, or steps that were taken had other phases; or the node has no
+            GPU for this rank, or no sandbox for the programs of a task.
         NonFiniteGradientsError, CheckpointWriteError: see `Trainer.run`.
         UserError: a task of stage.eval_tasks cannot be asked, or the tokenizer lacks a mark that the stage needs.
         ClusterError, PoolFailure: Ray refuses the first rank, or actors of eval.pool find no place or keep dying.
@@ -249,6 +250,8 @@ def run_rank(stage: "TrainingStage", run: RunDirectory, stop: StopRequest, heart
         )
         data = stage.open_data(data_arguments)
         stream = stack.enter_context(data.stream)
+        require_same_past(run.path, state.phases, data.phases, state.step)
+        state = replace(state, phases=list(data.phases))
 
         flops_per_rank = matmul_flops(world.device, compute_dtype(config.parallel, world.device), config.hardware)
         metrics = open_metrics(run, world, state)

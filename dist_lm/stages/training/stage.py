@@ -14,6 +14,7 @@ from dist_lm.config.stage import NEEDS_BITSANDBYTES
 from dist_lm.data.epochs import NAMED as MOST_CORPORA
 from dist_lm.data.epochs import CorpusPass, in_words, repetition_warning
 from dist_lm.data.manifest import manifest_path, require_content
+from dist_lm.data.phases import MixPhase
 from dist_lm.errors import ArtefactError, UserError
 from dist_lm.stages.continuing import (
     FREE_KEYS,
@@ -127,6 +128,15 @@ class TrainingStage(Stage):
         """
         return ()
 
+    def phases(self, config: Config) -> tuple[MixPhase, ...]:
+        """Returns stage.phases in numbers; none for a run without phases.
+
+        Raises:
+            ArtefactError: a corpus is missing or damaged.
+            ConfigError: a corpus cannot fill a phase; names both, and the numbers.
+        """
+        return ()
+
     def sequences(self, config: Config, run: RunDirectory) -> TrainingSequences:
         """Returns which parts of documents the training stream reads, where `has_sequences`.
 
@@ -169,10 +179,11 @@ class TrainingStage(Stage):
         # Settings are compared with paths in place of `auto`, which may mean another run by now.
         config = self.resolved(with_start(self, config), on_disk.finished)
         require_same_settings(self, on_disk.run, config, finished=on_disk.finished, is_target=is_target)
-        start = None
+        start, phases = None, ()
         if not on_disk.finished:
             start = self.verify(on_disk, config, init_from, rebuilt)
-        return self.describe(on_disk, config, start, init_from, rebuilt)
+            phases = self.phase_rows(config, rebuilt)  # refuses a phase that a corpus cannot fill
+        return replace(self.describe(on_disk, config, start, init_from, rebuilt), phases=phases)
 
     def with_steps(self, config: Config, rebuilt: Collection[str] = ()) -> Config:
         """Returns `config` with the steps that follow from stage.epochs: those that the run has recorded, else those of
@@ -207,11 +218,7 @@ class TrainingStage(Stage):
             ArtefactError: a corpus is damaged, or fills no sequence.
         """
         work = run_of(config).work
-        if not config.corpus_names:
-            return ()
-        if set(rebuilt) & set(self.needs) or not all(
-            manifest_path(config.corpus_in(work, n)).is_file() for n in config.corpus_names
-        ):
+        if not self._has_corpora(config, rebuilt):
             return ()
         passes = self.passes(config, exact)
         for corpus_pass in passes:
@@ -222,6 +229,24 @@ class TrainingStage(Stage):
                     "shorten stage.seq_len or add text"
                 )
         return passes
+
+    def known_phases(self, config: Config, rebuilt: Collection[str] = ()) -> tuple[MixPhase, ...]:
+        """Returns what `phases` does; nothing if a corpus is not there yet, or if this command builds it first.
+
+        Raises:
+            ArtefactError: a corpus is damaged.
+            ConfigError: a corpus cannot fill a phase; names both, and the numbers.
+        """
+        if not config.stage.phases or not self._has_corpora(config, rebuilt):
+            return ()
+        return self.phases(config)
+
+    def _has_corpora(self, config: Config, rebuilt: Collection[str]) -> bool:
+        """Returns whether the run reads corpora, all of them are there, and this command does not build them again."""
+        if set(rebuilt) & set(self.needs):
+            return False
+        folders = [config.corpus_in(run_of(config).work, name) for name in config.corpus_names]
+        return bool(folders) and all(manifest_path(folder).is_file() for folder in folders)
 
     def epochs_in_words(self, config: Config, rebuilt: Collection[str] = ()) -> str:
         """Returns the passes over the corpora for the plan: `, 3.0 epochs of code, 0.2 of language`; empty if they are
@@ -237,6 +262,36 @@ class TrainingStage(Stage):
         if not passes or not config.stage.steps:
             return ""
         return repetition_warning(self.name, passes, config.stage.steps, config.stage.global_batch)
+
+    def phase_rows(self, config: Config, rebuilt: Collection[str] = ()) -> tuple[tuple[str, ...], ...]:
+        """Returns a row (phase, corpus, sequences, tokens, epochs, epochs so far) for each corpus of each phase of the
+        run; a sequence counts with `stage.seq_len` tokens. Empty without phases, and where `known_phases` is.
+
+        Raises:
+            ArtefactError, ConfigError: as `known_phases`.
+        """
+        phases = self.known_phases(config, rebuilt)
+        passes = self.known_passes(config, rebuilt, exact=True) if phases else ()
+
+        stage, rows = config.stage, []
+        sequences_before = dict.fromkeys(config.corpus_names, 0)
+        for number, phase in enumerate(phases, 1):
+            rate = f", rate x {factor:g}" if (factor := stage.phases[number - 1].lr) != 1 else ""
+            name = f"{number}: steps {phase.begin + 1:,} to {phase.until:,}{rate}"
+
+            for corpus in passes:
+                sequences = phase.sequences[corpus.corpus]
+                sequences_before[corpus.corpus] += sequences
+                if not sequences:
+                    continue
+                epochs, epochs_so_far = (
+                    passes_in_words(count / corpus.n_sequences)
+                    for count in (sequences, sequences_before[corpus.corpus])
+                )
+                tokens = f"{sequences * stage.seq_len:,}"
+                rows.append((name, corpus.corpus, f"{sequences:,}", tokens, epochs, epochs_so_far))
+                name = ""  # once for each phase
+        return tuple(rows)
 
     def _passes_for_people(self, config: Config, rebuilt: Collection[str] = ()) -> tuple[CorpusPass, ...]:
         """As `known_passes`; none for a corpus that cannot be read, which others refuse with the way out."""
