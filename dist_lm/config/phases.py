@@ -53,11 +53,11 @@ def phase_ends(phases: Sequence[PhaseConfig], steps: int) -> list[int]:
 
 
 def rate_factor(phases: Sequence[PhaseConfig], steps: int, step: int) -> float:
-    """Returns the factor of the learning rate at a 0-based step of a run of `steps`; 1 without phases."""
+    """Returns the factor of the learning rate at a 0-based step of a run of `steps`; `phases` are not empty."""
     for phase, end in zip(phases, phase_ends(phases, steps), strict=True):
         if step < end:
             return phase.lr
-    return phases[-1].lr if phases else 1.0
+    return phases[-1].lr
 
 
 def check_phases(phases: Sequence[PhaseConfig], steps: int) -> None:

@@ -299,7 +299,10 @@ def learning_rate(step: int, *, peak: float, warmup_steps: int, steps: int, min_
 def stage_rate(stage: TrainerGroup, step: int) -> float:
     """Returns the learning rate, for `stage.lr`, of a 0-based step of a stage: that of its schedule, times the factor
     of its phase; groups have multiples of it (`rate_ratio`)."""
-    return scheduled_rate(stage, step) * rate_factor(stage.phases, stage.steps, step)
+    rate = scheduled_rate(stage, step)
+    if stage.phases:
+        rate *= rate_factor(stage.phases, stage.steps, step)
+    return rate
 
 
 def scheduled_rate(stage: TrainerGroup, step: int) -> float:

@@ -250,8 +250,9 @@ def run_rank(stage: "TrainingStage", run: RunDirectory, stop: StopRequest, heart
         )
         data = stage.open_data(data_arguments)
         stream = stack.enter_context(data.stream)
-        require_same_past(run.path, state.phases, data.phases, state.step)
-        state = replace(state, phases=list(data.phases))
+        if state.phases or data.phases:
+            require_same_past(run.path, state.phases, data.phases, state.step)
+            state = replace(state, phases=list(data.phases))
 
         flops_per_rank = matmul_flops(world.device, compute_dtype(config.parallel, world.device), config.hardware)
         metrics = open_metrics(run, world, state)
