@@ -164,7 +164,7 @@ def assert_fulfils(kind: str, position: int, completion: list[int], tokenizer: T
 
 
 @pytest.mark.usefixtures("one_rank")
-@pytest.mark.parametrize("kind", ["schema", "calls"])
+@pytest.mark.parametrize("kind", ["calls", pytest.param("schema", marks=pytest.mark.heavy)])
 def test_a_run_goes_on_from_a_checkpoint_to_the_bit(tokenizer, model, kind):
     """Finds rollouts drawn ahead that lose the record of their grammar, or sets that depend on what came before."""
     constraints = constraints_of(tokenizer, kind)
