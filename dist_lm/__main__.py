@@ -116,6 +116,8 @@ def data_new(
     out: Annotated[Path, typer.Option("--out", help="The file to write: DIR/corpus/NAME.yaml.")],
     sample: Annotated[int, typer.Option(help="MiB of text that are read of each corpus.", min=1)] = 256,
     force: Annotated[bool, typer.Option("--force", help="Replace the file if it exists.")] = False,
+    question: Annotated[str, typer.Option(help="The column of questions, with --answer.")] = "",
+    answer: Annotated[str, typer.Option(help="The column of answers, with --question.")] = "",
 ) -> None:
     """Look at data and write a corpus file for it: readers, columns, languages, licences, and what would be dropped.
 
@@ -134,6 +136,8 @@ def data_new(
         force=force,
         reserved_names=choices("corpus"),
         trial=try_command,
+        question=question,
+        answer=answer,
     )
 
 
@@ -148,13 +152,26 @@ def recipe_new(
     prompts: Annotated[Path | None, typer.Option(help="Prompts: stage rlhf follows, with --reward.")] = None,
     reward: Annotated[str, typer.Option(help="The reward of --prompts: module:function.")] = "",
     force: Annotated[bool, typer.Option("--force", help="Replace the files if they exist.")] = False,
+    question: Annotated[str, typer.Option(help="The column of questions, with --answer.")] = "",
+    answer: Annotated[str, typer.Option(help="The column of answers, with --question.")] = "",
 ) -> None:
     """Look at a model, conversations and this machine, and write an experiment that fine-tunes (docs/finetune.md)."""
     outputs.new_file("--out", out, force=force)
     from dist_lm.verbs.recipe import new_recipe
 
     console = OutputConsole()
-    new_recipe(model, data, out, console, preferences=preferences or [], prompts=prompts, reward=reward, force=force)
+    new_recipe(
+        model,
+        data,
+        out,
+        console,
+        preferences=preferences or [],
+        prompts=prompts,
+        reward=reward,
+        force=force,
+        question=question,
+        answer=answer,
+    )
 
 
 @app.command("metrics")

@@ -78,6 +78,9 @@ class SourceConfig:
     column: str = ""  # the column that holds the document; none: the default of the reader
     licence_column: str = ""  # the column that holds the licence of each row; none: `licence` for all
     language_column: str = ""  # the column that holds the language of each row; none: `language` for all
+    # messages: the columns of a question and of its answer, in rows without turns; none: by their usual names
+    question_column: str = ""
+    answer_column: str = ""
     id_column: str = ""  # the column that names each row in messages and in the corpus; none: file and line
     # hub_rankings: oasst1 | hh-rlhf | helpsteer3 | ultrafeedback; none: by the name of the data set. preferences:
     # pairs | ranked | labelled, or one of the last three; none: by the columns of each row
@@ -116,6 +119,12 @@ class SourceConfig:
                 "an address without one (credentials come from the environment); the configuration is written to disk",
             )
 
+        require(
+            bool(self.question_column) == bool(self.answer_column) and not (self.question_column and self.column),
+            f"corpus source {self.reader}: question_column, answer_column",
+            f"{self.question_column!r}, {self.answer_column!r}",
+            "both or none of them, and no `column` beside them",
+        )
         require(
             self.thinking in ("", "learn", "context", "drop"),
             f"corpus source {self.reader}: thinking",

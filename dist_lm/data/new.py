@@ -95,6 +95,8 @@ def new_corpus(
     reserved_names: Sequence[str] = (),
     trial: Trial | None = None,
     commands: bool = True,
+    question: str = "",
+    answer: str = "",
 ) -> dict[str, Survey]:
     """Writes the corpus file `out` for data, and prints what the data holds. Returns the counts by corpus.
 
@@ -109,6 +111,7 @@ def new_corpus(
         trial: tries the first command of the file on a copy elsewhere, and returns what would make it run; None: the
             command is not tried.
         commands: whether to print the commands that train on the file.
+        question, answer: columns of a question and of its answer in all data; empty: what the rows hold is recognised.
 
     Raises:
         ConfigError: `out` is no path for a corpus file, there is no data, its columns do not make documents, or it has
@@ -120,7 +123,8 @@ def new_corpus(
     _check_out(out, force, reserved_names)
     for path in paths:
         check_text("PATH", path)
-    proposals = [proposal for path in paths for proposal in propose(_absolute(path))]
+    require_pair(question, answer)
+    proposals = [proposal for path in paths for proposal in propose(_absolute(path), question, answer)]
     by_corpus = _by_corpus(proposals)
 
     # Broken rows are counted and reported here, so that nearly any share of them is accepted.
@@ -142,7 +146,7 @@ def new_corpus(
         remarks.append(MODEL_NEEDED)
 
     documents = {name: dict(corpus_survey.documents.most_common()) for name, corpus_survey in surveys.items()}
-    command = ["dist-lm", "data", "new", *paths, "--out", str(out)]
+    command = ["dist-lm", "data", "new", *paths, *pair_words(question, answer), "--out", str(out)]
     overrides: list[str] = []
     labelled = are_labelled(by_corpus)
     if labelled:
@@ -167,6 +171,22 @@ def new_corpus(
     for line in lines:
         console.print(Text(one_line(line)), soft_wrap=True)
     return surveys
+
+
+def require_pair(question: str, answer: str) -> None:
+    """Refuses a column of questions without one of answers, and the reverse; returns nothing.
+
+    Raises:
+        ConfigError: names the option that is missing.
+    """
+    if bool(question) != bool(answer):
+        missing = "--answer" if question else "--question"
+        raise ConfigError(f"{missing}: missing; expected --question COLUMN and --answer COLUMN together")
+
+
+def pair_words(question: str, answer: str) -> list[str]:
+    """Returns the words of a command that name the columns of questions and answers; none without them."""
+    return ["--question", question, "--answer", answer] if question else []
 
 
 def _write(out: Path, text: str, force: bool) -> None:

@@ -9,8 +9,9 @@ from pathlib import PurePosixPath
 from typing import Any
 
 from dist_lm.chat.layouts.registry import COLUMNS, common_layout, expected_columns
+from dist_lm.chat.layouts.tools import TOOLS
 from dist_lm.chat.layouts.transcript import MEDIA
-from dist_lm.chat.layouts.turns import turns_in
+from dist_lm.chat.layouts.turns import SYSTEMS, turns_in
 from dist_lm.chat.messages import ChatError
 from dist_lm.chat.ranking import Ranking, check_ranking
 from dist_lm.config.corpus import SourceConfig
@@ -26,7 +27,7 @@ from dist_lm.data.sources.rows import SourceRow, rows_of_files
 from dist_lm.data.sources.snapshot import Snapshot
 from dist_lm.data.sources.splits import LEFT_OUT
 from dist_lm.data.sources.tars import TEXT_MEMBER, samples
-from dist_lm.errors import ConfigError
+from dist_lm.errors import ConfigError, did_you_mean
 
 ROWS = 200  # read to guess columns
 LEAST = 0.01  # share of the bytes at a path below which files of a kind are left out
@@ -86,12 +87,15 @@ class Proposal:
         return SourceConfig(**self.source)
 
 
-def propose(path: str) -> list[Proposal]:
+def propose(path: str, question: str = "", answer: str = "") -> list[Proposal]:
     """Returns a source for each kind of data at `path`: a file, a folder, a glob or a URL. Reads the first rows of
     tables, and asks servers of URLs.
 
     The sources are in alphabetical order of their readers. A kind with less than `LEAST` of the bytes, and one that
     cannot be described, is left out with a note, unless it is most of the data.
+
+    Args:
+        question, answer: columns of a question and of its answer, which make conversations; empty: by the columns.
 
     Raises:
         ConfigError: there is no such path, or nothing that a reader takes; the message says what there is. Or the
@@ -134,7 +138,7 @@ def propose(path: str) -> list[Proposal]:
     proposals, refusals = [], []
     for kind in sorted(kinds):
         try:
-            proposals.append(_proposal(kind, path, files_by_kind[kind], notes))
+            proposals.append(_proposal(kind, path, files_by_kind[kind], notes, question, answer))
         except ConfigError as error:
             # A note is enough for a kind that is not most of the data.
             if sizes[kind] == max(sizes.values()):
@@ -309,17 +313,22 @@ def _kind(name: str, is_named: bool) -> str:
     return ""
 
 
-def _proposal(kind: str, path: str, files: Sequence[Input], notes: tuple[str, ...]) -> Proposal:
+def _proposal(
+    kind: str, path: str, files: Sequence[Input], notes: tuple[str, ...], question: str = "", answer: str = ""
+) -> Proposal:
     """Returns the source for the files of one kind at `path`; the columns are those of the first file.
 
     Args:
         kind: the name of a reader.
         notes: remarks that come first.
+        question, answer: as of `propose`.
 
     Raises:
         ConfigError: the rows make no documents, are several texts each, or have a column whose name cannot be written.
         ArtefactError: the first file cannot be read, or the files cannot be listed.
     """
+    if question and kind in ("files", "tars"):
+        raise ConfigError(f"{files[0].name}: no table, so it has no columns {question} and {answer}")
     if kind == "files":
         source: dict[str, Any] = {"reader": kind, "path": path}
         return Proposal(source, False, list_source_files(SourceConfig(reader=kind, path=[path])), notes)
@@ -331,6 +340,8 @@ def _proposal(kind: str, path: str, files: Sequence[Input], notes: tuple[str, ..
         _check_header(files[0].name, names)
     if kind == "tars":
         _check_samples(files[0].name, rows)
+    if question:
+        return _questions_with_answers(path, files, names, (question, answer), notes)
     if kind != "tars" and (preferences := preferences_in(rows)):
         _check_media(files[0].name, rows, conversations=True)
         source = {"reader": "preferences", "path": path, "language": "preferences"}
@@ -380,6 +391,32 @@ def _proposal(kind: str, path: str, files: Sequence[Input], notes: tuple[str, ..
     source = {"reader": reader, "path": path, **columns, "language": language}
     reader_of(SourceConfig(**source))  # refuses keys that the reader does not take
     return Proposal(source, conversations, Inputs(tuple(files)), (*notes, words), looks_like_code)
+
+
+def _questions_with_answers(
+    path: str, files: Sequence[Input], names: Sequence[str], pair: tuple[str, str], notes: tuple[str, ...]
+) -> Proposal:
+    """Returns the source for a table whose columns of a question and of its answer a person names.
+
+    Args:
+        names: columns of the first file.
+        pair: the columns of the question and of the answer.
+
+    Raises:
+        ConfigError: the table lacks one of them.
+    """
+    for option, name in zip(("--question", "--answer"), pair, strict=True):
+        if name not in names:
+            raise ConfigError(
+                f"{option} {name}: {files[0].name} has no such column; {did_you_mean(name, names)}the columns there "
+                f"are {', '.join(names) or 'none'}"
+            )
+        check_text(option, name)
+
+    unread = [name for name in names if name not in (*pair, *TOOLS, *SYSTEMS)]
+    words = f"columns: {pair[0]} (question) and {pair[1]} (answer); not read: {', '.join(unread[:LISTED]) or 'none'}"
+    source = {"reader": "messages", "path": path, "question_column": pair[0], "answer_column": pair[1]}
+    return Proposal(source | {"language": "chat"}, True, Inputs(tuple(files)), (*notes, words))
 
 
 def _first_rows(kind: str, files: Sequence[Input]) -> list[SourceRow]:
@@ -486,8 +523,8 @@ def _check_shape(name: str, rows: Sequence[Row]) -> None:
     answers = [column for column in ANSWERS if column in columns]
     if questions and answers:
         raise ConfigError(
-            f"{name}: columns {', '.join([*questions, *answers])}: only one of them would be read. Name two of them "
-            "prompt and completion, or write a column "
+            f"{name}: columns {', '.join([*questions, *answers])}: only one of them would be read. Name two of them, "
+            f"as by --question {questions[0]} --answer {answers[0]}, or write a column "
             '`messages` for `stage=tools`: [{"role": "user", "content": ...}, {"role": "assistant", "content": ...}], '
             "or a column `text` with all of them"
         )

@@ -951,7 +951,7 @@ def _fingerprint(config: Config, names: list[str]) -> dict[str, Any]:
         corpus.pop(key)
     # Corpora from before these keys have no such setting, and read their rows as without it.
     for source in chain.from_iterable(corpus["corpora"].values()):
-        for key in ("thinking", "opening_answers", "later_system"):
+        for key in ("thinking", "opening_answers", "later_system", "question_column", "answer_column"):
             if not source[key]:
                 source.pop(key)
     # No document is chosen by its licence.

@@ -69,7 +69,11 @@ def print_corpora(work: WorkDirectory, console: Console, *, unused: bool) -> Non
                 console.print(Text(shlex.join(["rm", "-r", str(corpus.folder)])), soft_wrap=True)
         return
 
-    table = Table("folder", "form")
+    table = Table()
+    # The name of a folder is a value of corpus.folders, so that no character of it may be left out.
+    longest = max((len(corpus.folder.name) for corpus in corpora), default=0)
+    table.add_column("folder", no_wrap=True, min_width=longest)
+    table.add_column("form", overflow="fold")
     for name in ("documents", "train tokens", "val tokens"):
         table.add_column(name, justify="right")
     for name in ("built", "first source", "used by"):

@@ -15,7 +15,7 @@ from rich.console import Console
 from rich.text import Text
 from zstandard import ZstdError
 
-from dist_lm.config.root import Config
+from dist_lm.config.root import Config, read_groups
 from dist_lm.data.manifest import read_manifest, require_content
 from dist_lm.data.order import DocumentSlice
 from dist_lm.data.shard_writer import Origin, read_origins
@@ -30,6 +30,7 @@ if TYPE_CHECKING:
     from dist_lm.tokenizer.tokenizer import Tokenizer
 
 SHOWN_TOKENS = 160  # of a slice, with `--text`
+IMPORTED = "an imported model, whose training text is not known here"
 
 
 @dataclass(frozen=True)
@@ -64,7 +65,7 @@ def slices_of_step(run: RunDirectory, step: int, with_text: bool = False) -> lis
     """
     from dist_lm.tokenizer.tokenizer import text_with_marks
 
-    config = load_config(run.config)
+    config = config_of(run)
     numbers = _sequences_of_step(config, run, step)
     sequences = training_sequences(config, run)
 
@@ -102,6 +103,29 @@ def slices_of_step(run: RunDirectory, step: int, with_text: bool = False) -> lis
         )
         for number, corpus, part in read
     ]
+
+
+def config_of(run: RunDirectory) -> Config:
+    """Returns the configuration of a run of a stage.
+
+    Raises:
+        ConfigError: a value is not accepted by this version.
+        ArtefactError: there is no run, its configuration is damaged, or it is an imported model.
+    """
+    if not run.config.is_file():
+        raise ArtefactError(f"{run.path}: no run is there; expected a run directory, such as work/runs/code/default")
+    if is_imported(run):
+        raise ArtefactError(f"{run.path}: {IMPORTED}; expected a run of a stage that trains on a corpus")
+    return load_config(run.config)
+
+
+def is_imported(run: RunDirectory) -> bool:
+    """Returns whether a run holds a model of others, which no stage of ours trained.
+
+    Raises:
+        ArtefactError: its configuration cannot be read.
+    """
+    return "stage" not in read_groups(run.config)
 
 
 def training_sequences(config: Config, run: RunDirectory) -> TrainingSequences:

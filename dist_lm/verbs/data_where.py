@@ -15,11 +15,18 @@ from dist_lm.data.order import DocumentSlice
 from dist_lm.data.text_search import ByteTable, find_text
 from dist_lm.data.token_corpus import TokenCorpus
 from dist_lm.errors import ArtefactError
-from dist_lm.stages.registry import load_config
 from dist_lm.storage.run_directory import RunDirectory
 from dist_lm.tracking.readable import counted
 from dist_lm.training import checkpoint_files
-from dist_lm.verbs.data_step import origins_of, stage_with_corpus, tokenizer_of, training_sequences
+from dist_lm.verbs.data_step import (
+    IMPORTED,
+    config_of,
+    is_imported,
+    origins_of,
+    stage_with_corpus,
+    tokenizer_of,
+    training_sequences,
+)
 
 log = logging.getLogger(__name__)
 
@@ -51,7 +58,7 @@ def places_of_text(run: RunDirectory, text: str, most: int) -> tuple[list[Place]
         ArtefactError: there is no run, it trains on no documents, its corpus has changed since, or a file is damaged.
         UserError: the package that the tokenizer needs is not installed.
     """
-    config = load_config(run.config)
+    config = config_of(run)
     sequences = training_sequences(config, run)
     end = trained_steps(config, run) * config.stage.global_batch
     table = ByteTable(tokenizer_of(run, sequences).vocabulary())
@@ -102,19 +109,21 @@ def trained_steps(config: Config, run: RunDirectory) -> int:
 
 
 def with_ancestors(run: RunDirectory) -> list[RunDirectory]:
-    """Returns a run and those whose weights it began with, the youngest first; runs that are gone are left out.
+    """Returns a run and those whose weights it began with, the youngest first; runs that are gone are left out. An
+    imported model is the last of them.
 
     Raises:
-        ArtefactError, ConfigError: the configuration of a run cannot be read.
+        ArtefactError, ConfigError: there is no run, or the configuration of one cannot be read.
     """
     runs = [run]
-    while True:
-        start = Path(load_config(runs[-1].config).stage.init_from)
+    while len(runs) == 1 or not is_imported(runs[-1]):
+        start = Path(config_of(runs[-1]).stage.init_from)
         # A start names a run, its folder of checkpoints, or one of them.
         folders = [folder for folder in (start, *start.parents) if RunDirectory(folder).config.is_file()]
         if not start.is_absolute() or not folders:
             return runs
         runs.append(RunDirectory(folders[0]))
+    return runs
 
 
 def print_places(run: RunDirectory, text: str, most: int, console: Console, *, as_json: bool) -> None:
@@ -126,9 +135,14 @@ def print_places(run: RunDirectory, text: str, most: int, console: Console, *, a
     if not text:
         raise ArtefactError("TEXT is empty: expected the text to look for")
     for each in with_ancestors(run):
-        if stage_with_corpus(load_config(each.config)) is None:
+        reason = ""
+        if is_imported(each):
+            reason = IMPORTED
+        elif stage_with_corpus(config_of(each)) is None:
+            reason = "trained on no corpus of this work directory"
+        if reason:
             if not as_json:
-                console.print(Text(f"{each.path}: trained on no corpus of this work directory"), soft_wrap=True)
+                console.print(Text(f"{each.path}: {reason}"), soft_wrap=True)
             continue
 
         places, has_more = places_of_text(each, text, most)

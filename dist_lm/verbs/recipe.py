@@ -21,7 +21,7 @@ from dist_lm.config.corpus import HF
 from dist_lm.config.model import ModelConfig
 from dist_lm.config.root import Config
 from dist_lm.data.corpus_file import CONVERSATIONS, NAME, one_line
-from dist_lm.data.new import MOST_REMEDIES, Remedy, Survey, new_corpus
+from dist_lm.data.new import MOST_REMEDIES, Remedy, Survey, new_corpus, pair_words
 from dist_lm.data.token_corpus import TokenCorpus
 from dist_lm.errors import ConfigError, require
 from dist_lm.prepare.conf_folders import choices
@@ -38,7 +38,8 @@ LONG_SHARE = 0.01  # part of the conversations that may be longer than a sequenc
 EPOCHS, EPOCHS_OF_MANY, MANY = 3, 2, 50_000  # conversations
 STEPS_OF_EPOCH = 32  # the batch grows until an epoch has no more steps than about this
 BATCHES = (4, 64)  # smallest and largest global batch
-FULL_RATE, LARGE_RATE, LARGE = 2e-5, 1e-5, 4_000_000_000  # rate of whole models; of larger ones; parameters of these
+# Learning rates of whole models, by the number of parameters from which on they hold, the largest first.
+FULL_RATES = ((4_000_000_000, 1e-5), (400_000_000, 2e-5), (0, 1e-4))
 LORA_RATE_RATIO = 10
 LORA = {"rank": 16, "alpha": 32, "dropout": 0.05}
 WARMUP_SHARE = 0.03
@@ -73,6 +74,8 @@ def new_recipe(
     prompts: Path | None = None,
     reward: str = "",
     force: bool = False,
+    question: str = "",
+    answer: str = "",
 ) -> None:
     """Writes the experiment `out`, a corpus file beside it, and for a run as the model a model file; prints what was
     seen and the command.
@@ -86,6 +89,7 @@ def new_recipe(
         preferences: files of preferences: stage preference follows.
         prompts: file of prompts: stage rlhf follows, with the function `reward` (module:function).
         force: replace existing files.
+        question, answer: columns of a question and of its answer in `data`; empty: conversations are recognised.
 
     Raises:
         ConfigError: `out` is no path for an experiment, the data holds no conversations, or the model does not fit this
@@ -99,6 +103,7 @@ def new_recipe(
     require(bool(prompts) == bool(reward), "--reward", repr(reward), "module:function, together with --prompts FILE")
     folder, name = out.parent.parent, out.stem
     words = ["dist-lm", "recipe", "new", model, *(word for path in data for word in ("--data", path))]
+    words += pair_words(question, answer)
     words += [word for path in preferences for word in ("--preferences", path)]
     if prompts:
         words += ["--prompts", str(prompts), "--reward", reward]
@@ -113,7 +118,9 @@ def new_recipe(
         outputs.new_file(f"--out {out}: it comes with", file, force=force)
     new_files: list[Path] = []
     try:
-        start, surveys, measured = _look(model, data, corpus_file, model_file, console, force, new_files)
+        start, surveys, measured = _look(
+            model, data, corpus_file, model_file, console, force, new_files, question, answer
+        )
         if preferences:
             _add_rankings(corpus_file, preferences)
         stages, remarks = plan_stages(start, name, folder, surveys[CONVERSATIONS], measured)
@@ -149,6 +156,8 @@ def _look(
     console: Console,
     force: bool,
     new_files: list[Path],
+    question: str,
+    answer: str,
 ) -> tuple[Start, dict[str, Survey], Measured]:
     """Returns what model and data are, after writing the corpus file, and the model file for a run.
 
@@ -173,11 +182,16 @@ def _look(
         reserved_names=choices("corpus"),
         trial=lambda config_dir, _: _measure(config_dir, name, start, measured),
         commands=False,
+        question=question,
+        answer=answer,
     )
     new_files += [corpus_file] if corpus_file not in replaced else []
 
     if CONVERSATIONS not in surveys:
-        raise ConfigError(f"--data {' '.join(data)}: texts, not conversations; stage=code trains on texts")
+        raise ConfigError(
+            f"--data {' '.join(data)}: texts, not conversations. Columns of questions and of answers are named by "
+            "--question COLUMN --answer COLUMN; stage=code trains on texts"
+        )
 
     if start.model_file:
         _write_new("--out", model_file, start.model_file, force)
@@ -265,7 +279,7 @@ def plan_stages(
     epochs = EPOCHS_OF_MANY if n_conversations >= MANY else EPOCHS
     steps = max(1, math.ceil(n_sequences * epochs / global_batch))
     n_parameters = parameter_count(start.shape)
-    rate = LARGE_RATE if n_parameters >= LARGE else FULL_RATE
+    rate = next(rate for least, rate in FULL_RATES if n_parameters >= least)
 
     keys: dict[str, Any] = {
         "init_from": start.init_from,

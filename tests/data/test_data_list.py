@@ -28,9 +28,9 @@ def listed(work: WorkDirectory) -> WorkDirectory:
     return work
 
 
-def printed(work: WorkDirectory, *, unused: bool = False) -> str:
+def printed(work: WorkDirectory, *, unused: bool = False, width: int = 200) -> str:
     output = io.StringIO()
-    print_corpora(work, RichConsole(file=output, width=200), unused=unused)
+    print_corpora(work, RichConsole(file=output, width=width), unused=unused)
     return output.getvalue()
 
 
@@ -49,6 +49,11 @@ def test_folders_are_listed_with_the_runs_that_use_them(listed: WorkDirectory) -
     assert set(states) == set(lines)
     assert "code/new" in lines["code-1a2b3c4d"]
     assert "no run" in lines["language"]
+
+
+def test_a_narrow_terminal_shows_whole_names_of_folders(listed: WorkDirectory) -> None:
+    """Finds a name cut to `code-...`, which `corpus.folders` would not take."""
+    assert "code-1a2b3c4d" in printed(listed, width=80)
 
 
 def test_only_unused_finished_corpora_have_a_command_that_removes_them(listed: WorkDirectory) -> None:

@@ -11,6 +11,7 @@ import pytest
 from dist_lm.errors import ArtefactError, ConfigError
 from dist_lm.prepare.compose import compose_config, overrides_of
 from dist_lm.prepare.plan import Plan, make_plan
+from dist_lm.stages.exporting.adapters import source_of_base
 from dist_lm.stages.exporting.files import export
 from dist_lm.stages.exporting.stage import STAGE as EXPORT
 from dist_lm.stages.exporting.stage import push_folder
@@ -79,7 +80,8 @@ def test_the_plan_imports_once_and_the_model_follows(work: WorkDirectory, snapsh
 
 
 def test_marks_that_a_tokenizer_lacks_get_rows_of_their_own(work: WorkDirectory, tmp_path: Path):
-    """Finds other ids or weights of the tokens that were there, rows without a value, and a plan without the marks."""
+    """Finds other ids or weights of the tokens that were there, rows without a value, and a plan without the marks; and
+    adapters that peft would put over the folder of the source, which lacks these rows."""
     content = trained_json(stdlib_texts()[:5], 320)
     model = small("Llama", d_model=40, d_ff=80, max_seq_len=256, vocab_size=320, tie_embeddings=False)
     folder = saved(tmp_path / "Llama-base", our_model(model), work)
@@ -110,6 +112,19 @@ def test_marks_that_a_tokenizer_lacks_get_rows_of_their_own(work: WorkDirectory,
         assert np.array_equal(weights[name][:320], old)
         assert weights[name].shape == (vocab_size, old.shape[1])
         assert np.allclose(weights[name][320:], old.mean(0), atol=1e-7)
+    assert source_of_base(find_checkpoint(run.path)) == ""
+
+
+@pytest.mark.parametrize(
+    ("source", "expected"), [("hf:org/name", "org/name"), ("hf:theirs/chat.gguf", ""), ("chat.gguf", "")]
+)
+def test_the_base_that_adapters_name_is_one_that_peft_loads(work: WorkDirectory, source: str, expected: str):
+    """Finds adapter_config.json with the name of a GGUF file as the base."""
+    run = work.run("import", "theirs")
+    checkpoint = run.checkpoints / "step_00000000"
+    checkpoint.mkdir(parents=True)
+    run.config.write_text(f"model:\n  name: theirs\nimported:\n  source: {source}\n")
+    assert source_of_base(checkpoint) == expected
 
 
 def test_the_plan_imports_adapters_over_their_base(work: WorkDirectory, snapshot: Path, tmp_path: Path):

@@ -15,7 +15,7 @@ from dist_lm.stages.registry import load_config
 from dist_lm.storage.run_directory import WorkDirectory
 from dist_lm.tokenizer.tokenizer import Tokenizer
 from dist_lm.tracking.readable import OutputConsole
-from dist_lm.verbs.data_step import training_sequences
+from dist_lm.verbs.data_step import slices_of_step, training_sequences
 from dist_lm.verbs.data_where import Place, places_of_text, print_places
 from tests.training_run import prepare
 
@@ -109,6 +109,27 @@ def test_ancestors_are_asked_too(work: WorkDirectory):
     shown = console.file.getvalue()  # pyright: ignore[reportAttributeAccessIssue]
     assert f"{run.path}: " in shown
     assert f"{base.path}: 1 place" in shown
+
+
+def test_an_imported_start_ends_the_search(work: WorkDirectory):
+    """Finds a run on an open model that cannot be asked, and a path without a run that is called damaged."""
+    base = work.run("import", "theirs")
+    base.path.mkdir(parents=True)
+    base.config.write_text("model:\n  name: theirs\nimported:\n  source: hf:theirs\n")
+    run = prepare(work, "tuned", "stage.steps=4", "stage.init_from=none", stage="code")
+    run.config.write_text(run.config.read_text().replace("init_from: none", f"init_from: {base.path}"))
+
+    console = OutputConsole(file=io.StringIO(), width=300)
+    print_places(run, "e", 1, console, as_json=False)
+    printed = console.file.getvalue()  # pyright: ignore[reportAttributeAccessIssue]
+    assert "1 place" in printed
+    assert f"{base.path}: an imported model" in printed
+
+    for asked, refusal in ((base, "an imported model"), (work.run("code", "missing"), "no run is there")):
+        with pytest.raises(ArtefactError, match=refusal):
+            print_places(asked, "e", 1, console, as_json=False)
+        with pytest.raises(ArtefactError, match=refusal):
+            slices_of_step(asked, 1)
 
 
 def test_a_text_of_special_meaning_is_text_and_a_cut_list_says_so(

@@ -59,7 +59,7 @@ def test_the_experiment_names_model_data_and_numbers_and_its_command_is_planned(
     out = tmp_path / "lab" / "experiment" / "ours.yaml"
     recipe_new(f"hf:{model}", [str(chats)], out)
     sft = written(out)["stages"]["sft"]
-    assert (sft["epochs"], sft["seq_len"], sft["global_batch"], sft["lr"]) == (3, 256, 4, 2e-5)
+    assert (sft["epochs"], sft["seq_len"], sft["global_batch"], sft["lr"]) == (3, 256, 4, 1e-4)
     plan = plan_of(out, work=tmp_path / "work")
     assert [stage.name for stage in plan.stages] == ["import", "tokenizer", "shards", "sft"]
     assert plan.target.config.run_id == "ours"

@@ -14,15 +14,16 @@ from typing import Any
 from dist_lm.chat.layouts.turns import conversation_of, style_of, turns_in
 from dist_lm.chat.messages import ChatError, Conversation, Json, shown
 
+PROMPT, COMPLETION = "prompt", "completion"
 # Columns of the question and of the answer that are read together.
 PAIRS = (
-    ("prompt", "completion"),
-    ("prompt", "response"),
+    (PROMPT, COMPLETION),
+    (PROMPT, "response"),
     ("question", "answer"),
     ("question", "response"),
     ("query", "response"),
     ("query", "answer"),
-    ("prompt", "generation"),
+    (PROMPT, "generation"),
     ("problem", "solution"),
     ("inputs", "targets"),
 )

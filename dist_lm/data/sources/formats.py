@@ -193,7 +193,7 @@ def _json_row(line: bytes) -> Row | BadRow:
     except UnicodeDecodeError as error:
         return BadRow("invalid_utf8", f"byte {error.start} of the line is not UTF-8")
     except json.JSONDecodeError as error:
-        return BadRow("broken_json", f"broken JSON ({error.msg} at character {error.pos})")
+        return BadRow("broken_json", f"broken JSON ({error.msg.removesuffix(' at')} at character {error.pos})")
     except (RecursionError, ValueError) as error:
         return BadRow("broken_json", f"JSON that cannot be read ({error})")
     return _object(row)

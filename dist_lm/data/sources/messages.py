@@ -14,6 +14,7 @@ from dataclasses import replace
 from functools import partial
 
 from dist_lm.chat.documents import write_conversation
+from dist_lm.chat.layouts.completion import COMPLETION, PROMPT
 from dist_lm.chat.layouts.registry import COLUMNS, TURNS, read_row
 from dist_lm.chat.layouts.tools import TOOLS
 from dist_lm.chat.layouts.turns import SYSTEMS
@@ -29,7 +30,10 @@ from dist_lm.errors import UserError
 
 @reader(
     form="conversation",
-    keys=(*dict.fromkeys((*KEYS, *HUB_KEYS)), "thinking", "opening_answers", "later_system"),
+    keys=(
+        *dict.fromkeys((*KEYS, *HUB_KEYS)),
+        *("question_column", "answer_column", "thinking", "opening_answers", "later_system"),
+    ),
     needs=("language|language_column", "dataset|path"),
     inputs=list_data_set,
     takes_files=True,
@@ -43,6 +47,8 @@ def read_messages(source: SourceConfig, seed: int, files: Snapshot | None = None
     """
     # These columns have no key of the source, so a file may lack them.
     columns = [*named_columns(source), *(("", name) for name in COLUMNS)]
+    if source.question_column:
+        columns += [("question_column", source.question_column), ("answer_column", source.answer_column)]
     rows = data_set_rows(source, files, columns)
     content_of = partial(_content_of, source=source)
     yield from row_documents(source, rows, "", content_of, "conversation", (*TURNS, *TOOLS, *SYSTEMS))
@@ -58,8 +64,11 @@ def _content_of(row: Row, column: str, columns: Sequence[str], source: SourceCon
         columns: those of the file, for the message.
         source: says what becomes of thinking, of answers before the first question and of later turns of the system.
     """
-    if column and column not in row:
-        return missing_column(column, columns)
+    for name in (column, source.question_column, source.answer_column):
+        if name and name not in row:
+            return missing_column(name, columns)
+    if source.question_column:
+        row = _question_with_answer(row, source)
 
     try:
         conversation = read_row(row, column)
@@ -85,6 +94,13 @@ def _content_of(row: Row, column: str, columns: Sequence[str], source: SourceCon
     # Conversations that begin alike are in one split, however they continue.
     opening_messages = conversation.messages[: roles.index("assistant")]
     return text, text_hash("\n".join(message.content for message in opening_messages if message.role == "user"))
+
+
+def _question_with_answer(row: Row, source: SourceConfig) -> Row:
+    """Returns a row of `layouts.completion`, with the columns of a question and of its answer that a source names, and
+    those of tools and of the system."""
+    named = {name: cell for name, cell in row.items() if name in (*TOOLS, *SYSTEMS)}
+    return {PROMPT: row[source.question_column], COMPLETION: row[source.answer_column], **named}
 
 
 def from_first_question(conversation: Conversation, drops: bool) -> Conversation:

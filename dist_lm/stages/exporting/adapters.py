@@ -8,6 +8,7 @@ lora_A, and its own columns and rows of lora_B; the rest of lora_B is 0.
 Rows of stage.lora.tokens replace those of the embedding and the head (`trainable_token_indices`).
 """
 
+import logging
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -30,6 +31,9 @@ from dist_lm.training import checkpoint_files as files
 from dist_lm.training.adapters import adapted_model
 from dist_lm.training.checkpoint_tensors import stored_tensors, write_tensors
 
+log = logging.getLogger(__name__)
+
+GGUF = ".gguf"  # end of the name of a file for llama.cpp
 # head -> peft's name of the task, and the modules that it stores whole, beside the adapters
 TASKS = {"tokens": ("CAUSAL_LM", None), "scalar": ("SEQ_CLS", ["score"])}
 
@@ -47,7 +51,8 @@ def write_adapters(
     Args:
         architecture: the one of transformers that holds the model.
         dtype: bf16 | fp32.
-        base: folder or hub id of the base in transformers' form; empty: see `base_name`.
+        base: folder or hub id of the base in transformers' form; empty: where it was imported from, or without such a
+            source its run, which is then said.
         special_ids: ids of special tokens by name.
 
     Raises:
@@ -59,22 +64,35 @@ def write_adapters(
     stored_dtype = DTYPES[dtype][0]
     parts = {name: made(stored_dtype, tensor.shape, tensor.make) for name, tensor in tensors.items()}
     write_tensors(folder / WEIGHTS, parts, {"format": "pt"})
-    config = peft_config(architecture, model, base or base_name(Path(model.base)), token_ids)
+    base = base or source_of_base(Path(model.base))
+    if not base:
+        run = run_of(Path(model.base))
+        base = str(run.path if run else model.base)
+        log.warning(
+            "%s names %s as the base, which peft cannot load: export the base too, by `dist-lm export %s FOLDER`, and "
+            "the adapters again with --base FOLDER",
+            CONFIG,
+            base,
+            base,
+        )
+    config = peft_config(architecture, model, base, token_ids)
     durable.write_json(folder / CONFIG, config)
 
 
-def base_name(base: Path) -> str:
-    """Returns the folder or hub id that an imported base came from, which transformers loads; else the run of the base,
-    or without a run its checkpoint, which has to be exported first.
+def source_of_base(base: Path) -> str:
+    """Returns the folder or hub id that a base was imported from, which transformers loads; empty if no such folder
+    holds it: then the base has to be exported, too.
+
+    Args:
+        base: its checkpoint.
     """
     run = run_of(base)
-    if run is None:
-        return str(base)
-    imported = read_groups(run.config).get("imported", {})
+    imported = read_groups(run.config).get("imported", {}) if run else {}
     source = imported.get("source")
-    # Adapters that replace weights of their base have a base of their own, which no folder of transformers holds.
-    if source is None or "changed_by" in imported:
-        return str(run.path)
+    # Adapters that replace weights of their base, and an import that adds marks to the tokenizer, make a base that
+    # differs from its source. Of a GGUF file transformers needs a folder, too.
+    if source is None or "changed_by" in imported or str(source).endswith(GGUF):
+        return ""
     source = str(source).removeprefix("hf:")
     folder = Path(source).expanduser()
     return str(folder.resolve()) if folder.is_dir() else source

@@ -46,6 +46,8 @@ from dist_lm.training import checkpoint_files as files
 from dist_lm.training.checkpoint_tensors import PLACES, ComputedTensor, StoredTensor, tensors_in, write_tensors
 from dist_lm.training.state import TrainState
 
+ADDED_MARKS = "tokenizer.add_marks"  # in place of the source of other tensors, for rows that no source has
+
 
 def import_snapshot(
     folder: Path,
@@ -89,6 +91,8 @@ def import_snapshot(
         model = replace(model, vocab_size=words.tokenizer.vocab_size)
         conversions = converted(architecture, parameter_shapes(model))
     imported = {"source": source, "architecture": architecture.name, "snapshot": recorded(source, folder)}
+    if add_marks:
+        changed_by = ADDED_MARKS
     if changed_by:
         imported["changed_by"] = changed_by
 

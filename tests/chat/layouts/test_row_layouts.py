@@ -131,6 +131,31 @@ def test_numbers_in_csv_are_no_text(tmp_path: Path) -> None:
         propose(str(tmp_path / "a.csv"))
 
 
+@pytest.mark.parametrize("kind", ["csv", "parquet"])
+def test_columns_of_any_name_hold_questions_and_answers(kind: str, tmp_path: Path) -> None:
+    """Finds answers that are learned as plain text, columns that a parquet file is not asked for, and names that no
+    file has."""
+    path = tmp_path / f"faq.{kind}"
+    if kind == "csv":
+        path.write_text("Nr,Customer Question,Our Reply\n1,Is it open?,Until six.\n2,Where?,\n")
+    else:
+        columns = {"Nr": [1, 2], "Customer Question": ["Is it open?", "Where?"], "Our Reply": ["Until six.", None]}
+        pq.write_table(pa.table(columns), path)
+
+    (proposal,) = propose(str(path), "Customer Question", "Our Reply")
+    assert proposal.conversations
+    answered, unanswered = read_messages(proposal.typed(), 0)
+    assert not isinstance(answered, Rejected)
+    turns = [(message.role, message.content) for message in read_conversation(answered.text).messages]
+    assert turns == [("user", "Is it open?"), ("assistant", "Until six.")]
+    assert isinstance(unanswered, Rejected)
+
+    with pytest.raises(ConfigError, match=r"--answer our_reply: .*did you mean Our Reply\?.*columns there are Nr"):
+        propose(str(path), "Customer Question", "our_reply")
+    with pytest.raises(ConfigError, match="both or none"):
+        SourceConfig(reader="messages", language="chat", path=str(path), question_column="Customer Question")
+
+
 TABLES = ("openai_tools.jsonl", "sharegpt_tools.jsonl", "alpaca_history.jsonl")
 
 
