@@ -17,11 +17,11 @@ import yaml
 from rich.console import Console
 from rich.text import Text
 
-from dist_lm.config.corpus import HF
+from dist_lm.config.corpus import HF, CorpusConfig, SourceConfig
 from dist_lm.config.model import ModelConfig
 from dist_lm.config.root import Config
 from dist_lm.data.corpus_file import CONVERSATIONS, NAME, one_line
-from dist_lm.data.new import MOST_REMEDIES, Remedy, Survey, new_corpus, pair_words
+from dist_lm.data.new import MOST_REMEDIES, Remedy, Survey, new_corpus, pair_words, survey
 from dist_lm.data.token_corpus import TokenCorpus
 from dist_lm.errors import ConfigError, require
 from dist_lm.prepare.conf_folders import choices
@@ -42,8 +42,10 @@ BATCHES = (4, 64)  # smallest and largest global batch
 FULL_RATES = ((4_000_000_000, 1e-5), (400_000_000, 2e-5), (0, 1e-4))
 LORA_RATE_RATIO = 10
 LORA = {"rank": 16, "alpha": 32, "dropout": 0.05}
-WARMUP_SHARE = 0.03
+WARMUP_SHARE, PREFERENCE_WARMUP_SHARE = 0.03, 0.1
 PREFERENCE_RATE, RL_RATE = 5e-7, 1e-6
+PREFERENCE_BATCH = 32  # largest global batch of stage preference
+SAMPLE_BYTES = 256 << 20  # of text that is read of the data
 USED_MEMORY = 0.8  # part of the free memory of a CPU's machine, for all ranks
 
 
@@ -122,7 +124,7 @@ def new_recipe(
             model, data, corpus_file, model_file, console, force, new_files, question, answer
         )
         if preferences:
-            _add_rankings(corpus_file, preferences)
+            n_pairs = _add_rankings(corpus_file, preferences)
         stages, remarks = plan_stages(start, name, folder, surveys[CONVERSATIONS], measured)
         if text_corpora := [corpus for corpus in surveys if corpus != CONVERSATIONS]:
             remarks.append(
@@ -130,7 +132,7 @@ def new_recipe(
             )
         content = {"run_id": name, "corpus": name, "parallel": "auto"} | dict(start.keys) | hardware_keys()
         if preferences:
-            stages[PREFERENCE] = preference_keys(start, stages[SFT])
+            stages[PREFERENCE] = preference_keys(start, stages[SFT], n_pairs)
         if prompts:
             stages[RLHF] = rlhf_keys(stages[SFT])
             content["rlhf"] = rlhf_group(prompts, reward, stages[SFT])
@@ -177,7 +179,7 @@ def _look(
         data,
         corpus_file,
         console,
-        sample_bytes=256 << 20,
+        sample_bytes=SAMPLE_BYTES,
         force=force,
         reserved_names=choices("corpus"),
         trial=lambda config_dir, _: _measure(config_dir, name, start, measured),
@@ -360,11 +362,26 @@ def hardware_keys() -> dict[str, Any]:
     return {"hardware": {"memory_gib": round(max(0.5, USED_MEMORY * free_gib / cores()), 1)}}
 
 
-def preference_keys(start: Start, sft: Mapping[str, Any]) -> dict[str, Any]:
-    """Returns the keys of stage preference behind stage sft."""
-    rate = PREFERENCE_RATE * (LORA_RATE_RATIO if "lora" in sft else 1)
-    keys = {"init_from": f"stage:{SFT}", "corpus": RANKINGS, "epochs": 1, "lr": rate, "warmup_steps": 10}
-    keys |= {"seq_len": min(2 * int(sft["seq_len"]), start.shape.max_seq_len), "global_batch": 32, "micro_batch": 1}
+def preference_keys(start: Start, sft: Mapping[str, Any], n_pairs: int) -> dict[str, Any]:
+    """Returns the keys of stage preference behind stage sft.
+
+    A small file gets small batches: in two steps of 32 pairs, the rate would not leave its warm-up.
+
+    Args:
+        n_pairs: rankings in the data, or in the part of it that was read.
+    """
+    global_batch = min(PREFERENCE_BATCH, batch_of(n_pairs))
+    steps = math.ceil(n_pairs / global_batch)
+    keys: dict[str, Any] = {
+        "init_from": f"stage:{SFT}",
+        "corpus": RANKINGS,
+        "epochs": 1,
+        "seq_len": min(2 * int(sft["seq_len"]), start.shape.max_seq_len),
+        "global_batch": global_batch,
+        "micro_batch": 1,
+        "lr": PREFERENCE_RATE * (LORA_RATE_RATIO if "lora" in sft else 1),
+        "warmup_steps": max(1, round(PREFERENCE_WARMUP_SHARE * steps)),
+    }
     if "lora" in sft:
         keys["lora"] = dict(sft["lora"])
     return keys
@@ -391,12 +408,22 @@ def rlhf_group(prompts: Path, reward: str, sft: Mapping[str, Any]) -> dict[str, 
     }
 
 
-def _add_rankings(corpus_file: Path, preferences: Sequence[str]) -> None:
-    """Adds the corpus of preferences to a corpus file that `data new` wrote; its corpora come last."""
+def _add_rankings(corpus_file: Path, preferences: Sequence[str]) -> int:
+    """Adds the corpus of preferences to a corpus file that `data new` wrote; its corpora come last.
+
+    Returns:
+        The number of rankings in the first `SAMPLE_BYTES` of text.
+
+    Raises:
+        ConfigError, ArtefactError: the preferences cannot be read.
+    """
     paths = [path if "://" in path else str(Path(path).expanduser().absolute()) for path in preferences]
     source = {"reader": "preferences", "path": paths, "language": "preferences", "licence": ""}
     entry = yaml.safe_dump(source, width=1 << 30, default_flow_style=True)
     _write(corpus_file, f"{corpus_file.read_text(encoding='utf-8')}  {RANKINGS}:\n    - {entry}")
+
+    config = CorpusConfig(name=corpus_file.stem, corpora={RANKINGS: [SourceConfig(**source)]})
+    return survey(config, RANKINGS, SAMPLE_BYTES).documents.total()
 
 
 def _write(path: Path, text: str) -> None:

@@ -76,6 +76,16 @@ def test_the_experiment_names_model_data_and_numbers_and_its_command_is_planned(
     assert [stage.name for stage in exported.stages][-2:] == ["sft", "export"]
 
 
+@pytest.mark.parametrize("n_pairs", [1, 60, 1_000, 100_000])
+def test_most_steps_on_preferences_are_behind_the_warm_up(n_pairs):
+    """Fault: 60 pairs gave two steps and a warm-up of ten, so that nothing was learned."""
+    start = recipe.Start("hf:none", compose_config(["stage=code", *TINY]).model, {})
+    keys = recipe.preference_keys(start, {"seq_len": 512}, n_pairs)
+    steps = n_pairs / keys["global_batch"]
+    assert keys["warmup_steps"] <= max(1, 0.2 * steps)
+    assert keys["global_batch"] <= 32
+
+
 @pytest.mark.heavy
 def test_preferences_and_prompts_come_behind_it(model, chats, tmp_path, monkeypatch):
     pairs, prompts = tmp_path / "pairs.jsonl", tmp_path / "prompts.jsonl"
@@ -87,6 +97,7 @@ def test_preferences_and_prompts_come_behind_it(model, chats, tmp_path, monkeypa
     plan = plan_of(out, work=tmp_path / "work")
     assert [stage.name for stage in plan.stages][-3:] == ["sft", "rankings", "preference"]
     assert plan.target.config.stage.init_from == str((tmp_path / "work" / "runs" / "sft" / "pairs").resolve())
+    assert written(out)["stages"]["preference"]["global_batch"] == 4
     first = plan_of(out, "stage=sft", work=tmp_path / "work")
     assert [stage.name for stage in first.stages] == ["import", "tokenizer", "shards", "sft"]
 
@@ -118,7 +129,7 @@ def test_adapters_are_trained_where_the_whole_model_does_not_fit(model, chats, t
     monkeypatch.setattr(recipe, "fits", lambda folder, name, start, keys: "lora" in keys)
     recipe_new(f"hf:{model}", [str(chats)], out)
     sft = written(out)["stages"]["sft"]
-    assert (sft["lora"], sft["lr"]) == ({"rank": 16, "alpha": 32, "dropout": 0.05}, 2e-4)
+    assert (sft["lora"], sft["lr"]) == ({"rank": 16, "alpha": 32, "dropout": 0.05}, 1e-3)
     monkeypatch.setattr(recipe, "fits", lambda folder, name, start, keys: "load_in_4bit" in keys.get("lora", {}))
     if importlib.util.find_spec("bitsandbytes"):
         out = tmp_path / "lab" / "experiment" / "four_bits.yaml"
