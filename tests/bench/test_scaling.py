@@ -80,7 +80,7 @@ def test_runs_that_determine_no_law_are_refused():
         ScalingLaw.fit(sizes, lengths, [[-true_loss(*run)] for run in GRID])
 
 
-@pytest.mark.heavy
+@pytest.mark.bars
 def test_a_rung_is_the_configured_run_narrowed_and_shortened(tiny_work, tmp_path):
     with (tmp_path / "table").open("w") as table:
         records = run_scaling(

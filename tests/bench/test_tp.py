@@ -67,7 +67,7 @@ def test_a_model_that_torch_cannot_cut_has_no_peer_and_says_why():
     assert "n_heads=25" in comparison.peer_name
 
 
-@pytest.mark.heavy
+@pytest.mark.bars
 @pytest.mark.skipif(torch.cuda.is_available(), reason="the workload is one for CPU ranks")
 def test_the_verb_runs_it(tmp_path):
     file = tmp_path / "tp.jsonl"

@@ -246,10 +246,10 @@ def test_the_estimate_of_muon_is_that_of_the_plan(hardware, layout):
 @pytest.mark.parametrize(
     ("hardware", "layout"),
     [
-        pytest.param("h100", Layout(1, 8, 1), id="one replica"),
-        pytest.param("cpu", Layout(2, 2, 1), id="replicas share"),
-        pytest.param("h100", Layout(4, 2, 1), id="replicas apart"),
-        pytest.param("cpu", Layout(2, 1, 4), id="tensor parallel"),
+        pytest.param("h100", Layout(1, 8, 1), id="one replica", marks=pytest.mark.bars),
+        pytest.param("cpu", Layout(2, 2, 1), id="replicas share", marks=pytest.mark.bars),
+        pytest.param("h100", Layout(4, 2, 1), id="replicas apart", marks=pytest.mark.bars),
+        pytest.param("cpu", Layout(2, 1, 4), id="tensor parallel", marks=pytest.mark.bars),
         pytest.param("h100", Layout(2, 2, 2), id="all axes"),
     ],
 )

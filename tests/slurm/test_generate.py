@@ -55,6 +55,7 @@ def prompts(trained: WorkDirectory) -> Path:
     return path
 
 
+@pytest.mark.bars  # test_generation_run.py kills it without a Slurm
 def test_two_nodes_answer_every_prompt_and_through_failures_with_the_same_bytes(
     slurm: RealSlurm, trained: WorkDirectory, prompts: Path
 ) -> None:
