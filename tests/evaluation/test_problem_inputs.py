@@ -104,7 +104,7 @@ def test_some_references_pass():
 
 
 @in_sandbox
-@pytest.mark.heavy
+@pytest.mark.bars  # test_some_references_pass takes every twelfth
 @pytest.mark.timeout(3600)
 @pytest.mark.parametrize("language", LANGUAGES)
 def test_all_references_pass(language):
@@ -181,7 +181,7 @@ def test_some_tables_of_learned_tests_fail_others():
 
 
 @in_sandbox
-@pytest.mark.heavy
+@pytest.mark.bars  # test_some_tables_of_learned_tests_fail_others takes some
 @pytest.mark.timeout(1800)
 @pytest.mark.parametrize("language", LANGUAGES)
 def test_all_tables_of_learned_tests_fail_others(language):
