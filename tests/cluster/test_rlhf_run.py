@@ -296,9 +296,8 @@ def test_an_actor_draws_what_an_engine_in_the_rank_draws(started_work, reference
 FORM = {"type": "object", "properties": {"x": {"enum": ["up", "down", "back"]}, "y": {"type": "integer"}}}
 
 
-@pytest.mark.parametrize(
-    "kind", [pytest.param("schema", marks=pytest.mark.heavy), pytest.param("calls", marks=pytest.mark.bars)]
-)
+@pytest.mark.bars  # test_constrained_rollouts.py resumes one in the test's process
+@pytest.mark.parametrize("kind", ["schema", "calls"])
 def test_a_constrained_run_is_the_same_by_actors_and_after_a_resume(started_work, tmp_path, kind):
     """Finds actors without grammars, a learner that follows others, and records that a checkpoint loses."""
     form = tmp_path / "form.json"

@@ -61,6 +61,7 @@ def hashes(folder: Path) -> dict[str, str]:
     return {path.name: hashlib.sha256(path.read_bytes()).hexdigest() for path in folder.iterdir()}
 
 
+@pytest.mark.bars  # test_several_corpora.py plans it
 def test_a_run_goes_on_with_its_data_set_after_a_second_one_was_built(work: WorkDirectory, tmp_path: Path) -> None:
     """Finds a run that continues on the newest data set, or that is refused because there is another one."""
 

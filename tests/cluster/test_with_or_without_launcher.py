@@ -146,7 +146,7 @@ def test_a_second_command_for_the_same_run_is_refused(without_launcher):
     assert "is in use by process" in err
 
 
-@pytest.mark.heavy
+@pytest.mark.bars  # both doors give the same bits, above
 def test_a_run_killed_with_the_launcher_is_finished_without_it_and_the_reverse(undisturbed, tmp_path):
     expected = undisturbed.run("code", "default")
     every = ("stage.checkpoint_every=5", CODE_STEPS)
