@@ -149,6 +149,7 @@ def read_only(command: list[str]) -> list[str]:
     return ["unshare", "--mount", "bash", "-c", script, str(ROOT), *command]
 
 
+@pytest.mark.bars  # tests of sources read each kind of file
 @pytest.mark.skipif(os.geteuid() != 0, reason="a read-only mount needs root")
 def test_a_lab_trains_on_five_kinds_of_files_with_25_lines_of_its_own(lab, store):
     yaml = [line for text in CONF.values() for line in text.splitlines() if line.strip()]

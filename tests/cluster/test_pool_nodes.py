@@ -18,6 +18,7 @@ pytestmark = [
 ]
 
 
+@pytest.mark.bars
 def test_a_pool_shrinks_grows_and_gives_up_in_one_line(tmp_path):
     with loopback_ray(tmp_path, nodes=2) as ray, connect(ray.config(nodes=3, node_wait_s=1)) as cluster:
         eventually("two nodes", lambda: len(cluster.nodes()) == 2)
