@@ -6,15 +6,18 @@ import shutil
 import signal
 import subprocess
 import sys
+from dataclasses import asdict
 from pathlib import Path
 
 import torch.distributed as dist
 
-from dist_lm.config.root import save_config
+from dist_lm.config.root import Config, save_config
+from dist_lm.data.manifest import record_content
 from dist_lm.model.keyed_random import initialise
 from dist_lm.model.transformer import Transformer
 from dist_lm.parallel.mesh import World
 from dist_lm.prepare.compose import compose_config
+from dist_lm.stages.stage import run_of
 from dist_lm.storage.process import MARK
 from dist_lm.storage.run_directory import RunDirectory, WorkDirectory
 from dist_lm.tracking.metrics import read_metrics
@@ -73,6 +76,19 @@ def linked(work: WorkDirectory, directory: Path) -> WorkDirectory:
     for name in ("tokenizer", "corpora"):
         (directory / name).symlink_to(work.path / name)
     return WorkDirectory(directory)
+
+
+def begun_run(config: Config, state: TrainState) -> RunDirectory:
+    """A run with a checkpoint that has no tensors, as its first attempt records it."""
+    run = run_of(config)
+    run.create()
+    save_config(config, run.config)
+    record_content(run, config.corpus_names)
+    directory = run.checkpoints / checkpoint_files.step_name(state.step)
+    directory.mkdir()
+    checkpoint_files.write_state(directory, state, asdict(config.model))
+    checkpoint_files.write_pointer(run.checkpoints, checkpoint_files.LATEST, directory)
+    return run
 
 
 def write_untrained(work: WorkDirectory, stage: str, seed: int, run_id: str = "default") -> RunDirectory:

@@ -7,7 +7,7 @@ command counts epochs too.
 
 import math
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from dist_lm.data.order import sequences_an_epoch
 from dist_lm.data.packing import DROP, Packing
@@ -41,12 +41,11 @@ class CorpusPass:
 class PhasedPass(CorpusPass):
     """One corpus of a training stream with phases; `share` is that of all phases together."""
 
-    mix: PhasedMix | None = None
-    place: int = 0  # of the corpus in `mix`
+    mix: PhasedMix = field(kw_only=True)
+    place: int = field(kw_only=True)  # of the corpus in `mix`
 
     def epochs(self, sequences: int) -> float:
         """Returns the passes over the corpus in the first `sequences` sequences of the stream."""
-        assert self.mix is not None
         return self.mix.count(self.place, sequences) / self.n_sequences
 
 
@@ -59,7 +58,7 @@ def phased_passes(phases: Sequence[MixPhase], n_sequences: Mapping[str, int]) ->
     mix = mix_of(phases)
     total = sum(sum(phase.sequences.values()) for phase in phases)
     return tuple(
-        PhasedPass(name, n_epoch, mix.count(place, total) / total, mix, place)
+        PhasedPass(name, n_epoch, mix.count(place, total) / total, mix=mix, place=place)
         for place, (name, n_epoch) in enumerate(n_sequences.items())
     )
 

@@ -129,7 +129,7 @@ class PhasedMix:
         return corpus, self._begins_of_corpora[corpus][phase] + number_in_phase
 
     def number(self, corpus: int, number: int) -> int:
-        """Returns the global number of a sequence of a corpus: the inverse of `locate`."""
+        """Returns the global number of a sequence of a corpus, one that is read: the inverse of `locate`."""
         begins = self._begins_of_corpora[corpus]
         # Of phases that begin alike, all but the last one read nothing of the corpus.
         phase = bisect_right(begins, number) - 1
@@ -175,8 +175,8 @@ def require_same_past(
 
     Args:
         run: what is continued, for the message.
-        recorded: the phases that it has had, and
-        phases: those that it would have (`MixPhase.record`).
+        recorded: phases that the run has had (`MixPhase.record`).
+        phases: phases that it would have, in the same form.
         step: steps that it has taken.
 
     Raises:

@@ -31,7 +31,7 @@ from dist_lm.config.model import ModelConfig
 from dist_lm.config.pool import CACHE_SHARE
 from dist_lm.errors import ConfigError, UserError, require
 from dist_lm.generation.decoder import Decoder, Weights, best_page_tokens, checked
-from dist_lm.generation.grammar import GrammarError, Grammars, Matcher, only_token
+from dist_lm.generation.grammar import GrammarError, Grammars, Matcher, allows, only_token
 from dist_lm.generation.paged_cache import ALIGNED, BLOCK, DecodePlan, PagePool, Piece, pages_for
 from dist_lm.generation.prefix_cache import Prefix, PrefixCache, PrefixCounts, block_digests
 from dist_lm.generation.request import (
@@ -792,7 +792,7 @@ def is_forbidden(token: int, params: SamplingParams, allowed_U: np.ndarray | Non
     token."""
     if params.logit_bias.get(token) == -math.inf:
         return True
-    return allowed_U is not None and not allowed_U[token // 8] >> token % 8 & 1
+    return allowed_U is not None and not allows(allowed_U, token)
 
 
 def pages_that_fit(

@@ -109,6 +109,11 @@ def only_token(allowed_U: np.ndarray) -> int | None:
     return 8 * int(places[0]) + bits.bit_length() - 1
 
 
+def allows(allowed_U: np.ndarray, token: int) -> bool:
+    """Returns whether what `Matcher.allowed` returns has the token."""
+    return bool(allowed_U[token // 8] >> token % 8 & 1)
+
+
 class Grammars:
     """Makes matchers for the answers of one tokenizer. Grammars that were used last are kept. For any thread."""
 

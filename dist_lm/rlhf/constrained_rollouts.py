@@ -16,7 +16,7 @@ import numpy as np
 import torch
 
 from dist_lm.errors import ArtefactError
-from dist_lm.generation.grammar import Grammars, library_version
+from dist_lm.generation.grammar import Grammars, allows, library_version
 from dist_lm.model.token_sets import TokenSets, packed
 from dist_lm.rlhf.packed_rollouts import SetsOf
 from dist_lm.rlhf.rollouts import ConstraintOrder, Rollout, Rollouts, library_of, packed_record
@@ -112,7 +112,7 @@ class AllowedSets:
         tokens = rollout.completion.tolist()
         for place, token in enumerate(tokens):
             allowed_U = matcher.allowed()
-            if not allowed_U[token // 8] >> token % 8 & 1:
+            if not allows(allowed_U, token):
                 raise ArtefactError(
                     f"rlhf.constraint: token {place} of a rollout of prompt {rollout.position} is {token}, which its "
                     "constraint does not allow there: the rollouts were not drawn under it"

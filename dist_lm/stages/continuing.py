@@ -85,7 +85,9 @@ def require_same_settings(
         is_target: whether the command names the stage, or builds it on the way.
 
     Raises:
-        ConfigError: names the run and each key as the command gives it (`stage.KEY` or `stages.NAME.KEY`).
+        ConfigError: names the run and each key as the command gives it (`stage.KEY` or `stages.NAME.KEY`), or a phase
+            that has begun and would change.
+        ArtefactError: the phases differ, and the newest checkpoint or a corpus is damaged.
     """
     # Without output there is nothing that other settings would contradict.
     if not (run.config.exists() and has_output(run)):
@@ -103,7 +105,7 @@ def require_same_settings(
     schedule_keys = tuple(key.replace("stage.", prefix) for key in stage.schedule_keys)
     if any(conflict.startswith(schedule_keys) for conflict in conflicts):
         latest = checkpoint_files.read_pointer(run.checkpoints, checkpoint_files.LATEST)
-        if latest:
+        if latest and (recorded.stage.phases or config.stage.phases):
             check_phases_of_past(stage, config, run.path, checkpoint_files.read_state(latest)[0])
         conflicts = without_schedule(conflicts, schedule_keys, run, recorded, config)
     refuse_other_settings(run, config, conflicts)

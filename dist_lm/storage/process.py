@@ -116,13 +116,13 @@ def end(find: Callable[[], list[psutil.Process]], grace_s: float, kill_s: float 
     Raises:
         psutil.AccessDenied: a process belongs to another user.
     """
-    found: set[psutil.Process] = set()
+    known_processes: set[psutil.Process] = set()
 
     def find_living() -> list[psutil.Process]:
-        # Search again in each round: a process may have started others meanwhile. One that is ending has no environment
-        # any more, so that `find` may not know it by its mark, but still holds its files and devices.
-        found.update(find())
-        return [process for process in found if process.is_running() and is_alive(process)]
+        # Search again in each round: a process may have started others meanwhile. A process that is ending has lost its
+        # environment, so that `find` may miss its mark, but it still holds files and devices.
+        known_processes.update(find())
+        return [process for process in known_processes if process.is_running() and is_alive(process)]
 
     terminated: set[int] = set()
     deadline = time.monotonic() + grace_s

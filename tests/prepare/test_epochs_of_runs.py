@@ -3,13 +3,12 @@
 import json
 import shutil
 from copy import deepcopy
-from dataclasses import asdict, replace
+from dataclasses import replace
 
 import pytest
 
-from dist_lm.config.root import Config, save_config
+from dist_lm.config.root import Config
 from dist_lm.data.epochs import MANY
-from dist_lm.data.manifest import record_content
 from dist_lm.data.token_corpus import TokenCorpus
 from dist_lm.errors import ConfigError
 from dist_lm.prepare.compose import compose_config
@@ -17,9 +16,9 @@ from dist_lm.stages.registry import load_config
 from dist_lm.stages.stage import Action, Look, run_of
 from dist_lm.stages.training.stage import TrainingStage, training_stage
 from dist_lm.storage.run_directory import RunDirectory, WorkDirectory
-from dist_lm.training import checkpoint_files
 from dist_lm.training.state import TrainState
 from tests.conftest import TINY, composed, tiny
+from tests.training_run import begun_run
 
 SETTINGS = ("stage.init_from=none", "stage.global_batch=4", "stage.warmup_steps=2", "stage.schedule=wsd")
 
@@ -44,17 +43,7 @@ def sequences(config: Config, name: str) -> int:
 
 
 def begun(config: Config, at: int = 1) -> RunDirectory:
-    """A run with a checkpoint, as its first attempt records it."""
-    config = look(config).config
-    run = run_of(config)
-    run.create()
-    save_config(config, run.config)
-    record_content(run, config.corpus_names)
-    directory = run.checkpoints / checkpoint_files.step_name(at)
-    directory.mkdir()
-    checkpoint_files.write_state(directory, TrainState(step=at), asdict(config.model))
-    checkpoint_files.write_pointer(run.checkpoints, checkpoint_files.LATEST, directory)
-    return run
+    return begun_run(look(config).config, TrainState(step=at))
 
 
 def test_epochs_become_steps_in_the_plan_and_in_the_record(work):

@@ -1,22 +1,21 @@
 """stage.phases in plans: what each phase reads, what cannot be filled, and what a run that has begun may change."""
 
 from copy import deepcopy
-from dataclasses import asdict, replace
+from dataclasses import replace
 
 import pytest
 
 from dist_lm.config.root import Config, save_config
-from dist_lm.data.manifest import record_content
 from dist_lm.data.token_corpus import TokenCorpus
 from dist_lm.errors import ConfigError
 from dist_lm.stages.registry import load_config
-from dist_lm.stages.stage import PHASE_COLUMNS, Action, Look, run_of
+from dist_lm.stages.stage import PHASE_COLUMNS, Action, Look
 from dist_lm.stages.training.stage import training_stage
 from dist_lm.storage.run_directory import RunDirectory, WorkDirectory
 from dist_lm.tracking.readable import passes_in_words
-from dist_lm.training import checkpoint_files
 from dist_lm.training.state import TrainState
 from tests.conftest import composed, tiny
+from tests.training_run import begun_run
 
 SETTINGS = (
     *("stage.init_from=none", "stage.global_batch=4", "stage.steps=20", "stage.warmup_steps=2"),
@@ -35,18 +34,8 @@ def look(config: Config, rebuilt: tuple[str, ...] = ()) -> Look:
 
 
 def begun(config: Config, at: int) -> RunDirectory:
-    """A run with a checkpoint, as its first attempt records it."""
-    config = look(config).config
-    run = run_of(config)
-    run.create()
-    save_config(config, run.config)
-    record_content(run, config.corpus_names)
-    directory = run.checkpoints / checkpoint_files.step_name(at)
-    directory.mkdir()
     phases = [phase.record() for phase in training_stage("code").phases(config)]
-    checkpoint_files.write_state(directory, TrainState(step=at, phases=phases), asdict(config.model))
-    checkpoint_files.write_pointer(run.checkpoints, checkpoint_files.LATEST, directory)
-    return run
+    return begun_run(look(config).config, TrainState(step=at, phases=phases))
 
 
 def test_the_plan_says_what_each_phase_reads(work):

@@ -9,7 +9,7 @@ import jsonschema
 import numpy as np
 import pytest
 import torch
-from safetensors.numpy import load, save
+from safetensors.numpy import load
 
 from dist_lm.chat.messages import Tool
 from dist_lm.chat.parse import parse_turn
@@ -26,10 +26,9 @@ from dist_lm.rlhf.constrained_rollouts import RolloutConstraints
 from dist_lm.rlhf.experience import token_logprobs
 from dist_lm.rlhf.packed_rollouts import Dealing, completion_mask, rollout_batches
 from dist_lm.rlhf.rollouts import EngineRollouts, Rollouts, ScoredRollouts, concatenated, library_of, packed_record
-from dist_lm.rlhf.state import RlhfState
 from dist_lm.storage.run_directory import WorkDirectory
 from dist_lm.tokenizer.tokenizer import Tokenizer
-from tests.rlhf.toy import MODEL, Toy, tensors_of, toy
+from tests.rlhf.toy import MODEL, Toy, assert_ends_alike, run_from, saving, toy
 
 SCHEMA = {
     "type": "object",
@@ -169,28 +168,14 @@ def test_a_run_goes_on_from_a_checkpoint_to_the_bit(tokenizer, model, kind):
     """Finds rollouts drawn ahead that lose the record of their grammar, or sets that depend on what came before."""
     constraints = constraints_of(tokenizer, kind)
     config = config_of("grpo", max_staleness=1)
-    saved = {}
     whole = constrained_toy(config, 4, model, tokenizer, constraints)
-
-    def keep(state: RlhfState) -> None:
-        tensors = {name: value.clone() for name, value in tensors_of(whole).items()}
-        saved[state.iteration] = state.to_dict(), save(dict(state.arrays())), tensors
-
-    whole.learner = replace(whole.learner, save=keep, save_every=1)
+    saved = saving(whole)
     whole.run()
-    values, arrays, tensors = saved[2]
-    assert any(name.endswith("grammar_BG") and len(array) for name, array in load(arrays).items())
+    assert any(name.endswith("grammar_BG") and len(array) for name, array in load(saved[2].arrays).items())
 
     resumed = constrained_toy(config, 4, model, tokenizer, constraints_of(tokenizer, kind))
-    for name, value in tensors_of(resumed).items():
-        value.copy_(tensors[name])
-    resumed.state = RlhfState.from_dict(values, load(arrays))
-    resumed.run()
-    for name, value in tensors_of(resumed).items():
-        assert torch.equal(value, saved[4][2][name]), name
-    for again, report in zip(resumed.reports, whole.reports[2:], strict=True):
-        untimed = {n: v for n, v in report.metrics.items() if "timing" not in n and "_per_s" not in n}
-        assert {n: again.metrics[n] for n in untimed} == untimed
+    run_from(resumed, saved[2])
+    assert_ends_alike(resumed, whole, saved, 2)
 
 
 # --- against the definition ---

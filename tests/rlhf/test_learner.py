@@ -1,6 +1,5 @@
 """Whole iterations of small runs: what has to hold in every one, whatever is learned."""
 
-import json
 from collections.abc import Sequence
 from dataclasses import replace
 
@@ -17,10 +16,20 @@ from dist_lm.rlhf.models import start_critic
 from dist_lm.rlhf.reward_model import RewardScale
 from dist_lm.rlhf.rewards import RewardError
 from dist_lm.rlhf.rollouts import EngineRollouts
-from dist_lm.rlhf.state import RlhfState
 from dist_lm.training.heartbeat import StopRequest
 from dist_lm.training.trainer import NonFiniteGradientsError
-from tests.rlhf.toy import LENGTH, TOKENS, GroupMean, Toy, engine_of, tensors_of, weights_of
+from tests.rlhf.toy import (
+    LENGTH,
+    TOKENS,
+    GroupMean,
+    Toy,
+    assert_ends_alike,
+    engine_of,
+    run_from,
+    saving,
+    tensors_of,
+    weights_of,
+)
 from tests.rlhf.toy import toy as plain_toy
 from tests.rlhf.toy_rewards import VOCABULARY
 
@@ -318,29 +327,15 @@ def test_a_run_that_was_interrupted_goes_on_to_the_same_bits(staleness):
     config = replace(WITH_REWARD_MODEL, max_staleness=staleness, kl_target=0.5, kl_horizon=24, prompts=6)
     config = replace(config, rewards=config.rewards | FAILING, max_failed_fraction=0.9)
     whole = toy(config, 5, reward_model=True)
-    kept: dict[int, tuple] = {}
-
-    def keep(state: RlhfState) -> None:
-        values = (json.loads(json.dumps(state.to_dict())), state.arrays())
-        kept[state.iteration] = (values, {name: value.clone() for name, value in tensors_of(whole).items()})
-
-    whole.learner = replace(whole.learner, save=keep, save_every=1)
+    saved = saving(whole)
     end = whole.run()
     assert [int(report.rollouts.version_B[0]) for report in whole.reports] == [max(0, i - staleness) for i in range(5)]
     assert sum(whole.metric("rlhf/failed_starts")) > 0
     assert whole.metric("rollout/staleness") == [min(i, staleness) for i in range(5)]
     for stopped in (1, 3):
-        (values, arrays), tensors = kept[stopped]
         resumed = toy(config, 5, reward_model=True)
-        for name, value in tensors_of(resumed).items():
-            value.copy_(tensors[name])
-        resumed.state = RlhfState.from_dict(values, arrays)
-        assert replace(resumed.run(), pending={}) == replace(end, pending={})
-        for name, value in tensors_of(resumed).items():
-            assert torch.equal(value, kept[5][1][name]), name
-        for again, report in zip(resumed.reports, whole.reports[stopped:], strict=True):
-            untimed = {n: v for n, v in report.metrics.items() if "timing" not in n and "_per_s" not in n}
-            assert {n: again.metrics[n] for n in untimed} == untimed
+        assert replace(run_from(resumed, saved[stopped]), pending={}) == replace(end, pending={})
+        assert_ends_alike(resumed, whole, saved, stopped)
 
 
 def test_stale_rollouts_are_weighed_by_how_likely_the_trainer_finds_them():

@@ -1,6 +1,5 @@
 """Prompts without a signal are replaced, in a bounded number of rounds, and by the same ones after an interruption."""
 
-import json
 from dataclasses import replace
 
 import numpy as np
@@ -9,8 +8,7 @@ import pytest
 from dist_lm.rlhf.config import RewardPartConfig, RlhfConfig
 from dist_lm.rlhf.rollouts import Rollouts, ScoredRollouts
 from dist_lm.rlhf.schedule import SamplingAgain, positions_with_signal
-from dist_lm.rlhf.state import RlhfState
-from tests.rlhf.toy import rollouts_with, tensors_of, toy
+from tests.rlhf.toy import assert_ends_alike, rollouts_with, run_from, saving, toy
 
 PARTS = {"own": RewardPartConfig(kind="length", target=4, weight=2.0)}
 
@@ -84,13 +82,7 @@ STOPS = tuple(range(1, 14))
 def test_an_interrupted_run_draws_the_same_prompts_and_ends_with_the_same_bits(staleness: int):
     config = replace(DAPO, max_staleness=staleness)
     whole = toy(config, 4, stop_tokens=STOPS)
-    kept: dict[int, tuple] = {}
-
-    def keep(state: RlhfState) -> None:
-        values = (json.loads(json.dumps(state.to_dict())), state.arrays())
-        kept[state.iteration] = (values, {name: value.clone() for name, value in tensors_of(whole).items()})
-
-    whole.learner = replace(whole.learner, save=keep, save_every=1)
+    saved = saving(whole)
     end = whole.run()
     drawn = whole.metric("rollout/prompts")
     assert max(drawn) > config.prompts
@@ -98,14 +90,9 @@ def test_an_interrupted_run_draws_the_same_prompts_and_ends_with_the_same_bits(s
     assert min(whole.metric("rlhf/groups_without_signal")) == 0
     assert all(len(report.rollouts) == 8 for report in whole.reports)
     for stopped in (1, 2):
-        (values, arrays), tensors = kept[stopped]
         resumed = toy(config, 4, stop_tokens=STOPS)
-        for name, value in tensors_of(resumed).items():
-            value.copy_(tensors[name])
-        resumed.state = RlhfState.from_dict(values, arrays)
-        assert replace(resumed.run(), pending={}) == replace(end, pending={})
-        for name, value in tensors_of(resumed).items():
-            assert value.equal(kept[4][1][name]), name
+        assert replace(run_from(resumed, saved[stopped]), pending={}) == replace(end, pending={})
+        assert_ends_alike(resumed, whole, saved, stopped)
         for again_, report in zip(resumed.reports, whole.reports[stopped:], strict=True):
             assert again_.rollouts.position_B.tolist() == report.rollouts.position_B.tolist()
             assert again_.metrics["rollout/prompts"] == report.metrics["rollout/prompts"]

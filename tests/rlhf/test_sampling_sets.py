@@ -17,7 +17,7 @@ from dist_lm.rlhf.packed_rollouts import Dealing, completion_mask, minibatches, 
 from dist_lm.rlhf.rollouts import Rollouts, ScoredRollouts, concatenated
 from dist_lm.rlhf.state import KlController, RlhfState
 from tests.model.small_models import small_config, small_model
-from tests.rlhf.toy import MODEL, Toy, rollouts_with, tensors_of, toy
+from tests.rlhf.toy import MODEL, Toy, assert_ends_alike, rollouts_with, run_from, saving, toy
 
 FILTERS = {"top-k": {"top_k": 9}, "top-p": {"top_p": 0.7}, "both": {"top_k": 20, "top_p": 0.9}}
 NEAR = 1e-5
@@ -80,27 +80,14 @@ def test_stale_rollouts_are_weighed_within_their_own_sets():
 @pytest.mark.parametrize("algorithm", ["grpo", "dapo"])
 def test_a_run_goes_on_from_a_checkpoint_to_the_bit(algorithm):
     config = config_of(algorithm, top_k=20, top_p=0.9, max_staleness=1)
-    kept = {}
     whole = toy(config, 4, stop_tokens=tuple(range(1, 9)))
-
-    def keep(state: RlhfState) -> None:
-        tensors = {name: value.clone() for name, value in tensors_of(whole).items()}
-        kept[state.iteration] = state.to_dict(), save(dict(state.arrays())), tensors
-
-    whole.learner = replace(whole.learner, save=keep, save_every=1)
+    saved = saving(whole)
     whole.run()
-    values, arrays, tensors = kept[2]
-    assert any(name.endswith("sets_X") for name in load(arrays))
+    assert any(name.endswith("sets_X") for name in load(saved[2].arrays))
+
     resumed = toy(config, 4, stop_tokens=tuple(range(1, 9)))
-    for name, value in tensors_of(resumed).items():
-        value.copy_(tensors[name])
-    resumed.state = RlhfState.from_dict(values, load(arrays))
-    resumed.run()
-    for name, value in tensors_of(resumed).items():
-        assert torch.equal(value, kept[4][2][name]), name
-    for again, report in zip(resumed.reports, whole.reports[2:], strict=True):
-        untimed = {n: v for n, v in report.metrics.items() if "timing" not in n and "_per_s" not in n}
-        assert {n: again.metrics[n] for n in untimed} == untimed
+    run_from(resumed, saved[2])
+    assert_ends_alike(resumed, whole, saved, 2)
 
 
 # --- against the definition ---

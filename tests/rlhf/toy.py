@@ -1,5 +1,6 @@
 """A policy of two layers that learns in seconds, a second algorithm, hand-made rollouts, and a corpus of text."""
 
+import json
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -7,6 +8,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from safetensors.numpy import load, save
 
 from dist_lm.config.cluster import ParallelConfig
 from dist_lm.config.model import ModelConfig
@@ -166,6 +168,46 @@ def tensors_of(made: Toy) -> dict[str, torch.Tensor]:
             *named_state(trained.model, trained.optimizer),
         ]
     }
+
+
+@dataclass(frozen=True)
+class Saved:
+    """A toy after an iteration, as a checkpoint holds it."""
+
+    values: str  # JSON
+    arrays: bytes  # safetensors
+    tensors: dict[str, torch.Tensor]
+
+
+def saving(made: Toy) -> dict[int, Saved]:
+    """Lets a toy save itself after each iteration; the dictionary fills by iteration as it runs."""
+    saved: dict[int, Saved] = {}
+
+    def save_state(state: RlhfState) -> None:
+        tensors = {name: value.clone() for name, value in tensors_of(made).items()}
+        saved[state.iteration] = Saved(json.dumps(state.to_dict()), save(dict(state.arrays())), tensors)
+
+    made.learner = replace(made.learner, save=save_state, save_every=1)
+    return saved
+
+
+def run_from(made: Toy, start: Saved) -> RlhfState:
+    """Runs a new toy from where another was saved; returns its last state."""
+    for name, value in tensors_of(made).items():
+        value.copy_(start.tensors[name])
+    made.state = RlhfState.from_dict(json.loads(start.values), load(start.arrays))
+    return made.run()
+
+
+def assert_ends_alike(resumed: Toy, whole: Toy, saved: dict[int, Saved], start: int) -> None:
+    """The tensors of a toy that went on after iteration `start`, and its metrics but those of time, are those of one
+    that was not interrupted."""
+    for name, value in tensors_of(resumed).items():
+        assert torch.equal(value, saved[max(saved)].tensors[name]), name
+    for again, report in zip(resumed.reports, whole.reports[start:], strict=True):
+        untimed = {name: value for name, value in report.metrics.items() if not name.endswith("_per_s")}
+        untimed = {name: value for name, value in untimed.items() if "timing" not in name}
+        assert {name: again.metrics[name] for name in untimed} == untimed
 
 
 # --- another algorithm: a completion against the mean of the others of its prompt (kool et al. 2019) ---

@@ -454,8 +454,9 @@ class Reporter:
         if has_equal_scores or report.metrics.get("rlhf/groups_without_signal") == 1:
             self._has_warned = True
             log.warning(
-                "iteration %d: all rollouts of a prompt have the same score, so nothing is learned: what "
-                "rlhf.constraint=%s forces earns the reward by itself; score what it leaves open",
+                "iteration %d: all rollouts of a prompt have the same score, so nothing is learned: either what "
+                "rlhf.constraint=%s forces earns the reward by itself (score what it leaves open), or the policy gives "
+                "one answer",
                 *(report.iteration, self.config.rlhf.constraint),
             )
 
