@@ -147,7 +147,7 @@ def _build(plan: Plan) -> None:
                 planned.stage.build(limited(config, rows), console)
                 break
             except NothingHeldOutError:
-                # Of few rows none may be held out by chance, and all are no chance.
+                # Few rows may hold none out by chance; all rows together do not.
                 if rows == 0:
                     raise
     for planned in plan.stages:
