@@ -121,12 +121,13 @@ def data_new(
 ) -> None:
     """Look at data and write a corpus file for it: readers, columns, languages, licences, and what would be dropped.
 
-    The first command of the file is tried: its plan, and its corpora on 200 rows, in a temporary folder.
+    The first command of the file is tried in a temporary folder: its plan, and all corpora of texts and conversations
+    on 200 rows.
     """
     outputs.new_file("--out", out, force=force)
     from dist_lm.data.new import new_corpus
     from dist_lm.prepare.conf_folders import choices
-    from dist_lm.verbs.data_trial import try_command
+    from dist_lm.verbs.data_trial import try_all_corpora
 
     new_corpus(
         inputs,
@@ -135,7 +136,7 @@ def data_new(
         sample_bytes=sample << 20,
         force=force,
         reserved_names=choices("corpus"),
-        trial=try_command,
+        trial=try_all_corpora,
         question=question,
         answer=answer,
     )

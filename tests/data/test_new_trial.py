@@ -53,6 +53,27 @@ def test_a_file_of_few_conversations_is_one_whose_first_command_runs(tmp_path: P
     assert splits == {"train", "val"}
 
 
+def test_corpora_of_later_commands_are_built_too(tmp_path: Path) -> None:
+    """Fault: the first command read only the text, and the second one, on few source files, was refused."""
+    code, prose = tmp_path / "code", tmp_path / "prose"
+    code.mkdir()
+    prose.mkdir()
+    for n in range(25):
+        names = [f"{WORDS[(n + i) % 10]}_{n}_{i}" for i in range(30)]
+        (code / f"{n}.py").write_text("".join(f"def {name}(x):\n    return x + {n}\n\n\n" for name in names))
+    for n in range(120):
+        sentences = (
+            f"The {WORDS[n % 10]} of {WORDS[i % 10]} number {n * i} stood near the {WORDS[n // 12]}." for i in range(20)
+        )
+        (prose / f"{n}.txt").write_text(" ".join(sentences))
+    out = tmp_path / "lab" / "corpus" / "both.yaml"
+    data_new([str(code), str(prose)], out)
+    assert "\nval_fraction: " in out.read_text()
+    line = next(line for line in out.read_text().splitlines() if "stage=code" in line)
+    overrides = [*shlex.split(line)[6:], "stage.init_from=none"]
+    assert try_command(out.parent.parent, overrides) is None
+
+
 def asked(n: int) -> str:
     return f"Where is the {WORDS[n % 10]} of {WORDS[n // 10 % 10]}, number {n}?"
 
