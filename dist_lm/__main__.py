@@ -118,6 +118,9 @@ def data_new(
     force: Annotated[bool, typer.Option("--force", help="Replace the file if it exists.")] = False,
     question: Annotated[str, typer.Option(help="The column of questions, with --answer.")] = "",
     answer: Annotated[str, typer.Option(help="The column of answers, with --question.")] = "",
+    prompt_column: Annotated[str, typer.Option(help="Preferences: the column of prompts.")] = "",
+    chosen_column: Annotated[str, typer.Option(help="Preferences: the column of better answers.")] = "",
+    rejected_column: Annotated[str, typer.Option(help="Preferences: the column of worse answers.")] = "",
 ) -> None:
     """Look at data and write a corpus file for it: readers, columns, languages, licences, and what would be dropped.
 
@@ -126,6 +129,7 @@ def data_new(
     """
     outputs.new_file("--out", out, force=force)
     from dist_lm.data.new import new_corpus
+    from dist_lm.data.propose import PairColumns
     from dist_lm.prepare.conf_folders import choices
     from dist_lm.verbs.data_trial import try_all_corpora
 
@@ -139,6 +143,7 @@ def data_new(
         trial=try_all_corpora,
         question=question,
         answer=answer,
+        pair=PairColumns(prompt_column, chosen_column, rejected_column),
     )
 
 
@@ -155,9 +160,13 @@ def recipe_new(
     force: Annotated[bool, typer.Option("--force", help="Replace the files if they exist.")] = False,
     question: Annotated[str, typer.Option(help="The column of questions, with --answer.")] = "",
     answer: Annotated[str, typer.Option(help="The column of answers, with --question.")] = "",
+    prompt_column: Annotated[str, typer.Option(help="Preferences: the column of prompts.")] = "",
+    chosen_column: Annotated[str, typer.Option(help="Preferences: the column of better answers.")] = "",
+    rejected_column: Annotated[str, typer.Option(help="Preferences: the column of worse answers.")] = "",
 ) -> None:
     """Look at a model, conversations and this machine, and write an experiment that fine-tunes (docs/finetune.md)."""
     outputs.new_file("--out", out, force=force)
+    from dist_lm.data.propose import PairColumns
     from dist_lm.verbs.recipe import new_recipe
 
     console = OutputConsole()
@@ -172,6 +181,7 @@ def recipe_new(
         force=force,
         question=question,
         answer=answer,
+        pair=PairColumns(prompt_column, chosen_column, rejected_column),
     )
 
 

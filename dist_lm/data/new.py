@@ -25,7 +25,7 @@ from dist_lm.data.corpus_file import (
     stage_overrides,
 )
 from dist_lm.data.ingest import BYTES_PER_TOKEN, TextSplits
-from dist_lm.data.propose import Proposal, check_text, is_prose, propose
+from dist_lm.data.propose import PairColumns, Proposal, check_text, is_prose, propose
 from dist_lm.data.screening import IngestReport, source_name
 from dist_lm.data.sources.failures import brief
 from dist_lm.data.sources.rows import MISSING_COLUMN
@@ -105,6 +105,7 @@ def new_corpus(
     origin: Origin | None = None,
     question: str = "",
     answer: str = "",
+    pair: PairColumns | None = None,
 ) -> dict[str, Survey]:
     """Writes the corpus file `out` for data, and prints what the data holds. Returns the counts by corpus.
 
@@ -120,6 +121,7 @@ def new_corpus(
         origin: of a file that comes with an experiment: nothing but its launch trains on the file, and the caller
             prints what was written; None: the file is that of `dist-lm data new`.
         question, answer: columns of a question and of its answer in all data; empty: what the rows hold is recognised.
+        pair: columns of preferences in all data; None or false: they are recognised.
 
     Raises:
         ConfigError: `out` is no path for a corpus file, there is no data, its columns do not make documents, or it has
@@ -132,7 +134,11 @@ def new_corpus(
     for path in paths:
         check_text("PATH", path)
     require_pair(question, answer)
-    proposals = [proposal for path in paths for proposal in propose(_absolute(path), question, answer)]
+    pair = pair or PairColumns()
+    pair.check()
+    if question and pair:
+        raise ConfigError("--question and --chosen-column: rows are conversations or preferences: give each in a call")
+    proposals = [proposal for path in paths for proposal in propose(_absolute(path), question, answer, pair)]
     by_corpus = _by_corpus(proposals)
 
     # Broken rows are counted and reported here, so that nearly any share of them is accepted.
@@ -154,7 +160,7 @@ def new_corpus(
         remarks.append(MODEL_NEEDED)
 
     documents = {name: dict(corpus_survey.documents.most_common()) for name, corpus_survey in surveys.items()}
-    written_by = ["dist-lm", "data", "new", *paths, *pair_words(question, answer), "--out", str(out)]
+    written_by = ["dist-lm", "data", "new", *paths, *pair_words(question, answer), *pair.words(), "--out", str(out)]
     overrides: list[str] = []
     labelled = are_labelled(by_corpus)
     if labelled:

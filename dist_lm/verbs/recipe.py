@@ -23,6 +23,7 @@ from dist_lm.config.root import Config
 from dist_lm.data.corpus_file import CONVERSATIONS, NAME, one_line
 from dist_lm.data.ingest import BYTES_PER_TOKEN
 from dist_lm.data.new import MOST_REMEDIES, Origin, Remedy, Survey, new_corpus, pair_words, survey
+from dist_lm.data.propose import PairColumns
 from dist_lm.data.token_corpus import TokenCorpus
 from dist_lm.errors import ConfigError, require
 from dist_lm.prepare.conf_folders import choices
@@ -80,6 +81,7 @@ def new_recipe(
     force: bool = False,
     question: str = "",
     answer: str = "",
+    pair: PairColumns | None = None,
 ) -> None:
     """Writes the experiment `out`, a corpus file beside it, and for a run as the model a model file; prints what was
     seen and the command.
@@ -94,6 +96,7 @@ def new_recipe(
         prompts: file of prompts: stage rlhf follows, with the function `reward` (module:function).
         force: replace existing files.
         question, answer: columns of a question and of its answer in `data`; empty: conversations are recognised.
+        pair: columns of `preferences`; None or false: they are recognised.
 
     Raises:
         ConfigError: `out` is no path for an experiment, the data holds no conversations, or the model does not fit this
@@ -109,6 +112,10 @@ def new_recipe(
     words = ["dist-lm", "recipe", "new", model, *(word for path in data for word in ("--data", path))]
     words += pair_words(question, answer)
     words += [word for path in preferences for word in ("--preferences", path)]
+    pair = pair or PairColumns()
+    pair.check()
+    require(bool(preferences) or not pair, "--chosen-column", pair.chosen, "no column without --preferences FILE")
+    words += pair.words()
     if prompts:
         words += ["--prompts", str(prompts), "--reward", reward]
     words += ["--out", str(out)]
@@ -124,13 +131,13 @@ def new_recipe(
     new_folders = [path for path in (corpus_file.parent, model_file.parent, out.parent, folder) if not path.exists()]
     try:
         # What cannot be read is refused before anything is built.
-        pairs = survey_of_preferences(preferences) if preferences else None
+        pairs = survey_of_preferences(preferences, pair) if preferences else None
         origin = Origin(words, command)
         start, surveys, measured = _look(
             model, data, corpus_file, model_file, console, force, new_files, question, answer, origin
         )
         if preferences:
-            _add_rankings(corpus_file, preferences)
+            _add_rankings(corpus_file, preferences, pair)
         stages, remarks = plan_stages(start, name, folder, surveys[CONVERSATIONS], measured)
         if text_corpora := [corpus for corpus in surveys if corpus != CONVERSATIONS]:
             remarks.append(
@@ -427,26 +434,26 @@ def rlhf_group(prompts: Path, reward: str, sft: Mapping[str, Any]) -> dict[str, 
     }
 
 
-def survey_of_preferences(preferences: Sequence[str]) -> Survey:
+def survey_of_preferences(preferences: Sequence[str], pair: PairColumns) -> Survey:
     """Returns the counts of the rankings in the first `SAMPLE_BYTES` of text.
 
     Raises:
         ConfigError, ArtefactError: the preferences cannot be read.
     """
-    config = CorpusConfig(name=RANKINGS, corpora={RANKINGS: [SourceConfig(**_source_of(preferences))]})
+    config = CorpusConfig(name=RANKINGS, corpora={RANKINGS: [SourceConfig(**_source_of(preferences, pair))]})
     return survey(config, RANKINGS, SAMPLE_BYTES)
 
 
-def _add_rankings(corpus_file: Path, preferences: Sequence[str]) -> None:
+def _add_rankings(corpus_file: Path, preferences: Sequence[str], pair: PairColumns) -> None:
     """Adds the corpus of preferences to a corpus file that `new_corpus` wrote; its corpora come last."""
-    entry = yaml.safe_dump(_source_of(preferences), width=1 << 30, default_flow_style=True)
+    entry = yaml.safe_dump(_source_of(preferences, pair), width=1 << 30, default_flow_style=True)
     _write(corpus_file, f"{corpus_file.read_text(encoding='utf-8')}  {RANKINGS}:\n    - {entry}")
 
 
-def _source_of(preferences: Sequence[str]) -> dict[str, Any]:
+def _source_of(preferences: Sequence[str], pair: PairColumns) -> dict[str, Any]:
     """Returns the source that reads files of preferences, with absolute paths, because a launch may start elsewhere."""
     paths = [path if "://" in path else str(Path(path).expanduser().absolute()) for path in preferences]
-    return {"reader": "preferences", "path": paths, "language": "preferences", "licence": ""}
+    return {"reader": "preferences", "path": paths, "language": "preferences", "licence": ""} | pair.keys()
 
 
 def _write(path: Path, text: str) -> None:

@@ -184,6 +184,20 @@ def test_preferences_that_cannot_be_read_are_refused_first_and_leave_no_file(mod
     assert not (tmp_path / "lab").exists()
 
 
+@pytest.mark.heavy
+def test_preferences_in_columns_of_any_name(model, chats, tmp_path):
+    """Fault: a table of one's own had to be written again with the columns prompt, chosen and rejected."""
+    pairs = tmp_path / "pairs.csv"
+    pairs.write_text("Asked,Good,Bad\n" + "".join(f"Is {n} even?,Perhaps.,No.\n" for n in range(60)))
+    out = tmp_path / "lab" / "experiment" / "own.yaml"
+    columns: dict[str, Any] = {"prompt_column": "Asked", "chosen_column": "Good", "rejected_column": "Bad"}
+    recipe_new(f"hf:{model}", [str(chats)], out, preferences=[str(pairs)], **columns)
+    plan = plan_of(out, work=tmp_path / "work")
+    (source,) = plan.target.config.corpus.corpora["rankings"]
+    assert {key: getattr(source, key) for key in columns} == columns
+    assert "--chosen-column Good" in out.read_text()
+
+
 def test_numbers_follow_from_the_data():
     assert [sequence_length(n, 4096) for n in (3, 256, 257, 3000, 20_000)] == [256, 256, 512, 4096, 4096]
     assert sequence_length(20_000, 32_768) == 8192
