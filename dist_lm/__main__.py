@@ -118,15 +118,20 @@ def data_new(
     force: Annotated[bool, typer.Option("--force", help="Replace the file if it exists.")] = False,
     question: Annotated[str, typer.Option(help="The column of questions, with --answer.")] = "",
     answer: Annotated[str, typer.Option(help="The column of answers, with --question.")] = "",
+    prompt_column: Annotated[str, typer.Option(help="Preferences: the column of prompts.")] = "",
+    chosen_column: Annotated[str, typer.Option(help="Preferences: the column of better answers.")] = "",
+    rejected_column: Annotated[str, typer.Option(help="Preferences: the column of worse answers.")] = "",
 ) -> None:
     """Look at data and write a corpus file for it: readers, columns, languages, licences, and what would be dropped.
 
-    The first command of the file is tried: its plan, and its corpora on 200 rows, in a temporary folder.
+    The first command of the file is tried in a temporary folder: its plan, and all corpora of texts and conversations
+    on 200 rows.
     """
     outputs.new_file("--out", out, force=force)
     from dist_lm.data.new import new_corpus
+    from dist_lm.data.propose import PairColumns
     from dist_lm.prepare.conf_folders import choices
-    from dist_lm.verbs.data_trial import try_command
+    from dist_lm.verbs.data_trial import try_all_corpora
 
     new_corpus(
         inputs,
@@ -135,9 +140,10 @@ def data_new(
         sample_bytes=sample << 20,
         force=force,
         reserved_names=choices("corpus"),
-        trial=try_command,
+        trial=try_all_corpora,
         question=question,
         answer=answer,
+        pair=PairColumns(prompt_column, chosen_column, rejected_column),
     )
 
 
@@ -154,9 +160,13 @@ def recipe_new(
     force: Annotated[bool, typer.Option("--force", help="Replace the files if they exist.")] = False,
     question: Annotated[str, typer.Option(help="The column of questions, with --answer.")] = "",
     answer: Annotated[str, typer.Option(help="The column of answers, with --question.")] = "",
+    prompt_column: Annotated[str, typer.Option(help="Preferences: the column of prompts.")] = "",
+    chosen_column: Annotated[str, typer.Option(help="Preferences: the column of better answers.")] = "",
+    rejected_column: Annotated[str, typer.Option(help="Preferences: the column of worse answers.")] = "",
 ) -> None:
     """Look at a model, conversations and this machine, and write an experiment that fine-tunes (docs/finetune.md)."""
     outputs.new_file("--out", out, force=force)
+    from dist_lm.data.propose import PairColumns
     from dist_lm.verbs.recipe import new_recipe
 
     console = OutputConsole()
@@ -171,6 +181,7 @@ def recipe_new(
         force=force,
         question=question,
         answer=answer,
+        pair=PairColumns(prompt_column, chosen_column, rejected_column),
     )
 
 

@@ -81,6 +81,10 @@ class SourceConfig:
     # messages: the columns of a question and of its answer, in rows without turns; none: by their usual names
     question_column: str = ""
     answer_column: str = ""
+    # preferences: the columns of the prompt and of two answers, in rows of pairs; none: by their usual names
+    prompt_column: str = ""
+    chosen_column: str = ""
+    rejected_column: str = ""
     id_column: str = ""  # the column that names each row in messages and in the corpus; none: file and line
     # hub_rankings: oasst1 | hh-rlhf | helpsteer3 | ultrafeedback; none: by the name of the data set. preferences:
     # pairs | ranked | labelled, or one of the last three; none: by the columns of each row
@@ -124,6 +128,14 @@ class SourceConfig:
             f"corpus source {self.reader}: question_column, answer_column",
             f"{self.question_column!r}, {self.answer_column!r}",
             "both or none of them, and no `column` beside them",
+        )
+        has_both = bool(self.chosen_column and self.rejected_column)
+        has_none = not (self.prompt_column or self.chosen_column or self.rejected_column)
+        require(
+            has_both or has_none,
+            f"corpus source {self.reader}: prompt_column, chosen_column, rejected_column",
+            f"{self.prompt_column!r}, {self.chosen_column!r}, {self.rejected_column!r}",
+            "chosen_column and rejected_column together, perhaps with prompt_column; or none of them",
         )
         require(
             self.thinking in ("", "learn", "context", "drop"),

@@ -67,32 +67,31 @@ def check_name(name: str, reserved_names: Sequence[str]) -> None:
 
 
 def corpus_file(
-    command: Sequence[str],
+    written_by: Sequence[str],
+    launches: Sequence[str],
     out: Path,
     by_corpus: Mapping[str, Sequence[Proposal]],
     documents: Mapping[str, Mapping[str, int]],
     remarks: Sequence[str] = (),
     settings: Mapping[str, Any] | None = None,
-    overrides: Sequence[str] = (),
 ) -> str:
     """Returns the text of the corpus file; writes nothing. The text was read back and compared.
 
     A source without `licence_column` gets an empty `licence`, with a comment that asks the user to fill it in.
 
     Args:
-        command: the words of the command line that was typed; the first comment quotes them.
+        written_by: the words of the command line that was typed; the first comment quotes them.
+        launches: the command lines that train on the file, for comments.
         out: the path of the file; its stem is `name` in the text.
         by_corpus: the sources of each corpus.
         documents: number of documents by corpus and language, for comments; every corpus must be there.
         remarks: comments on the whole file.
         settings: keys of the group `corpus` beside the corpora, such as `val_fraction`.
-        overrides: further words of the commands.
 
     Raises:
         ConfigError: a launch would not read the text as it is meant.
     """
-    comments = [f"Written by: {shlex.join(command)}"]
-    comments += [f"  {line}" for line in next_commands(out, [*by_corpus], overrides, are_labelled(by_corpus))]
+    comments = [f"Written by: {shlex.join(written_by)}", *(f"  {line}" for line in launches)]
     lines = [f"# {one_line(comment)}" for comment in (*comments, *remarks)]
     settings = dict(settings or {})
     lines += [*_yaml({"name": out.stem} | settings), "corpora:"]

@@ -19,6 +19,7 @@ leakage. They are divided by group instead: the tools of a conversation with gen
 other conversation, the prompt of a ranking. Conversations and rankings are read once.
 """
 
+import heapq
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -35,6 +36,7 @@ from dist_lm.document import Document
 from dist_lm.errors import ArtefactError, ChangedInputError, ConfigError
 
 HASH_RANGE = 2**64  # hashes of groups are below
+MOST_TRIED = 64  # next records that an error compares with other corpora to find a larger share
 
 
 @dataclass(frozen=True)
@@ -358,6 +360,7 @@ def split_documents(
     # Val stays in memory: only all of train tells which of its documents are dropped.
     val = []
     held_out_earlier = []  # records with the beginning of val of an earlier corpus
+    next_for_val = _Lowest(MOST_TRIED)
     groups = _Groups()
     for record, forbidden in marked:
         groups.add(record.group)
@@ -369,6 +372,8 @@ def split_documents(
         elif forbidden:
             held_out_earlier.append(record)
         else:
+            if not is_text:
+                next_for_val.add(record)
             yield from checked(record, "train", rule)
 
     if is_text:
@@ -390,8 +395,13 @@ def split_documents(
         cause = _why_nothing_is_held_out(config, corpus_name, groups, len(val), least_val_bytes)
         # Only where there are too few documents does a larger share hold some out.
         share = groups.smallest if groups.several and not val and not least_val_bytes else None
+        if val and largest_share(config, corpus_name):
+            # Those chosen stand in train of other corpora by chance; the next ones may not.
+            share = _smallest_allowed(text_splits.earlier, next_for_val.records())
+            if share is not None:
+                cause += f"; or set corpus.val_fraction above {share:.4f}, so that more are chosen"
         raise NothingHeldOutError(
-            f"corpus {corpus_name}: none of its {splits.total()} documents is held out: {cause}", share
+            f"corpus {corpus_name}: none of its {splits.total()} documents is held out: {cause}", share, groups.n_read
         )
     if not splits["train"]:
         raise ArtefactError(
@@ -403,10 +413,49 @@ def split_documents(
 class NothingHeldOutError(ArtefactError):
     """A corpus has no document in val."""
 
-    def __init__(self, words: str, share: float | None) -> None:
-        """`share`: a `corpus.val_fraction` above it holds some out; None: none does."""
+    def __init__(self, words: str, share: float | None, n_read: int) -> None:
+        """`share`: a `corpus.val_fraction` above it holds some out; None: none does. `n_read`: documents that were
+        read."""
         super().__init__(words)
         self.share = share
+        self.n_read = n_read
+
+
+class _Lowest:
+    """The records of the smallest hashes of their groups, in bounded memory: the next ones that a larger share holds
+    out."""
+
+    def __init__(self, most: int) -> None:
+        self._most = most
+        self._records: list[tuple[float, int, Screened]] = []  # a heap, the largest hash first
+        self._n_added = 0
+
+    def add(self, record: Screened) -> None:
+        """Takes a record, and gives up the one with the largest hash if there are too many."""
+        self._n_added += 1
+        # The number decides between equal hashes, because records are not compared.
+        entry = (-_position(record.group), self._n_added, record)
+        if len(self._records) < self._most:
+            heapq.heappush(self._records, entry)
+        else:
+            heapq.heappushpop(self._records, entry)
+
+    def records(self) -> list[Screened]:
+        """Returns the records, by hash."""
+        return [record for _, _, record in sorted(self._records, reverse=True, key=lambda entry: entry[:2])]
+
+
+def _smallest_allowed(earlier: EarlierCorpora, records: Sequence[Screened]) -> float | None:
+    """Returns the hash of the first of `records`, sorted by it, that train of no earlier corpus has; None: all are
+    there.
+
+    Raises:
+        ArtefactError, UserError: as `EarlierCorpora.marked`.
+    """
+    for record, forbidden in earlier.marked(records, lambda _: "val"):
+        if not forbidden:
+            return _position(record.group)
+    return None
 
 
 @dataclass
@@ -415,10 +464,12 @@ class _Groups:
 
     first: str = ""
     several: bool = False  # whether there is more than one
+    n_read: int = 0  # documents
     smallest: float = 1.0  # smallest hash in [0, 1)
 
     def add(self, group: str) -> None:
         """Counts the group of a document."""
+        self.n_read += 1
         self.first = self.first or group
         self.several = self.several or group != self.first
         self.smallest = min(self.smallest, _position(group))

@@ -25,7 +25,7 @@ from dist_lm.data.corpus_file import (
     stage_overrides,
 )
 from dist_lm.data.ingest import BYTES_PER_TOKEN, TextSplits
-from dist_lm.data.propose import Proposal, check_text, is_prose, propose
+from dist_lm.data.propose import PairColumns, Proposal, check_text, is_prose, propose
 from dist_lm.data.screening import IngestReport, source_name
 from dist_lm.data.sources.failures import brief
 from dist_lm.data.sources.rows import MISSING_COLUMN
@@ -82,6 +82,14 @@ class Remedy:
     overrides: Sequence[str] = ()  # words for the commands
 
 
+@dataclass(frozen=True)
+class Origin:
+    """The command that writes a corpus file together with an experiment, which trains on it."""
+
+    written_by: Sequence[str]  # words of the command line that was typed
+    launch: str  # the command line of the experiment
+
+
 Trial = Callable[[Path, Sequence[str]], Remedy | None]  # takes a configuration folder and overrides; raises UserError
 
 
@@ -94,14 +102,14 @@ def new_corpus(
     force: bool = False,
     reserved_names: Sequence[str] = (),
     trial: Trial | None = None,
-    commands: bool = True,
+    origin: Origin | None = None,
     question: str = "",
     answer: str = "",
+    pair: PairColumns | None = None,
 ) -> dict[str, Survey]:
     """Writes the corpus file `out` for data, and prints what the data holds. Returns the counts by corpus.
 
-    The data is read, perhaps from URLs, and counted before the file is written. The folder of `out` is created first,
-    and stays after an error.
+    The data is read, perhaps from URLs, and counted before the file is written. Nothing is left after an error.
 
     Args:
         paths: files, folders, globs or URLs of the data.
@@ -110,8 +118,10 @@ def new_corpus(
         reserved_names: the corpus files of dist_lm, whose names no other file may have.
         trial: tries the first command of the file on a copy elsewhere, and returns what would make it run; None: the
             command is not tried.
-        commands: whether to print the commands that train on the file.
+        origin: of a file that comes with an experiment: nothing but its launch trains on the file, and the caller
+            prints what was written; None: the file is that of `dist-lm data new`.
         question, answer: columns of a question and of its answer in all data; empty: what the rows hold is recognised.
+        pair: columns of preferences in all data; None or false: they are recognised.
 
     Raises:
         ConfigError: `out` is no path for a corpus file, there is no data, its columns do not make documents, or it has
@@ -124,7 +134,11 @@ def new_corpus(
     for path in paths:
         check_text("PATH", path)
     require_pair(question, answer)
-    proposals = [proposal for path in paths for proposal in propose(_absolute(path), question, answer)]
+    pair = pair or PairColumns()
+    pair.check()
+    if question and pair:
+        raise ConfigError("--question and --chosen-column: rows are conversations or preferences: give each in a call")
+    proposals = [proposal for path in paths for proposal in propose(_absolute(path), question, answer, pair)]
     by_corpus = _by_corpus(proposals)
 
     # Broken rows are counted and reported here, so that nearly any share of them is accepted.
@@ -140,20 +154,23 @@ def new_corpus(
     settings: dict[str, Any] = {}
     if remarks:
         settings["max_bad_fraction"] = max(_accepted_fraction(corpus_survey) for corpus_survey in surveys.values())
-    if commands and list(by_corpus) == [CONVERSATIONS]:
+    if not origin and list(by_corpus) == [CONVERSATIONS]:
         remarks.append(NO_TEXT)
     if list(by_corpus) == [RANKINGS]:
         remarks.append(MODEL_NEEDED)
 
     documents = {name: dict(corpus_survey.documents.most_common()) for name, corpus_survey in surveys.items()}
-    command = ["dist-lm", "data", "new", *paths, *pair_words(question, answer), "--out", str(out)]
+    written_by = ["dist-lm", "data", "new", *paths, *pair_words(question, answer), *pair.words(), "--out", str(out)]
     overrides: list[str] = []
     labelled = are_labelled(by_corpus)
     if labelled:
         remarks.append(LABELLED)
     first_command = next(stage_overrides(out.stem, [*by_corpus], labelled))
     for _ in range(MOST_REMEDIES):
-        text = corpus_file(command, out, by_corpus, documents, remarks, settings, overrides)
+        launches = [*next_commands(out, list(by_corpus), overrides, labelled)]
+        if origin:
+            written_by, launches = [*origin.written_by], [origin.launch]
+        text = corpus_file(written_by, launches, out, by_corpus, documents, remarks, settings)
         remedy = trial and _tried(trial, text, out.stem, [*first_command, *overrides])
         if not remedy:
             break
@@ -165,10 +182,11 @@ def new_corpus(
     _write(out, text, force)
 
     for name, corpus_survey in surveys.items():
-        _print(name, corpus_survey, by_corpus[name], console)
-    console.print(Text(one_line(f"written: {out}"), style="bold"))
-    lines = (*remarks, *next_commands(out, list(by_corpus), overrides, labelled)) if commands else remarks
-    for line in lines:
+        _print(name, corpus_survey, by_corpus[name], settings.get("val_fraction", CorpusConfig.val_fraction), console)
+    if not origin:
+        console.print(Text(one_line(f"written: {out}"), style="bold"))
+        remarks += launches
+    for line in remarks:
         console.print(Text(one_line(line)), soft_wrap=True)
     return surveys
 
@@ -190,11 +208,17 @@ def pair_words(question: str, answer: str) -> list[str]:
 
 
 def _write(out: Path, text: str, force: bool) -> None:
-    """Writes the corpus file.
+    """Writes the corpus file, and the folders above it.
 
     Raises:
-        ConfigError: without `force`, there is such a file by now.
+        ConfigError: without `force`, there is such a file by now; or a folder cannot be made.
     """
+    try:
+        out.parent.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ConfigError(
+            one_line(f"--out {out}: cannot be written ({brief(error)}): choose a folder of your own")
+        ) from error
     if force:
         durable.write_text(out, text)
         return
@@ -301,7 +325,7 @@ def _too_broken(counts: Survey) -> str:
 
 
 def _check_out(out: Path, force: bool, reserved_names: Sequence[str]) -> None:
-    """Refuses a path where no launch would find the file, or where it cannot be written. Creates its folder.
+    """Refuses a path where no launch would find the file, or where it cannot be written; returns nothing.
 
     Args:
         force: whether an existing file may be replaced.
@@ -315,10 +339,6 @@ def _check_out(out: Path, force: bool, reserved_names: Sequence[str]) -> None:
     if out.suffix != ".yaml" or out.parent.name != "corpus":
         raise ConfigError(f"{option}: expected DIR/corpus/NAME.yaml, which `--config-dir DIR corpus=NAME` reads")
     check_name(out.stem, reserved_names)
-    try:
-        out.parent.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise ConfigError(f"{option}: cannot be written ({brief(error)}): choose a folder of your own") from error
 
 
 def _absolute(path: str) -> str:
@@ -351,9 +371,13 @@ def _by_corpus(proposals: Sequence[Proposal]) -> dict[str, list[Proposal]]:
     return {name: sources for name, sources in by_corpus.items() if sources}
 
 
-def _print(name: str, counts: Survey, proposals: Sequence[Proposal], console: Console) -> None:
+def _print(name: str, counts: Survey, proposals: Sequence[Proposal], val_fraction: float, console: Console) -> None:
     """Prints the counts of a corpus, its sources and licences, what a build would drop and hold out, and the size of
-    shards."""
+    shards.
+
+    Args:
+        val_fraction: that of the corpus file.
+    """
     part = "" if counts.is_whole else f", the first {gib(counts.bytes.total())} of text"
     table = Table("language", title=f"corpus {name}{part}", title_justify="left")
     table.add_column("documents", justify="right")
@@ -377,8 +401,8 @@ def _print(name: str, counts: Survey, proposals: Sequence[Proposal], console: Co
     for example in counts.report.rejected[:LISTED]:
         console.print(Text(one_line(f"  {example}")), soft_wrap=True)
 
-    fraction, n_documents = CorpusConfig.val_fraction, counts.documents.total()
-    val = f"about {round(fraction * n_documents):,} of {n_documents:,} documents"
-    console.print(Text(f"val: {val} (corpus.val_fraction={fraction})"), soft_wrap=True)
+    n_documents = counts.documents.total()
+    val = f"about {max(1, round(val_fraction * n_documents)):,} of {n_documents:,} documents"
+    console.print(Text(f"val: {val} (corpus.val_fraction={val_fraction:g})"), soft_wrap=True)
     size = counts.bytes.total() * SHARD_BYTES / BYTES_PER_TOKEN
     console.print(Text(f"shards: about {gib(int(size))} for what was read ({BYTES_PER_TOKEN} bytes a token)"))

@@ -3,7 +3,7 @@
 import re
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from itertools import islice
 from pathlib import PurePosixPath
 from typing import Any
@@ -87,7 +87,38 @@ class Proposal:
         return SourceConfig(**self.source)
 
 
-def propose(path: str, question: str = "", answer: str = "") -> list[Proposal]:
+@dataclass(frozen=True)
+class PairColumns:
+    """Columns of preferences that a person names; false without them."""
+
+    prompt: str = ""
+    chosen: str = ""
+    rejected: str = ""
+
+    def __bool__(self) -> bool:
+        return bool(self.prompt or self.chosen or self.rejected)
+
+    def keys(self) -> dict[str, str]:
+        """Returns the keys of a source that name the columns."""
+        return {f"{name}_column": column for name, column in asdict(self).items() if column}
+
+    def words(self) -> list[str]:
+        """Returns the words of a command that name the columns."""
+        return [word for key, column in self.keys().items() for word in (f"--{key.replace('_', '-')}", column)]
+
+    def check(self) -> None:
+        """Refuses one of two columns; returns nothing.
+
+        Raises:
+            ConfigError: names the options that are expected together.
+        """
+        if self and not (self.chosen and self.rejected):
+            raise ConfigError(
+                "--chosen-column COLUMN and --rejected-column COLUMN: expected together, perhaps with --prompt-column"
+            )
+
+
+def propose(path: str, question: str = "", answer: str = "", pair: PairColumns | None = None) -> list[Proposal]:
     """Returns a source for each kind of data at `path`: a file, a folder, a glob or a URL. Reads the first rows of
     tables, and asks servers of URLs.
 
@@ -96,6 +127,7 @@ def propose(path: str, question: str = "", answer: str = "") -> list[Proposal]:
 
     Args:
         question, answer: columns of a question and of its answer, which make conversations; empty: by the columns.
+        pair: columns of preferences; None or false: by the columns.
 
     Raises:
         ConfigError: there is no such path, or nothing that a reader takes; the message says what there is. Or the
@@ -138,7 +170,7 @@ def propose(path: str, question: str = "", answer: str = "") -> list[Proposal]:
     proposals, refusals = [], []
     for kind in sorted(kinds):
         try:
-            proposals.append(_proposal(kind, path, files_by_kind[kind], notes, question, answer))
+            proposals.append(_proposal(kind, path, files_by_kind[kind], notes, question, answer, pair))
         except ConfigError as error:
             # A note is enough for a kind that is not most of the data.
             if sizes[kind] == max(sizes.values()):
@@ -314,21 +346,28 @@ def _kind(name: str, is_named: bool) -> str:
 
 
 def _proposal(
-    kind: str, path: str, files: Sequence[Input], notes: tuple[str, ...], question: str = "", answer: str = ""
+    kind: str,
+    path: str,
+    files: Sequence[Input],
+    notes: tuple[str, ...],
+    question: str = "",
+    answer: str = "",
+    pair: PairColumns | None = None,
 ) -> Proposal:
     """Returns the source for the files of one kind at `path`; the columns are those of the first file.
 
     Args:
         kind: the name of a reader.
         notes: remarks that come first.
-        question, answer: as of `propose`.
+        question, answer, pair: as of `propose`.
 
     Raises:
         ConfigError: the rows make no documents, are several texts each, or have a column whose name cannot be written.
         ArtefactError: the first file cannot be read, or the files cannot be listed.
     """
-    if question and kind in ("files", "tars"):
-        raise ConfigError(f"{files[0].name}: no table, so it has no columns {question} and {answer}")
+    named_columns = [name for name in (question, answer, *(pair.keys().values() if pair else ())) if name]
+    if named_columns and kind in ("files", "tars"):
+        raise ConfigError(f"{files[0].name}: no table, so it has no columns {' and '.join(named_columns)}")
     if kind == "files":
         source: dict[str, Any] = {"reader": kind, "path": path}
         return Proposal(source, False, list_source_files(SourceConfig(reader=kind, path=[path])), notes)
@@ -342,6 +381,8 @@ def _proposal(
         _check_samples(files[0].name, rows)
     if question:
         return _questions_with_answers(path, files, names, (question, answer), notes)
+    if pair:
+        return _named_pairs(path, files, names, pair, notes)
     if kind != "tars" and (preferences := preferences_in(rows)):
         _check_media(files[0].name, rows, conversations=True)
         source = {"reader": "preferences", "path": path, "language": "preferences"}
@@ -406,17 +447,47 @@ def _questions_with_answers(
         ConfigError: the table lacks one of them.
     """
     for option, name in zip(("--question", "--answer"), pair, strict=True):
-        if name not in names:
-            raise ConfigError(
-                f"{option} {name}: {files[0].name} has no such column; {did_you_mean(name, names)}the columns there "
-                f"are {', '.join(names) or 'none'}"
-            )
-        check_text(option, name)
+        _check_named(option, name, files[0].name, names)
 
     unread = [name for name in names if name not in (*pair, *TOOLS, *SYSTEMS)]
     words = f"columns: {pair[0]} (question) and {pair[1]} (answer); not read: {', '.join(unread[:LISTED]) or 'none'}"
     source = {"reader": "messages", "path": path, "question_column": pair[0], "answer_column": pair[1]}
     return Proposal(source | {"language": "chat"}, True, Inputs(tuple(files)), (*notes, words))
+
+
+def _named_pairs(
+    path: str, files: Sequence[Input], names: Sequence[str], pair: PairColumns, notes: tuple[str, ...]
+) -> Proposal:
+    """Returns the source for a table of preferences whose columns a person names.
+
+    Args:
+        names: columns of the first file.
+
+    Raises:
+        ConfigError: the table lacks one of them.
+    """
+    for key, name in pair.keys().items():
+        _check_named(f"--{key.replace('_', '-')}", name, files[0].name, names)
+    source = {"reader": "preferences", "path": path, "language": "preferences"} | pair.keys()
+    words = f"columns: preferences (pairs): {', '.join(pair.keys().values())}"
+    return Proposal(source, False, Inputs(tuple(files)), (*notes, words), preferences="pairs")
+
+
+def _check_named(option: str, column: str, file: str, names: Sequence[str]) -> None:
+    """Refuses a column that an option names and a table lacks; returns nothing.
+
+    Args:
+        names: columns of the table `file`.
+
+    Raises:
+        ConfigError: there is no such column, or its name cannot be written.
+    """
+    if column not in names:
+        raise ConfigError(
+            f"{option} {column}: {file} has no such column; {did_you_mean(column, names)}the columns there "
+            f"are {', '.join(names) or 'none'}"
+        )
+    check_text(option, column)
 
 
 def _first_rows(kind: str, files: Sequence[Input]) -> list[SourceRow]:

@@ -136,10 +136,15 @@ def differing_keys(old: Config, new: Config, prefix: str, free: tuple[str, ...])
         free: beginnings of keys; * stands for any text.
     """
     return [
-        f"{key}={after} (was {before})"
+        f"{key}={_shown(after)} (was {_shown(before)})"
         for key, before, after in _differences(asdict(old), asdict(new))
         if key.startswith(prefix) and not any(fnmatchcase(key, f"{free_key}*") for free_key in free)
     ]
+
+
+def _shown(value: Any) -> str:
+    """Returns a value for people; an empty text has quotes."""
+    return str(value) or "''"
 
 
 def _differences(before: Any, after: Any, key: str = "") -> Iterator[tuple[str, Any, Any]]:

@@ -79,6 +79,9 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
+# Keys of a source that earlier releases did not have.
+LATER_KEYS = ("thinking", "opening_answers", "later_system", "question_column", "answer_column")
+LATER_KEYS += ("prompt_column", "chosen_column", "rejected_column")
 NAMED_DIFFERENCES = 3  # settings that a message names
 SAMPLED = "synthetic_rankings"  # reader whose documents a model wrote
 BESIDE = re.compile(r".*-[0-9a-f]{8}")  # a folder beside that of the name: no name that a corpus may have
@@ -951,7 +954,7 @@ def _fingerprint(config: Config, names: list[str]) -> dict[str, Any]:
         corpus.pop(key)
     # Corpora from before these keys have no such setting, and read their rows as without it.
     for source in chain.from_iterable(corpus["corpora"].values()):
-        for key in ("thinking", "opening_answers", "later_system", "question_column", "answer_column"):
+        for key in LATER_KEYS:
             if not source[key]:
                 source.pop(key)
     # No document is chosen by its licence.

@@ -208,7 +208,7 @@ def check_trained(work: WorkDirectory, report: Mapping[str, Any], config: Config
         folder.name for folder in finished_corpora(work) if read_manifest(folder).recipe.tokenizer_sha256 == sha256
     ]
     if written:
-        return f", kept although it was trained on another text{differences}: {listed(written, 3)} were written with it"
+        return f", kept although it was trained on another text{differences}; written with it: {listed(written, 3)}"
     raise ArtefactError(
         f"{work.tokenizer} was trained on another text than corpus={config.corpus.name} seed={config.seed}"
         f"{differences}: keep it by tokenizer=keep, use another work_dir, or remove that folder to train it again"

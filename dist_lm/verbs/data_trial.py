@@ -20,6 +20,7 @@ from dist_lm.data.token_corpus import TokenCorpus
 from dist_lm.errors import ArtefactError
 from dist_lm.prepare.compose import compose_config
 from dist_lm.prepare.plan import Plan, plan_command
+from dist_lm.stages.shards import CorporaConfig
 from dist_lm.stages.stage import IMPORT, ArtefactStage
 from dist_lm.stages.training.stage import TrainingStage
 from dist_lm.storage.run_directory import WorkDirectory
@@ -36,7 +37,10 @@ LARGEST_SHARE = 0.3  # largest part of a corpus that is held out without asking
 
 
 def try_command(
-    config_dir: Path, overrides: Sequence[str], measure: Callable[[Config], None] | None = None
+    config_dir: Path,
+    overrides: Sequence[str],
+    measure: Callable[[Config], None] | None = None,
+    all_corpora: bool = False,
 ) -> Remedy | None:
     """Tries a command; nothing outside a temporary folder is written. Returns None if it runs, or what would make it.
 
@@ -47,6 +51,7 @@ def try_command(
         config_dir: a configuration folder, which holds the corpus file.
         overrides: those of the command.
         measure: gets the configuration of the last stage, whose corpora are built in its work directory by then.
+        all_corpora: builds all corpora of texts and conversations; else those that the command reads.
 
     Raises:
         UserError: the command must fail; the message says why.
@@ -57,7 +62,7 @@ def try_command(
             words = _without_model(words, Path(folder))
         plan = plan_command(words)
         try:
-            _build(plan)
+            _build(plan, all_corpora)
             if measure:
                 measure(plan.target.config)
         except VocabularyError as error:
@@ -124,8 +129,20 @@ def _smaller_vocabulary(error: VocabularyError, config: Config) -> Remedy:
     )
 
 
-def _build(plan: Plan) -> None:
+def try_all_corpora(config_dir: Path, overrides: Sequence[str]) -> Remedy | None:
+    """Tries the first command of a corpus file, and builds what the commands behind it read, as `try_command` does.
+
+    Raises:
+        UserError: as `try_command`.
+    """
+    return try_command(config_dir, overrides, all_corpora=True)
+
+
+def _build(plan: Plan, all_corpora: bool) -> None:
     """Builds the tokenizer and the first rows of the corpora of a plan, and packs them as its last stage does.
+
+    Args:
+        all_corpora: as of `try_command`.
 
     Raises:
         UserError: as the stages raise it.
@@ -142,13 +159,15 @@ def _build(plan: Plan) -> None:
             continue
 
         config = replace(planned.config, tokenizer=tokenizer)
+        if all_corpora and isinstance(config, CorporaConfig) and planned.name == "shards":
+            config = replace(config, stage=replace(config.stage, corpora=None))
         for rows in (ROWS, *MORE_ROWS):
             try:
                 planned.stage.build(limited(config, rows), console)
                 break
-            except NothingHeldOutError:
+            except NothingHeldOutError as error:
                 # Few rows may hold none out by chance; all rows together do not.
-                if rows == 0:
+                if rows == 0 or error.n_read < rows:
                     raise
     for planned in plan.stages:
         if isinstance(planned.stage, TrainingStage):

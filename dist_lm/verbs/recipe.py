@@ -21,7 +21,9 @@ from dist_lm.config.corpus import HF, CorpusConfig, SourceConfig
 from dist_lm.config.model import ModelConfig
 from dist_lm.config.root import Config
 from dist_lm.data.corpus_file import CONVERSATIONS, NAME, one_line
-from dist_lm.data.new import MOST_REMEDIES, Remedy, Survey, new_corpus, pair_words, survey
+from dist_lm.data.ingest import BYTES_PER_TOKEN
+from dist_lm.data.new import MOST_REMEDIES, Origin, Remedy, Survey, new_corpus, pair_words, survey
+from dist_lm.data.propose import PairColumns
 from dist_lm.data.token_corpus import TokenCorpus
 from dist_lm.errors import ConfigError, require
 from dist_lm.prepare.conf_folders import choices
@@ -44,6 +46,7 @@ LORA_RATE_RATIO = 10
 LORA = {"rank": 16, "alpha": 32, "dropout": 0.05}
 WARMUP_SHARE, PREFERENCE_WARMUP_SHARE = 0.03, 0.1
 PREFERENCE_RATE, RL_RATE = 5e-7, 1e-6
+EPOCHS_OF_FEW_PAIRS = 3  # where one epoch has fewer than `STEPS_OF_EPOCH` steps
 PREFERENCE_BATCH = 32  # largest global batch of stage preference
 SAMPLE_BYTES = 256 << 20  # of text that is read of the data
 USED_MEMORY = 0.8  # part of the free memory of a CPU's machine, for all ranks
@@ -78,6 +81,7 @@ def new_recipe(
     force: bool = False,
     question: str = "",
     answer: str = "",
+    pair: PairColumns | None = None,
 ) -> None:
     """Writes the experiment `out`, a corpus file beside it, and for a run as the model a model file; prints what was
     seen and the command.
@@ -92,6 +96,7 @@ def new_recipe(
         prompts: file of prompts: stage rlhf follows, with the function `reward` (module:function).
         force: replace existing files.
         question, answer: columns of a question and of its answer in `data`; empty: conversations are recognised.
+        pair: columns of `preferences`; None or false: they are recognised.
 
     Raises:
         ConfigError: `out` is no path for an experiment, the data holds no conversations, or the model does not fit this
@@ -107,6 +112,10 @@ def new_recipe(
     words = ["dist-lm", "recipe", "new", model, *(word for path in data for word in ("--data", path))]
     words += pair_words(question, answer)
     words += [word for path in preferences for word in ("--preferences", path)]
+    pair = pair or PairColumns()
+    pair.check()
+    require(bool(preferences) or not pair, "--chosen-column", pair.chosen, "no column without --preferences FILE")
+    words += pair.words()
     if prompts:
         words += ["--prompts", str(prompts), "--reward", reward]
     words += ["--out", str(out)]
@@ -119,34 +128,43 @@ def new_recipe(
     for file in written_files:
         outputs.new_file(f"--out {out}: it comes with", file, force=force)
     new_files: list[Path] = []
+    new_folders = [path for path in (corpus_file.parent, model_file.parent, out.parent, folder) if not path.exists()]
     try:
+        # What cannot be read is refused before anything is built.
+        pairs = survey_of_preferences(preferences, pair) if preferences else None
+        origin = Origin(words, command)
         start, surveys, measured = _look(
-            model, data, corpus_file, model_file, console, force, new_files, question, answer
+            model, data, corpus_file, model_file, console, force, new_files, question, answer, origin
         )
         if preferences:
-            n_pairs = _add_rankings(corpus_file, preferences)
+            _add_rankings(corpus_file, preferences, pair)
         stages, remarks = plan_stages(start, name, folder, surveys[CONVERSATIONS], measured)
         if text_corpora := [corpus for corpus in surveys if corpus != CONVERSATIONS]:
             remarks.append(
                 f"texts of --data are not trained on: corpora {', '.join(text_corpora)}; a share in mix adds them"
             )
         content = {"run_id": name, "corpus": name, "parallel": "auto"} | dict(start.keys) | hardware_keys()
-        if preferences:
-            stages[PREFERENCE] = preference_keys(start, stages[SFT], n_pairs)
+        if pairs:
+            stages[PREFERENCE], line = preference_keys(start, stages[SFT], pairs)
+            remarks.append(line)
         if prompts:
             stages[RLHF] = rlhf_keys(stages[SFT])
             content["rlhf"] = rlhf_group(prompts, reward, stages[SFT])
         content = {"stage": list(stages)[-1]} | content | {"stages": stages}
 
         # Nobody should find out by a refusal that a file cannot run.
-        text = tried(folder, name, [f"Written by: {shlex.join(words)}", command, *remarks], content)
+        text, remedies = tried(folder, name, [f"Written by: {shlex.join(words)}", command, *remarks], content)
     except BaseException:
         # Without its experiment, a file would only be in the way of the next try.
         for file in new_files:
             file.unlink(missing_ok=True)
+        for path in new_folders:
+            if path.is_dir() and not any(path.iterdir()):
+                path.rmdir()
         raise
     _write_new("--out", out, text, force)
-    for line in (*remarks, f"written: {out}", command):
+    names = ", ".join(str(file) for file in (*written_files, out))
+    for line in (*remarks, *remedies, f"written: {names}", command):
         console.print(Text(one_line(line)), soft_wrap=True)
 
 
@@ -160,6 +178,7 @@ def _look(
     new_files: list[Path],
     question: str,
     answer: str,
+    origin: Origin,
 ) -> tuple[Start, dict[str, Survey], Measured]:
     """Returns what model and data are, after writing the corpus file, and the model file for a run.
 
@@ -183,7 +202,7 @@ def _look(
         force=force,
         reserved_names=choices("corpus"),
         trial=lambda config_dir, _: _measure(config_dir, name, start, measured),
-        commands=False,
+        origin=origin,
         question=question,
         answer=answer,
     )
@@ -362,21 +381,27 @@ def hardware_keys() -> dict[str, Any]:
     return {"hardware": {"memory_gib": round(max(0.5, USED_MEMORY * free_gib / cores()), 1)}}
 
 
-def preference_keys(start: Start, sft: Mapping[str, Any], n_pairs: int) -> dict[str, Any]:
-    """Returns the keys of stage preference behind stage sft.
+def preference_keys(start: Start, sft: Mapping[str, Any], pairs: Survey) -> tuple[dict[str, Any], str]:
+    """Returns the keys of stage preference behind stage sft, and a line for people that says why.
 
-    A small file gets small batches: in two steps of 32 pairs, the rate would not leave its warm-up.
+    A small file gets small batches and more epochs: in two steps, the rate would not leave its warm-up. Sequences are
+    packed with several rankings, whose tokens are estimated from their bytes.
 
     Args:
-        n_pairs: rankings in the data, or in the part of it that was read.
+        pairs: counts of the rankings in the data, or in the part of it that was read.
     """
-    global_batch = min(PREFERENCE_BATCH, batch_of(n_pairs))
-    steps = math.ceil(n_pairs / global_batch)
+    seq_len = min(2 * int(sft["seq_len"]), start.shape.max_seq_len)
+    n_pairs = pairs.documents.total()
+    n_sequences = min(n_pairs, math.ceil(pairs.bytes.total() / BYTES_PER_TOKEN / seq_len))
+    global_batch = min(PREFERENCE_BATCH, batch_of(n_sequences))
+    epochs = EPOCHS_OF_FEW_PAIRS if n_sequences < STEPS_OF_EPOCH * global_batch else 1
+    steps = max(1, math.ceil(n_sequences * epochs / global_batch))
+
     keys: dict[str, Any] = {
         "init_from": f"stage:{SFT}",
         "corpus": RANKINGS,
-        "epochs": 1,
-        "seq_len": min(2 * int(sft["seq_len"]), start.shape.max_seq_len),
+        "epochs": epochs,
+        "seq_len": seq_len,
         "global_batch": global_batch,
         "micro_batch": 1,
         "lr": PREFERENCE_RATE * (LORA_RATE_RATIO if "lora" in sft else 1),
@@ -384,7 +409,8 @@ def preference_keys(start: Start, sft: Mapping[str, Any], n_pairs: int) -> dict[
     }
     if "lora" in sft:
         keys["lora"] = dict(sft["lora"])
-    return keys
+    line = f"{n_pairs:,} preferences, about {n_sequences:,} sequences: about {steps:,} steps in {epochs} epochs"
+    return keys, line
 
 
 def rlhf_keys(sft: Mapping[str, Any]) -> dict[str, Any]:
@@ -408,22 +434,26 @@ def rlhf_group(prompts: Path, reward: str, sft: Mapping[str, Any]) -> dict[str, 
     }
 
 
-def _add_rankings(corpus_file: Path, preferences: Sequence[str]) -> int:
-    """Adds the corpus of preferences to a corpus file that `data new` wrote; its corpora come last.
-
-    Returns:
-        The number of rankings in the first `SAMPLE_BYTES` of text.
+def survey_of_preferences(preferences: Sequence[str], pair: PairColumns) -> Survey:
+    """Returns the counts of the rankings in the first `SAMPLE_BYTES` of text.
 
     Raises:
         ConfigError, ArtefactError: the preferences cannot be read.
     """
-    paths = [path if "://" in path else str(Path(path).expanduser().absolute()) for path in preferences]
-    source = {"reader": "preferences", "path": paths, "language": "preferences", "licence": ""}
-    entry = yaml.safe_dump(source, width=1 << 30, default_flow_style=True)
+    config = CorpusConfig(name=RANKINGS, corpora={RANKINGS: [SourceConfig(**_source_of(preferences, pair))]})
+    return survey(config, RANKINGS, SAMPLE_BYTES)
+
+
+def _add_rankings(corpus_file: Path, preferences: Sequence[str], pair: PairColumns) -> None:
+    """Adds the corpus of preferences to a corpus file that `new_corpus` wrote; its corpora come last."""
+    entry = yaml.safe_dump(_source_of(preferences, pair), width=1 << 30, default_flow_style=True)
     _write(corpus_file, f"{corpus_file.read_text(encoding='utf-8')}  {RANKINGS}:\n    - {entry}")
 
-    config = CorpusConfig(name=corpus_file.stem, corpora={RANKINGS: [SourceConfig(**source)]})
-    return survey(config, RANKINGS, SAMPLE_BYTES).documents.total()
+
+def _source_of(preferences: Sequence[str], pair: PairColumns) -> dict[str, Any]:
+    """Returns the source that reads files of preferences, with absolute paths, because a launch may start elsewhere."""
+    paths = [path if "://" in path else str(Path(path).expanduser().absolute()) for path in preferences]
+    return {"reader": "preferences", "path": paths, "language": "preferences", "licence": ""} | pair.keys()
 
 
 def _write(path: Path, text: str) -> None:
@@ -465,23 +495,25 @@ def _write_copies(folder: Path, name: str, text: str, temporary: Path) -> None:
             _write(temporary / group / file.name, file.read_text(encoding="utf-8"))
 
 
-def tried(folder: Path, name: str, comments: Sequence[str], content: Mapping[str, Any]) -> str:
+def tried(folder: Path, name: str, comments: Sequence[str], content: Mapping[str, Any]) -> tuple[str, list[str]]:
     """Returns the text of an experiment whose command runs: it is planned, and the first rows of its corpora are built,
-    in a temporary folder. Settings that the data needs, such as a larger part for val, are added.
+    in a temporary folder. Settings that the data needs, such as a larger part for val, are added; the lines that say
+    so are returned too.
 
     Raises:
         UserError: the command must fail.
     """
     content = dict(content)
+    reasons: list[str] = []
     for _ in range(MOST_REMEDIES):
-        text = file_text(comments, content)
+        text = file_text([*comments, *reasons], content)
         with TemporaryDirectory(prefix="dist_lm_recipe_") as temporary:
             _write_copies(folder, name, text, Path(temporary))
             remedy = try_command(Path(temporary), [f"experiment={name}"])
         if remedy is None:
-            return text
+            return text, reasons
         if not remedy.settings:
             raise ConfigError(f"{name}: the command would be refused: {remedy.reason}")
         content |= {f"corpus.{key}": value for key, value in remedy.settings.items()}
-        comments = [*comments, remedy.reason]
+        reasons.append(remedy.reason)
     raise ConfigError(f"{name}: the command would be refused after {MOST_REMEDIES} settings: give more data")

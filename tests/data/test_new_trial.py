@@ -12,7 +12,7 @@ from dist_lm.data.corpus_file import MODEL
 from dist_lm.data.ingest import split_documents
 from dist_lm.data.propose import preferences_in
 from dist_lm.data.screening import IngestReport
-from dist_lm.errors import ArtefactError, UserError
+from dist_lm.errors import ArtefactError, ConfigError, UserError
 from dist_lm.prepare.compose import compose_config
 from dist_lm.verbs.data_trial import try_command
 
@@ -51,6 +51,27 @@ def test_a_file_of_few_conversations_is_one_whose_first_command_runs(tmp_path: P
     config = compose_config([f"hydra.searchpath=[{out.parent.parent}]", *overrides])
     splits = {split for split, _, _ in split_documents(config.corpus, "tools", 0, IngestReport())}
     assert splits == {"train", "val"}
+
+
+def test_corpora_of_later_commands_are_built_too(tmp_path: Path) -> None:
+    """Fault: the first command read only the text, and the second one, on few source files, was refused."""
+    code, prose = tmp_path / "code", tmp_path / "prose"
+    code.mkdir()
+    prose.mkdir()
+    for n in range(25):
+        names = [f"{WORDS[(n + i) % 10]}_{n}_{i}" for i in range(30)]
+        (code / f"{n}.py").write_text("".join(f"def {name}(x):\n    return x + {n}\n\n\n" for name in names))
+    for n in range(120):
+        sentences = (
+            f"The {WORDS[n % 10]} of {WORDS[i % 10]} number {n * i} stood near the {WORDS[n // 12]}." for i in range(20)
+        )
+        (prose / f"{n}.txt").write_text(" ".join(sentences))
+    out = tmp_path / "lab" / "corpus" / "both.yaml"
+    data_new([str(code), str(prose)], out)
+    assert "\nval_fraction: " in out.read_text()
+    line = next(line for line in out.read_text().splitlines() if "stage=code" in line)
+    overrides = [*shlex.split(line)[6:], "stage.init_from=none"]
+    assert try_command(out.parent.parent, overrides) is None
 
 
 def asked(n: int) -> str:
@@ -96,6 +117,21 @@ def test_preferences_get_the_reader_and_the_commands_that_learn_from_them(kind: 
     assert has_reward == (kind != "labelled")
     assert ("stage.preference.algorithm=kto" in overrides) == (kind == "labelled")
     assert try_command(out.parent.parent, overrides) is None
+
+
+@pytest.mark.heavy
+def test_preferences_in_columns_that_a_person_names(tmp_path: Path) -> None:
+    """Fault: such a table was read as texts, and refused for too little text."""
+    path, out = tmp_path / "rows.csv", tmp_path / "lab" / "corpus" / "ours.yaml"
+    path.write_text("Asked,Better,Worse\n" + "".join(f'"{asked(n)}","{good(n)}",No.\n' for n in range(60)))
+    with pytest.raises(ConfigError, match=r"--chosen-column Bettr: .*did you mean Better"):
+        data_new([str(path)], out, prompt_column="Asked", chosen_column="Bettr", rejected_column="Worse")
+    with pytest.raises(ConfigError, match="expected together"):
+        data_new([str(path)], out, prompt_column="Asked", chosen_column="Better")
+    data_new([str(path)], out, prompt_column="Asked", chosen_column="Better", rejected_column="Worse")
+    config = compose_config([f"hydra.searchpath=[{out.parent.parent}]", *overrides_of(out)[:-1]])
+    (source,) = config.corpus.corpora["rankings"]
+    assert (source.prompt_column, source.chosen_column, source.rejected_column) == ("Asked", "Better", "Worse")
 
 
 def test_preferences_that_a_command_cannot_use_are_refused_and_no_file_is_written(tmp_path: Path) -> None:

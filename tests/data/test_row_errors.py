@@ -4,6 +4,7 @@ import io
 import json
 import re
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import rich.console
@@ -15,6 +16,8 @@ from dist_lm.data.journal import REJECTED
 from dist_lm.data.manifest import read_manifest
 from dist_lm.data.screening import HOPELESS, IngestReport, RowErrors
 from dist_lm.data.sources.reader import Candidate, Rejected
+from dist_lm.data.sources.rows import rows_of_files
+from dist_lm.data.sources.snapshot import Snapshot
 from dist_lm.document import Document
 from dist_lm.errors import ArtefactError
 from dist_lm.prepare.compose import compose_config
@@ -44,6 +47,14 @@ def test_the_fraction_decides_at_the_end_wherever_the_broken_rows_are():
     assert errors_of([BAD] * 3 + [GOOD] * 1997, 0.001)[1].startswith("corpus source reader=jsonl: 3 of 2,000 rows are")
     assert errors_of([BAD], 0)[1].endswith("The first: a:2: broken JSON")
     assert errors_of([Rejected("english", "a:3", "empty")] * 50, 0) == (50, "")
+
+
+def test_a_row_of_a_json_list_is_not_called_a_line(tmp_path: Path) -> None:
+    """Fault: `a.json:2` sent people to the second line of a file that has four for each row."""
+    path = tmp_path / "a.json"
+    path.write_text(json.dumps([{"text": "a", "id": 1}, 3], indent=1))
+    rows = rows_of_files(Snapshot.of(SourceConfig("jsonl", "english", path=str(path))))
+    assert [row.location for row in rows] == [f"{path}:row 1", f"{path}:row 2"]
 
 
 def test_a_source_that_is_mostly_broken_ends_early():

@@ -191,7 +191,7 @@ def test_a_tokenizer_of_another_text_is_kept_while_corpora_need_it(work):
     plan = plan_of(work, "seed=7")
     assert actions(plan)["tokenizer"] is Action.READY
     detail = next(stage.detail for stage in plan.stages if stage.name == "tokenizer")
-    assert "kept although it was trained on another text: code, language, tools were written with it" in detail
+    assert "kept although it was trained on another text; written with it: code, language, tools" in detail
     shutil.rmtree(work.path / "corpora")
     with pytest.raises(ArtefactError, match=r"another text than corpus=local seed=7"):
         plan_of(work, "seed=7")

@@ -4,7 +4,7 @@ import hashlib
 import json
 import random
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -13,7 +13,7 @@ import pytest
 from dist_lm.chat.documents import read_ranking
 from dist_lm.config.corpus import SPLITS, SourceConfig
 from dist_lm.config.root import Config
-from dist_lm.data.ingest import TextSplits, split_documents
+from dist_lm.data.ingest import NothingHeldOutError, TextSplits, split_documents
 from dist_lm.data.manifest import manifest_path, read_manifest, write_manifest
 from dist_lm.data.screening import IngestReport
 from dist_lm.data.token_corpus import TokenCorpus
@@ -381,6 +381,43 @@ def test_preferences_with_the_prompts_of_conversations_hold_out_what_these_hold_
         counts = report.languages["pairs"]
         assert counts.seen == len(questions) == counts.kept + sum(counts.dropped.values())
     assert prompts["val"] != held_out  # where a choice is left, the share decides
+
+
+def test_a_larger_share_is_named_where_conversations_train_on_the_few_prompts_that_were_chosen(
+    empty: WorkDirectory, tmp_path: Path
+) -> None:
+    """Finds advice to remove copies where only the prompt that was chosen is one, and a share that helps nothing."""
+    questions = texts(2)
+    pairs = [{"prompt": question, "chosen": "Yes", "rejected": "No"} for question in questions]
+    (tmp_path / "pairs.jsonl").write_text("".join(json.dumps(pair) + "\n" for pair in pairs))
+    rankings = {"rankings": [SourceConfig("preferences", "pairs", "MIT", path=str(tmp_path / "pairs.jsonl"))]}
+
+    def held_out(fraction: float, earlier: Sequence[Path] = ()) -> list[str]:
+        """Returns the prompts that this share holds out."""
+        config = config_of(empty, rankings, val_fraction=fraction)
+        splits = TextSplits(config.corpus, config.seed, earlier=shards.earlier_corpora(config, earlier))
+        documents = split_documents(config.corpus, "rankings", config.seed, IngestReport(), splits)
+        chosen = [document.text for split, document, _ in documents if split == "val"]
+        return [read_ranking(text).prompt.messages[0].content for text in chosen]
+
+    with pytest.raises(NothingHeldOutError) as too_small:
+        held_out(1e-6)
+    assert too_small.value.share is not None
+    fraction = too_small.value.share + 1e-9
+    (first,) = held_out(fraction)
+
+    # Conversations train on that prompt alone.
+    train = write_chats(tmp_path / "a.jsonl", [(question, "Yes") for question in (first, "Where?", "When?")])
+    val = replace(write_chats(tmp_path / "b.jsonl", [("How?", "So")]), held_out=True)
+    chats = build(config_of(empty, {"tools": [train, val]}))["tools"]
+    with pytest.raises(
+        NothingHeldOutError, match=r"\(overlapping\).* or set corpus\.val_fraction above 0\.\d+"
+    ) as error:
+        held_out(fraction, [chats])
+    assert error.value.share is not None
+    assert error.value.share > fraction
+    (second,) = held_out(error.value.share + 1e-9, [chats])
+    assert second != first
 
 
 def test_a_data_set_whose_val_all_stands_in_train_of_an_earlier_one_is_refused(

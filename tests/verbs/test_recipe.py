@@ -2,6 +2,9 @@
 
 import importlib.util
 import json
+import math
+from collections import Counter
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +14,7 @@ from omegaconf import OmegaConf
 
 from dist_lm.__main__ import recipe_new
 from dist_lm.config.root import save_config
+from dist_lm.data.new import Survey
 from dist_lm.errors import ConfigError, UserError
 from dist_lm.prepare.compose import compose_config
 from dist_lm.prepare.plan import plan_command, with_command_file
@@ -54,10 +58,16 @@ def plan_of(out: Path, *more: str, work: Path) -> Any:
     return plan_command([f"hydra.searchpath=['{out.parents[1]}']", f"experiment={out.stem}", f"work_dir={work}", *more])
 
 
-def test_the_experiment_names_model_data_and_numbers_and_its_command_is_planned(model, chats, tmp_path):
-    """Finds a file whose first command is refused."""
-    out = tmp_path / "lab" / "experiment" / "ours.yaml"
+def test_the_experiment_names_model_data_and_numbers_and_its_command_is_planned(model, chats, tmp_path, capsys):
+    """Finds a file whose first command is refused, and a corpus file with a command that would not fine-tune."""
+    out, corpus_file = tmp_path / "lab" / "experiment" / "ours.yaml", tmp_path / "lab" / "corpus" / "ours.yaml"
     recipe_new(f"hf:{model}", [str(chats)], out)
+    assert f"written: {corpus_file}, {out}" in capsys.readouterr().out
+    corpus_text = corpus_file.read_text()
+    assert "# Written by: dist-lm recipe new hf:" in corpus_text
+    assert f"python -m dist_lm.launch --config-dir {tmp_path / 'lab'} experiment=ours" in corpus_text
+    assert "stage=tools" not in corpus_text
+
     sft = written(out)["stages"]["sft"]
     assert (sft["epochs"], sft["seq_len"], sft["global_batch"], sft["lr"]) == (3, 256, 4, 1e-4)
     plan = plan_of(out, work=tmp_path / "work")
@@ -78,12 +88,19 @@ def test_the_experiment_names_model_data_and_numbers_and_its_command_is_planned(
 
 @pytest.mark.parametrize("n_pairs", [1, 60, 1_000, 100_000])
 def test_most_steps_on_preferences_are_behind_the_warm_up(n_pairs):
-    """Fault: 60 pairs gave two steps and a warm-up of ten, so that nothing was learned."""
-    start = recipe.Start("hf:none", compose_config(["stage=code", *TINY]).model, {})
-    keys = recipe.preference_keys(start, {"seq_len": 512}, n_pairs)
-    steps = n_pairs / keys["global_batch"]
+    """Fault: 60 pairs gave two steps, first with a warm-up of ten, then, because steps were counted in pairs and not in
+    packed sequences, with one of two: nothing was learned."""
+    model = replace(compose_config(["stage=code", *TINY]).model, max_seq_len=4096)
+    start = recipe.Start("hf:none", model, {})
+    pairs = Survey(documents=Counter(preferences=n_pairs), bytes=Counter(preferences=280 * n_pairs))
+    keys, line = recipe.preference_keys(start, {"seq_len": 256}, pairs)
+    n_sequences = min(n_pairs, math.ceil(n_pairs * 280 / 4 / keys["seq_len"]))
+    steps = math.ceil(n_sequences * keys["epochs"] / keys["global_batch"])
+    assert keys["seq_len"] == 512
     assert keys["warmup_steps"] <= max(1, 0.2 * steps)
     assert keys["global_batch"] <= 32
+    assert keys["epochs"] == (3 if n_pairs < 1_000 else keys["epochs"])
+    assert f"about {steps:,} steps" in line
 
 
 @pytest.mark.heavy
@@ -154,7 +171,31 @@ def test_texts_are_refused_and_leave_no_file(model, tmp_path):
     path.write_text("".join(json.dumps({"text": f"A text of some words, number {n}."}) + "\n" for n in range(100)))
     with pytest.raises(UserError, match="texts, not conversations"):
         recipe_new(f"hf:{model}", [str(path)], tmp_path / "lab" / "experiment" / "ours.yaml")
-    assert not list((tmp_path / "lab").rglob("*.yaml"))
+    assert not (tmp_path / "lab").exists()
+
+
+def test_preferences_that_cannot_be_read_are_refused_first_and_leave_no_file(model, chats, tmp_path, capsys):
+    """Fault: half a minute went by, `written:` was said, and empty folders stayed."""
+    pairs = tmp_path / "pairs.csv"
+    pairs.write_text("Asked,Good,Bad\n" + "".join(f"Is {n} even?,Perhaps.,No.\n" for n in range(20)))
+    with pytest.raises(UserError, match="the columns there are Asked, Good, Bad"):
+        recipe_new(f"hf:{model}", [str(chats)], tmp_path / "lab" / "experiment" / "x.yaml", preferences=[str(pairs)])
+    assert "written" not in capsys.readouterr().out
+    assert not (tmp_path / "lab").exists()
+
+
+@pytest.mark.heavy
+def test_preferences_in_columns_of_any_name(model, chats, tmp_path):
+    """Fault: a table of one's own had to be written again with the columns prompt, chosen and rejected."""
+    pairs = tmp_path / "pairs.csv"
+    pairs.write_text("Asked,Good,Bad\n" + "".join(f"Is {n} even?,Perhaps.,No.\n" for n in range(60)))
+    out = tmp_path / "lab" / "experiment" / "own.yaml"
+    columns: dict[str, Any] = {"prompt_column": "Asked", "chosen_column": "Good", "rejected_column": "Bad"}
+    recipe_new(f"hf:{model}", [str(chats)], out, preferences=[str(pairs)], **columns)
+    plan = plan_of(out, work=tmp_path / "work")
+    (source,) = plan.target.config.corpus.corpora["rankings"]
+    assert {key: getattr(source, key) for key in columns} == columns
+    assert "--chosen-column Good" in out.read_text()
 
 
 def test_numbers_follow_from_the_data():

@@ -41,7 +41,7 @@ def jsonl_rows(reading: FileReading, wanted_columns: Sequence[str] | None) -> It
     """Yields (line number, object, its keys) of each line; blank lines are passed over, but count.
 
     A broken line, or one that is no object, is yielded as its problem, without columns. A .json file may also be one
-    list of objects, which is read whole and numbered by its elements. Numbers are from 1. Lines that were added since
+    list of objects, which is read whole; `row 3` is its third element. Numbers are from 1. Lines that were added since
     the file was listed are not read; what was listed of a line that was being written then is no error.
 
     Args:
@@ -215,7 +215,8 @@ def _object(row: Any) -> Row | BadRow:
 
 
 def _listed(name: str, content: bytes) -> Iterator[NumberedRow]:
-    """Yields the objects of a file that is one JSON list, numbered from 1; another element is yielded as its problem.
+    """Yields the objects of a file that is one JSON list, as `row 1` and so on; another element is yielded as its
+    problem.
 
     Raises:
         ArtefactError: the list is broken, or the file is not UTF-8.
@@ -226,7 +227,8 @@ def _listed(name: str, content: bytes) -> Iterator[NumberedRow]:
         raise ArtefactError(f"{name}: broken JSON ({error})") from None
     for number, element in enumerate(rows, start=1):
         row = _object(element)
-        yield number, row, columns_in_row(row)
+        # An editor would take a bare number for a line.
+        yield f"row {number}", row, columns_in_row(row)
 
 
 def decoded_rows(batch: Any) -> Iterator[Row | BadRow]:

@@ -30,7 +30,7 @@ from dist_lm.data.sources.rankings import ranking_document
 from dist_lm.data.sources.reader import Candidate, Rejected, reader
 from dist_lm.data.sources.rows import SourceRow, kept_columns, licence_of, own_licence
 from dist_lm.data.sources.snapshot import Snapshot
-from dist_lm.errors import ConfigError
+from dist_lm.errors import ConfigError, require
 
 PROMPT = "prompt"
 PROMPTS = (PROMPT, "messages", "conversations", "conversation", "instruction", "question", "query", "input")
@@ -38,12 +38,14 @@ COMPLETIONS = ("completions", "responses", "answers", "candidates", "generations
 RANKS, SCORES = ("ranks", "rank"), ("scores", "score", "rewards", "reward", "ratings", "rating", "overall_score")
 TEXTS = ("content", "text", "response", "completion", "answer", "output", "generated_text", "value")
 ROLE_KEYS = ("role", "from")
+# Column -> the key of a source that names another one in its place.
+NAMED_COLUMNS = {PROMPT: "prompt_column", "chosen": "chosen_column", "rejected": "rejected_column"}
 PARTS = (*PARTS_OF_TEXT, *PROMPTS, *SYSTEMS, *COMPLETIONS, *RANKS, "completion", "label", "judgements", *TOOLS)
 
 
 @reader(
     form="ranking",
-    keys=("language", "licence", *HUB_KEYS, "path", "exclude", "licence_column", "rows"),
+    keys=("language", "licence", *HUB_KEYS, "path", "exclude", "licence_column", "rows", *NAMED_COLUMNS.values()),
     needs=("language", "dataset|path"),
     inputs=list_data_set,
     takes_files=True,
@@ -61,6 +63,12 @@ def read_preferences(source: SourceConfig, seed: int, files: Snapshot | None = N
             f"corpus source reader={source.reader}: rows={source.rows}: expected one of {', '.join(sorted(KINDS))}, or "
             "none, to tell them by their columns"
         )
+    require(
+        not source.chosen_column or source.rows in ("", "pairs"),
+        f"corpus source reader={source.reader}: rows",
+        source.rows,
+        "pairs, or none, with chosen_column",
+    )
     for source_row in data_set_rows(source, files):
         yield _candidate(source_row, source)
 
@@ -86,6 +94,26 @@ def ranking_of(row: Row, kind: str = "") -> Ranking | str:
     return KINDS[kind](row)
 
 
+def with_usual_names(row: Row, source: SourceConfig) -> Row:
+    """Returns a row with the columns that the source names as `prompt`, `chosen` and `rejected`; without named columns,
+    the row itself.
+
+    Raises:
+        ChatError: the row has no such column.
+    """
+    if not source.chosen_column:
+        return row
+    columns = {name: column for name, key in NAMED_COLUMNS.items() if (column := getattr(source, key))}
+    for name, column in columns.items():
+        if column not in row:
+            raise ChatError(
+                f"no column {column} ({NAMED_COLUMNS[name]}); the columns there are {', '.join(row) or 'none'}"
+            )
+
+    others = {name: cell for name, cell in row.items() if name not in {*columns, *columns.values()}}
+    return {name: row[column] for name, column in columns.items()} | others
+
+
 def kind_of(row: Row) -> str:
     """Returns the kind of a row, by its columns that have a value.
 
@@ -107,8 +135,8 @@ def kind_of(row: Row) -> str:
     if columns & {*COMPLETIONS}:
         return "ranked"
     raise ChatError(
-        "no preference: expected chosen and rejected, completions with ranks or scores, or completion and label; the "
-        f"columns there are {', '.join(row) or 'none'}"
+        "no preference: expected chosen and rejected (or chosen_column and rejected_column of the source), completions "
+        f"with ranks or scores, or completion and label; the columns there are {', '.join(row) or 'none'}"
     )
 
 
@@ -341,6 +369,7 @@ def _candidate(source_row: SourceRow, source: SourceConfig) -> Candidate:
     if isinstance(row, BadRow):
         return Rejected(source.language, location, row.reason, row.words)
     try:
+        row = with_usual_names(row, source)
         ranking = ranking_of(row, source.rows)
         if isinstance(ranking, str):
             return Rejected(source.language, location, ranking)

@@ -1,7 +1,7 @@
 """Reads rows of jsonl, parquet, csv and arrow. Columns of a row give the text, language, licence and name of a
 document. Folders named `COLUMN=VALUE`, as of Hive, are columns of the rows in them.
 
-A row that gives no document is rejected with its place, FILE:LINE; one that is broken counts for
+A row that gives no document is rejected with its place, FILE:LINE or FILE:row NUMBER; one that is broken counts for
 `corpus.max_bad_fraction`. A column that no row has is an error before the first document.
 """
 
@@ -51,7 +51,7 @@ ADVICE = "check path and column; every row is empty, repeated, too long or left 
 
 @dataclass(frozen=True, slots=True)
 class SourceRow:
-    """A row and its location, `FILE:LINE`."""
+    """A row and its location: `FILE:LINE`, or the number of the row where a file has no lines."""
 
     location: str
     row: Row | BadRow

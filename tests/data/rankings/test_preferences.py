@@ -26,6 +26,26 @@ SYSTEM_USER = Conversation((Message("system", "Be brief."), *USER.messages))
 PAIR = Ranking(USER, ("4", "5"), (0, 1))
 
 
+def test_columns_of_any_name_are_pairs(tmp_path: Path) -> None:
+    """Finds a named column that is not read, or a row without it that is taken for another kind."""
+    path = tmp_path / "rows.csv"
+    path.write_text("Asked,Better,Worse,Ticket\n2 + 2?,4,5,a1\n")
+    names: dict[str, Any] = {"prompt_column": "Asked", "chosen_column": "Better", "rejected_column": "Worse"}
+    source = SourceConfig("preferences", "pairs", path=str(path), **names)
+    (document,) = read_preferences(source, 0)
+    assert isinstance(document, Document)
+    assert read_ranking(document.text) == PAIR
+    assert json.loads(document.row) == {"Ticket": "a1"}
+
+    path.write_text("Asked,Better,chosen,rejected\n2 + 2?,4,4,5\n")
+    (rejected,) = read_preferences(source, 0)
+    assert isinstance(rejected, Rejected)
+    assert rejected.error == "no column Worse (rejected_column); the columns there are Asked, Better, chosen, rejected"
+
+    with pytest.raises(ConfigError, match="chosen_column and rejected_column together"):
+        SourceConfig("preferences", "pairs", path=str(path), chosen_column="Better")
+
+
 def read_row(row: dict[str, Any]) -> Ranking | str:
     ranking = ranking_of(row)
     if isinstance(ranking, Ranking):
