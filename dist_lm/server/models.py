@@ -170,6 +170,8 @@ def _served(model: ModelFiles, tokenizer: Tokenizer, options: ModelOptions) -> S
         context=model.config.max_seq_len,
         aliases=model.aliases,
         created=int(time.time()),
+        # Hidden states are whole on one device alone.
+        embedding_width=model.config.d_model if options.tp == 1 else 0,
         limits=options.limits,
     )
 
