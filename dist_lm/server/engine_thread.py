@@ -163,6 +163,7 @@ class EngineThread:
         self._new_weights: _NewWeights | None = None  # what runs ends first, and nothing is admitted meanwhile
         self._is_stopping = False
         self._failure = ""
+        self._turned_at = time.monotonic()  # when the thread last began another turn
         self._threads = torch.get_num_threads()
         self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
 
@@ -170,6 +171,16 @@ class EngineThread:
     def failure(self) -> str:
         """Why the engine computes no more; empty while it does."""
         return self._failure
+
+    @property
+    def silent_s(self) -> float:
+        """Seconds since the thread began its present turn; an idle one takes `IDLE_S`."""
+        return time.monotonic() - self._turned_at
+
+    @property
+    def n_engines(self) -> int:
+        """Engines that compute."""
+        return 0 if self._failure else 1
 
     @property
     def version(self) -> int:
@@ -242,6 +253,7 @@ class EngineThread:
         torch.set_num_threads(self._threads)  # each thread has a number of its own
         try:
             while not self._is_stopping:
+                self._turned_at = time.monotonic()
                 self._read_inbox()
                 self._swap_weights()
                 self._admit()

@@ -1,5 +1,5 @@
-"""The requests of one job, or one for embeddings, in the engine: their events on the way to the client, and their end if
-the client goes.
+"""The requests of one job, or one for embeddings, in the engine: their events on the way to the client, and their end
+if the client goes.
 """
 
 import asyncio
@@ -8,8 +8,9 @@ from contextlib import suppress
 
 from fastapi import Request
 
+from dist_lm.server.backend import Backend
 from dist_lm.server.embedding_fields import EmbeddingJob
-from dist_lm.server.engine_thread import Done, Embedded, EngineThread, Event
+from dist_lm.server.engine_thread import Done, Embedded, Event
 from dist_lm.server.job import Job
 from dist_lm.server.serving import Serving
 
@@ -19,7 +20,7 @@ class Run:
 
     def __init__(self, serving: Serving) -> None:
         self._serving = serving
-        self._thread: EngineThread | None = None
+        self._thread: Backend | None = None
         self._events: asyncio.Queue[Event] = asyncio.Queue()
         self._gone: asyncio.Task[None] | None = None
         self._is_open = True
@@ -27,7 +28,7 @@ class Run:
         self.n_open = 0  # answers that are not complete
         serving.open_requests += 1
 
-    def start(self, job: Job, thread: EngineThread, request: Request) -> None:
+    def start(self, job: Job, thread: Backend, request: Request) -> None:
         """Gives the requests of a job to the engine, and watches for the end of the client's connection, whose body
         has been read."""
         sink = self._watch(thread, request)
@@ -36,14 +37,14 @@ class Run:
             self.n_open += engine_request.n
             thread.submit(engine_request, sink, streams=job.stream)
 
-    def start_embedding(self, job: EmbeddingJob, thread: EngineThread, request: Request) -> None:
+    def start_embedding(self, job: EmbeddingJob, thread: Backend, request: Request) -> None:
         """Does the same as `start` with a request for embeddings."""
         sink = self._watch(thread, request)
         self._under_way.add(job.request.id)
         self.n_open = 1
         thread.embed(job.request, sink)
 
-    def _watch(self, thread: EngineThread, request: Request) -> Callable[[Event], None]:
+    def _watch(self, thread: Backend, request: Request) -> Callable[[Event], None]:
         """Returns a sink whose events come from `next_event`, and begins to watch the client's connection."""
         loop = asyncio.get_running_loop()
         self._thread = thread
