@@ -13,7 +13,7 @@ import secrets
 import time
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from typing import TYPE_CHECKING, cast
+from typing import TYPE_CHECKING, ClassVar, Self, cast
 
 import numpy as np
 import torch
@@ -50,6 +50,8 @@ class ActorsLostError(NoNodesError):
 
 class Pool:
     """Generation actors behind one `generate` call. As a context manager it ends them at the end of the block."""
+
+    member_class: ClassVar[type[Member]] = Member
 
     def __init__(
         self,
@@ -93,7 +95,7 @@ class Pool:
         warn: Callable[[str], None] = log.warning,
         site: Site = ANYWHERE,
         sender: "Sender | None" = None,
-    ) -> "Pool":
+    ) -> Self:
         """Start actors and wait for the first one, and `OTHERS_S` for the others.
 
         Args:
@@ -230,7 +232,7 @@ class Pool:
         if self._sender:
             self._sender.close()
 
-    def __enter__(self) -> "Pool":
+    def __enter__(self) -> Self:
         return self
 
     def __exit__(self, *exception: object) -> None:
@@ -272,14 +274,13 @@ class Pool:
         # A report that completes requests shows that actors can work: older deaths no longer count.
         for number, member in list(self._members.items()):
             try:
-                report = member.take(config.hang_min_s)
+                has_answered = self._collect(number, member)
             except MemberLostError as lost:
                 self._replace(number, str(lost))
                 continue
-            if report and self._ledger and self._ledger.report(number, report.finished, report.tokens_in_flight):
+            if has_answered:
                 self._failures = 0
-            if member.is_ready and member.next_version != self._weights.version:
-                member.load(self._weights)
+            self._renew(member)
         self._look_at_nodes()
 
         if patience_s is None:
@@ -293,6 +294,22 @@ class Pool:
                 f"{self._cluster.address} has {len(self._cluster.nodes())} nodes; an actor takes one CPU"
                 f"{gpus}; the same command continues once a place is free"
             )
+
+    def _collect(self, number: int, member: Member) -> bool:
+        """Takes the report of an actor, if there is one; returns whether it completes requests.
+
+        Raises:
+            MemberLostError, UserError: as `Member.take`.
+        """
+        report = member.take(self._cluster.config.hang_min_s)
+        if report is None or self._ledger is None:
+            return False
+        return self._ledger.report(number, report.finished, report.tokens_in_flight) > 0
+
+    def _renew(self, member: Member) -> None:
+        """Begins to load the present weights on an actor that lacks them, once it is between two slices of work."""
+        if member.is_ready and member.next_version != self._weights.version:
+            member.load(self._weights)
 
     def _look_at_nodes(self) -> None:
         """Reserves places on new nodes and starts an actor on each, and drops those on nodes that are gone (a warning);
@@ -330,7 +347,7 @@ class Pool:
     def _member_on(self, node: Node, ordinal: int) -> Member:
         """Reserves a place on `node` for its `ordinal`-th actor of this pool, and returns the member; the actor
         does not start yet."""
-        return Member(
+        return self.member_class(
             self._spec,
             node,
             cores=self._site.cores(node, cores_of(node, self._actors, self._cluster.config.nodes, self._reserved_gpus)),

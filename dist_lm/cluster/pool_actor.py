@@ -9,7 +9,7 @@ import os
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import psutil
 import torch
@@ -93,7 +93,8 @@ class PoolActor:
         if omp_threads.isdigit() and int(omp_threads):
             threads = int(omp_threads)
         # Divided among the processes that share the model.
-        torch.set_num_threads(max(1, threads // spec.tp))
+        self._threads = max(1, threads // spec.tp)
+        torch.set_num_threads(self._threads)
         self._spec = spec
         self._engine: Engine | None = None
         self._receiver: Receiver | None = None
@@ -255,6 +256,9 @@ class Weights:
 class Member:
     """An actor on its reserved place. Ray starts the actor as soon as the place is free."""
 
+    actor_class: ClassVar[type[PoolActor]] = PoolActor
+    actor_options: ClassVar[Mapping[str, Any]] = {}  # further options of Ray
+
     def __init__(
         self, spec: EngineSpec, node: Node, *, cores: int, gpus: int, devices: tuple[int, ...], name: str
     ) -> None:
@@ -315,7 +319,9 @@ class Member:
         import ray
         from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
-        remote = ray.remote(num_cpus=1, num_gpus=self._gpus, max_restarts=0, max_task_retries=0)(PoolActor)
+        remote = ray.remote(num_cpus=1, num_gpus=self._gpus, max_restarts=0, max_task_retries=0, **self.actor_options)(
+            self.actor_class
+        )
         strategy = PlacementGroupSchedulingStrategy(placement_group=self._group, placement_group_bundle_index=0)
         self._actor = remote.options(scheduling_strategy=strategy).remote(self._spec, self._cores, self._devices)
         # Calls of a dead actor get no answer.
@@ -380,7 +386,7 @@ class Member:
                 self.left = True
                 log.warning("%s: weights %d did not arrive completely: %s", self, version, loaded)
             else:
-                self.pid, self.place, self.version = loaded.pid, Place(self.node.id, loaded.gpu), version
+                self._has_loaded(loaded, version)
             if self._working:  # it begins now
                 self._working = (self._working[0], time.monotonic())
 
@@ -392,6 +398,9 @@ class Member:
         elif time.monotonic() - self._working[1] > patience_s:
             raise MemberLostError(f"{self}: no answer for {patience_s:.0f} s")
         return report
+
+    def _has_loaded(self, loaded: Loaded, version: int) -> None:
+        self.pid, self.place, self.version = loaded.pid, Place(self.node.id, loaded.gpu), version
 
     def sleep(self) -> Any:
         """Begin to free the memory of the cache. Returns the Ray reference of the call."""

@@ -369,6 +369,10 @@ class Decoder:
         """Returns fp32 logits (N, V) of hidden states."""
         return capped(self._lm_head(self._final_norm(x_ND)).float(), self.config.logit_cap)
 
+    def normalised(self, x_ND: torch.Tensor) -> torch.Tensor:
+        """Returns hidden states (N, D) after the final norm, in the decoder's dtype, as `Transformer.hidden` does."""
+        return self._final_norm(x_ND)
+
 
 def scales_of(config: ModelConfig, dtype: torch.dtype) -> tuple[float, float]:
     """Returns the factors of queries, which their weights take in, and of attention scores, which is left to kernels;

@@ -157,12 +157,12 @@ class Engine:
         self._eot_id = eot_id
         self._vocabulary = vocabulary
         self._grammars = grammars
-        self._device = device or torch.device("cpu")
+        self.device = device or torch.device("cpu")
         self._dtype = dtype
         self._tp = tp
 
-        options = (options or EngineOptions()).for_device(self._device)
-        page_tokens = options.page_tokens or best_page_tokens(config, dtype, self._device)
+        options = (options or EngineOptions()).for_device(self.device)
+        page_tokens = options.page_tokens or best_page_tokens(config, dtype, self.device)
         self.options = replace(options, page_tokens=page_tokens)
         self.prefix_counts = PrefixCounts()
         self._page_pool, self._prefixes = self._build_pool(self.options.n_pages)
@@ -241,7 +241,7 @@ class Engine:
 
     def _wake(self) -> None:
         options = self.options
-        n_pages = options.n_pages or pages_that_fit(self.config, options, self._dtype, self._device, self._tp)
+        n_pages = options.n_pages or pages_that_fit(self.config, options, self._dtype, self.device, self._tp)
         with torch.inference_mode():
             self._decoder.resize(n_pages)
         self._page_pool, self._prefixes = self._build_pool(n_pages)
@@ -485,7 +485,7 @@ class Engine:
             return None
 
         positions = [sequence.cached for sequence in sequences]
-        row_B, position_B = upload(self._device, torch.tensor(rows), torch.tensor(positions))
+        row_B, position_B = upload(self.device, torch.tensor(rows), torch.tensor(positions))
         return _LogitRows(sequences, logits_PV[row_B], position_B)
 
     def _next_pieces(self) -> list[tuple[list[AnswerSequence], Piece]]:
@@ -559,7 +559,7 @@ class Engine:
             return None
 
         positions = [sequences[row].cached for row in ready]
-        row_B, position_B = upload(self._device, torch.tensor(ready), torch.tensor(positions))
+        row_B, position_B = upload(self.device, torch.tensor(ready), torch.tensor(positions))
         return _LogitRows([sequences[row] for row in ready], logits_PV[row_B], position_B)
 
     def _decode(self) -> _LogitRows | None:
@@ -737,8 +737,8 @@ class Engine:
             adjusted_BV = constrained(logits_BV if adjusted_BV is None else adjusted_BV, allowed)
         # Seeds and parameters change only when a sequence joins or leaves.
         if self._sampling_groups is None or self._sampling_groups[0] != sequences:
-            (seed_B,) = upload(self._device, torch.tensor([sequence.seed for sequence in sequences]))
-            self._sampling_groups = (sequences, seed_B, group_rows(params, self._device))
+            (seed_B,) = upload(self.device, torch.tensor([sequence.seed for sequence in sequences]))
+            self._sampling_groups = (sequences, seed_B, group_rows(params, self.device))
         _, seed_B, groups = self._sampling_groups
         keep_sets = any(sequence.request.keep_sets for sequence in sequences)
         n_top = max(row_params.top_logprobs for row_params in params)
@@ -781,10 +781,10 @@ class Engine:
     def _build_decoder(self) -> "Decoder | ShardedDecoder":
         options = self.options
         if self._tp == 1:
-            return Decoder(self.config, options.n_pages, options.page_tokens, self._dtype, self._device)
+            return Decoder(self.config, options.n_pages, options.page_tokens, self._dtype, self.device)
         from dist_lm.generation.sharded import ShardedDecoder  # needs process groups, which one device does not
 
-        return ShardedDecoder(self.config, options.n_pages, options.page_tokens, self._dtype, self._device, self._tp)
+        return ShardedDecoder(self.config, options.n_pages, options.page_tokens, self._dtype, self.device, self._tp)
 
 
 def is_forbidden(token: int, params: SamplingParams, allowed_U: np.ndarray | None) -> bool:

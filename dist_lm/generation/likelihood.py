@@ -47,7 +47,7 @@ class Likelihood:
 
 
 @dataclass(frozen=True)
-class _PackedTree:
+class PackedTree:
     """The tokens `begin` to `end` of a packed pass: the context, then the continuations without their last tokens."""
 
     begin: int
@@ -82,7 +82,7 @@ def _likelihoods_of_pack(decoder: Decoder, pack: Sequence[Tree], device: torch.d
     host waits for the device once for each block of LOGIT_ROWS rows."""
     # Concatenate the trees. The first token of each continuation is predicted by the last token of the context.
     tokens, positions, rows, targets = list[int](), list[int](), list[int](), list[int]()
-    packed_trees = list[_PackedTree]()
+    packed_trees = list[PackedTree]()
     for tree in pack:
         begin, n_context = len(tokens), len(tree.context)
         last_of_context = begin + n_context - 1
@@ -94,15 +94,10 @@ def _likelihoods_of_pack(decoder: Decoder, pack: Sequence[Tree], device: torch.d
             tokens += continuation[:-1]
             positions += range(n_context, n_context + n_inputs)
             targets += continuation
-        packed_trees.append(_packed(tree, begin, decoder.dtype, device, decoder.config.window))
+        packed_trees.append(packed_tree(tree, begin, decoder.dtype, device, decoder.config.window))
     token_N, position_N, row_R, target_R = upload(device, *map(torch.tensor, (tokens, positions, rows, targets)))
 
-    def attend(layer: int, q_NHK: torch.Tensor, k_NGK: torch.Tensor, v_NGK: torch.Tensor) -> torch.Tensor:
-        has_window = decoder.share.windows[layer] is not None
-        attended = [_attend(tree, q_NHK, k_NGK, v_NGK, has_window, decoder.score_scale) for tree in packed_trees]
-        return torch.cat(attended)
-
-    x_RD = decoder.hidden(token_N, position_N, attend)[row_R]
+    x_RD = hidden_of_trees(decoder, packed_trees, token_N, position_N)[row_R]
 
     # The logits of all rows may not fit in memory.
     logprobs, is_likeliest = list[float](), list[bool]()
@@ -126,7 +121,20 @@ def _likelihoods_of_pack(decoder: Decoder, pack: Sequence[Tree], device: torch.d
     return likelihoods_of_trees
 
 
-def _packed(tree: Tree, begin: int, dtype: torch.dtype, device: torch.device, window: int | None) -> _PackedTree:
+def hidden_of_trees(
+    decoder: Decoder, packed_trees: Sequence[PackedTree], token_N: torch.Tensor, position_N: torch.Tensor
+) -> torch.Tensor:
+    """Returns the hidden states (N, D) of packed trees, before the final norm."""
+
+    def attend(layer: int, q_NHK: torch.Tensor, k_NGK: torch.Tensor, v_NGK: torch.Tensor) -> torch.Tensor:
+        has_window = decoder.share.windows[layer] is not None
+        attended = [_attend(tree, q_NHK, k_NGK, v_NGK, has_window, decoder.score_scale) for tree in packed_trees]
+        return torch.cat(attended)
+
+    return decoder.hidden(token_N, position_N, attend)
+
+
+def packed_tree(tree: Tree, begin: int, dtype: torch.dtype, device: torch.device, window: int | None) -> PackedTree:
     """Returns a tree whose first token has the index `begin` in the packed pass, with its masks on the device.
 
     Args:
@@ -149,7 +157,7 @@ def _packed(tree: Tree, begin: int, dtype: torch.dtype, device: torch.device, wi
     bias_TS = None
     if len(visible_TS):
         bias_TS = _bias(visible_TS, dtype, device)
-    return _PackedTree(begin, n_context, begin + len(positions), bias_TS, window_bias_TS)
+    return PackedTree(begin, n_context, begin + len(positions), bias_TS, window_bias_TS)
 
 
 def _visible(tree: Tree) -> torch.Tensor:
@@ -169,7 +177,7 @@ def _bias(visible_TS: torch.Tensor, dtype: torch.dtype, device: torch.device) ->
 
 
 def _attend(
-    tree: _PackedTree,
+    tree: PackedTree,
     q_NHK: torch.Tensor,
     k_NGK: torch.Tensor,
     v_NGK: torch.Tensor,

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 import torch
 
+from dist_lm.config.model import ModelConfig
 from dist_lm.data.infill import InfillMarks
 from dist_lm.errors import UserError, utf8
 from dist_lm.generation.constraint import Constraint
@@ -97,23 +98,31 @@ def build_engine(
         has_bf16 = device.type == "cuda" and not lacks_bf16(device)
         dtype = torch.bfloat16 if has_bf16 else torch.float32
 
-    # One page more than the context: each answer to a shared prompt copies its last page, which is partly filled.
     page_tokens = best_page_tokens(loaded.config, dtype, device)
-    context_tokens = (pages_for(loaded.config.max_seq_len, page_tokens) + 1) * page_tokens
     return Engine(
         loaded.config,
         loaded.weights,
         eot_id=loaded.tokenizer.eot_id,
         vocabulary=loaded.tokenizer.vocabulary(),
-        options=EngineOptions(
-            max(context_tokens, min(cache_tokens, answers * context_tokens)), page_tokens, prefix_cache=True
-        ),
+        options=cache_options(loaded.config, answers, cache_tokens, page_tokens),
         version=version,
         dtype=dtype,
         device=device,
         tp=tp,
         grammars=grammars or Grammars(lambda: loaded.tokenizer),
     )
+
+
+def cache_options(config: ModelConfig, answers: int, cache_tokens: int, page_tokens: int) -> EngineOptions:
+    """Returns the sizes of an engine as `build_engine` describes them.
+
+    Args:
+        page_tokens: tokens of a page.
+    """
+    # One page more than the context: each answer to a shared prompt copies its last page, which is partly filled.
+    context_tokens = (pages_for(config.max_seq_len, page_tokens) + 1) * page_tokens
+    size = max(context_tokens, min(cache_tokens, answers * context_tokens))
+    return EngineOptions(size, page_tokens, prefix_cache=True)
 
 
 class Session:

@@ -21,7 +21,8 @@ from dist_lm.generation.request import Answer
 from dist_lm.server.api import CHAT, COMPLETIONS, Api
 from dist_lm.server.chat_page import add_chat_page
 from dist_lm.server.door import App, Door, DoorRules, Receive, Scope, Send, bearer_token
-from dist_lm.server.engine_thread import Done, Event, Failed
+from dist_lm.server.embedding_fields import embedding_job, embedding_response
+from dist_lm.server.engine_thread import Done, Embedded, Event, Failed
 from dist_lm.server.errors import ProtocolError, error_value
 from dist_lm.server.fields import Json
 from dist_lm.server.figures import metrics_text
@@ -105,6 +106,10 @@ def _add_models(app: FastAPI, serving: Serving) -> None:
     async def model(name: str) -> Json:
         return serving.served_named(name).value(name)
 
+    @app.post("/v1/embeddings")
+    async def embeddings(request: Request) -> Response:
+        return await _embed(serving, request)
+
     @app.post("/score")
     async def score(request: Request) -> Json:
         body = await _json(request)
@@ -165,15 +170,10 @@ async def _answer(serving: Serving, api: Api, request: Request) -> Response:
     Raises:
         ProtocolError: it is refused.
     """
-    if serving.open_requests >= serving.most_requests:
-        raise ProtocolError(f"{serving.most_requests} requests are under way: try again later", status=429)
-
-    run: Run | None = Run(serving)
+    run: Run | None = _new_run(serving)
     try:
         body = await _json(request)
-        model = serving.model_of(body)
-        if model.thread.failure:
-            raise ProtocolError(model.thread.failure, status=503)
+        model = _working_model(serving, body)
         job = await run_in_threadpool(api.read, body, model.served, _client(request))
         await _compile(serving, model, job)
         run.start(job, model.thread, request)
@@ -192,6 +192,53 @@ async def _answer(serving: Serving, api: Api, request: Request) -> Response:
     finally:
         if run:
             run.end()
+
+
+def _new_run(serving: Serving) -> Run:
+    """Counts a request.
+
+    Raises:
+        ProtocolError: as many as may be are under way.
+    """
+    if serving.open_requests >= serving.most_requests:
+        raise ProtocolError(f"{serving.most_requests} requests are under way: try again later", status=429)
+    return Run(serving)
+
+
+def _working_model(serving: Serving, body: dict[str, Json]) -> ServedModel:
+    """Returns the model of a request.
+
+    Raises:
+        ProtocolError: there is none of this name, or its engine computes no more.
+    """
+    model = serving.model_of(body)
+    if model.thread.failure:
+        raise ProtocolError(model.thread.failure, status=503)
+    return model
+
+
+async def _embed(serving: Serving, request: Request) -> Response:
+    """Answers a request for embeddings.
+
+    Raises:
+        ProtocolError: it is refused.
+    """
+    run = _new_run(serving)
+    try:
+        body = await _json(request)
+        model = _working_model(serving, body)
+        job = await run_in_threadpool(embedding_job, body, model.served)
+        run.start_embedding(job, model.thread, request)
+
+        event = await run.next_event()
+        if event is None:
+            return Response(status_code=GONE)
+        if isinstance(event, Failed):
+            raise ProtocolError(event.message, status=event.status)
+        assert isinstance(event, Embedded), "an embedding has no other event"
+        return JSONResponse(await run_in_threadpool(embedding_response, job, event))
+    finally:
+        run.end()
 
 
 async def _compile(serving: Serving, model: ServedModel, job: Job) -> None:

@@ -3,21 +3,28 @@
 import os
 import signal
 import socket
-from collections.abc import Sequence
-from dataclasses import dataclass, field
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
 
+from dist_lm.cluster.ray_cluster import RayCluster, connect
+from dist_lm.config.cluster import ClusterConfig
 from dist_lm.errors import ConfigError, UserError, require
 from dist_lm.parallel.mesh import option_device
 from dist_lm.server.door import DoorRules
 from dist_lm.server.follow import Follower
-from dist_lm.server.models import ModelOptions, check_memory, find_models, load_reward, load_served
+from dist_lm.server.models import ModelOptions, check_memory, find_models, load_over_pool, load_reward, load_served
 from dist_lm.server.served import ServeLimits
 from dist_lm.server.serving import Serving
 from dist_lm.storage.process import CpuUsage
 from dist_lm.tracking.readable import say
+
+if TYPE_CHECKING:
+    import uvicorn
 
 KEY = "DIST_LM_API_KEY"
 HEADER_BYTES = 32 << 10
@@ -39,10 +46,14 @@ class ServeOptions:
     queue_s: float = 60.0  # that a request may wait for its first step
     stop_s: float = 10.0  # that answers under way get when the server ends
     follow: bool = False  # whether new checkpoints of the runs are loaded
+    actors: int = 0  # of each model, in a Ray cluster; -1: as many as fit; 0: engines in this process
+    ray: str | None = None  # host:port of the head of a running Ray; None: one of our own on this machine
     limits: ServeLimits = field(default_factory=ServeLimits)
 
     def __post_init__(self) -> None:
         require(0 <= self.port < 65536, "--port", self.port, "0 to 65535")
+        require(self.actors >= -1, "--actors", self.actors, "a positive number, 0 for none, or -1 for as many as fit")
+        require(self.actors != 0 or self.ray is None, "--ray", self.ray, "--actors too")
         for option, value in (
             ("--tp", self.tp),
             ("--cache-tokens", self.cache_tokens),
@@ -64,7 +75,8 @@ def serve(paths: Sequence[Path], tokenizer: Path | None, options: ServeOptions) 
 
     Raises:
         UserError: names the option (ConfigError; also of an address that is in use, and of models that do not fit into
-            memory), the fault of a checkpoint or tokenizer (ArtefactError), or the package that is missing.
+            memory), the fault of a checkpoint or tokenizer (ArtefactError), the package that is missing, or the Ray
+            cluster that does not answer or has no place for an actor (ClusterError).
     """
     try:
         import uvicorn
@@ -74,41 +86,67 @@ def serve(paths: Sequence[Path], tokenizer: Path | None, options: ServeOptions) 
         raise UserError(f"dist-lm serve needs the extra `serve`: pip install 'dist_lm[serve]' ({error})") from error
 
     rules = DoorRules(options.host, os.environ.get(KEY, ""), options.hosts, options.origins)
-    device = option_device(options.device)
     listener = _listener(options.host, options.port)  # an address in use is found before a model is loaded
     usage = CpuUsage()
-    serving, followers = _load(paths, tokenizer, options, device)
+    with _cluster(options) as cluster:
+        serving, followers = _load(paths, tokenizer, options, cluster)
+        if cluster is None:
+            _divide_threads(serving, usage, options)
+
+        config = uvicorn.Config(
+            build_app(serving, rules),
+            log_level="warning",
+            server_header=False,
+            h11_max_incomplete_event_size=HEADER_BYTES,
+            # A connection may be kept open without a request.
+            limit_concurrency=4 * options.most_requests,
+            timeout_graceful_shutdown=max(1, round(options.stop_s)),
+        )
+        host = f"[{options.host}]" if ":" in options.host else options.host
+        address = f"http://{host}:{listener.getsockname()[1]}"
+        names = ", ".join(served.name for served in serving.all_served)
+        say(f"{names}: {address}/v1, {'with' if rules.key else 'without'} a key; chat page: {address}/")
+        _run(uvicorn.Server(config), listener, serving, followers)
+
+
+@contextmanager
+def _cluster(options: ServeOptions) -> Iterator[RayCluster | None]:
+    """Connects to the Ray cluster that the options name, or starts one on this machine; None without actors.
+
+    Raises:
+        ClusterError: the cluster does not answer or refuses, or Ray does not start.
+    """
+    if not options.actors:
+        yield None
+        return
+    with connect(ClusterConfig(name="ray" if options.ray else "local", address=options.ray)) as cluster:
+        n_nodes = len(cluster.nodes())
+        yield replace(cluster, config=replace(cluster.config, nodes=max(1, n_nodes)))
+
+
+def _divide_threads(serving: Serving, usage: CpuUsage, options: ServeOptions) -> None:
+    """Gives each engine on a CPU its part of the cores that others leave free."""
     # Threads wait for each other in every layer: one that gets no core stops all of them.
-    if device.type == "cpu" and "OMP_NUM_THREADS" not in os.environ:
-        n_threads = min(torch.get_num_threads(), usage.free_cores())
-        torch.set_num_threads(max(1, n_threads // max(1, len(serving.models))))
-        for model in serving.models:
-            model.thread.use_threads(torch.get_num_threads())
+    if option_device(options.device).type != "cpu" or "OMP_NUM_THREADS" in os.environ:
+        return
+    n_threads = min(torch.get_num_threads(), usage.free_cores())
+    torch.set_num_threads(max(1, n_threads // max(1, len(serving.models))))
+    for model in serving.models:
+        model.thread.use_threads(torch.get_num_threads())
 
-    config = uvicorn.Config(
-        build_app(serving, rules),
-        log_level="warning",
-        server_header=False,
-        h11_max_incomplete_event_size=HEADER_BYTES,
-        # A connection may be kept open without a request.
-        limit_concurrency=4 * options.most_requests,
-        timeout_graceful_shutdown=max(1, round(options.stop_s)),
-    )
-    host = f"[{options.host}]" if ":" in options.host else options.host
-    address = f"http://{host}:{listener.getsockname()[1]}"
-    names = ", ".join(served.name for served in serving.all_served)
-    say(f"{names}: {address}/v1, {'with' if rules.key else 'without'} a key; chat page: {address}/")
 
+def _run(server: "uvicorn.Server", listener: socket.socket, serving: Serving, followers: Sequence[Follower]) -> None:
+    """Runs the server until a signal ends it, and then ends all models."""
     # uvicorn repeats the signal that ended it, for whoever was there before.
     handlers = {number: signal.signal(number, lambda *_: None) for number in (signal.SIGINT, signal.SIGTERM)}
     try:
         for follower in followers:
             follower.start()
-        uvicorn.Server(config).run([listener])
+        server.run([listener])
     finally:
         listener.close()
         for follower in followers:
-            follower.stop(options.stop_s)
+            follower.stop(serving.stop_s)
         for number, handler in handlers.items():
             signal.signal(number, handler)
         for model in serving.models:
@@ -116,22 +154,31 @@ def serve(paths: Sequence[Path], tokenizer: Path | None, options: ServeOptions) 
 
 
 def _load(
-    paths: Sequence[Path], tokenizer: Path | None, options: ServeOptions, device: torch.device
+    paths: Sequence[Path], tokenizer: Path | None, options: ServeOptions, cluster: RayCluster | None
 ) -> tuple[Serving, list[Follower]]:
-    """Loads all models, after a line that says what memory they take; returns them with what follows their runs.
+    """Loads all models, after a line that says what memory they take here; returns them with what follows their runs.
 
     Raises:
         ConfigError, ArtefactError: as `serve`.
+        UserError: no actor starts.
     """
     model_files = find_models(paths, options.names, options.follow)
     language_models = [model for model in model_files if model.config.head == "tokens"]
     reward_models = [model for model in model_files if model.config.head == "scalar"]
     cache_tokens = max(1, options.cache_tokens // max(1, len(language_models)))
+    device = option_device(options.device) if cluster is None else _device_of(cluster, options.device)
     model_options = ModelOptions(device, options.tp, cache_tokens, options.queue_s, options.limits)
-    say(check_memory(model_files, model_options))
 
-    models = [load_served(model, tokenizer, model_options) for model in language_models]
-    rewards = [load_reward(model, tokenizer, model_options) for model in reward_models]
+    if cluster is None:
+        say(check_memory(model_files, model_options))
+        models = [load_served(model, tokenizer, model_options) for model in language_models]
+    else:
+        models = [load_over_pool(model, tokenizer, model_options, cluster, options.actors) for model in language_models]
+        counts = [model.thread.n_engines for model in models]
+        say(f"{sum(counts)} actor{'s' * (sum(counts) != 1)} at {cluster.address}, on {device}")
+    # Scores are computed in this process.
+    reward_options = replace(model_options, device=device if cluster is None else torch.device("cpu"), tp=1)
+    rewards = [load_reward(model, tokenizer, reward_options) for model in reward_models]
     serving = Serving(models, options.most_requests, options.stop_s, options.limits, rewards)
     if not options.follow:
         return serving, []
@@ -140,6 +187,13 @@ def _load(
         for files, model in zip(language_models, models, strict=True)
     ]
     return serving, followers
+
+
+def _device_of(cluster: RayCluster, name: str) -> torch.device:
+    """Returns what actors compute on: with `auto` GPUs if a node has some."""
+    if name != "auto":
+        return torch.device(name)
+    return torch.device("cuda" if any(node.gpus for node in cluster.nodes()) else "cpu")
 
 
 def _listener(host: str, port: int) -> socket.socket:

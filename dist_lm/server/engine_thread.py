@@ -1,9 +1,10 @@
 """One thread that runs the engine: requests join the running batch as they arrive, and their tokens go to a callback.
 
     submit -> inbox -> waiting -> engine -> sink(Grown), sink(Done) or sink(Failed)
+    embed  -> inbox -> embedding ---------> sink(Embedded) or sink(Failed)
 
 Only this thread touches the engine. A request waits here, not in the engine, until the engine has room for its answers,
-so that its time in the queue can be limited.
+so that its time in the queue can be limited. Embeddings are computed between the steps, a pack of sequences at a time.
 """
 
 import logging
@@ -11,13 +12,15 @@ import queue
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 
+import numpy as np
 import torch
 
 from dist_lm.errors import UserError
 from dist_lm.generation.decoder import Weights
+from dist_lm.generation.embedding import EmbeddingRequest, embeddings
 from dist_lm.generation.engine import Engine
 from dist_lm.generation.prefix_cache import PrefixCounts
 from dist_lm.generation.request import Answer, AnswerSequence, Request, RequestError, TopLogprobs
@@ -25,6 +28,7 @@ from dist_lm.generation.request import Answer, AnswerSequence, Request, RequestE
 log = logging.getLogger(__name__)
 
 IDLE_S = 0.2  # seconds between two looks at an empty inbox, for limits of time
+NAN = "the model's hidden states are not numbers (nan)"
 MOST_TIMES = 10_000  # times that the figures remember
 
 
@@ -49,6 +53,15 @@ class Done:
 
 
 @dataclass(frozen=True)
+class Embedded:
+    """The embeddings of a request."""
+
+    request: str
+    vectors_SD: np.ndarray  # fp32, one row for each sequence
+    version: int  # of the weights
+
+
+@dataclass(frozen=True)
 class Failed:
     """A request without an answer; the status is that of HTTP."""
 
@@ -57,7 +70,7 @@ class Failed:
     status: int
 
 
-Event = Grown | Done | Failed
+Event = Grown | Done | Embedded | Failed
 Sink = Callable[[Event], None]
 """Called in the thread of the engine; it must not block."""
 
@@ -117,7 +130,18 @@ class _Order:
         self.pieces[index].append((token, text))
 
 
-_Message = _Order | _Cancel | _NewWeights | _Stop
+@dataclass
+class _Embedding:
+    """A request for embeddings on its way."""
+
+    request: EmbeddingRequest
+    sink: Sink
+    arrived: float
+    packs: Iterator[np.ndarray] | None = None  # None: not begun
+    parts: list[np.ndarray] = field(default_factory=list)  # rows that are computed
+
+
+_Message = _Order | _Embedding | _Cancel | _NewWeights | _Stop
 
 
 class EngineThread:
@@ -135,9 +159,11 @@ class EngineThread:
         self._inbox: queue.SimpleQueue[_Message] = queue.SimpleQueue()
         self._waiting: deque[_Order] = deque()
         self._running: dict[str, _Order] = {}
+        self._embedding: deque[_Embedding] = deque()  # the first one may have begun
         self._new_weights: _NewWeights | None = None  # what runs ends first, and nothing is admitted meanwhile
         self._is_stopping = False
         self._failure = ""
+        self._turned_at = time.monotonic()  # when the thread last began another turn
         self._threads = torch.get_num_threads()
         self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
 
@@ -147,6 +173,16 @@ class EngineThread:
         return self._failure
 
     @property
+    def silent_s(self) -> float:
+        """Seconds since the thread began its present turn; an idle one takes `IDLE_S`."""
+        return time.monotonic() - self._turned_at
+
+    @property
+    def n_engines(self) -> int:
+        """Engines that compute."""
+        return 0 if self._failure else 1
+
+    @property
     def version(self) -> int:
         """Version of the weights that the next request gets."""
         return self._engine.version or 0
@@ -154,7 +190,7 @@ class EngineThread:
     @property
     def is_idle(self) -> bool:
         """Whether no request is under way."""
-        return not (self._waiting or self._running) and self._inbox.empty()
+        return not (self._waiting or self._running or self._embedding) and self._inbox.empty()
 
     @property
     def free_pages(self) -> int:
@@ -187,6 +223,11 @@ class EngineThread:
         """
         self._inbox.put(_Order(request, sink, streams, time.monotonic(), open=set(range(request.n))))
 
+    def embed(self, request: EmbeddingRequest, sink: Sink) -> None:
+        """Queues a request for embeddings, whose id must be new; `sink` gets one `Embedded` or `Failed`. Not with
+        several devices."""
+        self._inbox.put(_Embedding(request, sink, time.monotonic()))
+
     def cancel(self, request: str) -> None:
         """Ends a request, if it is under way: its pages become free, and its sink gets nothing more."""
         self._inbox.put(_Cancel(request))
@@ -212,9 +253,11 @@ class EngineThread:
         torch.set_num_threads(self._threads)  # each thread has a number of its own
         try:
             while not self._is_stopping:
+                self._turned_at = time.monotonic()
                 self._read_inbox()
                 self._swap_weights()
                 self._admit()
+                self._embed()
                 if self._running:
                     self._step()
                 self._count_answers()
@@ -230,10 +273,11 @@ class EngineThread:
     def _fail_all(self, reason: str) -> None:
         """Fails all requests, also those that still arrive, until the thread is told to stop."""
         while True:
-            for order in (*self._running.values(), *self._waiting):
+            for order in (*self._running.values(), *self._waiting, *self._embedding):
                 self._fail(order, reason, 503)
             self._running.clear()
             self._waiting.clear()
+            self._embedding.clear()
             if self._new_weights:
                 self._new_weights.loaded(reason)
                 self._new_weights = None
@@ -246,7 +290,8 @@ class EngineThread:
     def _swap_weights(self) -> None:
         """Loads new weights if there are some and nothing runs on the old ones."""
         new = self._new_weights
-        if not new or self._running:
+        has_begun = bool(self._embedding and self._embedding[0].packs)
+        if not new or self._running or has_begun:
             return
         self._new_weights = None
         # Cancelled answers leave the engine with its next step.
@@ -261,7 +306,7 @@ class EngineThread:
 
     def _read_inbox(self) -> None:
         """Takes all messages; waits for one if nothing runs."""
-        if not self._running:
+        if not self._running and not self._embedding:
             try:
                 self._take(self._inbox.get(timeout=IDLE_S))
             except queue.Empty:
@@ -272,6 +317,8 @@ class EngineThread:
     def _take(self, message: _Message) -> None:
         if isinstance(message, _Order):
             self._waiting.append(message)
+        elif isinstance(message, _Embedding):
+            self._embedding.append(message)
         elif isinstance(message, _Cancel):
             self._drop(message.request)
         elif isinstance(message, _NewWeights):
@@ -286,6 +333,9 @@ class EngineThread:
         for order in [order for order in self._waiting if order.request.id == name]:
             self._waiting.remove(order)
             self.figures.cancelled += 1
+        for order in [order for order in self._embedding if order.request.id == name]:
+            self._embedding.remove(order)
+            self.figures.cancelled += 1
         if self._running.pop(name, None):
             # The engine returns what there is of it with the next step, and nobody asks for it.
             self._engine.cancel(name)
@@ -295,7 +345,7 @@ class EngineThread:
         """Gives the engine requests while it has room, oldest first; fails those that have waited too long."""
         now = time.monotonic()
         while self._waiting and now - self._waiting[0].arrived > self._queue_s:
-            self._fail(self._waiting.popleft(), f"no room for this request within {self._queue_s:g} s: try later", 503)
+            self._fail_late(self._waiting.popleft())
 
         if self._new_weights:
             return
@@ -317,6 +367,32 @@ class EngineThread:
             self.figures.queue_s.append(now - order.arrived)
             self.figures.prompt_tokens += len(order.request.prompt)
             n_active += order.request.n
+
+    def _embed(self) -> None:
+        """Computes the next pack of the oldest request for embeddings. A new one waits while new weights do."""
+        while self._embedding and not self._embedding[0].packs:
+            if time.monotonic() - self._embedding[0].arrived <= self._queue_s:
+                break
+            self._fail_late(self._embedding.popleft())
+        if not self._embedding:
+            return
+
+        order = self._embedding[0]
+        if order.packs is None:
+            if self._new_weights:
+                return
+            order.packs = embeddings(self._engine.decoder, order.request, self._engine.device)
+            self.figures.prompt_tokens += sum(map(len, order.request.sequences))
+        vectors_sD = next(order.packs, None)
+        if vectors_sD is None:
+            self._embedding.popleft()
+            self.figures.answered += 1
+            order.sink(Embedded(order.request.id, np.concatenate(order.parts), self.version))
+        elif not np.isfinite(vectors_sD).all():
+            self._embedding.popleft()
+            self._fail(order, NAN, 500)
+        else:
+            order.parts.append(vectors_sD)
 
     def _step(self) -> None:
         results = self._engine.step()
@@ -363,6 +439,9 @@ class EngineThread:
             order.pieces[index], order.sent[index] = [], new.stop
             order.sink(event)
 
-    def _fail(self, order: _Order, reason: str, status: int) -> None:
+    def _fail_late(self, order: _Order | _Embedding) -> None:
+        self._fail(order, f"no room for this request within {self._queue_s:g} s: try later", 503)
+
+    def _fail(self, order: _Order | _Embedding, reason: str, status: int) -> None:
         self.figures.failed += 1
         order.sink(Failed(order.request.id, reason, status))

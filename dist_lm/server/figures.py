@@ -2,11 +2,11 @@
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 
-from dist_lm.server.engine_thread import EngineThread
+from dist_lm.server.backend import Backend
 
 QUANTILES = (0.5, 0.99)
 # Of each model: name, kind, meaning, and where the value comes from.
-OF_MODELS: Sequence[tuple[str, str, str, Callable[[EngineThread], float]]] = (
+OF_MODELS: Sequence[tuple[str, str, str, Callable[[Backend], float]]] = (
     ("answers_total", "counter", "Complete answers.", lambda thread: thread.figures.answered),
     (
         "failed_total",
@@ -31,12 +31,13 @@ OF_MODELS: Sequence[tuple[str, str, str, Callable[[EngineThread], float]]] = (
     ("new_tokens_total", "counter", "Tokens of answers.", lambda thread: thread.figures.new_tokens),
     ("answers_waiting", "gauge", "Answers that wait for the engine.", lambda thread: thread.figures.waiting),
     ("answers_running", "gauge", "Answers that the engine computes.", lambda thread: thread.figures.running),
+    ("engines_up", "gauge", "Engines that compute.", lambda thread: thread.n_engines),
     ("cache_pages_free", "gauge", "Pages of the cache that no answer holds.", lambda thread: thread.free_pages),
     ("weights_version", "gauge", "Step of the checkpoint that new requests get.", lambda thread: thread.version),
 )
 
 
-def metrics_text(threads: Mapping[str, EngineThread], counts: Mapping[tuple[str, int], int], open_requests: int) -> str:
+def metrics_text(threads: Mapping[str, Backend], counts: Mapping[tuple[str, int], int], open_requests: int) -> str:
     """Returns the answer of /metrics.
 
     Args:

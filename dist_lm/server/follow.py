@@ -6,7 +6,7 @@ from pathlib import Path
 
 from dist_lm.errors import UserError
 from dist_lm.generation.load import load_model
-from dist_lm.server.engine_thread import EngineThread
+from dist_lm.server.backend import Backend
 from dist_lm.training import checkpoint_files as files
 
 POLL_S = 2.0  # seconds between two looks at the run
@@ -23,7 +23,7 @@ class Follower:
         run: Path,
         tokenizer: Path | None,
         checkpoint: Path,
-        engine: EngineThread,
+        engine: Backend,
         report: Callable[[str], None],
         poll_s: float = POLL_S,
     ) -> None:

@@ -2,19 +2,22 @@
 
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
 
+from dist_lm.cluster.allocation import Site
+from dist_lm.cluster.ray_cluster import RayCluster
 from dist_lm.config.model import ModelConfig
-from dist_lm.errors import ConfigError, require
+from dist_lm.config.pool import MOST_PAGE_TOKENS
+from dist_lm.errors import ConfigError, UserError, require
 from dist_lm.generation.engine import free_bytes
 from dist_lm.generation.grammar import Grammars
 from dist_lm.generation.load import load_model, model_config_of, run_of, tokenizer_of
-from dist_lm.generation.session import build_engine
+from dist_lm.generation.session import build_engine, cache_options
 from dist_lm.generation.shard import check_tp, share_of
-from dist_lm.model.size import kv_bytes_per_token, parameter_count
+from dist_lm.model.size import kv_bytes_per_token, parameter_count, parameter_shapes
 from dist_lm.model.transformer import Transformer
 from dist_lm.parallel.mesh import lacks_bf16
 from dist_lm.rlhf.reward_model import read_reward_scale
@@ -23,6 +26,7 @@ from dist_lm.server.scoring import RewardModel
 from dist_lm.server.served import Served, ServeLimits
 from dist_lm.server.serving import ServedModel
 from dist_lm.tokenizer.tokenizer import Tokenizer
+from dist_lm.tracking.readable import say
 from dist_lm.training import checkpoint_files as files
 from dist_lm.training.checkpoint_tensors import model_weights
 
@@ -137,6 +141,57 @@ def load_served(model: ModelFiles, tokenizer: Path | None, options: ModelOptions
     return ServedModel(_served(model, loaded.tokenizer, options), EngineThread(engine, options.queue_s), grammars)
 
 
+def load_over_pool(
+    model: ModelFiles, tokenizer: Path | None, options: ModelOptions, cluster: RayCluster, actors: int
+) -> ServedModel:
+    """Returns a model that the actors of a pool compute; at least one is up. Each has a cache of
+    `options.cache_tokens`.
+
+    Args:
+        tokenizer: as for `load_served`.
+        cluster: has places for the actors; its nodes have what `options.device` says.
+        actors: how many; -1: one for each `options.tp` GPUs of a node, or one per node without GPUs.
+
+    Raises:
+        ArtefactError: as `load_served`.
+        ActorsLostError: no free place within cluster.start_timeout_s.
+        UserError: the model cannot be cut into `tp` parts, no node has enough GPUs, or actors die while they start.
+    """
+    from dist_lm.cluster.events import PoolFailure
+    from dist_lm.server.pool_thread import PoolThread
+    from dist_lm.server.serving_pool import ServingPool, ServingSpec
+
+    loaded = load_model(model.checkpoint, tokenizer)
+    answers = max(1, options.cache_tokens // loaded.config.max_seq_len)
+    # The actor chooses the size of its pages, up to the largest.
+    engine_options = cache_options(loaded.config, answers, options.cache_tokens, MOST_PAGE_TOKENS)
+    spec = ServingSpec(
+        model=loaded.config,
+        options=replace(engine_options, page_tokens=0),
+        eot_id=loaded.tokenizer.eot_id,
+        vocabulary=tuple(loaded.tokenizer.vocabulary()),
+        dtype=torch.bfloat16 if options.device.type == "cuda" else torch.float32,
+        device=options.device.type,
+        tp=options.tp,
+        tokenizer_file=loaded.tokenizer.file_content,
+        queue_s=options.queue_s,
+    )
+    try:
+        pool = ServingPool.start(
+            cluster,
+            spec,
+            ((name, loaded.weights[name]) for name in parameter_shapes(loaded.config)),
+            version=version_of(model.checkpoint),
+            actors=actors,
+            warn=say,
+            site=Site(among_others=True),  # of the pools of other models
+        )
+    except PoolFailure as failure:
+        raise UserError(f"--actors={actors}: {failure}") from failure
+    grammars = Grammars(lambda: loaded.tokenizer, untrusted=True)
+    return ServedModel(_served(model, loaded.tokenizer, options), PoolThread(pool, spec), grammars)
+
+
 def load_reward(model: ModelFiles, tokenizer: Path | None, options: ModelOptions) -> RewardModel:
     """Returns a reward model, with the scale of its scores if its run has measured one.
 
@@ -170,6 +225,8 @@ def _served(model: ModelFiles, tokenizer: Tokenizer, options: ModelOptions) -> S
         context=model.config.max_seq_len,
         aliases=model.aliases,
         created=int(time.time()),
+        # Hidden states are whole on one device alone.
+        embedding_width=model.config.d_model if options.tp == 1 else 0,
         limits=options.limits,
     )
 

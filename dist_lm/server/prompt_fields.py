@@ -1,6 +1,7 @@
-"""Fields of /v1/completions that make prompts: texts, token ids, and what stands behind the answer."""
+"""Fields that hold texts or token ids: prompts of /v1/completions with what stands behind the answer, and inputs of
+endpoints that write no text."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 from dist_lm.data.infill import InfillMarks
 from dist_lm.errors import UserError
@@ -10,6 +11,57 @@ from dist_lm.tokenizer.symbols import FIM_MIDDLE, FIM_PREFIX, FIM_SUFFIX
 from dist_lm.tokenizer.tokenizer import Tokenizer
 
 MOST_PROMPTS = 64  # of one request
+
+
+def input_ids(body: Mapping[str, Json], tokenizer: Tokenizer, most: int) -> list[list[int]]:
+    """Returns the ids of `input`: a text, ids, or a list of either.
+
+    Args:
+        most: inputs of a request.
+
+    Raises:
+        ProtocolError: they have another form, are too many, or an id is none of the vocabulary.
+    """
+    value = body.get("input")
+    inputs: list[Json] = [value]
+    if isinstance(value, list) and value and not all(is_id(token) for token in value):
+        inputs = value
+    check_number(inputs, most, "input")
+    return [_input(each, tokenizer) for each in inputs]
+
+
+def check_number(inputs: Sequence[Json], most: int, param: str) -> None:
+    """Refuses a request with more than `most` inputs.
+
+    Raises:
+        ProtocolError: it has more; of the field `param`.
+    """
+    if len(inputs) > most:
+        raise ProtocolError(f"{param}: {len(inputs):,} of them; expected at most {most:,}", param=param)
+
+
+def check_lengths(sequences: Sequence[Sequence[int]], most: int, param: str) -> None:
+    """Refuses inputs that are empty or longer than `most` tokens.
+
+    Raises:
+        ProtocolError: one is; of the field `param`.
+    """
+    for number, ids in enumerate(sequences):
+        if not 1 <= len(ids) <= most:
+            raise ProtocolError(f"{param}.{number}: {len(ids):,} tokens; expected 1 to {most:,}", param=param)
+
+
+def _input(value: Json, tokenizer: Tokenizer) -> list[int]:
+    if isinstance(value, list) and value and all(is_id(token) for token in value):
+        if not all(0 <= token < tokenizer.vocab_size for token in value):
+            raise ProtocolError(f"input: expected ids from 0 to {tokenizer.vocab_size - 1}", param="input")
+        return value
+    if not isinstance(value, str):
+        raise ProtocolError("input: expected a text, token ids, or a list of either", param="input")
+    try:
+        return tokenizer.encode_prompt(value)
+    except UserError as error:
+        raise ProtocolError(str(error), param="input") from error
 
 
 def text_prompts(body: Mapping[str, Json], tokenizer: Tokenizer) -> list[list[int]]:

@@ -1,11 +1,16 @@
-"""The requests of one job in the engine: their events on the way to the client, and their end if the client goes."""
+"""The requests of one job, or one for embeddings, in the engine: their events on the way to the client, and their end
+if the client goes.
+"""
 
 import asyncio
+from collections.abc import Callable
 from contextlib import suppress
 
 from fastapi import Request
 
-from dist_lm.server.engine_thread import Done, EngineThread, Event
+from dist_lm.server.backend import Backend
+from dist_lm.server.embedding_fields import EmbeddingJob
+from dist_lm.server.engine_thread import Done, Embedded, Event
 from dist_lm.server.job import Job
 from dist_lm.server.serving import Serving
 
@@ -15,7 +20,7 @@ class Run:
 
     def __init__(self, serving: Serving) -> None:
         self._serving = serving
-        self._thread: EngineThread | None = None
+        self._thread: Backend | None = None
         self._events: asyncio.Queue[Event] = asyncio.Queue()
         self._gone: asyncio.Task[None] | None = None
         self._is_open = True
@@ -23,9 +28,24 @@ class Run:
         self.n_open = 0  # answers that are not complete
         serving.open_requests += 1
 
-    def start(self, job: Job, thread: EngineThread, request: Request) -> None:
+    def start(self, job: Job, thread: Backend, request: Request) -> None:
         """Gives the requests of a job to the engine, and watches for the end of the client's connection, whose body
         has been read."""
+        sink = self._watch(thread, request)
+        for engine_request in job.requests:
+            self._under_way.add(engine_request.id)
+            self.n_open += engine_request.n
+            thread.submit(engine_request, sink, streams=job.stream)
+
+    def start_embedding(self, job: EmbeddingJob, thread: Backend, request: Request) -> None:
+        """Does the same as `start` with a request for embeddings."""
+        sink = self._watch(thread, request)
+        self._under_way.add(job.request.id)
+        self.n_open = 1
+        thread.embed(job.request, sink)
+
+    def _watch(self, thread: Backend, request: Request) -> Callable[[Event], None]:
+        """Returns a sink whose events come from `next_event`, and begins to watch the client's connection."""
         loop = asyncio.get_running_loop()
         self._thread = thread
         self._gone = asyncio.create_task(_client_gone(request))
@@ -34,10 +54,7 @@ class Run:
             with suppress(RuntimeError):  # the loop has ended, and nobody waits
                 loop.call_soon_threadsafe(self._events.put_nowait, event)
 
-        for engine_request in job.requests:
-            self._under_way.add(engine_request.id)
-            self.n_open += engine_request.n
-            thread.submit(engine_request, sink, streams=job.stream)
+        return sink
 
     async def next_event(self) -> Event | None:
         """Returns the next event; None: the client has gone."""
@@ -52,7 +69,7 @@ class Run:
             return None
 
         result = event.result()
-        if isinstance(result, Done):
+        if isinstance(result, Done | Embedded):
             self.n_open -= 1
         return result
 

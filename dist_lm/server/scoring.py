@@ -17,7 +17,8 @@ from dist_lm.errors import UserError
 from dist_lm.model.transformer import Transformer
 from dist_lm.rlhf.reward_model import RewardScale, last_token_scores
 from dist_lm.server.errors import ProtocolError
-from dist_lm.server.fields import Json, check_fields, is_id, typed
+from dist_lm.server.fields import Json, check_fields, typed
+from dist_lm.server.prompt_fields import check_lengths, check_number, input_ids
 from dist_lm.server.served import Served
 
 MOST_INPUTS = 64  # of a request
@@ -45,10 +46,7 @@ def scored(body: Mapping[str, Json], reward: RewardModel) -> dict[str, Json]:
     check_fields(body, {"model", "input", "messages", "tools"})
     param = "input" if body.get("messages") is None else "messages"
     sequences = _sequences(body, reward.served)
-    most = reward.served.context
-    for number, ids in enumerate(sequences):
-        if not 1 <= len(ids) <= most:
-            raise ProtocolError(f"{param}.{number}: {len(ids):,} tokens; expected 1 to {most:,}", param=param)
+    check_lengths(sequences, reward.served.context, param)
 
     with reward.lock, torch.inference_mode():
         scores = last_token_scores(reward.model, sequences, BATCH).tolist()
@@ -74,33 +72,10 @@ def _sequences(body: Mapping[str, Json], served: Served) -> list[list[int]]:
     messages = typed(body, "messages", list, None)
     if messages is not None:
         conversations = messages if messages and isinstance(messages[0], list) else [messages]
-        _check_number(conversations, "messages")
+        check_number(conversations, MOST_INPUTS, "messages")
         return [_conversation(turns, body, served) for turns in conversations]
 
-    value = body.get("input")
-    inputs: list[Json] = [value]
-    if isinstance(value, list) and value and not all(is_id(token) for token in value):
-        inputs = value
-    _check_number(inputs, "input")
-    return [_input(each, served) for each in inputs]
-
-
-def _check_number(inputs: list[Json], param: str) -> None:
-    if len(inputs) > MOST_INPUTS:
-        raise ProtocolError(f"{param}: {len(inputs)} of them; expected at most {MOST_INPUTS}", param=param)
-
-
-def _input(value: Json, served: Served) -> list[int]:
-    if isinstance(value, list) and value and all(is_id(token) for token in value):
-        if not all(0 <= token < served.tokenizer.vocab_size for token in value):
-            raise ProtocolError(f"input: expected ids from 0 to {served.tokenizer.vocab_size - 1}", param="input")
-        return value
-    if not isinstance(value, str):
-        raise ProtocolError("input: expected a text, token ids, or a list of either", param="input")
-    try:
-        return served.tokenizer.encode_prompt(value)
-    except UserError as error:
-        raise ProtocolError(str(error), param="input") from error
+    return input_ids(body, served.tokenizer, MOST_INPUTS)
 
 
 def _conversation(turns: Json, body: Mapping[str, Json], served: Served) -> list[int]:

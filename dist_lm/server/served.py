@@ -34,6 +34,7 @@ class Served:
     context: int  # tokens of prompt and answer
     aliases: Sequence[str] = ()
     created: int = 0  # seconds since 1970
+    embedding_width: int = 0  # 0: it computes no embeddings
     limits: ServeLimits = field(default_factory=ServeLimits)
     conversations: Conversations = field(init=False)
 

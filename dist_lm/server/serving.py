@@ -7,7 +7,7 @@ from typing import TypeVar
 
 from dist_lm.errors import require, shown_value
 from dist_lm.generation.grammar import Grammars
-from dist_lm.server.engine_thread import EngineThread
+from dist_lm.server.backend import Backend
 from dist_lm.server.errors import ProtocolError
 from dist_lm.server.fields import Json, typed
 from dist_lm.server.scoring import RewardModel
@@ -16,10 +16,10 @@ from dist_lm.server.served import Served, ServeLimits
 
 @dataclass(frozen=True)
 class ServedModel:
-    """A model, and the engine that computes its answers."""
+    """A model, and what computes its answers."""
 
     served: Served
-    thread: EngineThread
+    thread: Backend
     grammars: Grammars
 
 

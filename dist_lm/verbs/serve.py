@@ -29,6 +29,14 @@ def serve(
     follow: Annotated[
         bool, typer.Option("--follow", help="Load new checkpoints of the runs; later requests get their weights.")
     ] = False,
+    actors: Annotated[
+        int,
+        typer.Option(help="Engines of each model, as actors in a Ray cluster; -1: one for each --tp GPUs. 0: none."),
+    ] = 0,
+    ray: Annotated[
+        str | None,
+        typer.Option(help="HOST:PORT of the head of a running Ray, for --actors; RAY_AUTH_TOKEN_PATH names its token."),
+    ] = None,
     cache_tokens: Annotated[int, typer.Option(help="Tokens of prompts and answers that are under way together.")] = (
         65536
     ),
@@ -55,6 +63,8 @@ def serve(
         queue_s=queue_seconds,
         stop_s=stop_seconds,
         follow=follow,
+        actors=actors,
+        ray=ray,
         limits=ServeLimits(max_tokens=max_tokens, n=max_n),
     )
     serve(paths, tokenizer, options)

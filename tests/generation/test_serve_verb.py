@@ -13,13 +13,22 @@ from dist_lm.storage.run_directory import RunDirectory
 from tests.patience import patient
 
 
-def test_a_run_is_served_until_a_signal(small_run: RunDirectory):
+@pytest.mark.parametrize(
+    ("options", "first_line"),
+    [
+        ((), "1 model: weights "),
+        pytest.param(("--actors", "1"), "1 actor at 127.0.0.1", marks=[pytest.mark.cluster, pytest.mark.heavy]),
+    ],
+)
+def test_a_run_is_served_until_a_signal(small_run: RunDirectory, options: tuple[str, ...], first_line: str):
+    """Finds a server that does not start, answers with other weights, or leaves after a signal with an error."""
     command = [sys.executable, "-m", "dist_lm", "serve", str(small_run.path), "--port", "0", "--device", "cpu"]
+    command += options
     environment = os.environ | {"PYTHONUNBUFFERED": "1"}
     with subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=environment) as process:
         try:
             assert process.stdout
-            assert process.stdout.readline().startswith("1 model: weights ")
+            assert process.stdout.readline().startswith(first_line)
             line = process.stdout.readline()
             assert line.startswith("code/small/step_00000020: http://127.0.0.1:")
             assert "/v1, without a key; chat page: http://127.0.0.1:" in line
@@ -39,6 +48,8 @@ def test_a_run_is_served_until_a_signal(small_run: RunDirectory):
     [
         (("--host", "0.0.0.0"), "--host=0.0.0.0: expected 127.0.0.1, or a key in the variable DIST_LM_API_KEY"),
         (("--port", "70000"), "--port=70000: expected 0 to 65535"),
+        (("--actors", "-2"), "--actors=-2: expected a positive number, 0 for none, or -1 for as many as fit"),
+        (("--ray", "127.0.0.1:6379"), "--ray=127.0.0.1:6379: expected --actors too"),
         (("--max-tokens", "0"), "--max-tokens=0: expected a positive number"),
         (("--host", "203.0.113.9"), "DIST_LM_API_KEY"),
     ],

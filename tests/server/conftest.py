@@ -83,7 +83,8 @@ def served_model(loaded: LoadedModel, name: str, aliases: tuple[str, ...] = (), 
     """Returns a model with an engine of its own, whose weights are version 7."""
     grammars = Grammars(lambda: loaded.tokenizer, untrusted=True)
     engine = build_engine(loaded, torch.device("cpu"), 16, CACHE_TOKENS, grammars=grammars, version=7)
-    about = Served(name, loaded.tokenizer, CONTEXT, aliases, limits=LIMITS)
+    width = loaded.config.d_model
+    about = Served(name, loaded.tokenizer, CONTEXT, aliases, limits=LIMITS, embedding_width=width)
     return ServedModel(about, EngineThread(engine, queue_s), grammars)
 
 
