@@ -169,7 +169,8 @@ class PooledSession:
     """A session of a pool; its turns run in the order in which they are given, in threads of the pool."""
 
     def __init__(self, pool: SessionPool, language: SessionLanguage, limits: Limits, cpu_s: float) -> None:
-        self._pool, self._language, self._limits, self._cpu_s = pool, language, limits, cpu_s
+        self._language: SessionLanguage = language
+        self._pool, self._limits, self._cpu_s = pool, limits, cpu_s
         self._turn = threading.Lock()  # held while a thread works on the session
         self._sandbox: Sandbox | None = None
         self._session: Session | None = None
