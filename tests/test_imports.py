@@ -25,6 +25,7 @@ PACKAGES = (
     ("dry_run",),
     ("stages",),
     ("rlhf",),
+    ("environments",),
     ("cluster",),
     ("evaluation",),
     ("generation",),
