@@ -1,7 +1,11 @@
 """Rollouts: the order of prompts, the requests for completions, and completions as arrays.
 
+A rollout is a prompt with its completion, or a conversation with an environment, whose turns of the model have the
+environment's between them (`environment_rollouts.py`). A conversation is one sample, or several if the chat template
+writes earlier turns otherwise (`transcript.py`); its completion tokens are those that the model drew, of all samples.
+
 Dimensions: B rollouts, N their tokens (prompts and completions) concatenated, M the tokens of completions concatenated,
-X bytes of their sets, G bytes that identify a grammar.
+S samples, X bytes of their sets, G bytes that identify a grammar.
 """
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -32,6 +36,8 @@ from dist_lm.generation.request import (
 from dist_lm.model.keyed_random import hash_words, signed
 from dist_lm.model.token_sets import TokenSets
 
+CUTS = ("", "turns", "tokens", "context")
+"""Limits that end a conversation: `rlhf.environment_limits`, or the context of the model; the first is none."""
 FINISHES: tuple[FinishReason, ...] = ("eot", "stop", "length", "context", "cancelled")
 ENDED = ("eot", "stop")
 """The finish reasons of a completion that was not cut off."""
@@ -165,8 +171,8 @@ class Rollout:
     """One completion of a prompt."""
 
     prompt: np.ndarray  # int64 tokens
-    completion: np.ndarray  # int64 tokens, the stop token included
-    logprobs: np.ndarray  # fp32, nats; each completion token under the distribution it was drawn from
+    completion: np.ndarray  # int64 tokens, the stop token included; of a conversation all behind its first prompt
+    logprobs: np.ndarray  # fp32, nats; each token that the model drew under the distribution it was drawn from
     finish: FinishReason
     version: int  # version of the weights that drew it
     position: int  # position of its prompt in the order of prompts
@@ -178,14 +184,19 @@ class Rollout:
         return self.finish in ENDED
 
 
+def _no(kind: type) -> Any:
+    """Returns a field that is an empty array unless it is given."""
+    return field(default_factory=lambda: np.zeros(0, kind))
+
+
 @dataclass(frozen=True)
 class Rollouts:
     """Many rollouts as a few arrays: the form in which they are sent, checkpointed and computed with."""
 
     tokens_N: np.ndarray  # int64; a prompt, its completion, the next prompt, ...
     logprobs_M: np.ndarray  # fp32
-    prompt_tokens_B: np.ndarray  # int64; tokens of each prompt
-    new_tokens_B: np.ndarray  # int64; tokens of each completion, at least 1
+    prompt_tokens_B: np.ndarray  # int64; tokens of each prompt; of a conversation, tokens that the model did not draw
+    new_tokens_B: np.ndarray  # int64; tokens of each completion, at least 1 (0 in a conversation without a verdict)
     finish_B: np.ndarray  # int64; index in FINISHES
     version_B: np.ndarray  # int64
     position_B: np.ndarray  # int64
@@ -196,9 +207,24 @@ class Rollouts:
     sets_X: np.ndarray = field(default_factory=lambda: np.zeros(0, np.uint8))  # uint8; the packed sets
     # uint8; the grammar that each completion followed (`packed_record`); no rows without constraints
     grammar_BG: np.ndarray = field(default_factory=lambda: np.zeros((0, LIBRARY_BYTES + DIGEST_BYTES), np.uint8))
+    # Of conversations; all are empty without an environment.
+    drawn_N: np.ndarray = _no(np.uint8)  # uint8; 1 where the model drew the token
+    sample_tokens_S: np.ndarray = _no(np.int64)  # int64; tokens of each sample, in the order of `tokens_N`
+    samples_B: np.ndarray = _no(np.int64)  # int64; samples of each conversation
+    turns_B: np.ndarray = _no(np.int64)  # int64; turns of the model
+    unreadable_B: np.ndarray = _no(np.int64)  # int64; turns that could not be read
+    tool_errors_B: np.ndarray = _no(np.int64)  # int64; results of calls that are errors
+    cut_B: np.ndarray = _no(np.int64)  # int64; index in CUTS of the limit that ended it
+    failure_B: np.ndarray = _no(np.int64)  # int64; index in FAILURES of why it has no reward, or -1
+    reward_B: np.ndarray = _no(np.float64)  # fp64; rewards of turns and verdict; NaN: it has none
 
     def __len__(self) -> int:
         return len(self.new_tokens_B)
+
+    @property
+    def are_conversations(self) -> bool:
+        """Whether an environment took part."""
+        return len(self.samples_B) > 0
 
     def __iter__(self) -> Iterator[Rollout]:
         end_N = np.cumsum(self.prompt_tokens_B + self.new_tokens_B)
@@ -206,8 +232,12 @@ class Rollouts:
         for b, new_tokens in enumerate(self.new_tokens_B):
             end, new_end = end_N[b], end_M[b]
             middle = end - new_tokens  # end of the prompt and beginning of the completion
+            if self.are_conversations:
+                # What follows the first prompt, the environment's turns included, is read as one text.
+                middle = end - self.prompt_tokens_B[b] - new_tokens
+                middle += int(np.argmax(self.drawn_N[middle:end])) if new_tokens else 0
             yield Rollout(
-                prompt=self.tokens_N[middle - self.prompt_tokens_B[b] : middle],
+                prompt=self.tokens_N[end - self.prompt_tokens_B[b] - new_tokens : middle],
                 completion=self.tokens_N[middle:end],
                 logprobs=self.logprobs_M[new_end - new_tokens : new_end],
                 finish=FINISHES[self.finish_B[b]],
@@ -225,12 +255,17 @@ class Rollouts:
         """Returns the rollouts where `chosen_B` (bool) is true."""
         chosen_N = np.repeat(chosen_B, self.prompt_tokens_B + self.new_tokens_B)
         chosen_M = np.repeat(chosen_B, self.new_tokens_B)
-        columns = {name: column_B[chosen_B] for name, column_B in vars(self).items() if name.endswith("_B")}
+        columns = {
+            name: column_B[chosen_B] for name, column_B in vars(self).items() if name.endswith("_B") and len(column_B)
+        }
         if len(self.set_size_M):
             columns["set_size_M"] = self.set_size_M[chosen_M]
             columns["sets_X"] = self.sets_X[np.repeat(chosen_M, self.set_size_M)]
         if len(self.grammar_BG):
             columns["grammar_BG"] = self.grammar_BG[chosen_B]
+        if self.are_conversations:
+            columns["drawn_N"] = self.drawn_N[chosen_N]
+            columns["sample_tokens_S"] = self.sample_tokens_S[np.repeat(chosen_B, self.samples_B)]
         return Rollouts(tokens_N=self.tokens_N[chosen_N], logprobs_M=self.logprobs_M[chosen_M], **columns)
 
     def sets_of(self, place_K: np.ndarray) -> TokenSets | None:
