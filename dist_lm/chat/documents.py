@@ -10,7 +10,8 @@ from dataclasses import replace
 import numpy as np
 
 from dist_lm.chat import json_text
-from dist_lm.chat.messages import Call, ChatError, Conversation, Json, Message, Tool, check_conversation
+from dist_lm.chat.message_values import message_of, message_value
+from dist_lm.chat.messages import ChatError, Conversation, Json, Tool, check_conversation
 from dist_lm.chat.ranking import Judgement, Ranking, check_ranking, ranking_tokens, ranks_of_scores
 from dist_lm.chat.template import render
 from dist_lm.document import Document, RankingArrays, TokenizedDocument
@@ -236,42 +237,13 @@ def _conversation_value(conversation: Conversation) -> Json:
     check_conversation(conversation)
     return {
         "tools": [[tool.name, tool.description, tool.parameters] for tool in conversation.tools],
-        "messages": [_message_value(message) for message in conversation.messages],
+        "messages": [message_value(message) for message in conversation.messages],
     }
-
-
-def _message_value(message: Message) -> dict[str, Json]:
-    """Returns a turn as a JSON value; thinking and loss switches are in it only where they are not the default."""
-    value = {
-        "role": message.role,
-        "content": message.content,
-        "calls": [[call.name, call.arguments] for call in message.calls],
-        "results": list(message.results),
-    }
-    # Conversations without these have the text that they always had, so that equal ones stay equal.
-    if message.thinking:
-        value["thinking"] = message.thinking
-    if not message.learn:
-        value["learn"] = False
-    if not message.learn_thinking:
-        value["learn_thinking"] = False
-    return value
 
 
 def _conversation_of(value: Json) -> Conversation:
     """Returns the conversation of a value that `_conversation_value` made; the value is not checked."""
     return Conversation(
-        messages=tuple(
-            Message(
-                role=turn["role"],
-                content=turn["content"],
-                calls=tuple(Call(*call) for call in turn["calls"]),
-                results=tuple(turn["results"]),
-                thinking=turn.get("thinking", ""),
-                learn=turn.get("learn", True),
-                learn_thinking=turn.get("learn_thinking", True),
-            )
-            for turn in value["messages"]
-        ),
+        messages=tuple(message_of(turn) for turn in value["messages"]),
         tools=tuple(Tool(*fields) for fields in value["tools"]),
     )

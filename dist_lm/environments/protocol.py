@@ -6,13 +6,14 @@ hold no pointer into the environment, so each can be written down and read back.
 
 import hashlib
 import math
+import numbers
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Literal, Protocol, Self, get_args, runtime_checkable
+from typing import Any, Literal, Protocol, Self, get_args
 
 from dist_lm.chat import json_text
 from dist_lm.chat.messages import Call, Json, Message, Tool
-from dist_lm.errors import UserError
+from dist_lm.errors import UserError, require
 
 Failure = Literal[
     "timeout",  # `reset` or `step` exceeded its seconds, or the whole episode did
@@ -20,7 +21,9 @@ Failure = Literal[
     "memory",  # its process exceeded the limit of memory
     "bad_reward",  # a reward is no finite number
     "bad_observation",  # the observation is no list of turns that a conversation can hold
+    "bad_step",  # `step` returned something else than a Step, or `reset` something else than an Observation
     "bad_message",  # something else than an answer came from the environment's process
+    "no_verdict",  # the conversation ended, or was cut, and the environment gave no verdict
     "too_long",  # the observation has more bytes than allowed
     "refused",  # the environment does not take this task
     "infrastructure",  # the sandbox or the machine failed, which says nothing about the model
@@ -28,10 +31,30 @@ Failure = Literal[
 """Why a conversation has no reward; a closed list, so that failures can be counted by reason."""
 
 FAILURES: tuple[Failure, ...] = get_args(Failure)
+LAST_TURN = "turns"  # why the last turn that the limits allow is cut: it is whole, and none follows
+MOST_DETAIL = 500  # characters of the text that says what failed
 
 
 class RefusedTaskError(UserError):
     """Raised by `Environment.reset` for a task that this environment does not take; the message names the field."""
+
+
+class BadRewardError(ValueError):
+    """Raised for a reward that is no finite number."""
+
+
+class EnvironmentFailedError(Exception):
+    """Ends a conversation without a reward.
+
+    Args:
+        reason: for the counts.
+        detail: for people.
+    """
+
+    def __init__(self, reason: Failure, detail: str = "") -> None:
+        super().__init__(f"{reason}: {detail}")
+        self.reason: Failure = reason
+        self.detail = detail[:MOST_DETAIL]
 
 
 @dataclass(frozen=True)
@@ -64,7 +87,9 @@ class Action:
 
     text: str  # the text beside the calls, as the chat format parses it
     calls: tuple[Call, ...] = ()
-    cut: str | None = None  # why the turn ended early (a limit, or it could not be parsed); None: the model ended it
+    # Why no turn of the model can follow: a limit, or a turn that does not parse. The step must then be the last one,
+    # with the verdict on what has been done. None: the model ended its turn, and may go on.
+    cut: str | None = None
 
 
 @dataclass(frozen=True)
@@ -73,6 +98,16 @@ class Observation:
 
     messages: tuple[Message, ...] = ()
     tools: tuple[Tool, ...] = ()  # from `reset` only: what the model may call until the end
+
+    @classmethod
+    def user(cls, text: str) -> Self:
+        """Returns the observation of one turn of the user."""
+        return cls((Message("user", text),))
+
+    @classmethod
+    def results(cls, *results: Json) -> Self:
+        """Returns the observation of the results of the model's calls, one for each, in their order."""
+        return cls((Message("tool", results=results),))
 
 
 @dataclass(frozen=True)
@@ -86,27 +121,32 @@ class Verdict:
 
     def __post_init__(self) -> None:
         # A failure never becomes a number, whoever builds the verdict.
-        is_number = type(self.reward) is float and math.isfinite(self.reward)
-        if self.valid and (not is_number or self.failure_reason is not None):
-            raise ValueError(f"a valid verdict with {self.reward!r}, {self.failure_reason!r}: use Verdict.of")
-        if not self.valid and (self.reward is not None or self.failure_reason not in FAILURES):
-            raise ValueError(f"a failed verdict with {self.reward!r}, {self.failure_reason!r}: use Verdict.failed")
+        if not self.is_sound:
+            raise BadRewardError(
+                f"a verdict with reward {self.reward!r} and reason {self.failure_reason!r}: use Verdict.of or "
+                "Verdict.failed"
+            )
+
+    @property
+    def is_sound(self) -> bool:
+        """Whether this is a finite reward, or a known reason without a reward."""
+        if self.valid is True:
+            return type(self.reward) is float and math.isfinite(self.reward) and self.failure_reason is None
+        return self.valid is False and self.reward is None and self.failure_reason in FAILURES
 
     @classmethod
     def of(cls, reward: float) -> Self:
         """Returns the valid verdict with this reward.
 
         Raises:
-            ValueError: the reward is not finite.
+            BadRewardError: the reward is no finite number.
         """
-        if not math.isfinite(reward):
-            raise ValueError(f"reward {reward}: expected a finite number")
-        return cls(float(reward), True, None)
+        return cls(finite(reward), True, None)
 
     @classmethod
     def failed(cls, reason: Failure, detail: str = "") -> Self:
         """Returns the verdict of a conversation that cannot be judged, for one of the reasons in `FAILURES`."""
-        return cls(None, False, reason, detail)
+        return cls(None, False, reason, detail[:MOST_DETAIL])
 
 
 @dataclass(frozen=True)
@@ -119,7 +159,6 @@ class Step:
     turn_reward: float = 0.0  # reward of this turn alone, beside that of the verdict; finite
 
 
-@runtime_checkable
 class Environment(Protocol):
     """One conversation at a time: `reset`, then `step` until `done`; then `reset` again or `close`.
 
@@ -156,6 +195,23 @@ class Limits:
     seconds: float = 600.0  # of all steps together, by the clock, without the model's time
     observation_bytes: int = 65_536  # of one observation, as JSON
     memory_bytes: int = 2 << 30  # of a process with a user's environment
+
+    def __post_init__(self) -> None:
+        for name, value in vars(self).items():
+            require(value > 0, f"limits.{name}", value, "more than 0")
+        # Results of many calls must fit, however short they are.
+        require(self.observation_bytes >= 4096, "limits.observation_bytes", self.observation_bytes, "at least 4096")
+
+
+def finite(reward: Any) -> float:
+    """Returns a reward as a float.
+
+    Raises:
+        BadRewardError: it is no finite number.
+    """
+    if isinstance(reward, numbers.Real) and not isinstance(reward, bool) and math.isfinite(reward):
+        return float(reward)
+    raise BadRewardError(f"reward {reward!r:.100}: expected a finite number")
 
 
 def _sorted(value: Json) -> Json:

@@ -5,9 +5,10 @@ reads the request, measures, and ends what is left; for each test it forks the p
 (`dist_lm.sandbox.judging`) is in namespaces of its own, where no program can see it. The server never reads a request,
 so no memory of an earlier run is there to be read.
 
-A request is a byte, then a frame: a length (4 bytes) and its content, a marshalled dict. With the length comes the
-descriptor of a file which only the judge reads. An answer is a frame of the packed `Attempt`s of
-`dist_lm.sandbox.program`. Only the standard library is imported, and little of it, so that a cold start is quick.
+A request is a byte, then a frame (of a session, many: `dist_lm.sandbox.turns`): a length (4 bytes) and its content, a
+marshalled dict. With the length comes the descriptor of a file which only the judge reads. An answer is a frame of the
+packed `Attempt`s of `dist_lm.sandbox.program`. Only the standard library is imported, and little of it, so that a cold
+start is quick.
 """
 
 from __future__ import annotations
@@ -24,11 +25,12 @@ from dist_lm.sandbox import confine, expansions, judge, languages
 from dist_lm.sandbox.fenced import Fenced, leave_after
 from dist_lm.sandbox.frames import JUDGED, read_exactly, receive_files, socketpair, write_frame
 from dist_lm.sandbox.judging import Judges, Judging
+from dist_lm.sandbox.turns import SESSION, Turns
 from dist_lm.sandbox.watched import DONE, SIGKILL, TIMEOUT, TROUBLE, Watched
 
 TYPE_CHECKING = False  # `typing` itself would take a third of a cold start
 if TYPE_CHECKING:
-    from typing import Any, NoReturn
+    from typing import Any
 
 # Modules that programs import most. Each module makes every fork slower. `threading` and `random` are not among them:
 # they have work of their own after a fork, which takes as long as the fork itself.
@@ -84,13 +86,13 @@ def main() -> None:
     is_first = True
     while _wait_for(channel, unloaded, is_first):
         is_first = False
-        # The first byte says whether a test has a judge. The server reads no more.
-        is_judged = os.read(channel, 1) == JUDGED
+        # The first byte says what begins: a session, or tests with or without a judge. The server reads no more.
+        kind = os.read(channel, 1)
         fenced.prepare()
         control = -1
-        if is_judged:
+        if kind == JUDGED:
             judges, control = _judge_of_run(judges, fenced)
-        status = _serve(channel, fenced, control)
+        status = _serve(channel, fenced, control, kind == SESSION)
         if status not in (0, BUSY):
             break
 
@@ -163,8 +165,9 @@ def _judge_of_run(judges: Judges | None, fenced: Fenced) -> tuple[Judges, int]:
     return judges, judges.begin()
 
 
-def _serve(channel: int, fenced: Fenced, control: int) -> int:
-    """Makes one run in processes below, waits for it, and returns its exit code; kills them if the other side goes.
+def _serve(channel: int, fenced: Fenced, control: int, is_session: bool) -> int:
+    """Makes one run, or one session, in processes below, waits for it, and returns its exit code; kills them if the
+    other side goes.
 
     0 and BUSY: there is an answer; with BUSY, the judge has not come to the end of a test. Any other code: the run
     failed.
@@ -178,6 +181,8 @@ def _serve(channel: int, fenced: Fenced, control: int) -> int:
     """
     child = fenced.fork()
     if child == 0:
+        if is_session:
+            leave_after(Turns(channel, fenced).answer)
         leave_after(_Run(channel, control, fenced).answer)
     if control >= 0:
         os.close(control)  # its end is the end of the run
@@ -280,7 +285,13 @@ class _Run:
             judging.judge(index, [judge_end, *of_judge])
         child = os.fork()
         if child == 0:
-            self._be_program(request, test, (stdin, stdout, stderr, program_end, trouble))
+            languages.be_program(
+                self.fenced,
+                request["folder"],
+                request["limits"],
+                (stdin, stdout, stderr, program_end, trouble),
+                lambda: languages.RUN[request["language"]](test, request["source"], program_end >= 0),
+            )
         for file in {stdin, stdout, stderr, trouble, *of_judge, judge_end, program_end} - {-1, 0}:
             os.close(file)
 
@@ -293,39 +304,6 @@ class _Run:
         if judging:
             self.is_judge_busy = attempt.ended != DONE
         return _facts(attempt)
-
-    def _be_program(self, request: dict[str, Any], test: dict[str, str], files: tuple[int, ...]) -> NoReturn:
-        """Confines this process, then becomes the program and ends with it. An earlier failure is written to the last
-        file.
-
-        Args:
-            files: standard input, standard output, standard error, socket to the judge (-1: there is none), and the
-                pipe for failures.
-        """
-        *files_of_program, channel, trouble = files
-        try:
-            os.setsid()
-            for descriptor, file in enumerate(files_of_program):
-                os.dup2(file, descriptor)
-            os.dup2(trouble, languages.CHANNEL + 1, inheritable=False)
-            if channel >= 0:
-                os.dup2(channel, languages.CHANNEL, inheritable=False)
-            else:
-                os.close(languages.CHANNEL)
-            confine.dumpable(True)  # else not even the program itself may open its /dev/stdin
-            self.fenced.confine(request["folder"], request["limits"])
-            os.closerange(languages.CHANNEL + 2, 1 << 20)
-        except BaseException as error:
-            os.write(trouble, f"{type(error).__name__}: {error}".encode())
-            os._exit(1)
-
-        os.close(languages.CHANNEL + 1)
-        gc.unfreeze()
-        _signal.signal(_signal.SIGINT, _signal.default_int_handler)
-        try:
-            languages.RUN[request["language"]](test, request["source"], channel >= 0)
-        finally:
-            os._exit(1)
 
 
 def _facts(attempt: Watched) -> tuple:

@@ -5,21 +5,64 @@ This module runs inside the sandbox, in the process of one program, already conf
 
 from __future__ import annotations
 
+import _signal  # pyright: ignore[reportMissingImports]
 import atexit  # importing it in each program would take longer
 import builtins
+import gc
 import os
 import sys
 import types
 
-from dist_lm.sandbox import bash, sql
+from dist_lm.sandbox import bash, confine, sql
 
 TYPE_CHECKING = False  # `typing` itself would take a third of a cold start
 if TYPE_CHECKING:
     from collections.abc import Callable
     from typing import Any, NoReturn
 
+    from dist_lm.sandbox.fenced import Fenced
+
 CHANNEL = 3  # descriptor of the socket to the judge, in a program that has one
 MAX_NAMES = 100  # functions and classes that a judge is told of at once
+
+
+def be_program(
+    fenced: Fenced, folder: str, limits: dict[str, Any], files: tuple[int, ...], run: Callable[[], NoReturn]
+) -> NoReturn:
+    """Confines this process, then becomes the program and ends with it. An earlier failure is written to the last
+    file.
+
+    Args:
+        folder: working directory.
+        limits: those of the request.
+        files: standard input, standard output, standard error, socket to the judge or the session (-1: there is none),
+            and the pipe for failures.
+        run: the program; it ends the process.
+    """
+    *files_of_program, channel, trouble = files
+    try:
+        os.setsid()
+        for descriptor, file in enumerate(files_of_program):
+            os.dup2(file, descriptor)
+        os.dup2(trouble, CHANNEL + 1, inheritable=False)
+        if channel >= 0:
+            os.dup2(channel, CHANNEL, inheritable=False)
+        else:
+            os.close(CHANNEL)
+        confine.dumpable(True)  # else not even the program itself may open its /dev/stdin
+        fenced.confine(folder, limits)
+        os.closerange(CHANNEL + 2, 1 << 20)
+    except BaseException as error:
+        os.write(trouble, f"{type(error).__name__}: {error}".encode())
+        os._exit(1)
+
+    os.close(CHANNEL + 1)
+    gc.unfreeze()
+    _signal.signal(_signal.SIGINT, _signal.default_int_handler)
+    try:
+        run()
+    finally:
+        os._exit(1)
 
 
 def _python(test: dict[str, str], source: str, judged: bool) -> NoReturn:
@@ -75,10 +118,9 @@ def run_python(run: Callable[[], None]) -> int:
     try:
         run()
     except SystemExit as end:
-        status = _exit_status(end.code)
+        status = exit_status(end.code)
     except BaseException as error:
-        error.__traceback__ = _without_our_frames(error.__traceback__)
-        sys.__excepthook__(type(error), error, error.__traceback__)
+        print_error(error)
         status = 1
 
     # What the interpreter does at the end of a program, which may fail too.
@@ -92,6 +134,12 @@ def run_python(run: Callable[[], None]) -> int:
         os.write(2, repr(error).encode(errors="replace")[:500])
         status = status or 1
     return status
+
+
+def print_error(error: BaseException) -> None:
+    """Prints an exception of a program to stderr, without the frames of the sandbox."""
+    error.__traceback__ = _without_our_frames(error.__traceback__)
+    sys.__excepthook__(type(error), error, error.__traceback__)
 
 
 def _without_our_frames(traceback: types.TracebackType | None) -> types.TracebackType | None:
@@ -141,7 +189,8 @@ class _SeededRandom:
         return spec
 
 
-def _exit_status(code: object) -> int:
+def exit_status(code: object) -> int:
+    """Returns the exit code that SystemExit with this code gives; prints a code that is no number."""
     if code is None:
         return 0
     if isinstance(code, int):

@@ -38,6 +38,7 @@ from dist_lm.sandbox.program import (
     request_of,
     verdict_of,
 )
+from dist_lm.sandbox.turns import END, SESSION, TURN
 
 log = logging.getLogger(__name__)
 
@@ -52,7 +53,7 @@ _MOST_SHARE = 0.5  # share of a core that the control needs, whatever the limits
 _MODULES = (
     *("system_calls", "confine", "fenced", "frames", "watched", "values", "calls", "sql", "shared_files"),
     *("environment", "expansions"),
-    *("bash", "languages", "judge", "judging", "inside"),
+    *("bash", "languages", "judge", "judging", "interpreter", "turns", "inside"),
 )
 _SERVER = """
 import marshal, os, sys
@@ -269,6 +270,40 @@ class Sandbox:
         needed_share = min(_MOST_SHARE, limits.cpu_s / limits.wall_s)
         return control.outcome == "passed" and control.cpu_seconds >= needed_share * control.seconds
 
+    def begin_session(self, language: str, limits: Limits, cpu_s: float) -> None:
+        """Begins a session, in which `ask_turn` runs code; until `end_session` the sandbox runs nothing else.
+
+        Args:
+            limits: of each turn.
+            cpu_s: CPU seconds of all turns.
+
+        Raises:
+            SandboxError: no sandbox can be made here.
+            OSError: the sandbox failed; close it.
+        """
+        self._start().begin_session(language, limits, cpu_s)
+
+    def ask_turn(self, code: bytes, wall_s: float) -> bytes:
+        """Runs code in the session and returns the answer of `dist_lm.sandbox.turns`.
+
+        Raises:
+            OSError: the sandbox failed; close it.
+        """
+        assert self._server, "a turn outside a session"
+        return self._server.ask_turn(code, wall_s)
+
+    def end_session(self) -> None:
+        """Ends the session with all its processes and files; a sandbox that cannot is closed."""
+        try:
+            if self._server:
+                self._server.end_session()
+        except OSError:
+            self.close()
+
+    def control_passes(self, limits: Limits) -> bool:
+        """Returns whether this machine has cores for programs with these limits; see `_control_passes`."""
+        return self._control_passes(limits)
+
     def close(self) -> None:
         """Ends the sandbox and the program that runs in it."""
         if self._server is not None:
@@ -346,19 +381,47 @@ class _Server:
             self._channel.sendall(request)
         else:
             self._channel.sendall(b"-" + length + request)
+        self._wait_until_ready()
+        answer = self._receive(limits.wall_s + GRACE_S)
+
+        self._clear_folder()
+        return answer
+
+    def begin_session(self, language: str, limits: Limits, cpu_s: float) -> None:
+        """Sends the request for a session. Raises as `ask`."""
+        if self._group:
+            self._group.limit(limits.memory_bytes + limits.tmp_bytes)
+        request = {"language": language, "limits": vars(limits), "session_cpu_s": cpu_s}
+        content = marshal.dumps({**request, "folder": self._folder or "/tmp"})
+        self._channel.settimeout(GRACE_S)
+        self._channel.sendall(SESSION + len(content).to_bytes(4, "big") + content)
+        self._wait_until_ready()
+
+    def ask_turn(self, code: bytes, wall_s: float) -> bytes:
+        """Sends the code of a turn and returns the answer. Raises as `ask`."""
+        self._channel.settimeout(GRACE_S)
+        self._channel.sendall(TURN + len(code).to_bytes(4, "big") + code)
+        return self._receive(wall_s + GRACE_S)
+
+    def end_session(self) -> None:
+        """Ends the session; raises OSError if the server has ended."""
+        self._channel.settimeout(GRACE_S)
+        self._channel.sendall(END)
+        self._clear_folder()
+
+    def _wait_until_ready(self) -> None:
         if not self._ready and self._receive(START_S) != b"ready":
             raise OSError("no sandbox answers")
         self._ready = True
-        answer = self._receive(limits.wall_s + GRACE_S)
 
-        # Without namespaces, all runs of a server share a folder.
+    def _clear_folder(self) -> None:
+        """Removes what programs left: without namespaces, all runs of a server share a folder."""
         if self._folder:
             for path in Path(self._folder).iterdir():
                 if path.is_dir() and not path.is_symlink():
                     shutil.rmtree(path)
                 else:
                     path.unlink()
-        return answer
 
     def _receive(self, timeout_s: float) -> bytes:
         self._channel.settimeout(timeout_s)

@@ -18,7 +18,8 @@ if TYPE_CHECKING:
     Ticks = tuple[int, int]
 
 DONE, TIMEOUT, OUTPUT, TROUBLE, STARVED = range(5)  # how an attempt ended
-SIGKILL = 9  # the module `signal` takes long to import
+SIGKILL, SIGSTOP = 9, 19  # the module `signal` takes long to import
+_MOST_KILLS = 1000  # looks at the processes that a turn has left
 _CHUNK = 65_536
 _SHORTEST_WAIT_S = 0.005
 _LOOKS = 0.1  # largest share of the time that is spent looking at processes
@@ -31,6 +32,8 @@ class Watched:
         pipes: read ends for stdout, stderr, and trouble before the start; with a judge then for its stdout, its stderr
             and its verdict, whose end is the end of the judge's work.
         judge: what the kernel tells of the judge; None: there is none.
+        done: socket on which the program says that it has come to the end, and lives on; -1: there is none.
+        used: CPU time of the program, also before; `cpu_s` counts that, too. None: it has just started.
     """
 
     def __init__(
@@ -41,6 +44,8 @@ class Watched:
         cpu_s: float,
         wall_s: float,
         judge: Judging | None = None,
+        done: int = -1,
+        used: UsedCpu | None = None,
     ) -> None:
         self.child = child
         self.pipes = pipes
@@ -56,7 +61,8 @@ class Watched:
         self.exit_code = 0
         self.seconds = 0.0
         self._pidfd = os.pidfd_open(child)
-        self._used = UsedCpu(cpu_of_ended())
+        self._done = done
+        self._used = used or UsedCpu(cpu_of_ended())
         self._judge_before = judge.last_cpu_seconds if judge else 0.0
 
     @property
@@ -79,10 +85,12 @@ class Watched:
         running = {self._pidfd, *self.pipes[5:]}
         for file in (*self.pipes, self._pidfd):
             poller.register(file, select.POLLIN)
+        if self._done >= 0:
+            poller.register(self._done, select.POLLIN)
 
         begin = time.monotonic()
         look_s = next_look = 0.0
-        wait = min(self.cpu_s / _CORES, self.wall_s)  # no limit can be passed before
+        wait = min((self.cpu_s - self._used.seconds) / _CORES, self.wall_s)  # no limit can be passed before
         while True:
             # CPU time is counted in ticks, and looking at processes takes CPU time from the program.
             if self.seconds >= next_look:
@@ -103,7 +111,7 @@ class Watched:
                 running.remove(self._pidfd)
                 if running:  # the judge must not wait for what the program left behind
                     kill_all(namespaces)
-            if not running:
+            if not running or any(file == self._done for file, _ in ready):
                 return
 
             if self.seconds < next_look:
@@ -147,6 +155,21 @@ class Watched:
         if pid == self.child:
             self.exit_code = os.waitstatus_to_exitcode(status)
 
+    def leave(self, status: int) -> None:
+        """Reads the rest of the output of a program that has come to the end of a turn, and lets it live.
+
+        Args:
+            status: becomes `exit_code`.
+        """
+        self._read_rest()
+        self.exit_code = status
+        os.close(self._pidfd)
+
+    def _read_rest(self) -> None:
+        for number, file in enumerate(self.pipes):
+            while len(self.read[number]) <= self.output_bytes and self._read_once(file):
+                pass
+
     def end(self, namespaces: bool) -> None:
         """Kills every process of the attempt, waits for them, then reads the rest of the output and closes the pipes.
         Then `exit_code` is set.
@@ -165,9 +188,8 @@ class Watched:
             except ChildProcessError:
                 break
 
+        self._read_rest()
         for file in self.pipes:
-            while len(self.read[self.pipes.index(file)]) <= self.output_bytes and self._read_once(file):
-                pass
             os.close(file)
         os.close(self._pidfd)
 
@@ -287,3 +309,41 @@ def kill_all(namespaces: bool) -> None:
                 os.kill(int(fields[0]), SIGKILL)
             except ProcessLookupError:
                 continue
+
+
+def stop_all_but(child: int, namespaces: bool) -> bool:
+    """Stops the process `child` and kills every other one of the run; returns whether no other one is left.
+
+    All are stopped first, so that none can fork while others are killed.
+    """
+    if namespaces:
+        try:
+            os.kill(-1, SIGSTOP)
+        except ProcessLookupError:
+            return False
+    for _ in range(_MOST_KILLS):
+        pids = [int(fields[0]) for fields in _processes_below()[0] if fields[1] != "Z"]
+        for pid in pids:
+            try:
+                os.kill(pid, SIGSTOP if pid == child else SIGKILL)
+            except ProcessLookupError:
+                continue
+        if child not in pids:
+            return False
+        if pids == [child]:
+            return True
+        time.sleep(_SHORTEST_WAIT_S)
+        _reap_orphans(child)
+    return False
+
+
+def _reap_orphans(child: int) -> None:
+    """Collects the exit codes of processes that have ended, except `child`; does not wait."""
+    while True:
+        try:
+            ended = os.waitid(os.P_ALL, 0, os.WEXITED | os.WNOHANG | os.WNOWAIT)
+        except ChildProcessError:
+            return
+        if ended is None or ended.si_pid == child:
+            return
+        os.waitpid(ended.si_pid, 0)

@@ -23,6 +23,27 @@ from typing import Any
 LOOK_S = 0.05  # interval between calls of `interrupted`
 
 
+def start_json_process(
+    module: str, *arguments: str, environment: Mapping[str, str] | None = None
+) -> tuple["subprocess.Popen[bytes]", socket.socket]:
+    """Starts `python -m module SOCKET arguments`; returns the process, which leads a group, and our end of the socket.
+
+    Args:
+        environment: variables of the new process; None: those of this process.
+    """
+    # A socket of its own, because functions of a user may read and write the standard streams.
+    connection, child_socket = socket.socketpair()
+    with child_socket:
+        process = subprocess.Popen(
+            [sys.executable, "-m", module, str(child_socket.fileno()), *arguments],
+            stdin=subprocess.DEVNULL,
+            pass_fds=(child_socket.fileno(),),
+            start_new_session=True,  # Ctrl-C reaches only the parent; killing the group ends its processes, too
+            env=environment,
+        )
+    return process, connection
+
+
 class JsonProcess:
     """The parent's side of the connection: the process and its socket."""
 
@@ -32,16 +53,7 @@ class JsonProcess:
         Args:
             environment: variables of the new process; None: those of this process.
         """
-        # A socket of its own, because functions of a user may read and write the standard streams.
-        self._connection, child_socket = socket.socketpair()
-        with child_socket:
-            self._process = subprocess.Popen(
-                [sys.executable, "-m", module, str(child_socket.fileno()), *arguments],
-                stdin=subprocess.DEVNULL,
-                pass_fds=(child_socket.fileno(),),
-                start_new_session=True,  # Ctrl-C reaches only the parent; `end` kills the whole group
-                env=environment,
-            )
+        self._process, self._connection = start_json_process(module, *arguments, environment=environment)
         self._received = b""
 
     @property

@@ -38,6 +38,7 @@ class Example:
     kind: str  # a key of episodes.KINDS
     group: str  # hexadecimal hash: decides the split
     tools: tuple[Specification, ...]  # in the order of the conversation
+    worlds: tuple[World, ...] = ()  # the world before each call of the conversation, if they were asked for
 
 
 def examples(seed: int, count: int) -> Iterator[Example]:
@@ -45,8 +46,12 @@ def examples(seed: int, count: int) -> Iterator[Example]:
     return (example(seed, number) for number in range(count))
 
 
-def example(seed: int, number: int) -> Example:
-    """Returns example `number`, which depends on the two arguments alone; writes drafts until one is short enough."""
+def example(seed: int, number: int, with_worlds: bool = False) -> Example:
+    """Returns example `number`, which depends on the two arguments alone; writes drafts until one is short enough.
+
+    Args:
+        with_worlds: whether the example has its `worlds`, to execute other calls there.
+    """
     # One generator for each example, so that examples can be written in any order.
     rng = random.Random(f"tools {seed} {number}")  # noqa: S311  (text, not secrets)
     shelf = rng.randrange(SHELVES)
@@ -54,11 +59,11 @@ def example(seed: int, number: int) -> Example:
 
     # A draft may be too long; the next one continues with the same random numbers.
     while True:
-        if new_example := _draft(kind, shelf, rng):
+        if new_example := _draft(kind, shelf, rng, with_worlds):
             return new_example
 
 
-def _draft(kind: str, shelf: int, rng: random.Random) -> Example | None:
+def _draft(kind: str, shelf: int, rng: random.Random, with_worlds: bool = False) -> Example | None:
     """Returns an example, or None if it would be too long or two tools have the same name.
 
     The length counts characters of tools and turns. Its limit is drawn from LONGEST; that of a session is
@@ -73,7 +78,8 @@ def _draft(kind: str, shelf: int, rng: random.Random) -> Example | None:
     if kind in INVENTED and rng.random() < INVENTED[kind]:
         topics = invented_topics(shelf, rng)
 
-    scene = Scene(rng, World(rng), topics)
+    world = World(rng, before_calls=[] if with_worlds else None)
+    scene = Scene(rng, world, topics)
     turns = KINDS[kind][1](scene)
 
     # A call identifies its tool by name alone.
@@ -106,7 +112,10 @@ def _draft(kind: str, shelf: int, rng: random.Random) -> Example | None:
     # The position of a tool must not tell whether it is needed.
     rng.shuffle(scene.tools)
     conversation = Conversation(tuple(turns), tuple(tool.tool for tool in scene.tools))
-    return Example(conversation, kind, group_of(shelf), tuple(scene.tools))
+    # Rounds that were dropped had calls, too.
+    num_calls = sum(len(turn.calls) for turn in turns)
+    worlds = tuple((world.before_calls or [])[:num_calls])
+    return Example(conversation, kind, group_of(shelf), tuple(scene.tools), worlds)
 
 
 def _characters(tools: list[Specification], turns: list[Message]) -> int:

@@ -2,6 +2,7 @@
 
 import random
 from collections.abc import Callable, Iterable
+from copy import deepcopy
 from dataclasses import dataclass, field
 
 from dist_lm.chat.messages import Call, Json
@@ -39,6 +40,7 @@ class World:
     rng: random.Random
     records: dict[str, dict[str, Record]] = field(default_factory=dict)
     busy: set[str] = field(default_factory=set)  # names of tools that fail once, as if a server were down
+    before_calls: "list[World] | None" = None  # copies of the world before each call; None: none are made
 
     def put(self, subject: str, domain: str, fields: Record | None = None, record_id: str | None = None) -> str:
         """Add a record with the fields of its domain, of which `fields` sets some; returns the id."""
@@ -57,6 +59,9 @@ class World:
             ToolError: the tool is busy (only this time), there is no record with that id, or none that `newest` asks
                 for.
         """
+        if self.before_calls is not None:
+            self.before_calls.append(self.copy())
+
         # A busy tool fails once; the repeated call succeeds.
         if call.name in self.busy:
             self.busy.remove(call.name)
@@ -73,6 +78,12 @@ class World:
 
         record_id = arguments.pop(id_parameter.name)
         return self._with_id(specification, record_id, arguments)
+
+    def copy(self) -> "World":
+        """Returns a world of its own in the same state, which makes no copies."""
+        rng = random.Random()  # noqa: S311  (text, not secrets)
+        rng.setstate(self.rng.getstate())
+        return World(rng, deepcopy(self.records), {*self.busy})
 
     def _without_id(self, specification: Specification, arguments: Record) -> Json:
         """Creates a record, or counts or finds those that meet all conditions; optional arguments at their default are

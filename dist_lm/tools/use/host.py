@@ -7,7 +7,6 @@ dates, dataclasses). Descriptions come from the docstring, in Google, reST or Nu
 The process loads FILE, sends its tools over the socket (a file descriptor), then answers calls (`JsonProcess`).
 """
 
-import importlib.util
 import inspect
 import json
 import sys
@@ -26,6 +25,7 @@ from dist_lm.chat.messages import ChatError, Json, Tool
 from dist_lm.chat.schema import check_tool
 from dist_lm.errors import UserError
 from dist_lm.storage.json_process import serve_requests
+from dist_lm.storage.python_file import NotPythonError, load_python_file
 
 Function = Callable[..., Any]
 ATTRIBUTE = "TOOLS"  # the file may list its tools under this name
@@ -213,17 +213,10 @@ def load(file: Path) -> ModuleType:
     Raises:
         SignatureError: `file` is not a Python file.
     """
-    # The file may import its neighbours by name, as if it were run.
-    sys.path.insert(0, str(file.resolve().parent))
-    spec = importlib.util.spec_from_file_location(MODULE, file)
-    if spec is None or spec.loader is None:
-        raise SignatureError("expected a Python file (.py)")
-
-    module = importlib.util.module_from_spec(spec)
-    # Pydantic looks annotations up in the module of a function, so it must be registered.
-    sys.modules[MODULE] = module
-    spec.loader.exec_module(module)
-    return module
+    try:
+        return load_python_file(file, MODULE)
+    except NotPythonError as error:
+        raise SignatureError(str(error)) from None
 
 
 def functions_of(module: ModuleType, file: Path) -> list[Function]:

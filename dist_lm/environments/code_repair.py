@@ -1,0 +1,96 @@
+"""Code that the model writes and mends: each turn is a program, and the output of the tests that fail comes back.
+
+A task is a line with tests as `rlhf.prompts_from` takes it (`dist_lm.sandbox.task`), with `prompt`, `language`, `tests`
+and optionally `hidden`; and `attempts`, the turns of the model (4). The reward is the share of all tests that the last
+program passes, hidden ones included. The model sees the fixed tests only, and the verdict never enters its program.
+"""
+
+from dist_lm.chat.messages import ChatError, Json
+from dist_lm.data.prompt_rows import prompt_of
+from dist_lm.environments.protocol import (
+    Action,
+    Limits,
+    Observation,
+    RefusedTaskError,
+    Step,
+    Verdict,
+)
+from dist_lm.environments.protocol import Task as EnvironmentTask
+from dist_lm.environments.results import clipped
+from dist_lm.environments.sandboxes import SharedSandboxes
+from dist_lm.errors import UserError
+from dist_lm.sandbox.hidden import ReferenceSolutionError
+from dist_lm.sandbox.program import Program, Test
+from dist_lm.sandbox.program import Verdict as TestVerdict
+from dist_lm.sandbox.task import Task, task_of
+
+ATTEMPTS = 4
+
+
+class CodeRepair:
+    """An `Environment` of programs with tests."""
+
+    def __init__(self, sandboxes: SharedSandboxes, limits: Limits) -> None:
+        self._sandboxes, self._limits = sandboxes, limits
+        self._task: Task | None = None
+        self._key = 0  # of the hidden tests: equal tasks have equal ones
+        self._remaining = 0  # turns of the model
+
+    async def reset(self, task: EnvironmentTask) -> Observation:
+        data = task.data
+        try:
+            self._task = task_of(data)
+            messages = prompt_of(data).messages
+        except (UserError, ChatError) as error:
+            raise RefusedTaskError(str(error)) from None
+        self._remaining = attempts_of(data.get("attempts", ATTEMPTS))
+        self._key = int(task.digest[:15], 16)
+        return Observation(messages)
+
+    async def step(self, action: Action) -> Step:
+        assert self._task is not None, "reset comes first"
+        program = self._task.program(action.text)
+        self._remaining -= 1
+        is_last = self._remaining == 0 or action.cut is not None
+        # A program that was cut off is judged, too: it may be whole.
+        verdict = await self._sandboxes.verdict(program)
+        if not is_last and verdict.outcome != "passed":
+            told = clipped(feedback(program, verdict), self._limits.observation_bytes // 2)
+            return Step(Observation.user(told), done=False)
+
+        if self._task.hidden is not None:
+            try:
+                verdict = await self._sandboxes.hidden_verdict(program, self._task.hidden, self._key)
+            except ReferenceSolutionError as error:
+                raise RefusedTaskError(f"`hidden`: {error}") from None
+        return Step(Observation(), done=True, verdict=Verdict.of(verdict.passed / verdict.total))
+
+    async def close(self) -> None:
+        self._task = None
+
+
+def feedback(program: Program, verdict: TestVerdict) -> str:
+    """Returns what the model is told of the fixed tests: how many pass, the first one that fails, and its output."""
+    failed = verdict.results.index(False)
+    test = program.tests[failed]
+    lines = [f"{verdict.passed} of {verdict.total} tests pass. This one does not ({verdict.outcome}):", shown(test)]
+    if output := verdict.output.strip():
+        lines += ["Its output:", output]
+    return "\n".join([*lines, "Write the whole program again."])
+
+
+def shown(test: Test) -> str:
+    """Returns a test as the model sees it."""
+    lines = [part for part in (test.before, test.code) if part]
+    if test.stdin:
+        lines.append(f"input: {test.stdin}")
+    if test.stdout is not None:
+        lines.append(f"expected output: {test.stdout}")
+    return "\n".join(lines)
+
+
+def attempts_of(value: Json) -> int:
+    """Raises RefusedTaskError unless the value is a positive integer; returns it."""
+    if type(value) is not int or value < 1:
+        raise RefusedTaskError(f"`attempts` is {value!r:.50}: expected a positive integer")
+    return value

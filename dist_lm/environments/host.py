@@ -1,0 +1,214 @@
+"""Runs conversations with an environment under limits, many at once: `async with Host("python") as host: ...`.
+
+    episode = host.episode(task)
+    step = await episode.reset()
+    while not step.done:
+        step = await episode.step(action)
+    step.verdict
+
+Whatever an environment does, `reset` and `step` return a step: a hang, a crash, a reward that is no number or an
+observation that no conversation can hold end the conversation with a failed verdict, never with a number or an
+exception. Conversations share nothing, so a slow one stops no other.
+"""
+
+import asyncio
+import logging
+import time
+from collections import Counter
+from collections.abc import Awaitable, Callable
+from contextlib import AbstractAsyncContextManager, nullcontext
+from dataclasses import replace
+from types import TracebackType
+from typing import Any, Protocol, Self, TypeVar
+
+from dist_lm.environments.own import OwnEnvironments, own_names
+from dist_lm.environments.protocol import (
+    LAST_TURN,
+    Action,
+    Environment,
+    EnvironmentFailedError,
+    Failure,
+    Limits,
+    Observation,
+    Step,
+    Task,
+    Verdict,
+)
+from dist_lm.environments.served import failure_in
+from dist_lm.environments.user_process import UserEnvironments
+from dist_lm.environments.values import checked_observation, checked_step
+from dist_lm.errors import ConfigError, did_you_mean
+
+log = logging.getLogger(__name__)
+Returned = TypeVar("Returned")
+DEFAULT_LIMITS = Limits()
+OWN_SLACK_S = 300.0  # the project's own environments limit the code that they run; this only ends what hangs
+
+
+class Environments(Protocol):
+    """Where the environments of conversations come from."""
+
+    async def open(self) -> None: ...
+
+    async def take(self) -> Environment: ...
+
+    async def give_back(self, environment: Any, is_usable: bool) -> None: ...
+
+    async def close(self) -> None: ...
+
+
+class Host:
+    """Runs conversations with one kind of environment. An async context manager, for one event loop.
+
+    Args:
+        name: an own environment (`own_names`), or a user's class, FILE:CLASS or PACKAGE.MODULE:CLASS.
+        limits: of each conversation.
+        workers: steps of own environments that run at once, others wait; 0: four for each core, since many sleep.
+        trust_me: run code of the model without isolation where the machine allows none.
+    """
+
+    def __init__(self, name: str, limits: Limits = DEFAULT_LIMITS, workers: int = 0, trust_me: bool = False) -> None:
+        self.limits = limits
+        self.failures: Counter[Failure] = Counter()  # conversations without a reward, by reason
+        self._leaving: set[asyncio.Future[None]] = set()  # environments that are being given back
+        if ":" in name:
+            self._environments: Environments = UserEnvironments(name, limits)
+            self._slots: Callable[[], AbstractAsyncContextManager[Any]] = nullcontext
+            self._slack_s = 0.0
+            return
+
+        if name not in own_names():
+            hint = did_you_mean(name, own_names())
+            raise ConfigError(f"environment {name}: {hint}expected {', '.join(own_names())}, or FILE:CLASS")
+        own = OwnEnvironments(name, limits, workers, trust_me)
+        self._environments, self._slack_s = own, OWN_SLACK_S
+        self._slots = own.slot
+
+    async def __aenter__(self) -> Self:
+        """Raises UserError if the user's class cannot be imported, and SandboxError if a sandbox is needed and none can
+        be made."""
+        try:
+            await self._environments.open()
+        except BaseException:
+            await self._environments.close()
+            raise
+        return self
+
+    async def __aexit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None
+    ) -> None:
+        await asyncio.gather(*self._leaving)
+        await self._environments.close()
+
+    def episode(self, task: Task) -> "Episode":
+        """Returns a conversation about a task, which `reset` begins."""
+        return Episode(self, task)
+
+
+class Episode:
+    """One conversation. Its methods are called one after another; they raise nothing but CancelledError."""
+
+    def __init__(self, host: Host, task: Task) -> None:
+        self._host, self.task = host, task
+        self._environment: Environment | None = None
+        self._turns = 0
+        self._seconds = 0.0  # of the environment so far
+        self._last: Step | None = None  # the final step
+
+    async def reset(self) -> Step:
+        """Begins the conversation and returns its first turns and tools; or the final step, if that failed."""
+        environments, limits = self._host._environments, self._host.limits
+        try:
+            self._environment = await environments.take()
+        except EnvironmentFailedError as failure:
+            return await self._fail(failure)
+
+        environment = self._environment
+        try:
+            observation = await self._limited(lambda: environment.reset(self.task))
+            return Step(checked_observation(observation, limits.observation_bytes), done=False)
+        except asyncio.CancelledError:
+            await self._leave(is_usable=False)
+            raise
+        except BaseException as error:
+            return await self._fail(failure_in(error))
+
+    async def step(self, action: Action) -> Step:
+        """Executes a turn of the model and returns what follows. The last allowed turn is cut, so it has a verdict.
+
+        After the final step, returns that again.
+        """
+        environment, limits = self._environment, self._host.limits
+        if self._last is not None or environment is None:
+            return self._last or await self._fail(EnvironmentFailedError("crashed", "a step before reset"))
+
+        self._turns += 1
+        if self._turns >= limits.turns and not action.cut:
+            action = replace(action, cut=LAST_TURN)
+        try:
+            step = await self._limited(lambda: environment.step(action))
+            step = checked_step(step, action, limits.observation_bytes)
+        except asyncio.CancelledError:
+            await self._leave(is_usable=False)
+            raise
+        except BaseException as error:
+            return await self._fail(failure_in(error))
+
+        if step.done:
+            assert step.verdict is not None
+            if not step.verdict.valid:
+                self._note(EnvironmentFailedError(step.verdict.failure_reason or "crashed", step.verdict.detail))
+            self._last = step
+            await self._leave(is_usable=True)
+        return step
+
+    async def close(self) -> None:
+        """Ends the conversation, wherever it is; may be called twice."""
+        await self._leave(is_usable=self._last is None)
+
+    async def _limited(self, call: Callable[[], Awaitable[Returned]]) -> Returned:
+        """Awaits a call of the environment for as long as the limits allow.
+
+        Raises:
+            EnvironmentFailedError: it took longer, or the conversation has used its seconds.
+            Exception: what the environment raises.
+        """
+        limits = self._host.limits
+        async with self._host._slots():
+            remaining_s = limits.seconds - self._seconds
+            allowed_s = min(limits.seconds_a_step + self._host._slack_s, remaining_s)
+            begin = time.monotonic()
+            try:
+                if allowed_s <= 0:
+                    raise EnvironmentFailedError("timeout", f"the conversation took longer than {limits.seconds:g} s")
+                # Not `asyncio.wait_for`: a TimeoutError of the environment's own is a crash.
+                async with asyncio.timeout(allowed_s) as timer:
+                    return await call()
+            except TimeoutError:
+                if not timer.expired():
+                    raise
+                raise EnvironmentFailedError("timeout", f"a step took longer than {allowed_s:g} s") from None
+            finally:
+                self._seconds += time.monotonic() - begin
+
+    async def _fail(self, failure: EnvironmentFailedError) -> Step:
+        """Ends the conversation without a reward and returns its final step."""
+        self._note(failure)
+        self._last = Step(Observation(), done=True, verdict=Verdict.failed(failure.reason, failure.detail))
+        # An environment that refused a task or a message is in order; any other may be in any state.
+        await self._leave(is_usable=failure.reason == "refused")
+        return self._last
+
+    def _note(self, failure: EnvironmentFailedError) -> None:
+        self._host.failures[failure.reason] += 1
+        log.warning("task %s has no reward: %s", self.task.key, failure)
+
+    async def _leave(self, is_usable: bool) -> None:
+        environment, self._environment = self._environment, None
+        if environment is None:
+            return
+        # Shielded, because a caller that is cancelled must not leave a process behind.
+        leaving = asyncio.ensure_future(self._host._environments.give_back(environment, is_usable))
+        self._host._leaving.add(leaving)
+        leaving.add_done_callback(self._host._leaving.discard)
+        await asyncio.shield(leaving)
