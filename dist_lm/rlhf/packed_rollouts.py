@@ -10,8 +10,8 @@ Of conversations, the completion tokens are those that the model drew, one turn 
 in a row of its own. A minibatch holds all samples of its conversations.
 
 Dimensions: B rollouts in all, T tokens of the longest completion, S some of the rollouts (of conversations: samples), N
-completion tokens of a micro-batch, M completion tokens of all rollouts. Fields of other files keep their own letters: in a `Batch`, B are rows
-and T is their width; in `Rollouts.tokens_N`, N are the tokens of all prompts and completions.
+completion tokens of a micro-batch, M completion tokens of all rollouts. Fields of other files keep their own letters:
+in a `Batch`, B are rows and T is their width; in `Rollouts.tokens_N`, N are the tokens of all prompts and completions.
 """
 
 from collections.abc import Callable

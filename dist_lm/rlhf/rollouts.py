@@ -8,10 +8,10 @@ Dimensions: B rollouts, N their tokens (prompts and completions) concatenated, M
 S samples, X bytes of their sets, G bytes that identify a grammar.
 """
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import lru_cache
-from typing import Any, Protocol
+from typing import Any, Generic, Protocol, TypeVar, cast
 
 import numpy as np
 import torch
@@ -42,11 +42,14 @@ FINISHES: tuple[FinishReason, ...] = ("eot", "stop", "length", "context", "cance
 ENDED = ("eot", "stop")
 """The finish reasons of a completion that was not cut off."""
 
+END = object()  # behind the last request of an iterator
+
 _SEED = 0x726F6C6C  # salt of sampling seeds: keeps them apart from other hashes of seed and position
 
 LIBRARY_BYTES, DIGEST_BYTES = 32, 32
 """Sizes of the parts of a packed `GrammarRecord`."""
 
+Prompt = TypeVar("Prompt")
 PromptOrder = Callable[[int, int], list[Sequence[int]]]
 """(first position, count) -> the token ids of the prompts there."""
 
@@ -55,17 +58,18 @@ ConstraintOrder = Callable[[int], Constraint]
 
 
 @dataclass(frozen=True)
-class ShuffledPrompts:
+class ShuffledPrompts(Generic[Prompt]):
     """Prompts of all iterations, reshuffled every epoch: a pure function of seed and position. A `PromptOrder`."""
 
-    prompts: Sequence[Sequence[int]]  # token ids; a prompt that begins a document begins with end-of-text
+    # token ids, where a prompt that begins a document begins with end-of-text; or the tasks of an environment
+    prompts: Sequence[Prompt]
     seed: int
 
     def __post_init__(self) -> None:
         if not self.prompts:
             raise ArtefactError("there are no prompts to draw completions for")
 
-    def __call__(self, position: int, count: int) -> list[Sequence[int]]:
+    def __call__(self, position: int, count: int) -> list[Prompt]:
         """Returns `count` prompts from `position` on, over the border of an epoch if need be."""
         return [self.prompts[self.index(position + i)] for i in range(count)]
 
@@ -112,8 +116,11 @@ class RolloutSource(Protocol):
         """
         ...
 
-    def results(self, requests: Sequence[Request]) -> Iterator[Answer | Refusal]:
+    def results(self, requests: Iterable[Request | None]) -> Iterator[Answer | Refusal]:
         """Yields every answer, or the refusal of a request, as soon as it is there.
+
+        Args:
+            requests: None among them means that there is none now: the iterator is asked again.
 
         Raises:
             ConfigError, ActorsLostError, PoolFailure: as `generate`.
@@ -143,24 +150,34 @@ class EngineRollouts:
     def generate(self, requests: Sequence[Request], finished: Finished = ignore_answer) -> list[Answer]:
         return in_order(requests, reporting(requests, self.results(requests), finished))
 
-    def results(self, requests: Sequence[Request]) -> Iterator[Answer | Refusal]:
+    def results(self, requests: Iterable[Request | None]) -> Iterator[Answer | Refusal]:
         """Yields every answer, or the refusal of a request, when the engine has finished it. A request that the engine
         does not accept gives its refusal at once.
 
         With `sleeps`, the cache is freed after the last one, which takes a caller that reads to the end.
+
+        Args:
+            requests: read up to the next None before each step of the engine.
 
         Raises:
             ConfigError: with cache_tokens=0, free memory does not hold one context.
             RuntimeError: the engine has no weights; with tp > 1, another process of the model has ended
                 (RankLostError).
         """
-        for request in requests:
-            try:
-                self.engine.submit(request)
-            except RequestError as error:
-                yield Refusal(request.id, error.reason)
+        unread, is_all_read = iter(requests), False
+        while self.engine.busy or not is_all_read:
+            while not is_all_read:
+                request = next(unread, END)
+                is_all_read = request is END
+                if request is None or is_all_read:
+                    break
+                try:
+                    self.engine.submit(cast(Request, request))
+                except RequestError as error:
+                    yield Refusal(error.request, error.reason)
+            if self.engine.busy:
+                yield from self.engine.step()
 
-        yield from self.engine.results()
         # The rank that trains next uses the memory of the cache.
         if self._sleeps:
             self.engine.sleep()
@@ -184,9 +201,9 @@ class Rollout:
         return self.finish in ENDED
 
 
-def _no(kind: type) -> Any:
-    """Returns a field that is an empty array unless it is given."""
-    return field(default_factory=lambda: np.zeros(0, kind))
+def _none() -> np.ndarray:
+    """Returns the column of rollouts that are no conversations."""
+    return np.zeros(0, np.int64)
 
 
 @dataclass(frozen=True)
@@ -208,15 +225,19 @@ class Rollouts:
     # uint8; the grammar that each completion followed (`packed_record`); no rows without constraints
     grammar_BG: np.ndarray = field(default_factory=lambda: np.zeros((0, LIBRARY_BYTES + DIGEST_BYTES), np.uint8))
     # Of conversations; all are empty without an environment.
-    drawn_N: np.ndarray = _no(np.uint8)  # uint8; 1 where the model drew the token
-    sample_tokens_S: np.ndarray = _no(np.int64)  # int64; tokens of each sample, in the order of `tokens_N`
-    samples_B: np.ndarray = _no(np.int64)  # int64; samples of each conversation
-    turns_B: np.ndarray = _no(np.int64)  # int64; turns of the model
-    unreadable_B: np.ndarray = _no(np.int64)  # int64; turns that could not be read
-    tool_errors_B: np.ndarray = _no(np.int64)  # int64; results of calls that are errors
-    cut_B: np.ndarray = _no(np.int64)  # int64; index in CUTS of the limit that ended it
-    failure_B: np.ndarray = _no(np.int64)  # int64; index in FAILURES of why it has no reward, or -1
-    reward_B: np.ndarray = _no(np.float64)  # fp64; rewards of turns and verdict; NaN: it has none
+    # uint8; 1 where the model drew the token
+    drawn_N: np.ndarray = field(default_factory=lambda: np.zeros(0, np.uint8))
+    sample_tokens_S: np.ndarray = field(
+        default_factory=_none
+    )  # int64; tokens of each sample, in the order of `tokens_N`
+    samples_B: np.ndarray = field(default_factory=_none)  # int64; samples of each conversation
+    turns_B: np.ndarray = field(default_factory=_none)  # int64; turns of the model
+    unreadable_B: np.ndarray = field(default_factory=_none)  # int64; turns that could not be read
+    tool_errors_B: np.ndarray = field(default_factory=_none)  # int64; results of calls that are errors
+    cut_B: np.ndarray = field(default_factory=_none)  # int64; index in CUTS of the limit that ended it
+    failure_B: np.ndarray = field(default_factory=_none)  # int64; index in FAILURES of why it has no reward, or -1
+    # fp64; rewards of turns and verdict; NaN: it has none
+    reward_B: np.ndarray = field(default_factory=lambda: np.zeros(0))
 
     def __len__(self) -> int:
         return len(self.new_tokens_B)

@@ -15,11 +15,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 
 from dist_lm.chat.messages import Call, ChatError, Conversation, Message, check_conversation
-from dist_lm.chat.parse import parse_turn
+from dist_lm.chat.parse import parse_turn, with_thinking
 from dist_lm.chat.template import following, prompt, stop_tokens
 from dist_lm.tokenizer.tokenizer import Tokenizer, text_with_marks
 
-UNREADABLE = "unreadable"  # why a turn was cut: its calls cannot be read, or it is empty
 EMPTY_TURN = "(empty)"  # text of a turn without any, where a template must write one
 
 
@@ -28,13 +27,14 @@ class ReadTurn:
     """A turn of the model as a message."""
 
     message: Message  # what a template writes if it renders the turn again
-    text: str  # beside the calls; of an unreadable turn all that was drawn, marks included
+    text: str  # beside thinking and calls; of an unreadable turn all that was drawn, marks included
     calls: tuple[Call, ...] = ()
     is_readable: bool = True
 
 
 def read_turn(token_ids: Sequence[int], tokenizer: Tokenizer) -> ReadTurn:
-    """Returns the text and calls of a turn; of one that cannot be read, its text with marks and no calls.
+    """Returns the text and calls of a turn, without its thinking. One that cannot be read has its text with marks, and
+    no calls.
 
     Args:
         token_ids: as drawn, perhaps with the token that ended the turn.
@@ -44,7 +44,7 @@ def read_turn(token_ids: Sequence[int], tokenizer: Tokenizer) -> ReadTurn:
     if written and written[-1] in ends:
         written.pop()
     try:
-        message = parse_turn(written, tokenizer)
+        message = with_thinking(parse_turn(written, tokenizer))
         check_conversation(Conversation((Message("user", "."), message)))
     except ChatError:
         text = text_with_marks(written, tokenizer)
