@@ -200,6 +200,8 @@ class Conversing:
         try:
             verdict = await held.converse()
         except _UnfitTurnsError as error:
+            # The host logs failures of the environment itself.
+            log.warning("task %s has no reward: %s: %s", task.key, error.reason, error)
             verdict = Verdict.failed(error.reason, str(error))
         finally:
             await held.hosted.close()
@@ -529,10 +531,6 @@ class EnvironmentSupply:
             host = self.conversations.host
             episode = await how.hold(host, tasks[number], position + number, sample, feed.ask)
             episodes[number, sample] = episode
-            if not episode.verdict.valid:
-                verdict = episode.verdict
-                where = f"rlhf.environment={self.judge.name}: task {tasks[number].key}, sample {sample}"
-                log.warning("%s is left out: %s: %s", where, verdict.failure_reason, verdict.detail)
             if file:
                 file.add(episode)
 
