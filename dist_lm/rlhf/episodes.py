@@ -201,6 +201,6 @@ def _episode_of(value: dict[str, Any]) -> Episode:
         verdict=Verdict.of(reward) if reason is None else Verdict.failed(reason, detail),
         turns=tuple(Turn(**turn) for turn in value["turns"]),
         samples=samples,
-        logprobs=tuple(value["logprobs"]),
+        logprobs=tuple(float(np.float32(logprob)) for logprob in value["logprobs"]),
         sets=tuple(base64.b64decode(packed) for packed in value["sets"]),
     )

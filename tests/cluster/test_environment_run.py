@@ -1,6 +1,9 @@
 """Stage rlhf with an environment as its users meet it: a class in a file, tasks in rows, records and a restart."""
 
 import json
+import os
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -13,7 +16,7 @@ from dist_lm.stages.rlhf.config import RlhfRunConfig
 from dist_lm.stages.rlhf.stage import check_inputs, with_reward_run
 from dist_lm.storage.run_directory import RunDirectory, WorkDirectory
 from tests.conftest import TINY_MODEL
-from tests.training_run import copy_until, linked, numbers, train, write_untrained
+from tests.training_run import DEADLINE_S, copy_until, linked, numbers, train, write_untrained
 
 pytestmark = [pytest.mark.cluster, pytest.mark.heavy]
 
@@ -116,7 +119,9 @@ def test_a_run_with_a_class_in_a_file_records_and_goes_on_with_the_same_numbers(
     expected = numbers(run)
 
     metrics = [expected[step] for step in range(1, ITERATIONS + 1)]
-    assert all(line["rollout/turns"] > 1.5 and line["rlhf/ratio_mean"] == pytest.approx(1, abs=1e-6) for line in metrics)
+    assert all(
+        line["rollout/turns"] > 1.5 and line["rlhf/ratio_mean"] == pytest.approx(1, abs=1e-6) for line in metrics
+    )
     n_crashed = sum(line.get("rollout/invalid_crashed", 0) for line in metrics)
     assert n_crashed == sum(line["rlhf/failed_environment"] for line in metrics) > 0
     assert result["metrics"]["rlhf/held_out"] == 2
@@ -134,6 +139,24 @@ def test_a_run_with_a_class_in_a_file_records_and_goes_on_with_the_same_numbers(
     train(again, ranks=1)
     assert numbers(again) == expected
     assert resets(tmp_path) - n_resets == 2 * 2, "only held-out tasks are executed again"
+
+
+@pytest.mark.bars
+def test_an_actor_holds_the_same_conversations(started_work, tmp_path):
+    """Finds answers of a pool that depend on the actor, or requests that it loses while conversations wait."""
+    expected = prepared(started_work, tmp_path, "run_id=alone")
+    train(expected, ranks=1)
+    command = overrides_of(started_work, tmp_path, "run_id=actors", "rlhf.pool.actors=1")
+    finished = subprocess.run(
+        [sys.executable, "-m", "dist_lm.launch", *command],
+        env=os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)},
+        capture_output=True,
+        text=True,
+        timeout=DEADLINE_S,
+        check=False,
+    )
+    assert finished.returncode == 0, finished.stdout + finished.stderr
+    assert numbers(started_work.run("rlhf", "actors")) == numbers(expected)
 
 
 @pytest.mark.parametrize(
