@@ -95,6 +95,7 @@ FOR_PROGRAMS = {
     "cluster/torchrun.py": 1,
     "dry_run/rehearsal.py": 1,
     "gpu_check/probe.py": 1,
+    "sandbox/interpreter.py": 1,
     "sandbox/languages.py": 1,
     "tracking/readable.py": 1,
     "verbs/data_step.py": 1,  # `--json`
