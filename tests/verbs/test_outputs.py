@@ -135,6 +135,7 @@ def test_a_file_that_appears_while_data_is_read_is_left_as_it_is(tmp_path: Path)
     out = tmp_path / "lab" / "corpus" / "ours.yaml"
 
     def other_command(folder: Path, overrides: object) -> None:
+        out.parent.mkdir(parents=True)
         out.write_text("theirs")
 
     with pytest.raises(ConfigError, match="another process has written this file"):
