@@ -93,6 +93,18 @@ end_lanes() { # of a suite that was interrupted or failed
   rm -rf "$logs"
 }
 
+heavy_of_several_processes() { # FILE...
+  python -m pytest "$@" -m "heavy and cluster and not slurm and not bars"
+}
+
+# shellcheck disable=SC2317 # a lane calls it
+cuda_then() { # FILE...
+  local failed=0
+  python -m pytest tests/cuda || failed=$?
+  heavy_of_several_processes "$@" || failed=$?
+  return "$failed"
+}
+
 # Each worker imports what it collects: files without tests of a mark are left out.
 mapfile -t of_several_processes < <(grep -rl --include='test_*.py' 'mark\.cluster' tests | sort -r) # the dearest comes first
 mapfile -t heavy < <(grep -rl --include='test_*.py' 'mark\.heavy' tests | sort)
@@ -105,10 +117,12 @@ python -m pytest -n 3 --dist worksteal -m "not cluster and not heavy and not bar
 wait_for_lanes
 if [ "$*" = --all ]; then
   lane "Slurm, which mostly waits" python -m pytest -s tests/slurm -m "slurm and not bars"
-  lane "CUDA code on fake tensors" python -m pytest tests/cuda
+  # Tests of several processes take two lanes, the second of which follows the shortest of the others.
+  half=$((${#of_several_processes[@]} / 2))
+  lane "CUDA code on fake tensors, then heavy tests of several processes" cuda_then "${of_several_processes[@]:half}"
   lane "heavy tests of one process" python -m pytest "${heavy[@]}" -m "heavy and not cluster and not slurm and not bars"
   echo "== heavy tests of several processes ($SECONDS s)"
-  python -m pytest "${of_several_processes[@]}" -m "heavy and cluster and not slurm and not bars" || failed=$?
+  heavy_of_several_processes "${of_several_processes[@]:0:half}" || failed=$?
   wait_for_lanes
 fi
 echo "== all of it ($SECONDS s)"

@@ -1,4 +1,4 @@
-"""What a benchmark is doing, for people who wait for it."""
+"""Progress of a benchmark, for people who wait for it."""
 
 import math
 import sys

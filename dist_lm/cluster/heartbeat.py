@@ -34,7 +34,7 @@ class Pulse:
     age_s: float
     median_step_s: float  # median duration of its last steps; 0: none yet
     state: str = ""  # state of its process, if known, in the kernel's letters: T stopped, D waiting for a device
-    done: float = 0.0  # share of its phase, in [0, 1]; 0: unknown
+    share_done: float = 0.0  # share of its phase, in [0, 1]; 0: unknown
 
 
 class HeartbeatBoard:
@@ -64,9 +64,9 @@ class HeartbeatBoard:
         """
         now, pulses = time.monotonic(), []
         for local in range(self._ranks):
-            phase, step, at, median, done = _SLOT.unpack_from(self._memory, _SLOT.size * local)
+            phase, step, at, median, share_done = _SLOT.unpack_from(self._memory, _SLOT.size * local)
             age = now - (at or self._started)
-            pulses.append(Pulse(first_rank + local, Phase(phase), step, age, median, states.get(local, ""), done))
+            pulses.append(Pulse(first_rank + local, Phase(phase), step, age, median, states.get(local, ""), share_done))
         return tuple(pulses)
 
 
@@ -81,7 +81,7 @@ class RankHeartbeat:
         self._step_began: float | None = None
         self._durations: deque[float] = deque(maxlen=_STEPS_REMEMBERED)
 
-    def beat(self, phase: Phase, step: int, done: float = 0.0) -> None:
+    def beat(self, phase: Phase, step: int, share_done: float = 0.0) -> None:
         """Writes a heartbeat, see `Heartbeat`. A step lasts from phase DATA to the next phase outside `INSIDE`."""
         now = time.monotonic()
         # A step lasts from one wait for data to the next, or to the first phase that is no part of a step.
@@ -91,7 +91,7 @@ class RankHeartbeat:
             self._step_began = now if phase is Phase.DATA else None
         median = statistics.median(self._durations or [0.0])
         # pack_into clears the slot first, which a reader would take for a rank without any heartbeat
-        self._memory[self._offset : self._offset + _SLOT.size] = _SLOT.pack(phase, step, now, median, done)
+        self._memory[self._offset : self._offset + _SLOT.size] = _SLOT.pack(phase, step, now, median, share_done)
 
 
 class RememberedHeartbeat:
@@ -100,13 +100,13 @@ class RememberedHeartbeat:
     def __init__(self) -> None:
         self._last = (Phase.JOINING, 0, time.monotonic(), 0.0)
 
-    def beat(self, phase: Phase, step: int, done: float = 0.0) -> None:
-        self._last = (phase, step, time.monotonic(), done)
+    def beat(self, phase: Phase, step: int, share_done: float = 0.0) -> None:
+        self._last = (phase, step, time.monotonic(), share_done)
 
     def pulse(self) -> Pulse:
         """Returns the last beat, as that of rank 0."""
-        phase, step, beaten_at, done = self._last
-        return Pulse(0, phase, step, time.monotonic() - beaten_at, 0.0, done=done)
+        phase, step, beaten_at, share_done = self._last
+        return Pulse(0, phase, step, time.monotonic() - beaten_at, 0.0, share_done=share_done)
 
 
 def own_heartbeat(environ: Mapping[str, str]) -> Heartbeat:
@@ -131,21 +131,21 @@ class Patience:
         return self.otherwise_s
 
 
-def in_words(phase: Phase, done: float) -> str:
+def in_words(phase: Phase, share_done: float) -> str:
     """Returns the phase in words, with the share that is done where it is known: `generating (38 %)`."""
-    return PHASE_WORDS[phase] + share_in_words(done)
+    return PHASE_WORDS[phase] + share_in_words(share_done)
 
 
-def share_in_words(done: float) -> str:
+def share_in_words(share_done: float) -> str:
     """Returns ` (38 %)` behind the words of a phase; empty for an unknown share."""
-    return f" ({100 * done:.0f} %)" if done else ""
+    return f" ({100 * share_done:.0f} %)" if share_done else ""
 
 
 def doing(pulses: Sequence[Pulse]) -> dict[Phase, str]:
     """Returns what the ranks in each phase do, in words, with the mean share that is done."""
     words = {}
     for phase in {pulse.phase for pulse in pulses}:
-        shares = [pulse.done for pulse in pulses if pulse.phase is phase]
+        shares = [pulse.share_done for pulse in pulses if pulse.phase is phase]
         words[phase] = in_words(phase, sum(shares) / len(shares))
     return words
 

@@ -155,7 +155,7 @@ def main() -> None:
     from torch.distributed.elastic.rendezvous import rendezvous_handler_registry
     from torch.distributed.run import main as torchrun
 
-    # Where dist_lm is installed, torchrun has registered the same class by its entry point.
+    # torchrun has registered the same class by its entry point where dist_lm is installed.
     rendezvous_handler_registry.register(BACKEND, private_handler())
     rendezvous_handler_registry.register(NODES_BACKEND, address_handler())
 

@@ -175,7 +175,7 @@ class Config:
         accepted = f"a checkpoint: stage.lora.rank={stage.lora.rank} trains adapters of its model"
         require(not has_adapters or stage.init_from != "none", "stage.init_from", "none", accepted)
 
-        # Which open axes a layout may have is known with the number of ranks.
+        # The open axes that a layout may have are known with the number of ranks.
         if stage.lora.load_in_4bit:
             reason = "with stage.lora.load_in_4bit=true, whose base is whole on every rank"
             for axis in ("dp_shard", "tp"):

@@ -538,7 +538,7 @@ def cleaned(config: CorpusConfig, record: Screened, split: str, report: IngestRe
 
     replaced = {KEY: clean.secrets, EMAIL: clean.emails}
     report.keep(record, split, {placeholder: times for placeholder, times in replaced.items() if times})
-    # What a corpus keeps of a row is as clean as its text.
+    # The columns that a corpus keeps of a row are as clean as its text.
     row = document.row
     if row:
         row = redacted_json(row, secrets=steps.secrets, emails=steps.emails).text

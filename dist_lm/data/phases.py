@@ -131,7 +131,7 @@ class PhasedMix:
     def number(self, corpus: int, number: int) -> int:
         """Returns the global number of a sequence of a corpus, one that is read: the inverse of `locate`."""
         begins = self._begins_of_corpora[corpus]
-        # Of phases that begin alike, all but the last one read nothing of the corpus.
+        # Phases that begin alike read nothing of the corpus, but for the last one of them.
         phase = bisect_right(begins, number) - 1
         return self._begins[phase] + self._orders[phase].position(corpus, number - begins[phase])
 

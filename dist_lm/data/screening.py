@@ -195,7 +195,7 @@ class SourceReader:
             yield from read(source, self._seed, snapshot)
             return
 
-        # What such a reader opens is not known here, so its files are listed before and after.
+        # The files that such a reader opens are not known here, so they are listed before and after.
         listing = snapshot.listing
         yield from read(source, self._seed)
         if traits.inputs and (words := changes(listing, traits.inputs(source))):

@@ -170,7 +170,7 @@ def humaneval(path: Path) -> list[Problem]:
             raise UserError("`test` defines no function `check`, which is called with the entry point")
         if name not in line["prompt"]:
             raise UserError(f"entry_point is {name}, which `prompt` does not begin")
-        # What the prompt defines before the function, the test may rely on: an answer must not replace it.
+        # The test may rely on names that the prompt defines before the function: an answer must not replace them.
         test = Test(
             code=f"{line['test']}\ncheck({name})\n", given=_given(line["prompt"], name), entry=_built_in(f"def {name}(")
         )

@@ -36,12 +36,12 @@ INITIAL_VALUES = (True, False, "gaussian", "eva", "orthogonal")  # others change
 
 @dataclass(frozen=True)
 class AdapterFolder:
-    """What the files of a folder of adapters say."""
+    """Content of the files of a folder of adapters."""
 
     base: str  # folder or hub id, with `@revision` if one is named
     scales: dict[str, float]  # weight of transformers with an adapter -> factor of the product
     ranks: dict[str, int]  # weight of transformers with an adapter -> rows of its factor A
-    whole: dict[str, tuple[int, ...]]  # weight of transformers that is replaced -> its shape
+    whole_weights: dict[str, tuple[int, ...]]  # weight of transformers that is replaced -> its shape
 
 
 def holds_adapters(folder: Path) -> bool:
@@ -60,16 +60,16 @@ def adapters_in(folder: Path) -> AdapterFolder:
     if weights is None:
         raise ArtefactError(f"{folder}: {WEIGHTS} is missing: adapters are read from a safetensors file only")
     shapes = {name: shape for name, _, shape, _ in tensor_entries(weights)}
-    base, scales, ranks, whole = parsed(str(folder / CONFIG), described_adapters, config, shapes, str(folder))
-    return AdapterFolder(base, scales, ranks, {name: tuple(shape) for name, shape in whole.items()})
+    base, scales, ranks, whole_weights = parsed(str(folder / CONFIG), described_adapters, config, shapes, str(folder))
+    return AdapterFolder(base, scales, ranks, {name: tuple(shape) for name, shape in whole_weights.items()})
 
 
 def with_whole_weights(model: ModelConfig, adapters: AdapterFolder) -> ModelConfig:
     """Returns the model of a base with what the adapters hold whole: more rows of an embedding, or a scalar head."""
     for name in EMBEDDINGS:
-        if name in adapters.whole:
-            model = replace(model, vocab_size=adapters.whole[name][0])
-    if SCORE in adapters.whole:
+        if name in adapters.whole_weights:
+            model = replace(model, vocab_size=adapters.whole_weights[name][0])
+    if SCORE in adapters.whole_weights:
         model = replace(model, head="scalar")
     return model
 
@@ -92,7 +92,7 @@ def described_adapters(
     _check(config, where)
 
     factors: dict[str, dict[str, Sequence[int]]] = {}  # their weight -> factor -> shape
-    whole: dict[str, Sequence[int]] = {}
+    whole_weights: dict[str, Sequence[int]] = {}
     for name, shape in shapes.items():
         module = name.removeprefix(PREFIX)
         ending = next((ending for ending in FACTORS if module.endswith(ending)), None)
@@ -103,7 +103,7 @@ def described_adapters(
         elif "lora_" in module:
             _refuse(f"{folder}/{WEIGHTS}", shown_value(name), shape, "the factors lora_A and lora_B of linear layers")
         else:
-            whole[module] = shape
+            whole_weights[module] = shape
 
     ranks: dict[str, int] = {}
     for weight, of_weight in factors.items():
@@ -117,7 +117,7 @@ def described_adapters(
     base = str(config.get("base_model_name_or_path") or "")
     if config.get("revision"):
         base += f"@{config['revision']}"
-    return base, {weight: _scale(config, weight, rank) for weight, rank in ranks.items()}, ranks, whole
+    return base, {weight: _scale(config, weight, rank) for weight, rank in ranks.items()}, ranks, whole_weights
 
 
 def _check(config: Mapping[str, Any], where: str) -> None:

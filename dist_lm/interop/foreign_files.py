@@ -1,4 +1,4 @@
-"""What the files of a model say, from their content: configuration, tokenizer, chat template, header of weights.
+"""The files of a model by their content: configuration, tokenizer, chat template, header of weights.
 
 These functions run in the process with limits (`dist_lm.interop.snapshot_files.parsed`), so their arguments and results
 are JSON values and bytes. Every error is one line that names the file and, where there is one, the field.

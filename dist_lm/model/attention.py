@@ -92,7 +92,7 @@ def within_window(
         # A kernel with a window keeps the tensors of causal attention, and fake tensors are there to count them.
         if n_tokens <= window or isinstance(position_BT, FakeTensor):
             return visibility
-        # Where the flash kernel runs, each sequence is a document; a mask would cost all pairs of tokens.
+        # Each sequence is a document where the flash kernel runs; a mask would cost all pairs of tokens.
         if packs_documents(position_BT.device.type, dtype in (torch.bfloat16, torch.float16), d_head):
             ends = torch.arange(n_sequences + 1, dtype=torch.int32, device=position_BT.device)
             return Visibility(boundary=ends * n_tokens, window=window)

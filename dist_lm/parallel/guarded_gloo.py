@@ -177,11 +177,11 @@ class _Connections:
         """Puts the filter on the sockets that listen now, and whose descriptors are not in `before`; at once, as others
         see their ports already. Returns their addresses."""
         new_addresses = {}
-        for inode, found in _tcp_sockets(before):
-            with found:
-                if _is_listening(found):
-                    _attach(found, DROP_DATA)
-                    new_addresses[inode] = found.getsockname()
+        for inode, tcp_socket in _tcp_sockets(before):
+            with tcp_socket:
+                if _is_listening(tcp_socket):
+                    _attach(tcp_socket, DROP_DATA)
+                    new_addresses[inode] = tcp_socket.getsockname()
         assert new_addresses, "gloo listens on another kind of socket than TCP"
         self.addresses |= new_addresses
         return new_addresses.values()
@@ -204,10 +204,10 @@ class _Connections:
     def _filter(self, program: tuple[tuple[int, int, int, int], ...]) -> None:
         """Puts a filter on the listening sockets, and forgets those that are closed."""
         still_open = {}
-        for inode, found in _tcp_sockets():
-            with found:
+        for inode, tcp_socket in _tcp_sockets():
+            with tcp_socket:
                 if inode in self.addresses:
-                    _attach(found, program)
+                    _attach(tcp_socket, program)
                     still_open[inode] = self.addresses[inode]
         self.addresses = still_open
 
@@ -225,14 +225,14 @@ class _Connections:
         ports = set(self.addresses.values())
         with ExitStack() as copies:
             new_connections = {}
-            for inode, found in _tcp_sockets():
-                copies.enter_context(found)
+            for inode, tcp_socket in _tcp_sockets():
+                copies.enter_context(tcp_socket)
                 if inode in self.judged or inode in self.addresses:
                     continue
                 # A connection that ends meanwhile needs no judgement.
                 with suppress(OSError):
-                    if found.getsockname() in ports and not _is_listening(found):
-                        new_connections[inode] = found
+                    if tcp_socket.getsockname() in ports and not _is_listening(tcp_socket):
+                        new_connections[inode] = tcp_socket
 
             # Not before: a connection that is younger than the table would have no owner.
             owners = _owners() if new_connections else {}
@@ -291,18 +291,18 @@ def _tcp_sockets(without: Collection[int] = ()) -> Iterator[tuple[int, socket.so
                 os.close(descriptor)
                 continue
             seen.add(status.st_ino)
-            found = socket.socket(fileno=descriptor)
-            if found.family in (socket.AF_INET, socket.AF_INET6) and found.type == socket.SOCK_STREAM:
-                yield status.st_ino, found
+            tcp_socket = socket.socket(fileno=descriptor)
+            if tcp_socket.family in (socket.AF_INET, socket.AF_INET6) and tcp_socket.type == socket.SOCK_STREAM:
+                yield status.st_ino, tcp_socket
             else:
-                found.close()
+                tcp_socket.close()
 
 
 def _inodes() -> set[int]:
     """Returns the inodes of all TCP sockets of this process."""
     inodes = set()
-    for inode, found in _tcp_sockets():
-        found.close()
+    for inode, tcp_socket in _tcp_sockets():
+        tcp_socket.close()
         inodes.add(inode)
     return inodes
 
@@ -320,8 +320,8 @@ def _is_open(descriptor: int) -> bool:
     return True
 
 
-def _is_listening(found: socket.socket) -> bool:
-    return bool(found.getsockopt(socket.SOL_SOCKET, socket.SO_ACCEPTCONN))
+def _is_listening(tcp_socket: socket.socket) -> bool:
+    return bool(tcp_socket.getsockopt(socket.SOL_SOCKET, socket.SO_ACCEPTCONN))
 
 
 class _Instruction(ctypes.Structure):
@@ -332,10 +332,10 @@ class _Program(ctypes.Structure):
     _fields_ = (("length", ctypes.c_ushort), ("instructions", ctypes.POINTER(_Instruction)))
 
 
-def _attach(found: socket.socket, program: tuple[tuple[int, int, int, int], ...]) -> None:
+def _attach(tcp_socket: socket.socket, program: tuple[tuple[int, int, int, int], ...]) -> None:
     """Puts a filter on a socket, in place of the one that it has."""
     instructions = (_Instruction * len(program))(*(_Instruction(*line) for line in program))
-    found.setsockopt(socket.SOL_SOCKET, ATTACH_FILTER, bytes(_Program(len(program), instructions)))
+    tcp_socket.setsockopt(socket.SOL_SOCKET, ATTACH_FILTER, bytes(_Program(len(program), instructions)))
 
 
 def _owners() -> dict[tuple[str, str], int]:

@@ -27,7 +27,7 @@ LENGTH_BYTES = 8  # size of the length of the JSON, little endian, before it
 
 
 class MessageError(RuntimeError):
-    """What another rank has sent is not a value of the expected type."""
+    """Another rank has sent a value that is not of the expected type."""
 
 
 def broadcast(value: T, expected: Any, group: dist.ProcessGroup | None = None) -> T:

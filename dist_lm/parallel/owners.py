@@ -155,7 +155,7 @@ class Plan:
 
 @dataclass(frozen=True)
 class MessageCosts:
-    """What an entry of a matrix costs in a message, on a kind of device."""
+    """Cost of an entry of a matrix in a message, on a kind of device."""
 
     item_bytes: int
     flops_per_byte: float  # FLOPs in the time that one byte takes to come from another replica
@@ -256,7 +256,7 @@ def _plan(cuts: tuple[Cut, ...], layout: Layout, bucket_entries: int, shares_rep
 
     loads = [0] * n_ranks
     entries = [0] * n_ranks
-    # What a replica owns it gives to all others, so replicas are balanced too.
+    # A replica gives all that it owns to the others, so replicas are balanced too.
     replica_entries = [0] * layout.dp_replicate
     planned: dict[int, Unit] = {}
     for index in sorted(range(len(units)), key=lambda index: (-cost_of[index], index)):

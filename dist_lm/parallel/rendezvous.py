@@ -1,4 +1,4 @@
-"""Where ranks meet before they have a process group: the key-value store of a run.
+"""The key-value store of a run, in which ranks meet before they have a process group.
 
 On one machine it is a file in a folder that only the user of the run can enter. torch's TCPStore listens on all
 addresses and asks nobody for a token: another user of the machine could write its keys, and with them have a rank

@@ -110,7 +110,7 @@ def with_command_file(overrides: Sequence[str]) -> list[str]:
     if target in stage_names():
         from_file = _for_target(from_file, target)
 
-    # Of steps and epochs a stage has one: that of the command line.
+    # A stage has one of steps and epochs: that of the command line.
     lengths = {text.partition("=")[0].rpartition(".") for text in typed}
     replaced = tuple(f"{stage}.{key}=" for stage, _, name in lengths if name in LENGTHS for key in LENGTHS)
     if replaced:
@@ -174,7 +174,7 @@ def make_plan(target: str, compose: Callable[[str], Config]) -> Plan:
         configs[name] = stage_named(name).for_readers(configs[name], readers)
     check_eval_pool(configs, target)
 
-    # What cannot run is refused before any stage looks at its files and sources.
+    # A stage that cannot run is refused before any stage looks at its files and sources.
     for name, config in configs.items():
         try:
             stage_named(name).check(config)

@@ -125,7 +125,7 @@ class _Reader:
             if char == end and depth == 0:
                 break
 
-            # What is no word: comments, marks of here-documents, and the two commands with a grammar of their own.
+            # Text that is no word: comments, marks of here-documents, and the two commands with a grammar of their own.
             if char == "#" and not word:
                 self._skip_to("\n")
                 continue

@@ -81,7 +81,7 @@ def run_python(run: Callable[[], None]) -> int:
         sys.__excepthook__(type(error), error, error.__traceback__)
         status = 1
 
-    # What the interpreter does at the end of a program, which may fail too.
+    # Work of the interpreter at the end of a program, which may fail too.
     try:
         if "threading" in sys.modules:
             sys.modules["threading"]._shutdown()  # waits for threads, as at the end of a program

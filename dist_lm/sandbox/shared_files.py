@@ -101,7 +101,7 @@ class Folder:
             if kind not in ("file", "folder", "none") and not (kind == "link" and not self.sends_links):
                 raise MalformedError("a kind of file that is not shared")
 
-        # What has gone goes first, the deepest at the beginning: a folder may have become a file.
+        # Files that have gone go first, the deepest at the beginning: a folder may have become a file.
         for path, kind, *_ in sorted(changes, reverse=True):
             self._remove_other(path, kind)
         folders = []

@@ -773,7 +773,7 @@ def write_back(container: Any, contents: Any) -> None:
         dict.update(container, contents)
         return
 
-    # What is left is a deque.
+    # The only type left is a deque.
     values: Any = container
     if not hasattr(values, "popleft") or type(contents) is not type(values):
         raise MalformedError(f"contents of another kind for a {type(values).__name__}")

@@ -1,4 +1,4 @@
-"""What a training stage reads: texts, conversations or rankings, and errors for a corpus that holds others."""
+"""Forms of documents that a training stage reads: texts, conversations or rankings, and errors for others."""
 
 from dataclasses import dataclass
 from typing import ClassVar

@@ -113,7 +113,7 @@ class Sft(TextStage):
             ):
                 console.line(f"--- {title}")
                 lines = text.strip().splitlines()
-                # What the model answers to stands at the end of a long conversation.
+                # The turns that the model answers to stand at the end of a long conversation.
                 ends = lines[-SAMPLE_LINES:] if title == "asked" else lines[:SAMPLE_LINES]
                 for line in ends:
                     console.line(f"    {line}")

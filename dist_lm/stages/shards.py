@@ -149,7 +149,7 @@ class Shards(ArtefactStage):
         wanted_names = wanted_corpora(config)
         # Files are listed once for the whole build: what is compared with val is what is tokenized.
         reader = TextSplits(config.corpus, config.seed).reader
-        # What the plan has chosen stays, even if inputs have changed since. Texts are compared with all others.
+        # The choice of the plan stays, even if inputs have changed since. Texts are compared with all others.
         open_names = [
             name for name in {*wanted_names, *text_corpora(config.corpus)} if name not in config.corpus.folders
         ]

@@ -58,7 +58,7 @@ Box = tuple[slice, ...]
 
 @dataclass(frozen=True)
 class PartsOfTensor:
-    """Where the parts of one tensor lie; P parts of D dimensions."""
+    """Places of the parts of one tensor; P parts of D dimensions."""
 
     dtype: str  # a key of `DTYPES`
     shape: list[int]  # of the whole tensor
@@ -92,7 +92,7 @@ def _ends(box: Box) -> tuple[np.ndarray, np.ndarray]:
 
 @dataclass(frozen=True)
 class Contents:
-    """What the headers of a checkpoint say: all its files, and its tensors by name."""
+    """Content of the headers of a checkpoint: all its files, and its tensors by name."""
 
     files: list[str]
     tensors: dict[str, PartsOfTensor]

@@ -46,7 +46,7 @@ FORMAT = 2  # 2: norms of queries and keys as in Qwen3, conversations as ChatML
 
 @dataclass(frozen=True)
 class FileRecord:
-    """What the manifest says of a file."""
+    """Entry of the manifest for a file."""
 
     sha256: str
     bytes: int

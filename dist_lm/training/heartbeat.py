@@ -56,17 +56,17 @@ PHASE_WORDS = {  # the phase in words that continue 'rank N is'
 class Heartbeat(Protocol):
     """Receives the progress of a rank."""
 
-    def beat(self, phase: Phase, step: int, done: float = 0.0) -> None:
+    def beat(self, phase: Phase, step: int, share_done: float = 0.0) -> None:
         """Reports the phase.
 
         Args:
             step: completed steps.
-            done: share of the phase that is done, in [0, 1]; 0: unknown.
+            share_done: share of the phase that is done, in [0, 1]; 0: unknown.
         """
 
 
 class Unheard:
     """The heartbeat of a rank without a watcher."""
 
-    def beat(self, phase: Phase, step: int, done: float = 0.0) -> None:
+    def beat(self, phase: Phase, step: int, share_done: float = 0.0) -> None:
         """Does nothing."""

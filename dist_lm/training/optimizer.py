@@ -241,7 +241,7 @@ def _groups(
         if isinstance(settings, TrainerGroup):
             ratio = rate_ratio(name, settings, muon, model.config)
 
-        # Of a head, adapters train some rows: decay would change all of them.
+        # Adapters train some rows of a head: decay would change all of them.
         decays = is_decayed(name) and not (model.config.lora is not None and name in TOKEN_WEIGHTS)
         key = (steps_with_muon, decays, ratio)
         if key not in groups:

@@ -114,9 +114,14 @@ def config_of(run: RunDirectory) -> Config:
     """
     if not run.config.is_file():
         raise ArtefactError(f"{run.path}: no run is there; expected a run directory, such as work/runs/code/default")
-    if is_imported(run):
-        raise ArtefactError(f"{run.path}: {IMPORTED}; expected a run of a stage that trains on a corpus")
-    return load_config(run.config)
+    try:
+        return load_config(run.config)
+    except ArtefactError:
+        # Reading a configuration takes most of the time of a short answer, so that this is asked where it failed alone.
+        if not is_imported(run):
+            raise
+        message = f"{run.path}: {IMPORTED}; expected a run of a stage that trains on a corpus"
+        raise ArtefactError(message) from None
 
 
 def is_imported(run: RunDirectory) -> bool:

@@ -166,7 +166,7 @@ def _build(plan: Plan, all_corpora: bool) -> None:
                 planned.stage.build(limited(config, rows), console)
                 break
             except NothingHeldOutError as error:
-                # Of few rows none may be held out by chance, and all are no chance.
+                # Few rows may hold none out by chance; all rows together do not.
                 if rows == 0 or error.n_read < rows:
                     raise
     for planned in plan.stages:

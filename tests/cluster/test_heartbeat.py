@@ -29,7 +29,7 @@ def test_another_process_is_read():
     subprocess.run([sys.executable, "-c", RANK], env=environ, check=True, timeout=patient(240))
     silent, _, heard = board.read(first_rank=6, states={2: "D"})
     assert (heard.rank, heard.phase, heard.step, heard.state) == (8, Phase.EVALUATING, 1234567890123, "D")
-    assert (heard.done, silent.done) == (0.25, 0)
+    assert (heard.share_done, silent.share_done) == (0.25, 0)
     assert heard.age_s < 60
     assert (silent.rank, silent.phase, silent.median_step_s) == (6, Phase.STARTING, 0.0)
 

@@ -124,7 +124,7 @@ def mean_of_even_choices() -> float:
     ("ranks", "layout", "algorithm"),
     [
         pytest.param(2, (), KTO, id="kto fsdp", marks=pytest.mark.bars),
-        pytest.param(2, ("parallel.tp=2",), (), id="tp", marks=pytest.mark.heavy),
+        pytest.param(2, ("parallel.tp=2",), (), id="tp", marks=pytest.mark.bars),
         pytest.param(2, (), (), id="fsdp", marks=pytest.mark.bars),
     ],
 )

@@ -245,7 +245,7 @@ def test_a_damaged_state_is_passed_over_loudly(started_work, reference, tmp_path
     assert numbers(run) == numbers(reference)
 
 
-@pytest.mark.heavy
+@pytest.mark.bars  # tests/rlhf/test_online_layouts.py: two ranks change nothing
 def test_two_ranks_agree_with_one(started_work, tmp_path):
     found = {}
     short = ("stage.steps=2", "stage.eval_every=2", "profile.steps=[1,2]", "stage.log_every=5")

@@ -25,7 +25,7 @@ def test_scores_rise_within_a_few_iterations():
 SEEDS = [pytest.param(0, marks=pytest.mark.heavy), *(pytest.param(s, marks=pytest.mark.bars) for s in (1, 2))]
 
 
-@pytest.mark.parametrize("staleness", [0, 1])
+@pytest.mark.parametrize("staleness", [pytest.param(0, marks=pytest.mark.bars), 1])
 @pytest.mark.parametrize("seed", SEEDS)
 @pytest.mark.parametrize("name", TOYS)
 def test_a_toy_is_learned(name: str, seed: int, staleness: int):

@@ -73,7 +73,7 @@ def layout_of(row: Row, column: str = "") -> tuple[Layout, str] | None:
         if name in row and (turns := turns_in(row[name])) is not None:
             return LAYOUTS[style_of(turns)], name
     if column:
-        # What is no list of turns is an error of the row, which the layout names.
+        # A value that is no list of turns is an error of the row, which the layout names.
         return (LAYOUTS["openai"], column) if column in row else None
     if completion.pair_of(row):
         return LAYOUTS["completion"], ""

@@ -65,7 +65,7 @@ def arrow_rows(reading: FileReading, wanted_columns: Sequence[str] | None) -> It
                         for row in decoded_rows(batch.slice(first, step)):
                             number += 1
                             yield number, row, columns
-            # What follows the stream is read too, so that it is hashed and a truncated file is noticed.
+            # Bytes behind the stream are read too, so that they are hashed and a truncated file is noticed.
             while file.read(1 << 20):
                 pass
         except MemoryError as error:

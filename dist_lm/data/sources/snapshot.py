@@ -213,7 +213,7 @@ class _ListedFile(io.RawIOBase):
             raise ChangedInputError(self._listed.name, f"{self._position:,} bytes, was {self._listed.size:,}")
         room[: len(content)] = content
 
-        # Where the reader jumps, the place is hashed too: equal hashes mean equal bytes in equal places.
+        # Places to which the reader jumps are hashed too: equal hashes mean equal bytes in equal places.
         if self._position != self._hashed_to:
             self._hash.update(b"at %d" % self._position)
         self._hash.update(content)

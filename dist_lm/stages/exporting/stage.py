@@ -171,7 +171,7 @@ def push_folder(folder: Path, repository: str, api: Any = None) -> None:
 
     hub = api or HfApi()
     try:
-        # What was public once cannot be taken back.
+        # A model that was public once cannot be taken back.
         hub.create_repo(repository, private=True, exist_ok=True)
         hub.upload_folder(
             repo_id=repository,

@@ -69,7 +69,7 @@ def import_adapters(
     path = file_in(folder, WEIGHTS)
     assert path is not None
     theirs = {name.removeprefix(PREFIX): tensor for name, tensor in tensors_in(path).items()}
-    replaced = {name: theirs[name] for name in described.whole if name != SCORE}
+    replaced = {name: theirs[name] for name in described.whole_weights if name != SCORE}
 
     if not base:
         base = named_base(folder)
@@ -77,7 +77,7 @@ def import_adapters(
         say(f"{folder / CONFIG} names the base {one_line(base)}; --base names another")
     checkpoint, architecture = _base(folder, source, run, base, replaced)
     model = model_config_of(checkpoint)
-    if SCORE in described.whole:
+    if SCORE in described.whole_weights:
         model = replace(model, head="scalar")
     parts = _Parts(folder, theirs, described, model, architecture)
     config = parts.config(str(checkpoint.resolve()), files.fingerprint(checkpoint))
@@ -206,7 +206,7 @@ class _Parts:
                 )
             places |= {name: (conversion, index) for index, name in enumerate(conversion.ours)}
 
-        # What is left has no counterpart in the model.
+        # The tensors left have no counterpart in the model.
         if weights:
             raise ArtefactError(
                 f"{self.folder / WEIGHTS}: adapter of {shown_value(next(iter(weights)))}: expected weights of "
