@@ -166,7 +166,8 @@ def test_log_probabilities_that_take_minutes_are_told_with_their_share(
         for second in range(250):
             now[0] = float(second)
             shares = (second / 500, second / 250)
-            shown.heard([Pulse(rank, Phase.SCORING, 1, 0.0, 0.0, share_done=share) for rank, share in enumerate(shares)])
+            pulses = [Pulse(rank, Phase.SCORING, 1, 0.0, 0.0, share_done=share) for rank, share in enumerate(shares)]
+            shown.heard(pulses)
             shown.look({})
         lines = [line for line in output.getvalue().splitlines() if "computing log-probabilities" in line]
         assert len(lines) == 4
