@@ -27,7 +27,7 @@ import torch
 from dist_lm.bench.case import Case, Comparison, GroupSize, configurations, why_absent
 from dist_lm.bench.models import initial_model
 from dist_lm.bench.rank import Trial
-from dist_lm.bench.serve_peers import HOST, OURS, SERVERS, SLOTS, Server
+from dist_lm.bench.serve_peers import HOST, OURS, SERVERS, SLOTS, TRANSFORMERS, Server
 from dist_lm.config.corpus import TokenizerConfig
 from dist_lm.config.root import Config
 from dist_lm.errors import UserError
@@ -75,6 +75,9 @@ def _case(config: Config) -> Case:
     reasons = {name: why_absent([server.package]) for name, server in SERVERS.items()}
     if reasons[OURS]:
         raise UserError(f"bench serve: {reasons[OURS]}: pip install 'dist_lm[serve]'")
+    # It decodes a stream token by token, and ends at bytes that are no text, which an untrained model draws.
+    if config.stage.init_from == "none" and not reasons[TRANSFORMERS]:
+        reasons[TRANSFORMERS] = "streams trained models alone (stage.init_from)"
     peers = [name for name in SERVERS if name != OURS]
     available = [name for name in peers if not reasons[name]]
 

@@ -73,11 +73,11 @@ def _of_transformers(sampling: Mapping[str, Any], eot: int) -> dict[str, Any]:
     return {"seed": sampling["seed"], "max_tokens": sampling["max_tokens"], "generation_config": json.dumps(config)}
 
 
-OURS = "dist_lm"
+OURS, TRANSFORMERS = "dist_lm", "transformers serve"
 SERVERS: dict[str, Server] = {
     OURS: Server("fastapi", _run_ours, lambda folder: str(folder), _ours),
     "llama.cpp": Server("xllamacpp", _run_llama, lambda folder: str(folder / "model-F32.gguf"), _of_llama),
-    "transformers serve": Server("transformers", _run_transformers, lambda folder: str(folder), _of_transformers),
+    TRANSFORMERS: Server("transformers", _run_transformers, lambda folder: str(folder), _of_transformers),
 }
 
 

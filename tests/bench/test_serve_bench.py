@@ -31,10 +31,11 @@ def test_cases_are_numbers_of_clients_and_absent_peers_are_named(monkeypatch: py
     monkeypatch.setattr(serve, "why_absent", lambda packages: "not here" if "xllamacpp" in packages else None)
     planned = serve.cases((), quick=False)
     assert [case.config.stage.global_batch for case in planned] == [1, 8, 32]
-    assert [comparison.peer_name for comparison in planned[0].comparisons if comparison.peer is None] == [
-        "llama.cpp: not here"
-    ]
-    assert list(planned[0].variants) == [OURS, "transformers serve", serve.CEILING]
+    absent = [comparison.peer_name for comparison in planned[0].comparisons if comparison.peer is None]
+    assert absent == ["llama.cpp: not here", "transformers serve: streams trained models alone (stage.init_from)"]
+    assert list(planned[0].variants) == [OURS, serve.CEILING]
+    (trained,) = serve.cases(["stage.init_from=work/runs/code/small"], quick=True)
+    assert list(trained.variants) == [OURS, "transformers serve", serve.CEILING]
     (case,) = serve.cases(["stage.global_batch=3"], quick=False)
     assert case.name.startswith("3 clients")
 
