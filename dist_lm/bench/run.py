@@ -30,6 +30,7 @@ BENCHMARKS = {
     "checkpointing": "dist_lm.bench.training:CHECKPOINTING",
     "compile": "dist_lm.bench.training:COMPILE",
     "generate": "dist_lm.bench.generate",
+    "serve": "dist_lm.bench.serve",
     "constraints": "dist_lm.bench.constraints",
     "likelihood": "dist_lm.bench.likelihood",
     "reward": "dist_lm.bench.reward",

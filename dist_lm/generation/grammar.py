@@ -23,6 +23,7 @@ from dist_lm.generation.schema_keywords import bounded, check_schema
 from dist_lm.sandbox import limited
 from dist_lm.tokenizer.tokenizer import Tokenizer
 
+SHORT_BYTES, SHORT_TEXTS = 64, 4096  # of the forced texts whose tokens are remembered: their length and number
 KEPT = 64  # grammars that an engine keeps for the next request
 # Between items and behind keys, as `json.dumps` writes; no other white space, of which a model might write without end.
 JSON_OPTIONS: dict[str, Any] = {
@@ -278,6 +279,8 @@ class _Wrapped:
         self._tokenizer = tokenizer
         self._ids = {content: token for token, content in reversed(list(enumerate(vocabulary))) if content}
         self._longest = max(map(len, self._ids))
+        # Names of keys and the signs between them come back with each object.
+        self._tokens_of_short = lru_cache(SHORT_TEXTS)(self._tokens_of)
         self.eos_token_id = tokenizer.eot_id
         # A token without text, such as a mark, has a name that no text can have.
         self.tokens = [content or NO_TEXT + f"<[{token}]>".encode() for token, content in enumerate(vocabulary)]
@@ -285,6 +288,11 @@ class _Wrapped:
 
     def __call__(self, content: bytes) -> list[int]:
         """Returns the tokens of forced bytes, which may end inside a character."""
+        if len(content) <= SHORT_BYTES:
+            return [*self._tokens_of_short(content)]
+        return [*self._tokens_of(content)]
+
+    def _tokens_of(self, content: bytes) -> Sequence[int]:
         try:
             tokens = self._tokenizer.encode(content.decode())
         except UnicodeDecodeError:

@@ -2,9 +2,9 @@
 
 Spec: https://github.com/ggml-org/ggml/blob/master/docs/gguf.md. Names of tensors are those of the package `gguf`.
 
-    weights         F16               Q8_0
-    matrices        fp16              8 bits, one fp16 scale for 32 numbers (fp16 where rows are no multiple of 32)
-    norms, biases   fp32              fp32
+    weights         F32     F16     Q8_0
+    matrices        fp32    fp16    8 bits, one fp16 scale for 32 numbers (fp16 where rows are no multiple of 32)
+    norms, biases   fp32    fp32    fp32
 """
 
 import math
@@ -25,7 +25,7 @@ from dist_lm.interop.weights import FUSED, Converted
 from dist_lm.tokenizer.symbols import END
 from dist_lm.tokenizer.tokenizer import Tokenizer
 
-TYPES = ("F16", "Q8_0")
+TYPES = ("F16", "Q8_0", "F32")
 ACTIVATIONS = ("gelu", "gelu_tanh", "swiglu")  # values of model.ffn; llama.cpp computes GELU by tanh
 ATTENTION_BIASES = {
     "Qwen3": False,
@@ -46,7 +46,7 @@ def gguf_architecture(model: ModelConfig, architecture: Architecture) -> Archite
 
 
 def require_gguf(kind: str, model: ModelConfig, architecture: Architecture) -> None:
-    """Refuses a model that `write_gguf` cannot write; returns nothing. `kind` is F16 or Q8_0.
+    """Refuses a model that `write_gguf` cannot write; returns nothing. `kind` is F16, Q8_0 or F32.
 
     Whether llama.cpp can hold the tokenizer is not checked here.
 
@@ -109,7 +109,7 @@ def write_gguf(
     `require_gguf` must have passed. Tensors are converted to fp32 on the CPU, then to the type of the file.
 
     Args:
-        kind: F16 | Q8_0.
+        kind: F16 | Q8_0 | F32.
         tensors: tensors of transformers that hold the model.
         read: returns whole, unpadded parameters.
         tokenizer: its `name` must be the path of its file, which is read again.
@@ -193,9 +193,9 @@ def _rotates_neighbours(tensor: Converted, architecture: Architecture) -> bool:
 
 
 def _storage_type(tensor: Converted, kind: str) -> Any:
-    """Returns the `GGMLQuantizationType` of a tensor in a file of type `kind` (F16 | Q8_0).
+    """Returns the `GGMLQuantizationType` of a tensor in a file of type `kind` (F16 | Q8_0 | F32).
 
-    It is F32 for a vector, F16 for a matrix whose rows are no multiple of `BLOCK` numbers, else `kind`.
+    It is F32 for a vector; with Q8_0, F16 for a matrix whose rows are no multiple of `BLOCK` numbers; else `kind`.
     """
     from gguf import GGMLQuantizationType
 
@@ -204,7 +204,7 @@ def _storage_type(tensor: Converted, kind: str) -> Any:
         return GGMLQuantizationType.F32
 
     # A block must not reach over the end of a row.
-    if tensor.shape[-1] % BLOCK:
+    if kind == "Q8_0" and tensor.shape[-1] % BLOCK:
         return GGMLQuantizationType.F16
     return GGMLQuantizationType[kind]
 
@@ -215,7 +215,7 @@ def _add_shape(writer: Any, kind: str, model: ModelConfig, architecture: Archite
 
     writer.add_type("model")
     writer.add_name(model.name)
-    writer.add_file_type(LlamaFileType[f"MOSTLY_{kind}"])
+    writer.add_file_type(LlamaFileType["ALL_F32" if kind == "F32" else f"MOSTLY_{kind}"])
     writer.add_quantization_version(GGML_QUANT_VERSION)
 
     writer.add_context_length(model.max_seq_len)

@@ -472,8 +472,7 @@ def test_markdown_has_its_blocks(open_page, server: Running):
 
 
 def test_alternatives_are_shown_on_demand(open_page, server: Running):
-    """Finds a probability that is not e to the log-probability, a line break or a part of a character that is lost,
-    and a page that never asks again without alternatives where a server refuses them."""
+    """Finds a probability that is not e to the log-probability, a line break or a part of a character that is lost."""
     page = ready(open_page(server.url))
     tokens = [
         ("Hi", b"Hi", -0.1),
@@ -491,14 +490,9 @@ def test_alternatives_are_shown_on_demand(open_page, server: Running):
         for text, content, logprob in tokens
     ]
     choice = {"index": 0, "delta": {"content": "Hi\né"}, "logprobs": {"content": entries}, "finish_reason": "stop"}
-    bodies = []
 
     def answer(route: Any) -> None:
-        bodies.append(route.request.post_data_json)
-        if "top_logprobs" in bodies[-1] and len(bodies) > 1:
-            error = {"message": "top_logprobs=5: not supported", "param": "top_logprobs"}
-            route.fulfill(status=400, body=json.dumps({"error": error}))
-            return
+        assert route.request.post_data_json["top_logprobs"] == 5
         event = json.dumps({"choices": [choice]})
         route.fulfill(content_type="text/event-stream", body=f"data: {event}\n\ndata: [DONE]\n\n")
 
@@ -512,10 +506,6 @@ def test_alternatives_are_shown_on_demand(open_page, server: Running):
     page.keyboard.press("ArrowRight")
     sync_api.expect(page.locator(".token-detail")).to_contain_text("Token 2 of 4")
     sync_api.expect(page.locator(".alternatives .chosen")).to_contain_text("13.5 %")
-    for _ in range(2):
-        ask(page, "Hello")
-    assert page.locator(".error").count() == 0
-    assert ["top_logprobs" in body for body in bodies] == [True, True, False, False]
 
 
 def test_answers_are_heard_and_the_focus_stays(open_page, server: Running):

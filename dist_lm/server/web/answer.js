@@ -10,7 +10,6 @@ export const SAMPLING = ["temperature", "top_p", "top_k", "max_tokens"];
 
 const CHAT = "v1/chat/completions";
 const COMPLETIONS = "v1/completions";
-const withoutAlternatives = new Set(); // paths that have refused the field
 
 /** Returns the fields of a request for settings; empty ones are left to the server, but for the seed. */
 export function samplingOf(settings, seedOffset = 0) {
@@ -40,42 +39,25 @@ export function newAnswer(body) {
  * @returns {Promise<object>} the answer; with `error` or `stopped` where it did not come to its end
  */
 export async function streamChat(api, body, answer, signal, onChange) {
-  const extras = {logprobs: true, return_token_ids: true};
-  const read = (event) => readChat(answer, event);
-  return stream(api, CHAT, body, answer, signal, onChange, read, () => {
-    return withoutAlternatives.has(CHAT) ? extras : {...extras, top_logprobs: ALTERNATIVES};
-  });
+  const request = {...body, logprobs: true, top_logprobs: ALTERNATIVES, return_token_ids: true};
+  return stream(api, CHAT, request, answer, signal, onChange, readChat);
 }
 
 /** Streams a completion, as `streamChat`. */
 export async function streamCompletion(api, body, answer, signal, onChange) {
-  const extras = {return_token_ids: true};
-  const read = (event) => readCompletion(answer, event);
-  return stream(api, COMPLETIONS, body, answer, signal, onChange, read, () => {
-    return {...extras, logprobs: withoutAlternatives.has(COMPLETIONS) ? 0 : ALTERNATIVES};
-  });
+  const request = {...body, logprobs: ALTERNATIVES, return_token_ids: true};
+  return stream(api, COMPLETIONS, request, answer, signal, onChange, readCompletion);
 }
 
-async function stream(api, path, body, answer, signal, onChange, read, extras) {
+async function stream(api, path, request, answer, signal, onChange, read) {
   const begin = performance.now();
   const seconds = () => (performance.now() - begin) / 1000;
   try {
-    for (;;) {
-      const asksAlternatives = !withoutAlternatives.has(path);
-      try {
-        for await (const event of api.events(path, {...body, ...extras()}, signal)) {
-          read(event);
-          if (answer.firstAfter === undefined && answer.tokens.length) answer.firstAfter = seconds();
-          answer.seconds = seconds();
-          onChange(answer);
-        }
-        break;
-      } catch (error) {
-        // Alternatives are a nicety: without them the same request is sent once more.
-        const isRefused = error.status === 400 && ["top_logprobs", "logprobs"].includes(error.param);
-        if (!isRefused || !asksAlternatives) throw error;
-        withoutAlternatives.add(path);
-      }
+    for await (const event of api.events(path, request, signal)) {
+      read(answer, event);
+      if (answer.firstAfter === undefined && answer.tokens.length) answer.firstAfter = seconds();
+      answer.seconds = seconds();
+      onChange(answer);
     }
   } catch (error) {
     if (signal.aborted) answer.stopped = true;

@@ -4,7 +4,7 @@
       config.json generation_config.json
       model.safetensors, or model-00001-of-00002.safetensors ... with model.safetensors.index.json
       tokenizer.json (or tokenizer.model) tokenizer_config.json special_tokens_map.json chat_template.jinja
-      model-F16.gguf or model-Q8_0.gguf, with `--gguf`
+      model-F16.gguf, model-Q8_0.gguf or model-F32.gguf, with `--gguf`
       README.md    the model card; one that was edited stays
       export.json  written last: the checkpoint, the files of the export, the hash of the card that it wrote
 
@@ -59,7 +59,7 @@ def export(
     Args:
         dtype: bf16 | fp32.
         tokenizer: file or folder; by default that of the run.
-        gguf: F16 | Q8_0: a file for llama.cpp as well.
+        gguf: F16 | Q8_0 | F32: a file for llama.cpp as well.
         merge: write the merged model of a checkpoint of adapters.
         base: folder or hub id of the base, for peft; by default where it was imported from.
 

@@ -28,7 +28,14 @@ AUTO = "auto"
 # adapters wherever their configuration lies.
 STALE = (
     *("model.safetensors", "model-*-of-*.safetensors", "model.safetensors.index.json", "model-F16.gguf"),
-    *("model-Q8_0.gguf", "adapter_model.safetensors", "adapter_config.json", "config.json", "generation_config.json"),
+    *(
+        "model-F32.gguf",
+        "model-Q8_0.gguf",
+        "adapter_model.safetensors",
+        "adapter_config.json",
+        "config.json",
+        "generation_config.json",
+    ),
     *("tokenizer.json", "tokenizer.model", "tokenizer_config.json", "special_tokens_map.json", "chat_template.jinja"),
 )
 
@@ -41,7 +48,7 @@ class ExportGroup(StageGroup):
     init_from: str = AUTO  # auto: the run of stage.run | another run, or a checkpoint
     folder: str = ""  # to write; empty: work_dir/exports/RUN_ID-STAGE
     dtype: str = "bf16"  # bf16 | fp32
-    gguf: str = ""  # F16 | Q8_0: a file for llama.cpp as well; empty: none
+    gguf: str = ""  # F16 | Q8_0 | F32: a file for llama.cpp as well; empty: none
     push: str = ""  # id of a repository on the hub that the folder is uploaded to; empty: none
 
     def __post_init__(self) -> None:
