@@ -140,6 +140,33 @@ def answer_tokens(conversation: Conversation, message: Message, tokenizer: Token
     return page.splitter.encoded(parts[: last + 1])
 
 
+def following(answered: Conversation, conversation: Conversation, tokenizer: Tokenizer) -> list[int] | None:
+    """Returns the end of the `prompt` of `conversation`: the ids behind the special token that ends the last turn of
+    `answered`, with which it begins.
+
+    None where the template writes the turns of `answered` otherwise now, such as without their thinking: ids of these
+    turns are then no beginning of the prompt.
+
+    Raises:
+        ChatError: as `prompt`.
+    """
+    page = _Page(conversation, tokenizer)
+    with _later_system_named(conversation, tokenizer):
+        text = page.text_with_opening()
+        page.check_shows_texts(text)
+        n_turns = len(answered.messages)
+        text_before = page.text_of_first(n_turns)
+        prompt_before = page.text_of_first(n_turns - 1, opening=True)
+
+    # The answer ends at its special token; what stands behind that may change when a turn follows.
+    ends = stop_tokens(tokenizer)
+    parts = page.splitter.parts(text_before)
+    end = next((part.end for part in parts if part.end > len(prompt_before) and part.token in ends), None)
+    if end is None or not text_before.startswith(prompt_before) or not text.startswith(text_before[:end]):
+        return None
+    return page.splitter.tokens(text[end:])
+
+
 @lru_cache(maxsize=8)
 def _ends(template: KeptTemplate, names: tuple[tuple[str, int], ...]) -> tuple[int, ...]:
     """Returns the ids of the special tokens that end a turn of the assistant: those behind two answers of a probe.
@@ -267,6 +294,17 @@ class _Page:
     def text_with_opening(self) -> str:
         """Returns the rendered text of all turns, with guarded texts, and the opening that a model continues."""
         return rendered(self._kept, self._guarded_messages(), self._guarded(tools_of(self._conversation.tools)), True)
+
+    def text_of_first(self, n_turns: int, opening: bool = False) -> str:
+        """Returns the rendered text of the first turns alone, with guarded texts.
+
+        Args:
+            opening: whether the opening that a model continues follows.
+        """
+        # A turn of results becomes several messages.
+        count = len(messages_of(self._conversation.messages[:n_turns]))
+        messages = self._guarded_messages()[:count]
+        return rendered(self._kept, messages, self._guarded(tools_of(self._conversation.tools)), opening)
 
     def text_and_starts(self, answers: Sequence[int]) -> tuple[str, list[int]]:
         """Returns the rendered text of all turns, with guarded texts, and the character at which each answer starts:

@@ -79,7 +79,7 @@ def parse(ids: Iterable[int], tokenizer: Tokenizer) -> Conversation:
                 messages.append(Message("system", text))
         elif role == "assistant":
             # The text behind the line break is encoded on its own, so it may have a space of its own.
-            messages.append(_with_thinking(_read_answer(reader, _without_added_space(text, tokenizer))))
+            messages.append(with_thinking(_read_answer(reader, _without_added_space(text, tokenizer))))
         elif reader.next_is(RESPONSE):
             # Results have the role of the user in this layout, as in Qwen2.5.
             if text:
@@ -317,7 +317,7 @@ def _read_answer(reader: _Reader, text: str) -> Message:
     return Message("assistant", text, tuple(calls))
 
 
-def _with_thinking(message: Message) -> Message:
+def with_thinking(message: Message) -> Message:
     """Returns a turn of the assistant with the block of thinking taken out of the beginning of its text."""
     # The second line break of a block before calls was taken for the one before a call.
     text = message.content

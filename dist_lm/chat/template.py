@@ -124,13 +124,21 @@ def prompt(conversation: Conversation, tokenizer: Tokenizer) -> list[int]:
     return tokenizer.first_token.put(tokens).tolist()
 
 
-def following(answered: Conversation, conversation: Conversation, tokenizer: Tokenizer) -> list[int]:
+def following(answered: Conversation, conversation: Conversation, tokenizer: Tokenizer) -> list[int] | None:
     """Returns the end of the `prompt` of `conversation`: the ids behind the mark that ends the last turn of `answered`,
-    with which it begins. In our layout alone.
+    with which it begins.
+
+    None where the template of an imported model writes the turns of `answered` otherwise when others follow, such as
+    without their thinking.
 
     Raises:
         ChatError: for the reasons of `render`.
     """
+    if tokenizer.kept_template:
+        from dist_lm.chat import kept_template  # jinja2 is for imported models only
+
+        return kept_template.following(answered, conversation, tokenizer)
+
     # The last part of a conversation is the line break behind its last mark.
     rest = layout(conversation)[len(layout(answered)) - 1 :]
     return _encoded([*rest, *_opening("assistant")], tokenizer)

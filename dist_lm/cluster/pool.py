@@ -148,9 +148,11 @@ class Pool:
                 return
             self._wait()
 
-    def generate(self, requests: Iterable[Request]) -> Iterator[Result]:
+    def generate(self, requests: Iterable[Request | None]) -> Iterator[Result]:
         """Yields all answers to every request, or one refusal; the results of a request come together, once complete,
         in the order of completion.
+
+        None among the requests means that there is none now: the iterator is asked again.
 
         Nothing happens before the first result is asked for. If `keep_going` returns False, or the caller leaves early,
         the rest is cancelled.
@@ -413,7 +415,7 @@ class PoolRollouts:
         """
         return in_order(requests, reporting(requests, self.results(requests), finished))
 
-    def results(self, requests: Sequence[Request]) -> Iterator[Result]:
+    def results(self, requests: Iterable[Request | None]) -> Iterator[Result]:
         """See `Pool.generate`."""
         yield from self.pool.generate(requests)
         if self._sleeps:

@@ -18,6 +18,8 @@ from dist_lm.generation.request import Answer, Refusal, Request
 SUSPECT_DEATHS = 4  # a request is suspect after the deaths of this many actors that worked on it; it then runs alone
 LONELY_DEATHS = 3  # a suspect is refused after this many deaths of actors that worked on it alone
 
+END = object()  # behind the last request
+
 Result = Answer | Refusal
 
 
@@ -78,7 +80,8 @@ class Lane:
 class Ledger:
     """All requests of one call. Only requests on their way are held in memory."""
 
-    def __init__(self, requests: Iterator[Request], depth: Depth) -> None:
+    def __init__(self, requests: Iterator[Request | None], depth: Depth) -> None:
+        """`requests`: None among them means that there is none now."""
         self._requests = requests
         self._depth = depth
         self._lanes: dict[int, Lane] = {}
@@ -216,10 +219,10 @@ class Ledger:
         if self._again:
             return self._again[0]
         if self._next is None and not self._all_pulled:
-            request = next(self._requests, None)
-            if request is None:
+            request = next(self._requests, END)
+            if request is END:
                 self._all_pulled = True
-            else:
+            elif isinstance(request, Request):  # None: there is none now
                 self._next = Ticket(self._pulled, request)
                 self._pulled += 1
         return self._next

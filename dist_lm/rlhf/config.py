@@ -15,7 +15,8 @@ from dist_lm.errors import require
 from dist_lm.rlhf.algorithm import AlgorithmKeys
 from dist_lm.rlhf.algorithms.registry import ALGORITHMS
 
-REWARD_KINDS = ("reward_model", "length", "parses", "function", "tests")
+ENVIRONMENT = "environment"  # the kind of part that is the verdict of an environment
+REWARD_KINDS = ("reward_model", "length", "parses", "function", "tests", ENVIRONMENT)
 TEST_SCORES = ("share", "all")
 CALLS = "calls"  # value of `constraint`: no file, but the tools of each prompt
 PARSED_LANGUAGES = ("python", "bash", "sql")
@@ -27,7 +28,7 @@ Value = TypeVar("Value")
 class RewardPartConfig:
     """One part of the reward of a rollout."""
 
-    kind: str = ""  # reward_model | length | parses | function | tests
+    kind: str = ""  # reward_model | length | parses | function | tests | environment
     weight: float = 1.0  # factor in the sum of all parts
     target: int = 0  # length: tokens with reward 1; it falls linearly to 0 at no tokens and at twice as many
     language: str = "python"  # parses: python | bash | sql; 1 if the text parses, else 0

@@ -19,7 +19,7 @@ minibatch.
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
-from typing import Protocol
+from typing import Any, Protocol
 
 import numpy as np
 import torch
@@ -28,6 +28,7 @@ from torch.distributed.device_mesh import DeviceMesh
 
 from dist_lm.config.cluster import ParallelConfig
 from dist_lm.data.batch import Batch
+from dist_lm.environments.protocol import FAILURES
 from dist_lm.errors import ConfigError
 from dist_lm.generation.decoder import WeightStream
 from dist_lm.generation.request import SamplingParams
@@ -42,10 +43,12 @@ from dist_lm.rlhf.packed_rollouts import Minibatch, Passes, RolloutBatch
 from dist_lm.rlhf.policy_gradient import groups_of, k1, mean_and_std
 from dist_lm.rlhf.rewards import REWARD_MODEL, Judge, UsableRollouts, refuse_void, share_usable
 from dist_lm.rlhf.rollouts import (
+    CUTS,
     ConstraintOrder,
     PromptOrder,
     Rollouts,
     RolloutSource,
+    ScoredRollouts,
     read_to_end,
     requests_of,
     rollouts_of,
@@ -119,6 +122,23 @@ class RolloutSupply:
         return rollouts_of(requests, self.source.generate(requests, self.judge.begin))
 
 
+class Supply(Protocol):
+    """A `RolloutSupply`, or one of conversations (`environment_rollouts.EnvironmentSupply`)."""
+
+    @property
+    def source(self) -> RolloutSource: ...
+
+    @property
+    def prompts(self) -> Callable[[int, int], Sequence[Any]]: ...
+
+    @property
+    def judge(self) -> Callable[..., ScoredRollouts]: ...
+
+    def draw(
+        self, prompts: Sequence[Any], /, position: int, samples: int, config: RlhfConfig, seed: int
+    ) -> Rollouts: ...
+
+
 class IterationTasks(Protocol):
     """Measurements after iterations, with the engines that draw rollouts (collective)."""
 
@@ -141,7 +161,7 @@ class Learner:
     parallel: ParallelConfig
     models: RlhfModels
     algorithm: Algorithm
-    supply: RolloutSupply | None  # on the first rank
+    supply: Supply | None  # on the first rank
     pretraining: Pretraining | None = None
     constraints: RolloutConstraints | None = None  # on every rank, if rollouts have constraints
     save_every: int = 0  # iterations; 0: only at the end
@@ -610,10 +630,32 @@ def iteration_metrics(
     if drawn and drawn.drawing_s:
         metrics["rollout/tokens_per_s"] = float(drawn.scored.rollouts.new_tokens_B.sum()) / drawn.drawing_s
         metrics["timing/judging_s"] = drawn.judging_s
+    if drawn and drawn.scored.rollouts.are_conversations:
+        metrics |= conversation_metrics(drawn.scored.rollouts)
 
     metrics |= usable.metrics
     metrics |= {f"rlhf/part_{name}": mean for name, mean in usable.means(collected.part_B).items()}
     metrics |= {f"rlhf/{name}": number for name, number in prepared.metrics.items()}
     for name in updates.metrics[0]:
         metrics[f"rlhf/{name}"] = sum(means[name] for means in updates.metrics) / len(updates.metrics)
+    return metrics
+
+
+def conversation_metrics(rollouts: Rollouts) -> dict[str, float]:
+    """Returns what happened in the conversations drawn, those without a verdict included."""
+    valid_B, n_turns = rollouts.failure_B < 0, max(1, int(rollouts.turns_B.sum()))
+    metrics = {
+        "rollout/turns": float(rollouts.turns_B.mean()),
+        "rollout/turn_tokens": float(rollouts.new_tokens_B.sum()) / max(1, int(rollouts.turns_B[valid_B].sum())),
+        "rollout/unreadable_turns": float(rollouts.unreadable_B.sum()) / n_turns,
+        "rollout/tool_errors": float(rollouts.tool_errors_B.mean()),
+        "rollout/broken_prefixes": float(np.maximum(rollouts.samples_B - 1, 0).sum()),
+    }
+    for index, cut in enumerate(CUTS):
+        if cut:
+            metrics[f"rollout/cut_{cut}"] = float((rollouts.cut_B == index).mean())
+    for index, reason in enumerate(FAILURES):
+        count = int((rollouts.failure_B == index).sum())
+        if count:
+            metrics[f"rollout/invalid_{reason}"] = float(count)
     return metrics

@@ -6,9 +6,12 @@ drawn. Every rank gets the same number of micro-batches with the same shapes; a 
 Log-probabilities and values are read at the token before each completion token, so rows for them omit the last token of
 each rollout. Scores are read at the last token, so rows for them hold whole rollouts.
 
-Dimensions: B rollouts in all, T tokens of the longest completion, S some of the rollouts, N completion tokens of a
-micro-batch, M completion tokens of all rollouts. Fields of other files keep their own letters: in a `Batch`, B are rows
-and T is their width; in `Rollouts.tokens_N`, N are the tokens of all prompts and completions.
+Of conversations, the completion tokens are those that the model drew, one turn after the other, and each sample stands
+in a row of its own. A minibatch holds all samples of its conversations.
+
+Dimensions: B rollouts in all, T tokens of the longest completion, S some of the rollouts (of conversations: samples), N
+completion tokens of a micro-batch, M completion tokens of all rollouts. Fields of other files keep their own letters:
+in a `Batch`, B are rows and T is their width; in `Rollouts.tokens_N`, N are the tokens of all prompts and completions.
 """
 
 from collections.abc import Callable
@@ -137,36 +140,67 @@ def rollout_batches(
     Args:
         sets_of: None: the sets that came with the rollouts.
     """
-    rows, spans = _dealt(rollouts, chosen_S, dealing, rollouts.prompt_tokens_B + rollouts.new_tokens_B - 1)
+    rows, spans = _dealt(rollouts, chosen_S, dealing, n_omitted=1)
     return [rows.batch(begin, end, sets_of or rollouts.sets_of) for begin, end in spans]
 
 
 def scoring_batches(rollouts: Rollouts, dealing: Dealing) -> list[ScoringBatch]:
-    """Returns a rank's micro-batches of all rollouts, last tokens included."""
-    every_S = np.arange(len(rollouts))
-    rows, spans = _dealt(rollouts, every_S, dealing, rollouts.prompt_tokens_B + rollouts.new_tokens_B)
+    """Returns a rank's micro-batches of all rollouts, last tokens included; none may be a conversation."""
+    assert not rollouts.are_conversations, "a conversation of several samples has no single last token"
+    rows, spans = _dealt(rollouts, np.arange(len(rollouts)), dealing, n_omitted=0)
     return [rows.scoring_batch(begin, end) for begin, end in spans]
 
 
+@dataclass(frozen=True)
+class _Sequences:
+    """What rows are filled with: rollouts, or the samples of conversations. S counts all of them."""
+
+    rollout_S: np.ndarray  # int64; the rollout of each
+    begin_S: np.ndarray  # int64; index of its first token in `Rollouts.tokens_N`
+    length_S: np.ndarray  # int64; its tokens
+    new_begin_S: np.ndarray  # int64; index in M of its first completion token
+    new_S: np.ndarray  # int64; its completion tokens
+    place_M: np.ndarray  # int64; index of each completion token in `tokens_N`
+
+    @classmethod
+    def of(cls, rollouts: Rollouts) -> "_Sequences":
+        if rollouts.are_conversations:
+            length_S = rollouts.sample_tokens_S
+            rollout_S = np.repeat(np.arange(len(rollouts)), rollouts.samples_B)
+            place_M = np.flatnonzero(rollouts.drawn_N)
+            end_S = np.cumsum(length_S)
+            new_end_S = np.searchsorted(place_M, end_S)
+            new_S = np.diff(new_end_S, prepend=0)
+            return cls(rollout_S, end_S - length_S, length_S, new_end_S - new_S, new_S, place_M)
+
+        prompt_B, new_B = rollouts.prompt_tokens_B, rollouts.new_tokens_B
+        length_B = prompt_B + new_B
+        begin_B = np.cumsum(length_B) - length_B
+        place_M = np.repeat(begin_B + prompt_B, new_B) + _ranges(new_B)
+        return cls(np.arange(len(rollouts)), begin_B, length_B, np.cumsum(new_B) - new_B, new_B, place_M)
+
+
 def _dealt(
-    rollouts: Rollouts, chosen_S: np.ndarray, dealing: Dealing, length_B: np.ndarray
+    rollouts: Rollouts, chosen_S: np.ndarray, dealing: Dealing, n_omitted: int
 ) -> tuple["_Rows", list[tuple[int, int]]]:
     """Returns this rank's rows, and (begin row, end row) of each micro-batch; every rank has equally many of each.
 
     Args:
         chosen_S: numbers of the rollouts.
-        length_B: tokens of each rollout that are placed, from its first one on.
+        n_omitted: tokens at the end of each rollout, or sample, that are not placed.
     """
+    sequences = _Sequences.of(rollouts)
+    placed_S = sequences.length_S - n_omitted
     # The width depends on all rollouts, not on the chosen ones: compiled kernels see few different shapes.
-    width = -(-int(length_B.max()) // dealing.multiple) * dealing.multiple
-    chosen_S = longest_first(np.sort(chosen_S), length_B)
-    row_S = best_fit_decreasing(length_B[chosen_S], width)
+    width = -(-int(placed_S.max()) // dealing.multiple) * dealing.multiple
+    chosen_S = longest_first(np.flatnonzero(np.isin(sequences.rollout_S, chosen_S)), placed_S)
+    row_S = best_fit_decreasing(placed_S[chosen_S], width)
 
     # Rows go to the ranks in turns. Every rank gets the same number, so that all ranks take part in every pass.
     rows_per_rank = -(-(int(row_S.max()) + 1) // dealing.dp_size)
     is_own_S = row_S % dealing.dp_size == dealing.dp_rank
     own_row_S = row_S[is_own_S] // dealing.dp_size
-    rows = _Rows(rollouts, chosen_S[is_own_S], own_row_S, width, rows_per_rank, length_B)
+    rows = _Rows(rollouts, sequences, chosen_S[is_own_S], own_row_S, width, rows_per_rank, n_omitted)
 
     rows_per_batch = max(1, dealing.micro_batch_tokens // width)
     starts = range(0, rows_per_rank, rows_per_batch)
@@ -179,27 +213,28 @@ class _Rows:
     def __init__(
         self,
         rollouts: Rollouts,
+        sequences: _Sequences,
         number_S: np.ndarray,
         row_S: np.ndarray,
         width: int,
         rows: int,
-        length_B: np.ndarray,
+        n_omitted: int,
     ) -> None:
         """
         Args:
-            number_S: numbers of the rollouts.
+            number_S: numbers of the sequences.
             row_S: the row of each.
             width: tokens of a row.
             rows: number of rows.
-            length_B: tokens of each rollout that are placed.
+            n_omitted: tokens at the end of each that are not placed.
         """
         order = np.argsort(row_S, kind="stable")
         number_S, row_S = number_S[order], row_S[order]
-        prompt_S, new_S = rollouts.prompt_tokens_B[number_S], rollouts.new_tokens_B[number_S]
-        length_S = length_B[number_S]
+        length_S, new_S = sequences.length_S[number_S] - n_omitted, sequences.new_S[number_S]
+        rollout_S, source_S = sequences.rollout_S[number_S], sequences.begin_S[number_S]
         longest = int(rollouts.new_tokens_B.max())
 
-        # A rollout starts at row * width + the tokens of earlier rollouts in the same row.
+        # A sequence starts at row * width + the tokens of earlier ones in the same row.
         is_first_S = np.diff(row_S, prepend=-1) > 0
         row_index_S = np.cumsum(is_first_S) - 1  # number of its row among the rows that are used
         before_S = np.cumsum(length_S) - length_S
@@ -213,9 +248,7 @@ class _Rows:
         self.document = np.full(rows * width, len(number_S), np.int64)  # padding is a separate document
         self.position = np.zeros(rows * width, np.int64)
 
-        # Copy the tokens: `source_S` is where each rollout begins in `rollouts.tokens_N`.
-        all_lengths_B = rollouts.prompt_tokens_B + rollouts.new_tokens_B
-        source_S = (np.cumsum(all_lengths_B) - all_lengths_B)[number_S]
+        # Copy the tokens: `source_S` is where each sequence begins in `rollouts.tokens_N`.
         offset = _ranges(length_S)
         index = np.repeat(begin_S, length_S) + offset
         self.tokens[index] = rollouts.tokens_N[np.repeat(source_S, length_S) + offset]
@@ -223,16 +256,17 @@ class _Rows:
         self.position[index] = offset
 
         # A completion token is predicted at the token before it.
-        new_offset = _ranges(new_S)
-        self.logit_index = np.repeat(begin_S + prompt_S - 1, new_S) + new_offset
-        self.targets[self.logit_index] = rollouts.tokens_N[np.repeat(source_S + prompt_S, new_S) + new_offset]
+        self.place_in_M = np.repeat(sequences.new_begin_S[number_S], new_S) + _ranges(new_S)
+        place_in_N = sequences.place_M[self.place_in_M]
+        self.logit_index = np.repeat(begin_S - source_S, new_S) + place_in_N - 1
+        self.targets[self.logit_index] = rollouts.tokens_N[place_in_N]
         self.mask[self.logit_index] = 1
-        self.column = np.repeat(number_S * longest, new_S) + new_offset
 
-        all_new_B = rollouts.new_tokens_B
-        self.place_in_M = np.repeat((np.cumsum(all_new_B) - all_new_B)[number_S], new_S) + new_offset
+        # Columns count the completion tokens of a rollout, over all its samples.
+        first_in_M = (np.cumsum(rollouts.new_tokens_B) - rollouts.new_tokens_B)[rollout_S]
+        self.column = np.repeat(rollout_S * longest - first_in_M, new_S) + self.place_in_M
         self.end = begin_S + length_S - 1
-        self.number = number_S
+        self.number = rollout_S
 
     def batch(self, begin_row: int, end_row: int, sets_of: SetsOf) -> RolloutBatch:
         """Returns rows `begin_row` to `end_row` - 1 as a batch on the host, with targets and the sets they were drawn

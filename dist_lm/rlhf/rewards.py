@@ -20,7 +20,7 @@ import torch
 from dist_lm.errors import ConfigError
 from dist_lm.generation.request import Answer, Request
 from dist_lm.parallel.messages import broadcast
-from dist_lm.rlhf.config import LARGEST_REWARD, RewardPartConfig
+from dist_lm.rlhf.config import ENVIRONMENT, LARGEST_REWARD, RewardPartConfig
 from dist_lm.rlhf.rollouts import ENDED, Rollouts, ScoredRollouts
 from dist_lm.rlhf.rules import (
     Alive,
@@ -65,7 +65,8 @@ def rules_of(parts: Mapping[str, RewardPartConfig], tasks: Tasks) -> dict[str, R
     Raises:
         ConfigError: this machine has no parser for a language, or no sandbox for tests (SandboxError).
     """
-    return {name: _rule(name, part, tasks) for name, part in parts.items() if part.kind != REWARD_MODEL}
+    no_rules = (REWARD_MODEL, ENVIRONMENT)
+    return {name: _rule(name, part, tasks) for name, part in parts.items() if part.kind not in no_rules}
 
 
 def _rule(name: str, part: RewardPartConfig, tasks: Tasks) -> Rule:

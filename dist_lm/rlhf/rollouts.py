@@ -1,13 +1,17 @@
 """Rollouts: the order of prompts, the requests for completions, and completions as arrays.
 
+A rollout is a prompt with its completion, or a conversation with an environment, whose turns of the model have the
+environment's between them (`environment_rollouts.py`). A conversation is one sample, or several if the chat template
+writes earlier turns otherwise (`transcript.py`); its completion tokens are those that the model drew, of all samples.
+
 Dimensions: B rollouts, N their tokens (prompts and completions) concatenated, M the tokens of completions concatenated,
-X bytes of their sets, G bytes that identify a grammar.
+S samples, X bytes of their sets, G bytes that identify a grammar.
 """
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import lru_cache
-from typing import Any, Protocol
+from typing import Any, Generic, Protocol, TypeVar, cast
 
 import numpy as np
 import torch
@@ -32,15 +36,20 @@ from dist_lm.generation.request import (
 from dist_lm.model.keyed_random import hash_words, signed
 from dist_lm.model.token_sets import TokenSets
 
+CUTS = ("", "turns", "tokens", "context")
+"""Limits that end a conversation: `rlhf.environment_limits`, or the context of the model; the first is none."""
 FINISHES: tuple[FinishReason, ...] = ("eot", "stop", "length", "context", "cancelled")
 ENDED = ("eot", "stop")
 """The finish reasons of a completion that was not cut off."""
+
+END = object()  # behind the last request of an iterator
 
 _SEED = 0x726F6C6C  # salt of sampling seeds: keeps them apart from other hashes of seed and position
 
 LIBRARY_BYTES, DIGEST_BYTES = 32, 32
 """Sizes of the parts of a packed `GrammarRecord`."""
 
+Prompt = TypeVar("Prompt")
 PromptOrder = Callable[[int, int], list[Sequence[int]]]
 """(first position, count) -> the token ids of the prompts there."""
 
@@ -49,17 +58,18 @@ ConstraintOrder = Callable[[int], Constraint]
 
 
 @dataclass(frozen=True)
-class ShuffledPrompts:
+class ShuffledPrompts(Generic[Prompt]):
     """Prompts of all iterations, reshuffled every epoch: a pure function of seed and position. A `PromptOrder`."""
 
-    prompts: Sequence[Sequence[int]]  # token ids; a prompt that begins a document begins with end-of-text
+    # token ids, where a prompt that begins a document begins with end-of-text; or the tasks of an environment
+    prompts: Sequence[Prompt]
     seed: int
 
     def __post_init__(self) -> None:
         if not self.prompts:
             raise ArtefactError("there are no prompts to draw completions for")
 
-    def __call__(self, position: int, count: int) -> list[Sequence[int]]:
+    def __call__(self, position: int, count: int) -> list[Prompt]:
         """Returns `count` prompts from `position` on, over the border of an epoch if need be."""
         return [self.prompts[self.index(position + i)] for i in range(count)]
 
@@ -106,8 +116,11 @@ class RolloutSource(Protocol):
         """
         ...
 
-    def results(self, requests: Sequence[Request]) -> Iterator[Answer | Refusal]:
+    def results(self, requests: Iterable[Request | None]) -> Iterator[Answer | Refusal]:
         """Yields every answer, or the refusal of a request, as soon as it is there.
+
+        Args:
+            requests: None among them means that there is none now: the iterator is asked again.
 
         Raises:
             ConfigError, ActorsLostError, PoolFailure: as `generate`.
@@ -137,24 +150,34 @@ class EngineRollouts:
     def generate(self, requests: Sequence[Request], finished: Finished = ignore_answer) -> list[Answer]:
         return in_order(requests, reporting(requests, self.results(requests), finished))
 
-    def results(self, requests: Sequence[Request]) -> Iterator[Answer | Refusal]:
+    def results(self, requests: Iterable[Request | None]) -> Iterator[Answer | Refusal]:
         """Yields every answer, or the refusal of a request, when the engine has finished it. A request that the engine
         does not accept gives its refusal at once.
 
         With `sleeps`, the cache is freed after the last one, which takes a caller that reads to the end.
+
+        Args:
+            requests: read up to the next None before each step of the engine.
 
         Raises:
             ConfigError: with cache_tokens=0, free memory does not hold one context.
             RuntimeError: the engine has no weights; with tp > 1, another process of the model has ended
                 (RankLostError).
         """
-        for request in requests:
-            try:
-                self.engine.submit(request)
-            except RequestError as error:
-                yield Refusal(request.id, error.reason)
+        unread, is_all_read = iter(requests), False
+        while self.engine.busy or not is_all_read:
+            while not is_all_read:
+                request = next(unread, END)
+                is_all_read = request is END
+                if request is None or is_all_read:
+                    break
+                try:
+                    self.engine.submit(cast(Request, request))
+                except RequestError as error:
+                    yield Refusal(error.request, error.reason)
+            if self.engine.busy:
+                yield from self.engine.step()
 
-        yield from self.engine.results()
         # The rank that trains next uses the memory of the cache.
         if self._sleeps:
             self.engine.sleep()
@@ -165,8 +188,8 @@ class Rollout:
     """One completion of a prompt."""
 
     prompt: np.ndarray  # int64 tokens
-    completion: np.ndarray  # int64 tokens, the stop token included
-    logprobs: np.ndarray  # fp32, nats; each completion token under the distribution it was drawn from
+    completion: np.ndarray  # int64 tokens, the stop token included; of a conversation all behind its first prompt
+    logprobs: np.ndarray  # fp32, nats; each token that the model drew under the distribution it was drawn from
     finish: FinishReason
     version: int  # version of the weights that drew it
     position: int  # position of its prompt in the order of prompts
@@ -178,14 +201,19 @@ class Rollout:
         return self.finish in ENDED
 
 
+def _none() -> np.ndarray:
+    """Returns the column of rollouts that are no conversations."""
+    return np.zeros(0, np.int64)
+
+
 @dataclass(frozen=True)
 class Rollouts:
     """Many rollouts as a few arrays: the form in which they are sent, checkpointed and computed with."""
 
     tokens_N: np.ndarray  # int64; a prompt, its completion, the next prompt, ...
     logprobs_M: np.ndarray  # fp32
-    prompt_tokens_B: np.ndarray  # int64; tokens of each prompt
-    new_tokens_B: np.ndarray  # int64; tokens of each completion, at least 1
+    prompt_tokens_B: np.ndarray  # int64; tokens of each prompt; of a conversation, tokens that the model did not draw
+    new_tokens_B: np.ndarray  # int64; tokens of each completion, at least 1 (0 in a conversation without a verdict)
     finish_B: np.ndarray  # int64; index in FINISHES
     version_B: np.ndarray  # int64
     position_B: np.ndarray  # int64
@@ -196,9 +224,28 @@ class Rollouts:
     sets_X: np.ndarray = field(default_factory=lambda: np.zeros(0, np.uint8))  # uint8; the packed sets
     # uint8; the grammar that each completion followed (`packed_record`); no rows without constraints
     grammar_BG: np.ndarray = field(default_factory=lambda: np.zeros((0, LIBRARY_BYTES + DIGEST_BYTES), np.uint8))
+    # Of conversations; all are empty without an environment.
+    # uint8; 1 where the model drew the token
+    drawn_N: np.ndarray = field(default_factory=lambda: np.zeros(0, np.uint8))
+    sample_tokens_S: np.ndarray = field(
+        default_factory=_none
+    )  # int64; tokens of each sample, in the order of `tokens_N`
+    samples_B: np.ndarray = field(default_factory=_none)  # int64; samples of each conversation
+    turns_B: np.ndarray = field(default_factory=_none)  # int64; turns of the model
+    unreadable_B: np.ndarray = field(default_factory=_none)  # int64; turns that could not be read
+    tool_errors_B: np.ndarray = field(default_factory=_none)  # int64; results of calls that are errors
+    cut_B: np.ndarray = field(default_factory=_none)  # int64; index in CUTS of the limit that ended it
+    failure_B: np.ndarray = field(default_factory=_none)  # int64; index in FAILURES of why it has no reward, or -1
+    # fp64; rewards of turns and verdict; NaN: it has none
+    reward_B: np.ndarray = field(default_factory=lambda: np.zeros(0))
 
     def __len__(self) -> int:
         return len(self.new_tokens_B)
+
+    @property
+    def are_conversations(self) -> bool:
+        """Whether an environment took part."""
+        return len(self.samples_B) > 0
 
     def __iter__(self) -> Iterator[Rollout]:
         end_N = np.cumsum(self.prompt_tokens_B + self.new_tokens_B)
@@ -206,8 +253,12 @@ class Rollouts:
         for b, new_tokens in enumerate(self.new_tokens_B):
             end, new_end = end_N[b], end_M[b]
             middle = end - new_tokens  # end of the prompt and beginning of the completion
+            if self.are_conversations:
+                # What follows the first prompt, the environment's turns included, is read as one text.
+                middle = end - self.prompt_tokens_B[b] - new_tokens
+                middle += int(np.argmax(self.drawn_N[middle:end])) if new_tokens else 0
             yield Rollout(
-                prompt=self.tokens_N[middle - self.prompt_tokens_B[b] : middle],
+                prompt=self.tokens_N[end - self.prompt_tokens_B[b] - new_tokens : middle],
                 completion=self.tokens_N[middle:end],
                 logprobs=self.logprobs_M[new_end - new_tokens : new_end],
                 finish=FINISHES[self.finish_B[b]],
@@ -225,12 +276,17 @@ class Rollouts:
         """Returns the rollouts where `chosen_B` (bool) is true."""
         chosen_N = np.repeat(chosen_B, self.prompt_tokens_B + self.new_tokens_B)
         chosen_M = np.repeat(chosen_B, self.new_tokens_B)
-        columns = {name: column_B[chosen_B] for name, column_B in vars(self).items() if name.endswith("_B")}
+        columns = {
+            name: column_B[chosen_B] for name, column_B in vars(self).items() if name.endswith("_B") and len(column_B)
+        }
         if len(self.set_size_M):
             columns["set_size_M"] = self.set_size_M[chosen_M]
             columns["sets_X"] = self.sets_X[np.repeat(chosen_M, self.set_size_M)]
         if len(self.grammar_BG):
             columns["grammar_BG"] = self.grammar_BG[chosen_B]
+        if self.are_conversations:
+            columns["drawn_N"] = self.drawn_N[chosen_N]
+            columns["sample_tokens_S"] = self.sample_tokens_S[np.repeat(chosen_B, self.samples_B)]
         return Rollouts(tokens_N=self.tokens_N[chosen_N], logprobs_M=self.logprobs_M[chosen_M], **columns)
 
     def sets_of(self, place_K: np.ndarray) -> TokenSets | None:

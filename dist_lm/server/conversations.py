@@ -55,7 +55,9 @@ class Conversations:
             if remembered is None:
                 return ids, 0
             self._ids.move_to_end(key)
-        return [*remembered, *following(answered, conversation, self._tokenizer)], len(remembered)
+        rest = following(answered, conversation, self._tokenizer)
+        assert rest is not None, "our own layout writes no turn again"
+        return [*remembered, *rest], len(remembered)
 
     def remember(self, conversation: Conversation, answer: Message, ids: list[int], client: str = "") -> None:
         """Remembers an answer.

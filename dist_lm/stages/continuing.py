@@ -47,7 +47,7 @@ FREE_KEYS = (
 # Keys that are also free in stage rlhf.
 RLHF_FREE_KEYS = (
     *("rlhf.reward_model", "rlhf.pool.", "rlhf.micro_batch_tokens", "rlhf.table_rollouts"),
-    *("rlhf.max_nonfinite_updates", "rlhf.max_failed_fraction"),
+    *("rlhf.max_nonfinite_updates", "rlhf.max_failed_fraction", "rlhf.environments_at_once"),
     *("rlhf.rewards.*.timeout_s", "rlhf.rewards.*.workers"),
 )
 # Stages generate and evaluate compare only the keys that their answers depend on; all others are free.

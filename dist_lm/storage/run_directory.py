@@ -233,6 +233,11 @@ class RunDirectory:
         return self.logs / "live.json"
 
     @property
+    def conversations(self) -> Path:
+        """The conversations with an environment, a file for the tasks of an iteration."""
+        return self.path / "conversations"
+
+    @property
     def samples(self) -> Path:
         return self.path / "samples"
 

@@ -407,6 +407,18 @@ REINFORCEMENT = (
     *_table(
         "rlhf",
         RLHF,
+        ("rollout/turns", "turns", "", "Mean number of the model's turns in a conversation."),
+        ("rollout/turn_tokens", "tokens", "", "Mean length of a turn of the model."),
+        ("rollout/unreadable_turns", "", "lower", "Share of turns that are empty or have broken calls."),
+        ("rollout/tool_errors", "results", "lower", "Mean number of calls of a conversation that return an error."),
+        ("rollout/broken_prefixes", "samples", "", "Samples begun because the chat template rewrote earlier turns."),
+        ("rollout/cut_{limit}", "", "lower", "Share of conversations that this limit ended."),
+        ("rollout/invalid_{reason}", "rollouts", "lower", "Conversations without a verdict for this reason."),
+        only="with rlhf.environment",
+    ),
+    *_table(
+        "rlhf",
+        RLHF,
         ("rlhf/entropy", "nats/token", "", "Entropy of the sampling distribution."),
         ("rlhf/new_tokens_mean", "tokens", "", "Mean length of a rollout."),
         ("rlhf/new_tokens_min", "tokens", "", "Length of the shortest rollout."),

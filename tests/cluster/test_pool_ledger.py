@@ -102,3 +102,19 @@ def test_a_request_that_actors_die_of_is_refused_and_no_other():
     assert [result.request for result in results if isinstance(result, Refusal)] == ["r7"]
     assert Counter(result.request for result in results) == Counter(request.id for request in requests)
     assert lane == SUSPECT_DEATHS + LONELY_DEATHS
+
+
+def test_an_iterator_that_has_nothing_now_is_asked_again():
+    """Finds a pool that takes a pause of its requests for their end."""
+    ledger = Ledger(iter([None, request_of(0), None, None, request_of(1)]), DEPTH)
+    ledger.join(1)
+    sent: list[str] = []
+    for _ in range(8):
+        ledger.deal()
+        assert not ledger.is_over or len(sent) == 2
+        for request in ledger.send(1):
+            sent.append(request.id)
+            ledger.report(1, [answer_of(request, 0)], 0)
+        list(ledger.release())
+    assert len(sent) == 2
+    assert ledger.is_over

@@ -1,6 +1,7 @@
 """The keys of stage `rlhf`: an iteration (`RlhfConfig`), the keys of a whole run, and their pool of engines."""
 
-from dataclasses import dataclass, field
+import math
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 from omegaconf import MISSING
@@ -12,12 +13,40 @@ from dist_lm.config.stage import TrainingGroup, check_shares
 from dist_lm.data.journal import ROWS
 from dist_lm.data.prompt_rows import find_rows
 from dist_lm.data.sources.reader import corpora_of_form
+from dist_lm.environments.protocol import Limits
 from dist_lm.errors import ArtefactError, require
-from dist_lm.rlhf.config import CALLS, RlhfConfig
+from dist_lm.rlhf.algorithms.registry import ALGORITHMS
+from dist_lm.rlhf.config import CALLS, ENVIRONMENT, RewardPartConfig, RlhfConfig
 from dist_lm.stages.corpus_forms import CorpusFormsConfig
 from dist_lm.storage.run_directory import WorkDirectory
 
 AUTO, NO_MODEL = "auto", "none"  # values of rlhf.reward_model that name no run
+
+
+@dataclass
+class EnvironmentLimitsConfig:
+    """The group `rlhf.environment_limits`: limits of one conversation (`environments.protocol.Limits`)."""
+
+    turns: int = 16  # of the model; each has at most rlhf.max_new_tokens
+    tokens: int = 4096  # that the model reads and draws in all; never more than model.max_seq_len
+    seconds_a_step: float = 30.0  # of one answer of the environment
+    seconds: float = 600.0  # of all its answers together
+    observation_bytes: int = 65_536  # of one answer, as JSON
+    memory_bytes: int = 2 << 30  # of a process with an environment of your own
+
+    @property
+    def limits(self) -> Limits:
+        return Limits(**asdict(self))
+
+    def check(self) -> None:
+        """Refuses limits that are not positive.
+
+        Raises:
+            ConfigError: names the key.
+        """
+        for key, value in asdict(self).items():
+            accepted = "a positive number" if isinstance(value, float) else "a positive integer"
+            require(0 < value < math.inf, f"rlhf.environment_limits.{key}", value, accepted)
 
 
 @dataclass
@@ -27,6 +56,11 @@ class RlhfRunGroup(RlhfConfig):
     # file or glob of prompts (.txt: one request per line; .jsonl, .json, .parquet: rows, whose other columns the
     # functions of rlhf.rewards see); empty: the documents of stage.corpus up to the assistant's turn
     prompts_from: str = ""
+    # what the model talks with for several turns, whose verdict is the reward: a name of the project's own, or a class
+    # of yours, FILE:CLASS or PACKAGE.MODULE:CLASS; its tasks are the rows of prompts_from. Empty: one completion
+    environment: str = ""
+    environment_limits: EnvironmentLimitsConfig = field(default_factory=EnvironmentLimitsConfig)
+    environments_at_once: int = 64  # most conversations at a time
     held_out_from: str = ""  # file of held-out prompts; empty: one in 16 of prompts_from by hash, or the val split
     # run of stage reward; auto: the run with the same run_id; none: without the parts of kind reward_model
     reward_model: str = AUTO
@@ -49,7 +83,10 @@ class RlhfRunGroup(RlhfConfig):
         }
         for key in ("held_out_prompts", "table_rollouts"):
             require(getattr(self, key) >= 0, f"rlhf.{key}", getattr(self, key), "0 or a positive integer")
+        if self.environment and not self.rewards:
+            self.rewards = {ENVIRONMENT: RewardPartConfig(kind=ENVIRONMENT)}
         require(bool(self.rewards), "rlhf.rewards", self.rewards, "at least one part")
+        self._check_environment()
 
         # Tests are columns of a file of prompts; documents of a corpus have none.
         tested = [name for name, part in self.rewards.items() if part.kind == "tests"]
@@ -63,6 +100,47 @@ class RlhfRunGroup(RlhfConfig):
         for key in ("pretrain_sequences", "pretrain_seq_len"):
             require(getattr(self, key) > 0, f"rlhf.{key}", getattr(self, key), "a positive integer")
         check_shares("rlhf.pretrain_mix", self.pretrain_mix, own="rlhf.pretrain_corpus")
+
+    def _check_environment(self) -> None:
+        """Refuses keys that do not go with rlhf.environment, or not without.
+
+        Raises:
+            ConfigError: names the key.
+        """
+        kinds = [part.kind for part in self.rewards.values()]
+        if not self.environment:
+            require(ENVIRONMENT not in kinds, "rlhf.environment", "''", "a name, for the reward of kind environment")
+            return
+
+        listed = ", ".join(self.rewards)
+        accepted = "its verdict alone with rlhf.environment: give rlhf.reward_model=none, and no other parts"
+        require(kinds == [ENVIRONMENT], "rlhf.rewards", listed, accepted)
+        accepted = "a file with the tasks of rlhf.environment, one a row"
+        require(bool(self.prompts_from), "rlhf.prompts_from", repr(self.prompts_from), accepted)
+        require(not self.ignore_eot, "rlhf.ignore_eot", self.ignore_eot, "false: a turn has an end")
+        # A chat template may cut a conversation into several sequences, each with a ratio of its own.
+        accepted = "an algorithm with a ratio for each token: " + ", ".join(
+            name for name, algorithm in ALGORITHMS.items() if algorithm.ratio_of == "token"
+        )
+        is_by_token = ALGORITHMS[self.algorithm].ratio_of == "token"
+        require(is_by_token, "rlhf.algorithm", self.algorithm, accepted)
+        count = self.environments_at_once
+        require(count > 0, "rlhf.environments_at_once", count, "a positive integer")
+        self.environment_limits.check()
+
+    @property
+    def environment_file(self) -> Path | None:
+        """The file that rlhf.environment names; None: it names none.
+
+        Raises:
+            ConfigError: there is no such file.
+        """
+        file, colon, _ = self.environment.rpartition(":")
+        if not colon or not file.endswith(".py"):
+            return None
+        path = Path(file).expanduser()
+        require(path.is_file(), "rlhf.environment", self.environment, "FILE:CLASS; there is no such file")
+        return path
 
     @property
     def asks_reward_model(self) -> bool:
@@ -140,6 +218,8 @@ class RlhfRunConfig(CorpusFormsConfig):
         noted = super().noted_files | prompts
         if constraint_file := self.rlhf.constraint_file:
             noted[f"rlhf.constraint={self.rlhf.constraint}"] = [constraint_file]
+        if environment_file := self.rlhf.environment_file:
+            noted[f"rlhf.environment={self.rlhf.environment}"] = [environment_file]
 
         # Reward functions and constraints of calls see the rows of a corpus, which its tokens do not tell.
         has_function = any(part.kind == "function" for part in self.rlhf.rewards.values())

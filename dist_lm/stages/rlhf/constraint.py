@@ -34,6 +34,9 @@ def check_constraint(settings: RlhfRunGroup) -> None:
     """
     path = settings.constraint_file
     if path is None:
+        # The tools of an environment are known when it begins a task.
+        if settings.environment:
+            return
         if settings.prompts_from and not any(tools_of_files(settings)):
             raise ArtefactError(NO_TOOLS)
         return
@@ -93,8 +96,9 @@ def constraint_of_index(settings: RlhfRunGroup, prompts: Prompts, tokenizer: Tok
         tools = [Tool(**tool) for tool in json.loads(tools_json)]
         return call_constraint(tools, tokenizer, strict=False)
 
-    return lambda index: constraint_of_tools(_as_json(prompts.tools[index]))
+    return lambda index: constraint_of_tools(as_json(prompts.tools[index]))
 
 
-def _as_json(tools: Sequence[Tool]) -> str:
+def as_json(tools: Sequence[Tool]) -> str:
+    """Returns tools as JSON, for a cache."""
     return json.dumps([asdict(tool) for tool in tools])

@@ -9,6 +9,7 @@ from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, field
 from functools import partial
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -18,7 +19,7 @@ from dist_lm.evaluation.in_loop import Round, loop_tasks
 from dist_lm.evaluation.tasks import Record
 from dist_lm.model.transformer import Transformer
 from dist_lm.rlhf.experience import add_up, end_scores, with_signs_of_life
-from dist_lm.rlhf.learner import RolloutSupply
+from dist_lm.rlhf.learner import Supply
 from dist_lm.rlhf.models import RlhfModels, as_reference, dealing, sent_weights
 from dist_lm.rlhf.reward_model import RewardScale
 from dist_lm.rlhf.rewards import UsableRollouts, share_usable, total_score
@@ -53,8 +54,8 @@ class HeldOut:
     config: RlhfRunConfig
     start: RankStart
     models: RlhfModels
-    supply: RolloutSupply | None  # on the first rank
-    prompts: Sequence[Sequence[int]]
+    supply: Supply | None  # on the first rank
+    prompts: Sequence[Any]  # token ids of each, or the tasks of an environment
     alive: Callable[[], None]
 
     def compare(self, scale: RewardScale | None) -> dict[str, float]:

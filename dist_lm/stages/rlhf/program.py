@@ -25,15 +25,18 @@ from dist_lm.data.batch import Batch
 from dist_lm.data.sequences import note_of_left_out
 from dist_lm.data.stream import SequenceStream, StepStream
 from dist_lm.data.token_corpus import TokenCorpus
+from dist_lm.environments.protocol import Task
 from dist_lm.errors import ArtefactError
 from dist_lm.generation.decoder import WeightStream
 from dist_lm.generation.engine import Engine
 from dist_lm.generation.grammar import Grammars
+from dist_lm.generation.paged_cache import BLOCK
 from dist_lm.parallel.mesh import World, data_mesh
 from dist_lm.parallel.sharding import compute_dtype
 from dist_lm.rlhf.algorithms.registry import ALGORITHMS
 from dist_lm.rlhf.config import CALLS
 from dist_lm.rlhf.constrained_rollouts import RolloutConstraints
+from dist_lm.rlhf.environment_rollouts import EnvironmentSupply
 from dist_lm.rlhf.learner import IterationReport, Learner, Pretraining, RolloutSupply
 from dist_lm.rlhf.models import own_threads, sent_weights
 from dist_lm.rlhf.rewards import Judge, Tasks
@@ -43,6 +46,8 @@ from dist_lm.stages.pool_start import PoolStarter, engine_spec, pool_starter
 from dist_lm.stages.registry import load_config
 from dist_lm.stages.rlhf.config import RlhfRunConfig
 from dist_lm.stages.rlhf.constraint import NO_TOOLS, constraint_of_index
+from dist_lm.stages.rlhf.environment import open_environment_supply
+from dist_lm.stages.rlhf.environment_tasks import read_tasks
 from dist_lm.stages.rlhf.evaluations import HeldOut, tasks_of_iterations
 from dist_lm.stages.rlhf.models import LoadedRun, load_run, saved_files, train_state
 from dist_lm.stages.rlhf.prompts import Prompts, check_columns, forms_of, read_all, request_reader, tasks_of
@@ -110,13 +115,17 @@ def run_rank(run: RunDirectory, stop: StopRequest, heartbeat: Heartbeat) -> None
         # Prompts, rules and engines, on the first rank.
         check_corpora(run, config, tokenizer, world)
         run.require_files(config.noted_files)  # prompts must not change while the run goes on
-        train_prompts, held_out_prompts = read_all(config, run, tokenizer, judges=world.is_first)
+        if config.rlhf.environment:
+            train_prompts, held_out_prompts = read_tasks(config.rlhf)
+        else:
+            train_prompts, held_out_prompts = read_all(config, run, tokenizer, judges=world.is_first)
         pool = stack.enter_context(pool_starter(config, world.device)) if world.is_first else None
         constraints = constraint_of_held_out = None
-        if config.rlhf.constraint:
+        # Rollouts of conversations carry the sets that constraints allowed.
+        if isinstance(train_prompts, Prompts) and isinstance(held_out_prompts, Prompts) and config.rlhf.constraint:
             constraints = rollout_constraints(config, train_prompts, tokenizer)
             constraint_of_held_out = constraint_of_index(config.rlhf, held_out_prompts, tokenizer)
-        supply = open_supply(config, start, loaded, train_prompts, constraints, reporter, stack, pool)
+        supply = open_supply(config, run, start, loaded, train_prompts, constraints, reporter, stack, pool)
 
         tasks = None
         if config.stage.eval_tasks:
@@ -128,7 +137,9 @@ def run_rank(run: RunDirectory, stop: StopRequest, heartbeat: Heartbeat) -> None
         # Before the first iteration policy and reference are equal, so this win rate measures only noise.
         evaluating = partial(reporter.alive, Phase.EVALUATING)
         compared = supply
-        if supply:
+        if isinstance(supply, EnvironmentSupply):
+            compared = replace(supply, folder=None)
+        elif isinstance(supply, RolloutSupply) and isinstance(held_out_prompts, Prompts):
             judge = supply.judge.for_prompts(held_out_prompts.row_of)
             compared = replace(supply, judge=judge, constraint_at=constraint_of_held_out)
         held_out = HeldOut(config, start, loaded.models, compared, held_out_prompts, evaluating)
@@ -209,18 +220,20 @@ def rollout_constraints(config: RlhfRunConfig, prompts: Prompts, tokenizer: Toke
 
 def open_supply(
     config: RlhfRunConfig,
+    run: RunDirectory,
     start: RankStart,
     loaded: LoadedRun,
-    prompts: Prompts,
+    prompts: Prompts | list[Task],
     constraints: RolloutConstraints | None,
     reporter: "Reporter",
     stack: ExitStack,
     pool: PoolStarter | None,
-) -> RolloutSupply | None:
+) -> RolloutSupply | EnvironmentSupply | None:
     """Returns prompts, rules and source of rollouts on the first rank; None on other ranks (collective).
 
     Args:
-        stack: closes rules and source.
+        prompts: or the tasks of an environment.
+        stack: closes rules, environments and source.
         pool: the cluster of the actors; None: an engine in this process.
 
     Raises:
@@ -239,6 +252,10 @@ def open_supply(
 
     settings, tokenizer = config.rlhf, start.tokenizer
     generating = partial(reporter.alive, Phase.GENERATING)
+    if not isinstance(prompts, Prompts):
+        source = stack.enter_context(rollout_source(config, tokenizer, weights, start.world.device, generating, pool))
+        return open_environment_supply(config, run, tokenizer, prompts, source, stack, generating)
+
     # Programs of a reward of kind tests run on the cores of all nodes of the pool's cluster.
     on_nodes = partial(sandboxes_of, pool.cluster if pool else None)
     tasks = Tasks(tasks_of(settings, tokenizer), config.sandbox == TRUST_ME, on_nodes, config.seed)
@@ -293,6 +310,9 @@ def rollout_source(
     spec = engine_spec(config, config.pool, tokenizer, compute_dtype(config.parallel, device), device, needs_texts)
     if config.rlhf.constraint:
         spec = replace(spec, tokenizer_file=tokenizer.file_content)
+    if config.rlhf.environment and spec.options.page_tokens % BLOCK == 0 and spec.options.piece_tokens % BLOCK == 0:
+        # A turn begins on the pages of the turns before.
+        spec = replace(spec, options=replace(spec.options, prefix_cache=True))
     if pool is not None:
         with pool.start(spec, weights, FIRST_WEIGHTS, keep_going, _sender(config, spec, device)) as actors:
             yield PoolRollouts(actors, sleeps=config.in_turns)

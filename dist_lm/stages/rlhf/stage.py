@@ -146,10 +146,14 @@ def check_inputs(config: RlhfRunConfig) -> None:
             finished.
     """
     from dist_lm.stages.rlhf.constraint import check_constraint
+    from dist_lm.stages.rlhf.environment_tasks import check_environment
     from dist_lm.stages.rlhf.prompts import check_prompts
 
     settings = config.rlhf
-    check_prompts(settings)
+    if settings.environment:
+        check_environment(settings)
+    else:
+        check_prompts(settings)
     if settings.constraint:
         check_constraint(settings)
     if not settings.asks_reward_model or settings.reward_model == AUTO:

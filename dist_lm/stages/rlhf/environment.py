@@ -1,0 +1,82 @@
+"""The supply of conversations with the environment of stage `rlhf`, on the first rank."""
+
+import json
+from collections.abc import Callable, Sequence
+from contextlib import ExitStack
+from functools import lru_cache, partial
+
+from dist_lm.chat.messages import Tool
+from dist_lm.config.root import TRUST_ME
+from dist_lm.environments.host import Host
+from dist_lm.environments.protocol import Task
+from dist_lm.generation.call_grammar import call_constraint
+from dist_lm.generation.constraint import Constraint
+from dist_lm.rlhf.config import CALLS
+from dist_lm.rlhf.environment_rollouts import (
+    ConstraintOf,
+    ConversationLoop,
+    EnvironmentJudge,
+    EnvironmentSupply,
+    VersionedSource,
+)
+from dist_lm.rlhf.rollouts import RolloutSource, ShuffledPrompts
+from dist_lm.stages.rlhf.config import RlhfRunConfig, RlhfRunGroup
+from dist_lm.stages.rlhf.constraint import as_json, read_constraint
+from dist_lm.storage.run_directory import RunDirectory
+from dist_lm.tokenizer.tokenizer import Tokenizer
+
+
+def open_environment_supply(
+    config: RlhfRunConfig,
+    run: RunDirectory,
+    tokenizer: Tokenizer,
+    tasks: Sequence[Task],
+    source: RolloutSource,
+    stack: ExitStack,
+    alive: Callable[[], None],
+) -> EnvironmentSupply:
+    """Returns the supply of conversations, on the first rank.
+
+    Args:
+        stack: closes the environments.
+        alive: called regularly while conversations are held.
+
+    Raises:
+        UserError: the environment cannot be opened: a class cannot be imported, or there is no sandbox (SandboxError).
+    """
+    settings = config.rlhf
+    limits = settings.environment_limits.limits
+    ((part, weight),) = [(name, part.weight) for name, part in settings.rewards.items()]
+    open_host = partial(Host, settings.environment, limits, trust_me=config.sandbox == TRUST_ME)
+    return EnvironmentSupply(
+        VersionedSource(source),
+        ShuffledPrompts(tasks, config.seed),
+        EnvironmentJudge(settings.environment, part, settings.max_failed_fraction),
+        tokenizer,
+        stack.enter_context(ConversationLoop(open_host)),
+        limits,
+        config.model.max_seq_len,
+        settings.environments_at_once,
+        weight,
+        turn_constraint(settings, tokenizer),
+        run.conversations,
+        alive,
+    )
+
+
+def turn_constraint(settings: RlhfRunGroup, tokenizer: Tokenizer) -> ConstraintOf | None:
+    """Returns what every turn must be, by the tools of its task; None without rlhf.constraint."""
+    if not settings.constraint:
+        return None
+    if path := settings.constraint_file:
+        constraint = read_constraint(path, settings.constraint)
+        return lambda tools: constraint
+    assert settings.constraint == CALLS
+
+    # Many tasks offer the same tools, whose schemas take milliseconds to check.
+    @lru_cache(maxsize=256)
+    def constraint_of_tools(tools_json: str) -> Constraint:
+        tools = [Tool(**tool) for tool in json.loads(tools_json)]
+        return call_constraint(tools, tokenizer, strict=False)
+
+    return lambda tools: constraint_of_tools(as_json(tools))

@@ -1,0 +1,60 @@
+"""The tasks of the environment of stage `rlhf`: rows of files. No torch: the launcher reads them too."""
+
+import hashlib
+from collections.abc import Iterator
+
+from dist_lm.chat.messages import ChatError
+from dist_lm.data.prompt_rows import find_rows, read_rows
+from dist_lm.environments.host import Host
+from dist_lm.environments.protocol import Task
+from dist_lm.errors import ArtefactError
+from dist_lm.stages.rlhf.config import RlhfRunGroup
+from dist_lm.stages.rlhf.prompts import HELD_OUT_FROM, HELD_OUT_OF, PROMPTS_FROM
+
+
+def check_environment(settings: RlhfRunGroup) -> None:
+    """Refuses an environment that is not there and files without tasks, before the run starts; returns nothing.
+
+    Raises:
+        ConfigError: there is no such environment or file.
+        ArtefactError: a row is no task, or there are none.
+    """
+    Host(settings.environment, settings.environment_limits.limits)
+    read_tasks(settings)
+
+
+def read_tasks(settings: RlhfRunGroup) -> tuple[list[Task], list[Task]]:
+    """Returns (tasks, held-out tasks) of rlhf.prompts_from and rlhf.held_out_from; without the latter, a hash holds out
+    one task in `HELD_OUT_OF`. Of the held-out ones, the first `held_out_prompts` are returned.
+
+    Raises:
+        ConfigError: there is no such file.
+        ArtefactError: a row is broken, or no task is left.
+    """
+    tasks = [*_tasks_of(settings.prompts_from, PROMPTS_FROM)]
+    if settings.held_out_from:
+        held_out = [*_tasks_of(settings.held_out_from, HELD_OUT_FROM)]
+    else:
+        held_out = [task for task in tasks if _is_held_out(task)]
+        tasks = [task for task in tasks if not _is_held_out(task)]
+    if not tasks:
+        raise ArtefactError(
+            f"{PROMPTS_FROM}={settings.prompts_from}: no tasks, beside {len(held_out)} held-out ones (one in "
+            f"{HELD_OUT_OF}, by a hash): add tasks, or name a file of held-out ones by {HELD_OUT_FROM}"
+        )
+    return tasks, held_out[: settings.held_out_prompts]
+
+
+def _tasks_of(pattern: str, key: str) -> Iterator[Task]:
+    for number, row in enumerate(read_rows(find_rows(pattern, key))):
+        if row.error:
+            raise ArtefactError(f"{key}: {row.place}: {row.error}")
+        try:
+            yield Task.of(str(number), row.columns)
+        except ChatError as error:
+            raise ArtefactError(f"{key}: {row.place}: {error}") from error
+
+
+def _is_held_out(task: Task) -> bool:
+    """Decides by a hash of the data without the row's number, so that a task stays on its side when the file grows."""
+    return hashlib.sha256(task.text.encode()).digest()[0] % HELD_OUT_OF == 0
