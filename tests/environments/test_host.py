@@ -1,6 +1,7 @@
 """A host turns whatever an environment does into a step: no number for what failed, no exception, no harm to others."""
 
 import asyncio
+import re
 import time
 from collections import Counter
 from pathlib import Path
@@ -133,3 +134,16 @@ def test_a_task_cannot_be_changed_and_its_digest_is_that_of_its_data():
     assert task.digest == Task.of("a", {"y": 2, "x": [1]}).digest
     assert task.digest != Task.of("b", {"x": [1], "y": 2}).digest
     assert task.digest != Task.of("a", {"x": [1], "y": 2.0}).digest
+
+
+def test_the_environment_of_the_page_is_played(tmp_path, monkeypatch):
+    """Finds a page whose class or whose calls do not work as they stand there."""
+    page = Path(__file__).parents[2] / "docs" / "environments.md"
+    blocks = re.findall(r"^```python\n(.*?)^```$", page.read_text(), re.DOTALL | re.MULTILINE)
+    monkeypatch.chdir(tmp_path)
+    Path("guess.py").write_text(blocks[0])
+    steps: list[Step] = []
+    exec(compile(blocks[1].replace("print(step)", "steps.append(step)"), "page", "exec"), {"steps": steps})
+    assert [step.done for step in steps] == [False, False, True]
+    assert [step.observation.messages[0].content for step in steps[:2]] == ["Too low.", "Too high."]
+    assert steps[-1].verdict == Verdict.of(1.0)

@@ -1,4 +1,4 @@
-"""Conversations of several samples in rows: each token that was drawn is seen once, in the text it was drawn in."""
+"""Conversations of several samples in rows: each token that was drawn is seen once, in its own text."""
 
 from random import Random
 

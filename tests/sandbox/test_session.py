@@ -225,7 +225,9 @@ def test_escape_fails_in_a_session(sandbox: Sandbox, outside: dict, escape: Esca
     cpu_s = 0.3 if escape.outcome == "timeout" else 2.0
     limits = Limits(cpu_s=cpu_s, wall_s=wall_s, memory_bytes=128 << 20, tmp_bytes=8 << 20)
     session = Session(sandbox, escape.language, limits)  # pyright: ignore[reportArgumentType]
-    turn = session.run(filled(escape.source, outside))
+    # The interpreter of a session has a fourth file, as programs with a judge have.
+    source = filled(escape.source, outside).replace("[0, 1, 2]", "[0, 1, 2, 3]")
+    turn = session.run(source)
     assert not turn.is_right
     assert turn.outcome == ("ended" if escape.outcome in ("failed", "memory") else escape.outcome), turn
     if escape.outcome != "timeout":
