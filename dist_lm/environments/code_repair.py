@@ -5,7 +5,7 @@ and optionally `hidden`; and `attempts`, the turns of the model (4). The reward 
 program passes, hidden ones included. The model sees the fixed tests only, and the verdict never enters its program.
 """
 
-from dist_lm.chat.messages import ChatError, Json
+from dist_lm.chat.messages import Call, ChatError, Json
 from dist_lm.data.prompt_rows import prompt_of
 from dist_lm.environments.protocol import (
     Action,
@@ -16,7 +16,7 @@ from dist_lm.environments.protocol import (
     Verdict,
 )
 from dist_lm.environments.protocol import Task as EnvironmentTask
-from dist_lm.environments.results import clipped
+from dist_lm.environments.results import clipped, executed
 from dist_lm.environments.sandboxes import SharedSandboxes
 from dist_lm.errors import UserError
 from dist_lm.sandbox.hidden import ReferenceSolutionError
@@ -49,6 +49,11 @@ class CodeRepair:
 
     async def step(self, action: Action) -> Step:
         assert self._task is not None, "reset comes first"
+        # There are no tools: a call costs an attempt and is told so.
+        if action.calls and self._remaining > 1 and not action.cut:
+            self._remaining -= 1
+            return Step(await executed(action.calls, (), _no_result, self._limits), done=False)
+
         program = self._task.program(action.text)
         self._remaining -= 1
         is_last = self._remaining == 0 or action.cut is not None
@@ -67,6 +72,10 @@ class CodeRepair:
 
     async def close(self) -> None:
         self._task = None
+
+
+async def _no_result(call: Call, most_bytes: int) -> Json:
+    return None
 
 
 def feedback(program: Program, verdict: TestVerdict) -> str:

@@ -7,7 +7,7 @@ as stage `tools` compares them (`chat.compare`); a request that needs no call is
     python -m dist_lm.environments.tools FOLDER
 
 writes FOLDER/{train,held_out}.jsonl with such tasks for `rlhf.prompts_from` and `rlhf.held_out_from`. No tool is in
-both files.
+both files: held out are the tools that stage `tools` holds out.
 """
 
 import argparse
@@ -19,6 +19,7 @@ from pathlib import Path
 
 from dist_lm.chat.compare import same_calls
 from dist_lm.chat.messages import Call, Json, Message
+from dist_lm.data.ingest import split_of_group
 from dist_lm.environments.protocol import (
     LAST_TURN,
     Action,
@@ -35,7 +36,7 @@ from dist_lm.storage import durable
 from dist_lm.tools.data.examples import Example, example
 from dist_lm.tools.data.scene import ToolError, World
 
-HELD_OUT_OF = 16  # one shelf of tools in so many is held out
+VAL_FRACTION = 0.05  # of the groups, as `corpus.val_fraction` of stage tools
 
 
 @dataclass(frozen=True)
@@ -136,7 +137,7 @@ def tasks(seed: int, count: int, is_held_out: bool) -> Iterator[dict[str, Json]]
     number = 0
     while count:
         generated = example(seed, number)
-        if (int(generated.group, 16) % HELD_OUT_OF == 0) == is_held_out:
+        if (split_of_group(generated.group, VAL_FRACTION) == "val") == is_held_out:
             count -= 1
             prompt = next(message.content for message in generated.conversation.messages if message.role == "user")
             yield {"prompt": prompt, "kind": generated.kind, "seed": seed, "number": number}

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import _ast  # `ast` itself takes long to import
 import os
+import struct
 import sys
 import types
 
@@ -18,26 +19,34 @@ TYPE_CHECKING = False  # `typing` itself would take a third of a cold start
 if TYPE_CHECKING:
     from typing import Any, NoReturn
 
+ANSWER = struct.Struct("!IB")
 _ONLY_TREE = 0x400  # ast.PyCF_ONLY_AST
 
 
 def serve() -> NoReturn:
-    """Reads code from CHANNEL, executes it and answers with its exit status, one byte, until the other side ends."""
+    """Reads code from CHANNEL, executes it and answers with the number of the turn and its exit status (`ANSWER`).
+
+    Does so until the other side ends.
+    """
     module = types.ModuleType("__main__")
     sys.modules["__main__"] = module
     prepare_python()
     # Output and errors share a pipe, as in a terminal: they keep their order only if lines are written at once.
     sys.stdout.reconfigure(line_buffering=True)  # pyright: ignore[reportAttributeAccessIssue]
 
+    own_pid = os.getpid()
     number = 0
     while True:
+        os.set_blocking(CHANNEL, True)  # the code may have changed that
         try:
             code = read_exactly(CHANNEL, int.from_bytes(read_exactly(CHANNEL, 4), "big"))
         except OSError:
             os._exit(0)
         number += 1
         status = _execute(code.decode(errors="replace"), f"turn_{number}.py", module.__dict__)
-        os.write(CHANNEL, bytes([status]))
+        if os.getpid() != own_pid:
+            os._exit(status)  # a copy that the code has forked
+        os.write(CHANNEL, ANSWER.pack(number, status))
 
 
 def _execute(code: str, name: str, names: dict[str, Any]) -> int:

@@ -281,6 +281,7 @@ class Sandbox:
             SandboxError: no sandbox can be made here.
             OSError: the sandbox failed; close it.
         """
+        self.end_session()
         self._start().begin_session(language, limits, cpu_s)
 
     def ask_turn(self, code: bytes, wall_s: float) -> bytes:
@@ -289,7 +290,7 @@ class Sandbox:
         Raises:
             OSError: the sandbox failed; close it.
         """
-        assert self._server, "a turn outside a session"
+        assert self._server, "begin_session comes first"
         return self._server.ask_turn(code, wall_s)
 
     def end_session(self) -> None:
@@ -355,6 +356,7 @@ class _Server:
         with contextlib.suppress(OSError):  # the server has ended: the first request finds out why
             self._channel.sendall(len(code).to_bytes(4, "big") + code)
         self._ready = False
+        self._is_in_session = False
 
     def ask(self, program: Program, limits: Limits) -> bytes:
         """Sends a program, waits and returns the answer, which `attempts_of` reads.
@@ -395,6 +397,7 @@ class _Server:
         content = marshal.dumps({**request, "folder": self._folder or "/tmp"})
         self._channel.settimeout(GRACE_S)
         self._channel.sendall(SESSION + len(content).to_bytes(4, "big") + content)
+        self._is_in_session = True
         self._wait_until_ready()
 
     def ask_turn(self, code: bytes, wall_s: float) -> bytes:
@@ -404,7 +407,10 @@ class _Server:
         return self._receive(wall_s + GRACE_S)
 
     def end_session(self) -> None:
-        """Ends the session; raises OSError if the server has ended."""
+        """Ends the session, if there is one; raises OSError if the server has ended."""
+        if not self._is_in_session:
+            return
+        self._is_in_session = False
         self._channel.settimeout(GRACE_S)
         self._channel.sendall(END)
         self._clear_folder()

@@ -89,6 +89,8 @@ class Session:
                 self._is_open = True
             answer = self._sandbox.ask_turn(content, self._limits.wall_s)
             ended, exit_code, is_fresh, cpu_s, _ = FACTS.unpack_from(answer)
+            if ended == TROUBLE:
+                raise OSError(answer[FACTS.size :].decode(errors="replace"))
         except OSError as error:
             # The next turn begins another session. Only a machine in trouble excuses the code.
             self._sandbox.close()
@@ -98,8 +100,6 @@ class Session:
 
         self._remaining_cpu_s -= cpu_s
         output = answer[FACTS.size :].decode(errors="replace")
-        if ended == TROUBLE:
-            raise SessionFailedError(output)
         if ended == STARVED:
             self._refuse_trouble("no core for the code")
         return Turn(_OUTCOMES[ended], exit_code, output, is_fresh)

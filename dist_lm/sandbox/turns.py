@@ -17,7 +17,7 @@ import os
 import struct
 
 from dist_lm.sandbox import bash, confine, interpreter, languages
-from dist_lm.sandbox.frames import has_more, read_exactly, socketpair, write_frame
+from dist_lm.sandbox.frames import read_exactly, socketpair, write_frame
 from dist_lm.sandbox.watched import DONE, TIMEOUT, TROUBLE, UsedCpu, Watched, cpu_of_ended, stop_all_but
 
 TYPE_CHECKING = False  # `typing` itself would take a third of a cold start
@@ -112,7 +112,7 @@ class Turns:
             limits["output_bytes"],
             used_before + cpu_s,
             limits["wall_s"],
-            done=python.channel,
+            done=(python.channel, python.has_answered),
             used=python.used,
         )
 
@@ -127,7 +127,7 @@ class Turns:
                 attempt.end(self.fenced.namespaces)
                 os.close(python.channel)
             else:
-                attempt.leave(python.status)
+                attempt.leave(python.status or 0)
 
         # The program's processes have ended or are stopped, so the figure is final.
         python.used.look()
@@ -174,14 +174,15 @@ class _Interpreter:
         self.channel = channel
         self.pipes = pipes
         self.used = used
-        self.status = 0
+        self.number = 0  # of the turn
+        self.status: int | None = None  # exit status of the turn; None: it has not come to its end
+        self.received = b""
 
     def resume(self, code: bytes) -> bool:
         """Gives it the code of a turn; returns False if it takes none."""
+        self.number += 1
+        self.status = None
         try:
-            # The code of the last turn may have written here: that must not end this turn.
-            while has_more(self.channel) and os.read(self.channel, 4096):
-                pass
             frame = len(code).to_bytes(4, "big") + code
             is_sent = os.write(self.channel, frame) == len(frame)
         except OSError:
@@ -189,17 +190,28 @@ class _Interpreter:
         os.kill(self.child, _signal.SIGCONT)
         return is_sent
 
-    def pause(self, namespaces: bool) -> bool:
-        """Reads its status and stops it; ends all other processes of the session. Returns False if it has ended, or
-        not all processes could be ended."""
+    def has_answered(self) -> bool:
+        """Reads what it has sent; returns whether the turn has come to its end, or the channel is closed. What the code
+        of an earlier turn has written ends no other one."""
         try:
-            status = os.read(self.channel, 1)
+            data = os.read(self.channel, 4096)
+        except BlockingIOError:
+            return False
         except OSError:
-            return False
-        if not status:
-            return False
-        self.status = status[0]
-        return stop_all_but(self.child, namespaces)
+            return True
+        self.received += data
+        size = interpreter.ANSWER.size
+        while len(self.received) >= size:
+            number, status = interpreter.ANSWER.unpack(self.received[:size])
+            self.received = self.received[size:]
+            if number == self.number:
+                self.status = status
+        return not data or self.status is not None
+
+    def pause(self, namespaces: bool) -> bool:
+        """Stops it behind a turn that has come to its end, and ends all other processes of the session. Returns False
+        if it has ended, or not all processes could be ended."""
+        return self.status is not None and stop_all_but(self.child, namespaces)
 
 
 def _facts(attempt: Watched, cpu_s: float, is_lost: bool) -> tuple[tuple, bytes]:

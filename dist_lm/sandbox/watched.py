@@ -13,6 +13,8 @@ import time
 
 TYPE_CHECKING = False  # `typing` itself would take a third of a cold start
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     from dist_lm.sandbox.judging import Judging
 
     Ticks = tuple[int, int]
@@ -32,7 +34,8 @@ class Watched:
         pipes: read ends for stdout, stderr, and trouble before the start; with a judge then for its stdout, its stderr
             and its verdict, whose end is the end of the judge's work.
         judge: what the kernel tells of the judge; None: there is none.
-        done: socket on which the program says that it has come to the end, and lives on; -1: there is none.
+        done: socket on which the program says that it has come to the end, though it lives on, and the function that
+            reads it and returns whether it has; None: its end is the end of the process.
         used: CPU time of the program, also before; `cpu_s` counts that, too. None: it has just started.
     """
 
@@ -44,7 +47,7 @@ class Watched:
         cpu_s: float,
         wall_s: float,
         judge: Judging | None = None,
-        done: int = -1,
+        done: tuple[int, Callable[[], bool]] | None = None,
         used: UsedCpu | None = None,
     ) -> None:
         self.child = child
@@ -85,8 +88,8 @@ class Watched:
         running = {self._pidfd, *self.pipes[5:]}
         for file in (*self.pipes, self._pidfd):
             poller.register(file, select.POLLIN)
-        if self._done >= 0:
-            poller.register(self._done, select.POLLIN)
+        if self._done:
+            poller.register(self._done[0], select.POLLIN)
 
         begin = time.monotonic()
         look_s = next_look = 0.0
@@ -111,7 +114,7 @@ class Watched:
                 running.remove(self._pidfd)
                 if running:  # the judge must not wait for what the program left behind
                     kill_all(namespaces)
-            if not running or any(file == self._done for file, _ in ready):
+            if not running or (self._done and any(file == self._done[0] for file, _ in ready) and self._done[1]()):
                 return
 
             if self.seconds < next_look:

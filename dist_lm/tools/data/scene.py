@@ -116,7 +116,9 @@ class World:
                 raise ToolError(f"no {specification.subject} matches")
             return {"id": matching[-1]}
 
-        return {"ids": matching[: arguments.get("limit", 10)]}
+        # An invented field may be called `limit`, too.
+        limit = arguments.get("limit", 10)
+        return {"ids": matching[:limit] if isinstance(limit, int) else matching[:10]}
 
     def _with_id(self, specification: Specification, record_id: str, arguments: Record) -> Json:
         """Reads, changes or deletes a record, and returns what the tool says of it.
