@@ -392,7 +392,7 @@ def test_readme_has_at_most_160_lines():
 
 
 # pages of later features, and decisions, have limits of their own
-WORDS_OF_A_PAGE = {"data.md": 2_500, "in_and_out.md": 2_850, "decisions.md": 8_150, "recipes.md": 1_250}
+WORDS_OF_A_PAGE = {"data.md": 2_500, "in_and_out.md": 2_850, "decisions.md": 8_250, "recipes.md": 1_250}
 WORDS_OF_A_PAGE["architecture.md"] = 2_550  # the map of the code: packages, nouns, what runs when
 WORDS_OF_A_PAGE["sandbox.md"] = 1_700  # what a test has of a program, and which answers win nothing
 WORDS_OF_A_PAGE["algorithms.md"] = 1_500

@@ -53,6 +53,7 @@ def test_a_file_of_few_conversations_is_one_whose_first_command_runs(tmp_path: P
     assert splits == {"train", "val"}
 
 
+@pytest.mark.heavy
 def test_corpora_of_later_commands_are_built_too(tmp_path: Path) -> None:
     """Fault: the first command read only the text, and the second one, on few source files, was refused."""
     code, prose = tmp_path / "code", tmp_path / "prose"
