@@ -45,7 +45,7 @@ from dist_lm.training.state import TrainState
 CEILING = "engine alone"
 CLIENTS = (1, 8, 32)
 FIRST_MS = "first token ms"
-WAVES = 3  # of which the time to the first token is the median
+WAVES = 3  # the time to the first token is their median
 ROUNDS = 5
 PROMPT_WORDS, WORD_LETTERS = 24, 5  # about 64 tokens
 START_S = 300.0  # for a server to answer

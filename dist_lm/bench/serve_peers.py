@@ -18,14 +18,14 @@ from dist_lm.storage.process import die_with_parent
 
 SLOTS = 32  # requests that a server computes together
 HOST = "127.0.0.1"
-NO_ID = 1 << 30  # of no token
+NO_ID = 1 << 30  # no token has it
 
 
 @dataclass(frozen=True)
 class Server:
     """One of the servers."""
 
-    package: str  # which it needs
+    package: str  # the one that it needs
     run: Callable[[int, str], None]  # (port, model) -> never returns
     model_of: Callable[[Path], str]  # the model in a folder of an export, as `run` takes it
     fields: Callable[[Mapping[str, Any], int], dict[str, Any]]  # (sampling, end-of-text) -> fields of a request

@@ -33,7 +33,7 @@ class CodeRepair:
     def __init__(self, sandboxes: SharedSandboxes, limits: Limits) -> None:
         self._sandboxes, self._limits = sandboxes, limits
         self._task: Task | None = None
-        self._key = 0  # of the hidden tests: equal tasks have equal ones
+        self._key = 0  # chooses the hidden tests: equal tasks have equal ones
         self._remaining = 0  # turns of the model
 
     async def reset(self, task: EnvironmentTask) -> Observation:

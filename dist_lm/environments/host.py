@@ -46,7 +46,7 @@ OWN_SLACK_S = 300.0  # the project's own environments limit the code that they r
 
 
 class Environments(Protocol):
-    """Where the environments of conversations come from."""
+    """Source of the environments of conversations."""
 
     async def open(self) -> None: ...
 
@@ -112,7 +112,7 @@ class Episode:
         self._host, self.task = host, task
         self._environment: Environment | None = None
         self._turns = 0
-        self._seconds = 0.0  # of the environment so far
+        self._seconds = 0.0  # time of the environment so far
         self._last: Step | None = None  # the final step
 
     async def reset(self) -> Step:

@@ -20,7 +20,7 @@ OWN: Mapping[str, Callable[[SharedSandboxes, Limits], Environment]] = {
     "sql": HiddenDatabase,
     "tools": GeneratedTools,
 }
-STEPS_A_CORE = 4  # that run at once: many wait for a program that sleeps
+STEPS_A_CORE = 4  # steps that run at once: many wait for a program that sleeps
 
 
 def own_names() -> list[str]:

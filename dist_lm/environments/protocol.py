@@ -1,4 +1,4 @@
-"""What an environment is: a task, the model's actions, what it observes, and a verdict that is valid or has no number.
+"""Values of an environment: a task, the model's actions, observations, and a verdict that is valid or has no number.
 
 An environment is a class with three async methods. Everything that it gets and returns is one of the values here; they
 hold no pointer into the environment, so each can be written down and read back.
@@ -151,7 +151,7 @@ class Verdict:
 
 @dataclass(frozen=True)
 class Step:
-    """What follows a turn of the model."""
+    """The answer of an environment to a turn of the model."""
 
     observation: Observation
     done: bool
@@ -190,11 +190,11 @@ class Limits:
     """Limits of one conversation. The host holds all of them but `tokens`, which the caller counts."""
 
     turns: int = 16  # turns of the model
-    tokens: int = 4096  # of the whole conversation
-    seconds_a_step: float = 30.0  # of `reset` and of each `step`
-    seconds: float = 600.0  # of all steps together, by the clock, without the model's time
-    observation_bytes: int = 65_536  # of one observation, as JSON
-    memory_bytes: int = 2 << 30  # of a process with a user's environment
+    tokens: int = 4096  # the whole conversation
+    seconds_a_step: float = 30.0  # `reset`, and each `step`
+    seconds: float = 600.0  # all steps together, by the clock, without the model's time
+    observation_bytes: int = 65_536  # one observation, as JSON
+    memory_bytes: int = 2 << 30  # a process with a user's environment
 
     def __post_init__(self) -> None:
         for name, value in vars(self).items():

@@ -11,7 +11,7 @@ from dist_lm.chat.messages import Call, ChatError, Json, Tool
 from dist_lm.chat.schema import problems
 from dist_lm.environments.protocol import Limits, Observation
 
-MOST_CALLS = 16  # of a turn that are executed; further ones have the result null
+MOST_CALLS = 16  # calls of a turn that are executed; further ones have the result null
 LONGEST_PROBLEM = 500  # characters
 _BYTES_OF_CHARACTER = 6  # at most, in JSON
 

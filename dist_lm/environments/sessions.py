@@ -32,7 +32,7 @@ from dist_lm.sandbox.session import PooledSession, SessionLanguage, Turn
 
 
 class _Session:
-    """What both languages share."""
+    """Base of both languages."""
 
     language: SessionLanguage
     tool: Tool

@@ -36,7 +36,7 @@ from dist_lm.storage import durable
 from dist_lm.tools.data.examples import Example, example
 from dist_lm.tools.data.scene import ToolError, World
 
-VAL_FRACTION = 0.05  # of the groups, as `corpus.val_fraction` of stage tools
+VAL_FRACTION = 0.05  # share of the groups, as `corpus.val_fraction` of stage tools
 
 
 @dataclass(frozen=True)
@@ -55,7 +55,7 @@ class GeneratedTools:
         self._limits = limits
         self._example: Example | None = None
         self._requests: list[Request] = []
-        self._number = 0  # of the request that is being served
+        self._number = 0  # the request that is being served
         self._world = World(random.Random(0))  # noqa: S311  (text, not secrets)
         self._calls: list[Call] = []  # for this request so far
         self._right = 0

@@ -38,7 +38,7 @@ class EnvironmentProcess:
     def __init__(self, name: str, limits: Limits) -> None:
         self._name, self._limits = name, limits
         self._mark = uuid.uuid4().hex
-        self._number = 0  # of the last request
+        self._number = 0  # the last request
         self._process: subprocess.Popen[bytes] | None = None
         self._connection: socket.socket | None = None
         self._received = bytearray()

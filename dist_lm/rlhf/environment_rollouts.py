@@ -437,7 +437,7 @@ class VersionedSource:
 
     def __init__(self, source: RolloutSource) -> None:
         self._source = source
-        self.version: int | None = None  # of the weights that were loaded last
+        self.version: int | None = None  # the weights that were loaded last
 
     def load_weights(self, weights: Any, version: int) -> None:
         self._source.load_weights(weights, version)
@@ -465,7 +465,7 @@ class EnvironmentSupply:
     limits: Limits
     context: int  # model.max_seq_len
     at_once: int  # most conversations at a time
-    weight: float = 1.0  # of the reward
+    weight: float = 1.0  # factor of the reward
     constraint_of: ConstraintOf | None = None
     folder: Path | None = None  # for the files of finished conversations; None: they are not kept
     alive: Callable[[], None] = lambda: None

@@ -34,7 +34,7 @@ class Turn:
     is_readable: bool  # whether its calls could be read
     action: Json  # as `environments.values.action_value`
     step: Json = None  # as `environments.values.step_value`; None: the environment failed in it
-    reward: float = 0.0  # of this turn alone
+    reward: float = 0.0  # this turn alone
     tool_errors: int = 0  # results of its calls that are objects with `error`
 
 
@@ -42,10 +42,10 @@ class Turn:
 class Episode:
     """A finished conversation."""
 
-    position: int  # of its task in the order of tasks
+    position: int  # its task's in the order of tasks
     sample: int  # number among the conversations of its task
     task: str  # digest
-    version: int  # of the weights that drew all turns
+    version: int  # the weights that drew all turns
     verdict: Verdict
     cut: str = ""  # the limit that ended it, one of CUTS
     opening: Json = None  # the observation of `reset`, as `environments.values.observation_value`
@@ -111,8 +111,8 @@ class EpisodeFile:
 
     path: Path
     settings: str | None  # digest of all that conversations depend on, beside weights and task; None: any
-    version: int | None = None  # of the weights; None: any
-    finished: dict[tuple[int, int], Episode] = field(init=False, default_factory=dict)  # by (position, sample)
+    version: int | None = None  # the weights'; None: any
+    finished: dict[tuple[int, int], Episode] = field(init=False, default_factory=dict)  # keys: (position, sample)
     _file: IO[str] = field(init=False)
 
     def __enter__(self) -> Self:

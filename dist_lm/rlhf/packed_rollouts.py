@@ -153,7 +153,7 @@ def scoring_batches(rollouts: Rollouts, dealing: Dealing) -> list[ScoringBatch]:
 
 @dataclass(frozen=True)
 class _Sequences:
-    """What rows are filled with: rollouts, or the samples of conversations. S counts all of them."""
+    """Content of rows: rollouts, or the samples of conversations. S counts all of them."""
 
     rollout_S: np.ndarray  # int64; the rollout of each
     begin_S: np.ndarray  # int64; index of its first token in `Rollouts.tokens_N`

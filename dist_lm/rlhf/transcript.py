@@ -26,7 +26,7 @@ EMPTY_TURN = "(empty)"  # text of a turn without any, where a template must writ
 class ReadTurn:
     """A turn of the model as a message."""
 
-    message: Message  # what a template writes if it renders the turn again
+    message: Message  # a template writes it if it renders the turn again
     text: str  # beside thinking and calls; of an unreadable turn all that was drawn, marks included
     calls: tuple[Call, ...] = ()
     is_readable: bool = True
@@ -57,7 +57,7 @@ class Sample:
     """Token ids that a model reads as one sequence."""
 
     ids: list[int]
-    drawn: list[bool] = field(default_factory=list)  # which of `ids` the model drew; the others give no loss
+    drawn: list[bool] = field(default_factory=list)  # True where the model drew the id; the others give no loss
 
     def append(self, ids: Sequence[int], drawn: bool) -> None:
         self.ids += ids

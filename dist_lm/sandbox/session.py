@@ -35,11 +35,11 @@ class SessionFailedError(RuntimeError):
 
 @dataclass(frozen=True)
 class Turn:
-    """What the code of a turn did."""
+    """The work of the code of a turn."""
 
     outcome: TurnOutcome  # ended; passed a limit of time or output; or lost: it ended the whole session, with its files
     exit_code: int  # 0: the code came to its end
-    output: str  # what it printed, errors included, in their order
+    output: str  # all that it printed, errors included, in their order
     is_fresh: bool  # whether the next turn in Python begins without variables
 
     @property

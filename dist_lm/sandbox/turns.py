@@ -44,7 +44,7 @@ class Turns:
         self.fenced = fenced
         self.request: dict[str, Any] = {}
         self.python: _Interpreter | None = None
-        self.remaining_cpu_s = 0.0  # of all turns that follow
+        self.remaining_cpu_s = 0.0  # for all turns that follow
 
     def answer(self) -> None:
         """Reads the request, then answers turns until the harness ends the session; runs in the forked process.
@@ -174,7 +174,7 @@ class _Interpreter:
         self.channel = channel
         self.pipes = pipes
         self.used = used
-        self.number = 0  # of the turn
+        self.number = 0  # the turn's
         self.status: int | None = None  # exit status of the turn; None: it has not come to its end
         self.received = b""
 

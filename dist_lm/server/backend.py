@@ -1,5 +1,5 @@
-"""What the routes need of whoever computes answers: an engine in this process (`EngineThread`), or actors of a pool
-(`PoolThread`)."""
+"""The interface between the routes and whoever computes answers: an engine in this process (`EngineThread`), or actors
+of a pool (`PoolThread`)."""
 
 from collections.abc import Callable, Mapping
 from typing import Protocol

@@ -17,7 +17,7 @@ from dist_lm.server.prompt_fields import check_lengths, input_ids
 from dist_lm.server.served import Served
 
 MOST_INPUTS = 2048  # OpenAI's bound
-MOST_NUMBERS = 4 << 20  # of a response; as text they take some 90 MB
+MOST_NUMBERS = 4 << 20  # limit of a response; as text they take some 90 MB
 FORMATS = ("float", "base64")
 
 

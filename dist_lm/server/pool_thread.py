@@ -37,16 +37,16 @@ LOST = "the actor that computed this answer has ended: ask again"
 
 
 @dataclass
-class _Way:
-    """A request on its way."""
+class _Routed:
+    """A request on its way to an actor and back."""
 
     order: Order
     sink: Sink
     arrived: float
-    digests: Sequence[bytes]  # of the blocks of its prompt
+    digests: Sequence[bytes]  # its prompt's blocks
     lane: int | None = None  # number of the actor that computes it
     has_begun: bool = False  # whether the sink has got a part of it
-    done: list[Done] = field(default_factory=list)  # answers that wait for the others of their request
+    held_back: list[Done] = field(default_factory=list)  # answers that wait for the others of their request
     n_open: int = 1  # answers that are not complete
     deaths: int = 0
 
@@ -91,7 +91,7 @@ class _Stop:
     """Ends the thread."""
 
 
-_Message = _Way | _Cancel | _NewWeights | _Wake | _Stop
+_Message = _Routed | _Cancel | _NewWeights | _Wake | _Stop
 
 
 class PoolThread:
@@ -106,11 +106,11 @@ class PoolThread:
         self.figures = Figures()
         self._pool = pool
         self._spec = spec
-        self._most_answers = spec.options.max_sequences  # of one actor
+        self._most_answers = spec.options.max_sequences  # limit of one actor
         self._router = PrefixRouter(most_extra=max(1, self._most_answers // 4))
         self._inbox: queue.SimpleQueue[_Message] = queue.SimpleQueue()
-        self._waiting: deque[_Way] = deque()
-        self._running: dict[str, _Way] = {}  # by the request's id
+        self._waiting: deque[_Routed] = deque()
+        self._running: dict[str, _Routed] = {}  # keys: ids of requests
         self._reports: dict[int, Report] = {}  # the last one of each actor
         self._new_weights: _NewWeights | None = None  # not on all actors yet
         self._n_engines = len(pool.serving)
@@ -165,11 +165,11 @@ class PoolThread:
     def submit(self, request: Request, sink: Sink, *, streams: bool) -> None:
         """See `Backend`."""
         digests = block_digests(request.prompt, request.cache_key)
-        self._inbox.put(_Way(Order(request, streams), sink, time.monotonic(), digests, n_open=request.n))
+        self._inbox.put(_Routed(Order(request, streams), sink, time.monotonic(), digests, n_open=request.n))
 
     def embed(self, request: EmbeddingRequest, sink: Sink) -> None:
         """See `Backend`."""
-        self._inbox.put(_Way(Order(request, streams=False), sink, time.monotonic(), ()))
+        self._inbox.put(_Routed(Order(request, streams=False), sink, time.monotonic(), ()))
 
     def cancel(self, request: str) -> None:
         """See `Backend`."""
@@ -221,7 +221,7 @@ class PoolThread:
             self._take(self._inbox.get())
 
     def _take(self, message: _Message) -> None:
-        if isinstance(message, _Way):
+        if isinstance(message, _Routed):
             self._waiting.append(message)
         elif isinstance(message, _Cancel):
             self._drop(message.request)
@@ -244,14 +244,14 @@ class PoolThread:
 
     def _drop(self, request: str) -> None:
         """Ends a cancelled request."""
-        way = self._running.pop(request, None)
-        if way is None:
-            way = next((way for way in self._waiting if way.id == request), None)
-            if way is None:
+        routed = self._running.pop(request, None)
+        if routed is None:
+            routed = next((routed for routed in self._waiting if routed.id == request), None)
+            if routed is None:
                 return
-            self._waiting.remove(way)
-        elif way.lane is not None:
-            self._pool.serving[way.lane].order((), [request])
+            self._waiting.remove(routed)
+        elif routed.lane is not None:
+            self._pool.serving[routed.lane].order((), [request])
         self.figures.cancelled += 1
 
     def _take_news(self, number: int, happened: Report | Loss) -> None:
@@ -263,64 +263,64 @@ class PoolThread:
 
         self._reports.pop(number, None)
         self._router.forget(number)
-        lost = [way for way in self._running.values() if way.lane == number]
+        lost = [routed for routed in self._running.values() if routed.lane == number]
         # In reverse, since each goes to the front: they keep their order.
-        for way in reversed(lost):
-            self._begin_again(way, happened.is_blamed)
+        for routed in reversed(lost):
+            self._begin_again(routed, happened.is_blamed)
 
-    def _begin_again(self, way: _Way, is_blamed: bool) -> None:
+    def _begin_again(self, routed: _Routed, is_blamed: bool) -> None:
         """Lets a request wait for another actor, if nothing of it was sent."""
-        del self._running[way.id]
-        way.deaths += is_blamed
-        if way.has_begun:
-            self._fail(way, LOST, 500)
-        elif way.deaths >= MOST_DEATHS:
-            self._fail(way, f"{way.deaths} actors ended while they worked on this request", 500)
+        del self._running[routed.id]
+        routed.deaths += is_blamed
+        if routed.has_begun:
+            self._fail(routed, LOST, 500)
+        elif routed.deaths >= MOST_DEATHS:
+            self._fail(routed, f"{routed.deaths} actors ended while they worked on this request", 500)
         else:
-            way.lane, way.done, way.n_open = None, [], way.n_answers
-            self._waiting.appendleft(way)
+            routed.lane, routed.held_back, routed.n_open = None, [], routed.n_answers
+            self._waiting.appendleft(routed)
 
     def _pass_on(self, number: int, event: Event) -> None:
         """Gives an event of an actor to the sink of its request. Answers that are not streamed come together, so that
         all are of one version of the weights."""
         name = event.answer.request if isinstance(event, Done) else event.request
-        way = self._running.get(name)
-        if way is None or way.lane != number:  # cancelled
+        routed = self._running.get(name)
+        if routed is None or routed.lane != number:  # cancelled
             return
 
         if isinstance(event, Failed):
             del self._running[name]
             self.figures.failed += 1
-            way.sink(event)
+            routed.sink(event)
             return
         if isinstance(event, Grown):
-            if not way.has_begun:
-                self.figures.first_token_s.append(time.monotonic() - way.arrived)
-            way.has_begun = True
-            way.sink(event)
+            if not routed.has_begun:
+                self.figures.first_token_s.append(time.monotonic() - routed.arrived)
+            routed.has_begun = True
+            routed.sink(event)
             return
 
-        way.n_open -= 1
-        if not way.n_open:
+        routed.n_open -= 1
+        if not routed.n_open:
             del self._running[name]
         if isinstance(event, Embedded):
             self.figures.answered += 1
-            way.sink(event)
+            routed.sink(event)
             return
-        for done in self._ready(way, event):
+        for answered in self._ready(routed, event):
             self.figures.answered += 1
-            self.figures.new_tokens += len(done.answer.tokens)
-            way.sink(done)
+            self.figures.new_tokens += len(answered.answer.tokens)
+            routed.sink(answered)
 
-    def _ready(self, way: _Way, done: Done) -> Iterator[Done]:
+    def _ready(self, routed: _Routed, answered: Done) -> Iterator[Done]:
         """Yields the answers that the sink may get now."""
-        if way.order.streams:
-            way.has_begun = True
-            yield done
+        if routed.order.streams:
+            routed.has_begun = True
+            yield answered
             return
-        way.done.append(done)
-        if not way.n_open:
-            yield from way.done
+        routed.held_back.append(answered)
+        if not routed.n_open:
+            yield from routed.held_back
 
     def _fail_late(self) -> None:
         """Fails requests that have waited too long for an actor."""
@@ -336,41 +336,43 @@ class PoolThread:
         if any(not actor.is_loading for actor in actors.values()):
             actors = {number: actor for number, actor in actors.items() if not actor.is_loading}
         loads = dict.fromkeys(actors, 0)
-        for way in self._running.values():
-            if way.lane in loads:
-                loads[way.lane] += way.n_open
+        for routed in self._running.values():
+            if routed.lane in loads:
+                loads[routed.lane] += routed.n_open
 
         orders: dict[int, list[Order]] = {}
         while self._waiting:
-            way = self._waiting[0]
+            routed = self._waiting[0]
             # An idle actor takes any request.
             open_loads = {
-                number: load for number, load in loads.items() if not load or load + way.n_answers <= self._most_answers
+                number: load
+                for number, load in loads.items()
+                if not load or load + routed.n_answers <= self._most_answers
             }
             if not open_loads:
                 break
             self._waiting.popleft()
-            way.lane = self._router.choose(way.digests, open_loads)
-            self._router.remember(way.digests, way.lane)
-            loads[way.lane] += way.n_answers
-            self._running[way.id] = way
-            orders.setdefault(way.lane, []).append(way.order)
-            self.figures.queue_s.append(time.monotonic() - way.arrived)
-            self.figures.prompt_tokens += way.n_prompt
+            routed.lane = self._router.choose(routed.digests, open_loads)
+            self._router.remember(routed.digests, routed.lane)
+            loads[routed.lane] += routed.n_answers
+            self._running[routed.id] = routed
+            orders.setdefault(routed.lane, []).append(routed.order)
+            self.figures.queue_s.append(time.monotonic() - routed.arrived)
+            self.figures.prompt_tokens += routed.n_prompt
         for number, of_actor in orders.items():
             actors[number].order(of_actor, ())
 
     def _count(self) -> None:
         self._n_engines = len(self._pool.serving)
-        self.figures.waiting = sum(way.n_answers for way in self._waiting)
-        self.figures.running = sum(way.n_open for way in self._running.values())
+        self.figures.waiting = sum(routed.n_answers for routed in self._waiting)
+        self.figures.running = sum(routed.n_open for routed in self._running.values())
 
     def _fail_all(self, reason: str) -> None:
         """Fails all requests, also those that still arrive, until the thread is told to stop."""
         self._n_engines = 0
         while True:
-            for way in (*self._running.values(), *self._waiting):
-                self._fail(way, reason, 503)
+            for routed in (*self._running.values(), *self._waiting):
+                self._fail(routed, reason, 503)
             self._running.clear()
             self._waiting.clear()
             if self._new_weights:
@@ -380,6 +382,6 @@ class PoolThread:
                 return
             self._take(self._inbox.get())
 
-    def _fail(self, way: _Way, reason: str, status: int) -> None:
+    def _fail(self, routed: _Routed, reason: str, status: int) -> None:
         self.figures.failed += 1
-        way.sink(Failed(way.id, reason, status))
+        routed.sink(Failed(routed.id, reason, status))

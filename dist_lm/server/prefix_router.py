@@ -7,11 +7,11 @@ before it (`dist_lm.generation.prefix_cache.block_digests`). Pure data.
 from collections import OrderedDict
 from collections.abc import Mapping, Sequence
 
-MOST_BLOCKS = 1 << 16  # that are remembered; the least recently used go first
+MOST_BLOCKS = 1 << 16  # most that are remembered; the least recently used go first
 
 
 class PrefixRouter:
-    """Which actors, called lanes by their numbers, have read which beginnings of prompts."""
+    """Memory of which actors, called lanes by their numbers, have read which beginnings of prompts."""
 
     def __init__(self, most_extra: int) -> None:
         """
@@ -20,7 +20,7 @@ class PrefixRouter:
                 what it has read.
         """
         self._most_extra = most_extra
-        self._lanes_of: OrderedDict[bytes, set[int]] = OrderedDict()  # by the digest of a block
+        self._lanes_of: OrderedDict[bytes, set[int]] = OrderedDict()  # keys: digests of blocks
 
     def choose(self, digests: Sequence[bytes], loads: Mapping[int, int]) -> int:
         """Returns the lane for a prompt.

@@ -1,4 +1,4 @@
-"""What the routes share: the models by their names, and counts of requests."""
+"""State that the routes share: the models by their names, and counts of requests."""
 
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -27,7 +27,7 @@ class ServedModel:
 class Serving:
     """All models of the server, and what is under way."""
 
-    models: Sequence[ServedModel]  # that answer with text
+    models: Sequence[ServedModel]  # those that answer with text
     most_requests: int  # requests that may be under way at a time
     stop_s: float = 10.0  # seconds for the engines to end
     limits: ServeLimits = field(default_factory=ServeLimits)

@@ -33,7 +33,7 @@ ORDERS, REPORTS = "orders", "reports"  # Ray runs the calls of each group in the
 class ServingSpec(EngineSpec):
     """The engine that every actor builds."""
 
-    queue_s: float = 60.0  # that a request may wait for its first step
+    queue_s: float = 60.0  # longest wait of a request for its first step
 
 
 @dataclass(frozen=True)
@@ -46,7 +46,7 @@ class Order:
 
 @dataclass(frozen=True)
 class Report:
-    """What has happened on an actor since its last report."""
+    """Events of an actor since its last report."""
 
     events: Sequence[Event]
     free_pages: int
