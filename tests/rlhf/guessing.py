@@ -14,13 +14,9 @@ from dist_lm.generation.engine import Engine, EngineOptions
 from dist_lm.generation.grammar import Grammars
 from dist_lm.model.transformer import Transformer
 from dist_lm.rlhf.config import RewardPartConfig, RlhfConfig
-from dist_lm.rlhf.environment_rollouts import (
-    ConstraintOf,
-    ConversationLoop,
-    EnvironmentJudge,
-    EnvironmentSupply,
-    VersionedSource,
-)
+from dist_lm.rlhf.conversation_loop import ConversationLoop
+from dist_lm.rlhf.conversing import ConstraintOf
+from dist_lm.rlhf.environment_rollouts import EnvironmentJudge, EnvironmentSupply, VersionedSource
 from dist_lm.rlhf.rollouts import EngineRollouts, ShuffledPrompts
 from dist_lm.tokenizer.tokenizer import Tokenizer
 from tests.rlhf.toy import MODEL, Toy, toy

@@ -1,0 +1,72 @@
+"""An event loop in a thread of its own, in which many conversations are held at once."""
+
+import asyncio
+import threading
+from collections import deque
+from collections.abc import Awaitable, Callable, Coroutine, Sequence
+from concurrent.futures import Future
+from contextlib import AbstractAsyncContextManager
+from typing import Any, Self
+
+from dist_lm.rlhf.conversing import EpisodeHost
+from dist_lm.rlhf.request_feed import RequestFeed
+
+
+class ConversationLoop:
+    """An event loop in a thread of its own, with the host of environments. A context manager."""
+
+    def __init__(self, open_host: Callable[[], AbstractAsyncContextManager[EpisodeHost]]) -> None:
+        self._open_host = open_host
+        self._loop = asyncio.new_event_loop()
+        self._thread = threading.Thread(target=self._loop.run_forever, name="conversations")
+
+    def __enter__(self) -> Self:
+        """Raises UserError if the environment cannot be opened, such as a class that cannot be imported."""
+        self._thread.start()
+        try:
+            self._context = self._open_host()
+            self.host = self._run(self._context.__aenter__()).result()
+        except BaseException:
+            self._end()
+            raise
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: object) -> None:
+        try:
+            self._run(self._context.__aexit__(None, None, None)).result()
+        finally:
+            self._end()
+
+    def hold_all(self, holding: Sequence[Callable[[], Awaitable[None]]], at_once: int, feed: RequestFeed) -> Future:
+        """Begins to call the coroutine functions in their order, some at a time, and ends `feed` when all are done.
+
+        The first error cancels the others, and is the result's.
+        """
+        return self._run(_hold_all(deque(holding), at_once, feed))
+
+    def _run(self, work: Coroutine[Any, Any, Any]) -> Future:
+        return asyncio.run_coroutine_threadsafe(work, self._loop)
+
+    def _end(self) -> None:
+        self._loop.call_soon_threadsafe(self._loop.stop)
+        self._thread.join()
+        self._loop.close()
+
+
+async def _hold_all(waiting: deque[Callable[[], Awaitable[None]]], at_once: int, feed: RequestFeed) -> None:
+    async def work() -> None:
+        while waiting:
+            await waiting.popleft()()
+
+    workers = [asyncio.ensure_future(work()) for _ in range(min(at_once, len(waiting)))]
+    try:
+        await asyncio.gather(*workers)
+    except BaseException:
+        feed.abort()
+        raise
+    finally:
+        # Conversations under way close their environments.
+        for worker in workers:
+            worker.cancel()
+        await asyncio.gather(*workers, return_exceptions=True)
+        feed.end()
