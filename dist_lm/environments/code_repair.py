@@ -8,6 +8,7 @@ program passes, hidden ones included. The model sees the fixed tests only, and t
 from dist_lm.chat.messages import Call, ChatError, Json
 from dist_lm.data.prompt_rows import prompt_of
 from dist_lm.environments.protocol import (
+    LAST_TURN,
     Action,
     Limits,
     Observation,
@@ -35,6 +36,7 @@ class CodeRepair:
         self._task: Task | None = None
         self._key = 0  # chooses the hidden tests: equal tasks have equal ones
         self._remaining = 0  # turns of the model
+        self._last_text = ""  # of the model's last turn with a program
 
     async def reset(self, task: EnvironmentTask) -> Observation:
         data = task.data
@@ -44,6 +46,7 @@ class CodeRepair:
         except (UserError, ChatError) as error:
             raise RefusedTaskError(str(error)) from None
         self._remaining = attempts_of(data.get("attempts", ATTEMPTS))
+        self._last_text = ""
         self._key = int(task.digest[:15], 16)
         return Observation(messages)
 
@@ -54,7 +57,10 @@ class CodeRepair:
             self._remaining -= 1
             return Step(await executed(action.calls, (), _no_result, self._limits), done=False)
 
-        program = self._task.program(action.text)
+        # A conversation that is full ends with an empty turn: the program before is the last one.
+        if action.text or action.cut in (None, LAST_TURN):
+            self._last_text = action.text
+        program = self._task.program(self._last_text)
         self._remaining -= 1
         is_last = self._remaining == 0 or action.cut is not None
         # A program that was cut off is judged, too: it may be whole.

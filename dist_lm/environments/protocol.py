@@ -48,13 +48,13 @@ class EnvironmentFailedError(Exception):
 
     Args:
         reason: for the counts.
-        detail: for people.
+        detail: for people; kept as one line.
     """
 
     def __init__(self, reason: Failure, detail: str = "") -> None:
-        super().__init__(f"{reason}: {detail}")
         self.reason: Failure = reason
-        self.detail = detail[:MOST_DETAIL]
+        self.detail = " ".join(detail.split())[:MOST_DETAIL]
+        super().__init__(f"{reason}: {self.detail}")
 
 
 @dataclass(frozen=True)

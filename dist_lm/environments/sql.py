@@ -67,6 +67,8 @@ class HiddenDatabase:
         reference = await self._sandboxes.verdict(Program("sql", query, self._databases))
         if reference.outcome != "passed":
             raise RefusedTaskError(f"`query` fails on its database: {reference.output[-200:]}")
+        if not any(reference.stdout):
+            raise RefusedTaskError("`query` gives no rows on its databases: every empty answer would be right")
         self._expected = reference.stdout
         self._is_sorted = _ORDER.search(query) is not None
         return Observation(messages, (TOOL,))

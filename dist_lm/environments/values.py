@@ -51,8 +51,14 @@ def checked_step(step: Any, action: Action, most_bytes: int) -> Step:
             (`bad_observation`), they have more bytes as JSON (`too_long`), a reward is not finite (`bad_reward`), or
             the last step has no verdict (`no_verdict`).
     """
-    if type(step) is not Step or type(step.observation) is not Observation or type(step.done) is not bool:
-        raise EnvironmentFailedError("bad_step", f"step returned {_named(step)}; expected a Step with an Observation")
+    if type(step) is not Step:
+        raise EnvironmentFailedError("bad_step", f"step returned {_named(step)}; expected a Step")
+    if type(step.observation) is not Observation:
+        raise EnvironmentFailedError(
+            "bad_step", f"the step's observation is {_named(step.observation)}; expected an Observation"
+        )
+    if type(step.done) is not bool:
+        raise EnvironmentFailedError("bad_step", f"the step's done is {_named(step.done)}; expected True or False")
     try:
         turn_reward = finite(step.turn_reward)
     except BadRewardError as error:

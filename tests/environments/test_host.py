@@ -5,12 +5,23 @@ import re
 import time
 from collections import Counter
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from dist_lm.environments.host import Host
-from dist_lm.environments.protocol import Action, Limits, Step, Task, Verdict
+from dist_lm.environments.protocol import (
+    Action,
+    EnvironmentFailedError,
+    Limits,
+    Observation,
+    Step,
+    Task,
+    Verdict,
+)
+from dist_lm.environments.served import failure_in
 from dist_lm.environments.user_process import MARK
+from dist_lm.environments.values import checked_step
 from dist_lm.errors import UserError
 from dist_lm.storage.process import marked
 from tests.environments.hostile import EXPECTED
@@ -104,6 +115,20 @@ def test_a_cancelled_conversation_leaves_the_host_in_order():
             assert time.monotonic() - begin < patient(30.0)
 
     asyncio.run(play())
+
+
+def test_the_detail_of_a_failure_is_one_line():
+    """Finds an exception of many lines that scatters one failure over the log."""
+    failure = failure_in(ValueError("first\n\n  second\n" * 1000))
+    assert failure.detail.startswith("ValueError: first second first")
+    assert "\n" not in str(failure)
+
+
+@pytest.mark.parametrize(("done", "message"), [("yes", "the step's done is a str"), (1, "the step's done is a int")])
+def test_a_step_with_a_part_of_another_type_is_named_by_that_part(done: Any, message: str):
+    """Finds a message that calls a Step no Step, where one of its parts is wrong."""
+    with pytest.raises(EnvironmentFailedError, match=message):
+        checked_step(Step(Observation(), done, Verdict.of(1.0)), Action("go"), 1000)
 
 
 @pytest.mark.parametrize(

@@ -103,6 +103,16 @@ def test_code_repair_feeds_back_fixed_tests_and_judges_by_the_hidden_ones():
 
 
 @sandboxed
+def test_code_repair_judges_the_last_program_of_a_conversation_that_is_full():
+    """Finds an empty program that is judged in place of the one before; an empty turn of the model's own is judged."""
+    table = Action("def f(x): return x + (x < 2)")
+    passes_some = {"tests": ["assert f(1) == 2", "assert f(2) == 3"]}
+    task = {name: value for name, value in TASKS["code_repair"].items() if name != "hidden"} | passes_some
+    assert reward(play("code_repair", [table, Action("", cut="tokens")], task)) == 0.5
+    assert reward(play("code_repair", [table, Action("", cut="turns")], task)) == 0.0
+
+
+@sandboxed
 def test_sql_explores_a_database_that_no_query_changes_and_compares_rows():
     """Finds a database that a call changes for the next, rows compared in order, and a reward for a constant."""
     look = call("sql", query="SELECT * FROM t WHERE a < 4")
@@ -208,6 +218,7 @@ def test_no_turn_of_a_model_leaves_its_conversation_without_a_verdict(name: str)
         ("code_repair", {"tests": []}, "tests"),
         ("code_repair", {"attempts": 0}, "`attempts` is 0"),
         ("sql", {"query": "SELECT nothing FROM t"}, "fails on its database"),
+        ("sql", {"query": "SELECT a FROM t WHERE a < 0"}, "gives no rows"),
         ("sql", {"tables": {"t": 1}}, "`tables`"),
         ("tools", {"seed": "1"}, "`seed`: expected"),
     ],

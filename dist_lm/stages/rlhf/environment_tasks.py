@@ -1,13 +1,14 @@
 """The tasks of the environment of stage `rlhf`: rows of files. No torch: the launcher reads them too."""
 
 import hashlib
+import re
 from collections.abc import Iterator
 
 from dist_lm.chat.messages import ChatError
 from dist_lm.data.prompt_rows import find_rows, read_rows
 from dist_lm.environments.host import Host
 from dist_lm.environments.protocol import Task
-from dist_lm.errors import ArtefactError
+from dist_lm.errors import ArtefactError, require
 from dist_lm.stages.rlhf.config import RlhfRunGroup
 from dist_lm.stages.rlhf.prompts import HELD_OUT_FROM, HELD_OUT_OF, PROMPTS_FROM
 
@@ -16,10 +17,17 @@ def check_environment(settings: RlhfRunGroup) -> None:
     """Refuses an environment that is not there and files without tasks, before the run starts; returns nothing.
 
     Raises:
-        ConfigError: there is no such environment or file.
+        ConfigError: there is no such environment or file, or the file does not have the class.
         ArtefactError: a row is no task, or there are none.
     """
     Host(settings.environment, settings.environment_limits.limits)
+    if path := settings.environment_file:
+        # The file is not executed here. A class whose name occurs nowhere in it can only come from a star import.
+        class_name = settings.environment.rpartition(":")[2]
+        names = rf"\b{re.escape(class_name)}\b|import\s+\*"
+        content = path.read_text(encoding="utf-8", errors="replace")
+        has_name = bool(class_name) and re.search(names, content) is not None
+        require(has_name, "rlhf.environment", settings.environment, "FILE:CLASS; the file has no such class")
     read_tasks(settings)
 
 
