@@ -33,7 +33,7 @@ OTHER_COLUMNS = ("messages", "context_messages", "input", "question", "problem",
 class FileRow:
     """One row of a file."""
 
-    place: str  # `FILE line N`; of a parquet file the number of its row
+    place: str  # `FILE line N`, or `FILE row N` where a file is one list; N of a parquet file counts its rows
     columns: Mapping[str, Any] = field(default_factory=dict)  # JSON values
     error: str = ""  # why the row cannot be read; empty: it can
 
@@ -62,7 +62,8 @@ def read_rows(files: Sequence[Path]) -> Iterator[FileRow]:
         status = file.stat()
         listed = Input(str(file), status.st_size, status.st_mtime_ns)
         for source_row in rows_of_files(Snapshot(lambda listed=listed: Inputs((listed,)))):
-            place = f"{file.name} line {source_row.location.rpartition(':')[2]}"
+            number = source_row.location.rpartition(":")[2]
+            place = f"{file.name} {number}" if number.startswith("row ") else f"{file.name} line {number}"
             if isinstance(source_row.row, BadRow):
                 yield FileRow(place, error=source_row.row.words)
             else:

@@ -49,7 +49,7 @@ def written(path: Path, rows: list[dict[str, Any]]) -> Path:
 def test_all_columns_of_a_row_come_with_its_prompt(tmp_path, name, row):
     (found,) = rows_in(written(tmp_path / name, [row]))
     assert (found.columns, found.error) == (row, "")
-    assert found.place.endswith("line 1")
+    assert found.place == f"{name} {'row' if name == 'rows.json' else 'line'} 1"
     turns = prompt_of(found.columns).messages
     assert turns[-1] == Message("user", "2 + 2?")
     assert [turn.role for turn in turns] == (["system", "user"] if row in (TRL, OPENRLHF_CHAT) else ["user"])

@@ -94,12 +94,22 @@ def selected(call: str, marks: set[str]) -> bool:
     return "cuda" not in marks and Expression.compile(expression).evaluate(lambda name, **_: name in marks)
 
 
+def runs_of(marks: set[str], pytest_calls: list[str]) -> int:
+    """Returns how often a test with these marks runs. Calls that name different files run it once together."""
+    with_marks = [call for call in pytest_calls if selected(call, marks)]
+    files = [word for call in with_marks for word in call.split() if word.endswith(".py")]
+    names_files = [".py" in call for call in with_marks]
+    if len(with_marks) > 1 and all(names_files) and len(files) == len(set(files)):
+        return 1
+    return len(with_marks)
+
+
 def test_all_sizes_together_run_every_test_once_but_the_long_forms(tmp_path, outside):
     small = [call for call in calls(tmp_path, "test.sh", env=outside) if " pytest " in call]
     everything = [call for call in calls(tmp_path, "test.sh", "--all", env=outside) if " pytest " in call][len(small) :]
     for marks in ({"cuda"}, *(set(marks) for n in range(4) for marks in combinations(("cluster", "heavy", "bars"), n))):
         runs = 0 if "bars" in marks else 1
-        assert [selected(call, marks) for call in everything].count(True) == runs, marks
-        assert [selected(call, marks) for call in small].count(True) == (runs if marks <= {"cluster"} else 0), marks
+        assert runs_of(marks, everything) == runs, marks
+        assert runs_of(marks, small) == (runs if marks <= {"cluster"} else 0), marks
     for marks in ({"slurm", "heavy"}, {"slurm", "heavy", "cluster"}):
-        assert [selected(call, marks) for call in everything].count(True) == 1
+        assert runs_of(marks, everything) == 1

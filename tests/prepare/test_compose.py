@@ -124,9 +124,12 @@ PART = ", ".join(one.name for one in dataclasses.fields(RewardPartConfig))
         ("rlhf.rewards.x.weight=abc", "rlhf.rewards.x.weight=abc: expected a number"),
         (
             "rlhf.rewards.x.kind=nope",
-            "rlhf.rewards.x.kind=nope: expected reward_model, length, parses, function, tests",
+            "rlhf.rewards.x.kind=nope: expected reward_model, length, parses, function, tests, environment",
         ),
-        ("rlhf.rewards.x.weight=1", "rlhf.rewards.x.kind=: expected reward_model, length, parses, function, tests"),
+        (
+            "rlhf.rewards.x.weight=1",
+            "rlhf.rewards.x.kind=: expected reward_model, length, parses, function, tests, environment",
+        ),
         (
             "rlhf.rewards.x.wait=1",
             f"rlhf.rewards.x.wait=1: no such key; did you mean rlhf.rewards.x.weight? keys of rlhf.rewards.x: {PART}",
