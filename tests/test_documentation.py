@@ -405,7 +405,7 @@ WORDS_OF_A_PAGE["metrics.md"] = 2_620  # generated: it grows with the metrics
 WORDS_OF_A_PAGE |= {"lm_eval.md": 350, "evaluation.md": 870, "eval_tasks.md": 500, "hidden_tests.md": 450}
 WORDS_OF_A_PAGE["finetune.md"] = 980  # from a model and conversations to a model that answers
 WORDS_OF_A_PAGE["data_files.md"] = 550  # formats, compression and splits of sources
-WORDS_OF_A_PAGE["environments.md"] = 850  # an environment of your own; those of the project
+WORDS_OF_A_PAGE["environments.md"] = 900  # an environment of your own; those of the project
 WORDS_OF_A_PAGE["agents.md"] = 650  # training with an environment
 WORDS_OF_A_PAGE["mixtures.md"] = 750  # phases: what they read, what may change
 

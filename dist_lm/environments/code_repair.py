@@ -2,11 +2,14 @@
 
 A task is a line with tests as `rlhf.prompts_from` takes it (`dist_lm.sandbox.task`), with `prompt`, `language`, `tests`
 and optionally `hidden`; and `attempts`, the turns of the model (4). The reward is the share of all tests that the last
-program passes, hidden ones included. The model sees the fixed tests only, and the verdict never enters its program.
+program passes, hidden ones included. The verdict never enters a program.
+
+A model is shown fixed tests that fail, never hidden ones. Without hidden tests it is shown those of the first half
+alone: a program that knows by heart what it was shown must not win.
 """
 
-from dist_lm.chat.messages import Call, ChatError, Json
-from dist_lm.data.prompt_rows import prompt_of
+from dist_lm.chat.messages import Call, Json
+from dist_lm.environments.columns import opening_of
 from dist_lm.environments.protocol import (
     LAST_TURN,
     Action,
@@ -36,19 +39,22 @@ class CodeRepair:
         self._task: Task | None = None
         self._key = 0  # chooses the hidden tests: equal tasks have equal ones
         self._remaining = 0  # turns of the model
-        self._last_text = ""  # of the model's last turn with a program
+        self._last_text = ""  # the model's last turn with a program
+        self._num_shown = 0  # fixed tests, from the first, that the model may be shown
 
     async def reset(self, task: EnvironmentTask) -> Observation:
         data = task.data
         try:
             self._task = task_of(data)
-            messages = prompt_of(data).messages
-        except (UserError, ChatError) as error:
+        except UserError as error:
             raise RefusedTaskError(str(error)) from None
+        opening = opening_of(data)
+        num_tests = len(self._task.tests)
+        self._num_shown = num_tests if self._task.hidden is not None else num_tests // 2
         self._remaining = attempts_of(data.get("attempts", ATTEMPTS))
         self._last_text = ""
         self._key = int(task.digest[:15], 16)
-        return Observation(messages)
+        return Observation(opening)
 
     async def step(self, action: Action) -> Step:
         assert self._task is not None, "reset comes first"
@@ -66,7 +72,7 @@ class CodeRepair:
         # A program that was cut off is judged, too: it may be whole.
         verdict = await self._sandboxes.verdict(program)
         if not is_last and verdict.outcome != "passed":
-            told = clipped(feedback(program, verdict), self._limits.observation_bytes // 2)
+            told = clipped(feedback(program, verdict, self._num_shown), self._limits.observation_bytes // 2)
             return Step(Observation.user(told), done=False)
 
         if self._task.hidden is not None:
@@ -84,13 +90,20 @@ async def _no_result(call: Call, most_bytes: int) -> Json:
     return None
 
 
-def feedback(program: Program, verdict: TestVerdict) -> str:
-    """Returns what the model is told of the fixed tests: how many pass, the first one that fails, and its output."""
+def feedback(program: Program, verdict: TestVerdict, num_shown: int) -> str:
+    """Returns what the model is told of the fixed tests: how many pass, the first one that fails, and its output.
+
+    Args:
+        num_shown: tests, from the first, that may be shown; of another one the model hears only that it fails.
+    """
+    passed = f"{verdict.passed} of {verdict.total} tests pass."
     failed = verdict.results.index(False)
-    test = program.tests[failed]
-    lines = [f"{verdict.passed} of {verdict.total} tests pass. This one does not ({verdict.outcome}):", shown(test)]
-    if output := verdict.output.strip():
-        lines += ["Its output:", output]
+    if failed < num_shown:
+        lines = [f"{passed} This one does not ({verdict.outcome}):", shown(program.tests[failed])]
+        if output := verdict.output.strip():
+            lines += ["Its output:", output]
+    else:
+        lines = [f"{passed} One that is not shown does not ({verdict.outcome})."]
     return "\n".join([*lines, "Write the whole program again."])
 
 

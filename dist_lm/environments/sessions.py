@@ -14,8 +14,8 @@ import json
 import shlex
 from collections.abc import Mapping
 
-from dist_lm.chat.messages import Call, ChatError, Json, Tool
-from dist_lm.data.prompt_rows import prompt_of
+from dist_lm.chat.messages import Call, Json, Tool
+from dist_lm.environments.columns import opening_of
 from dist_lm.environments.protocol import (
     LAST_TURN,
     Action,
@@ -45,16 +45,13 @@ class _Session:
     async def reset(self, task: Task) -> Observation:
         data = task.data
         self._answers = answers_of(data)
-        try:
-            prompt = prompt_of(data)
-        except ChatError as error:
-            raise RefusedTaskError(str(error)) from None
+        opening = opening_of(data)
 
         await self.close()
         self._session = self._sandboxes.session(self.language, self._limits)
         if files := data.get("files"):
             await self._write(files)
-        return Observation(prompt.messages, (self.tool,))
+        return Observation(opening, (self.tool,))
 
     async def step(self, action: Action) -> Step:
         observation = Observation()

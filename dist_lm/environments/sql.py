@@ -6,7 +6,8 @@ A task has the columns
     database   statements that make the tables; the model never sees them
     query      the reference
     tables     optional: tables with drawn rows (as `hidden` of `dist_lm.sandbox.inputs` has them), further databases
-               on which the rows must agree, so that no constant is an answer
+               on which the rows must agree; without them the rows of `database` as a constant are an answer, which
+               a model can find by its calls
 
 Every call and the answer run on a new copy of the database. The answer is the first fenced block of the model's last
 turn, else all of it. The reward is 1 if its rows equal those of the reference, in any order unless the reference sorts
@@ -16,8 +17,8 @@ them; they are compared outside the sandbox.
 import re
 from collections import Counter
 
-from dist_lm.chat.messages import Call, ChatError, Json, Tool
-from dist_lm.data.prompt_rows import prompt_of
+from dist_lm.chat.messages import Call, Json, Tool
+from dist_lm.environments.columns import opening_of
 from dist_lm.environments.protocol import (
     LAST_TURN,
     Action,
@@ -58,10 +59,7 @@ class HiddenDatabase:
     async def reset(self, task: Task) -> Observation:
         data = task.data
         database, query = (_text(data, name) for name in ("database", "query"))
-        try:
-            messages = prompt_of(data).messages
-        except ChatError as error:
-            raise RefusedTaskError(str(error)) from None
+        opening = opening_of(data)
 
         self._databases = (Test(before=database), *_drawn(data, query, int(task.digest[:15], 16)))
         reference = await self._sandboxes.verdict(Program("sql", query, self._databases))
@@ -71,7 +69,7 @@ class HiddenDatabase:
             raise RefusedTaskError("`query` gives no rows on its databases: every empty answer would be right")
         self._expected = reference.stdout
         self._is_sorted = _ORDER.search(query) is not None
-        return Observation(messages, (TOOL,))
+        return Observation(opening, (TOOL,))
 
     async def step(self, action: Action) -> Step:
         observation = Observation()

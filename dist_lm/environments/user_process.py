@@ -220,7 +220,11 @@ class UserEnvironments:
     async def _started(self) -> EnvironmentProcess:
         process = EnvironmentProcess(self._name, self._limits)
         self._all.add(process)
-        await process.start()
+        try:
+            await process.start()
+        except UserError:
+            self._all.discard(process)  # it has ended
+            raise
         return process
 
     async def _end(self, process: EnvironmentProcess) -> None:

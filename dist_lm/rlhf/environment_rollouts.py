@@ -144,9 +144,10 @@ class EnvironmentSupply:
             params,
             self.context,
             seed,
-            LARGEST_REWARD / 2 / max(1.0, abs(self.weight)),
+            LARGEST_REWARD / 2 / max(1.0, abs(self.weight)),  # so that the weighted sum is a number in fp32
             self.constraint_of,
         )
+
         if self.folder is None:
             return rollouts_of_episodes(self._held(how, tasks, position, samples, None))
         path = self.folder / f"tasks_{position:08d}.jsonl"

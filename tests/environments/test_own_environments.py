@@ -103,6 +103,18 @@ def test_code_repair_feeds_back_fixed_tests_and_judges_by_the_hidden_ones():
 
 
 @sandboxed
+def test_code_repair_shows_only_half_of_the_tests_that_decide():
+    """Finds a policy that wins without solving: with all tests shown, a program that knows their answers passes."""
+    task = {name: value for name, value in TASKS["code_repair"].items() if name != "hidden"}
+    task |= {"tests": ["assert f(1) == 2", "assert f(2) == 3"]}
+    steps = play("code_repair", [Action("def f(x): return 0"), Action("def f(x): return 2")], task)
+    first, second = (step.observation.messages[0].content for step in steps[1:])
+    assert "assert f(1) == 2" in first
+    assert "One that is not shown does not" in second
+    assert "f(2)" not in first + second
+
+
+@sandboxed
 def test_code_repair_judges_the_last_program_of_a_conversation_that_is_full():
     """Finds an empty program that is judged in place of the one before; an empty turn of the model's own is judged."""
     table = Action("def f(x): return x + (x < 2)")
