@@ -30,7 +30,7 @@ from dist_lm.prepare.conf_folders import choices
 from dist_lm.prepare.plan import plan_command
 from dist_lm.storage import durable, outputs
 from dist_lm.storage.run_directory import WorkDirectory
-from dist_lm.tracking.readable import readable_count
+from dist_lm.tracking.readable import counted, readable_count
 from dist_lm.verbs.data_trial import try_command
 
 SFT, PREFERENCE, RLHF = "sft", "preference", "rlhf"
@@ -327,10 +327,11 @@ def plan_stages(
                     "in four bits with adapters: take a smaller model, or a machine with more memory"
                 )
     lengths = f"mean {mean:,.0f} tokens, 99 % up to {longest:,.0f}"
+    length = f"about {counted(steps, 'step')} in {counted(epochs, 'epoch')}"
     remarks = [
         f"{readable_count(n_parameters)} parameters: {kind}",
         f"{n_conversations:,} conversations, {lengths}: stage.seq_len={seq_len}",
-        f"about {n_sequences:,} sequences an epoch, {global_batch} a step: about {steps:,} steps in {epochs} epochs",
+        f"about {counted(n_sequences, 'sequence')} an epoch, {global_batch} a step: {length}",
     ]
     return {SFT: keys}, remarks
 
@@ -409,7 +410,8 @@ def preference_keys(start: Start, sft: Mapping[str, Any], pairs: Survey) -> tupl
     }
     if "lora" in sft:
         keys["lora"] = dict(sft["lora"])
-    line = f"{n_pairs:,} preferences, about {n_sequences:,} sequences: about {steps:,} steps in {epochs} epochs"
+    data = f"{counted(n_pairs, 'preference')}, about {counted(n_sequences, 'sequence')}"
+    line = f"{data}: about {counted(steps, 'step')} in {counted(epochs, 'epoch')}"
     return keys, line
 
 
