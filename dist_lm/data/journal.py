@@ -32,7 +32,6 @@ REJECTED = "rejected.jsonl"  # a line for every broken row: its file and line, t
 ROWS = ".rows.jsonl.zst"  # ends the name of the file of rows of a tar
 SUFFIXES = (".tar", ".index", ".origins.jsonl.zst", ROWS)  # the files of a tar
 _NAMES_SHOWN = 3
-_OF_DURABLE = re.compile(r"\A\.(.+)\.[0-9a-f]{16}\.tmp\Z")  # temporary files of `storage.durable`
 
 
 @dataclass
@@ -151,7 +150,7 @@ def entries(directory: Path) -> tuple[set[str], list[str]]:
     ours, foreign = set(), []
     for path in sorted(directory.iterdir()):
         # A kill may leave the temporary file of a durable write.
-        final_name = _OF_DURABLE.sub(r"\1", path.name)
+        final_name = durable.TEMPORARY_NAME.sub(r"\1", path.name)
         if final_name in named and (path.is_symlink() or not path.is_dir()):
             ours.add(path.name)
         else:

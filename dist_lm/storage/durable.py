@@ -3,12 +3,16 @@
 import hashlib
 import json
 import os
+import re
 import secrets
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 from dist_lm.errors import ArtefactError
+
+TEMPORARY_NAME = re.compile(r"\A\.(.+)\.[0-9a-f]{16}\.tmp\Z")
+"""Name of a file that is being written, which a kill leaves behind; group 1 is its final name."""
 
 CHECKSUM = "content_sha256"  # key of the checksum in files of `write_sealed`
 
@@ -48,6 +52,13 @@ def write_bytes(path: Path, content: bytes) -> None:
 
     # Without this a crash could undo the rename, although the content itself is on disk.
     fsync(path.parent)
+
+
+def remove_unfinished(folder: Path) -> None:
+    """Removes the temporary files that a killed process left in a folder, to which nobody else may write now."""
+    for path in folder.iterdir():
+        if TEMPORARY_NAME.match(path.name):
+            path.unlink()
 
 
 def write_new_text(path: Path, text: str) -> None:

@@ -81,6 +81,7 @@ def test_a_run_that_was_stopped_goes_on_to_the_same_bytes(trained, cluster, tmp_
     assert not stopped.result.exists()
     again = plan_of(trained, prompts, "run_id=stopped", *same)
     assert again.action is Action.RESUME
+    (stopped.samples / ".part-00007.jsonl.0123456789abcdef.tmp").write_text("{")  # as a kill leaves it
     assert run_pool_stage(again, cluster, Screen(), Interrupt())
     assert parts_of(stopped) == parts_of(run)
     finished = json.loads(stopped.result.read_text())
