@@ -22,6 +22,7 @@ from dist_lm.config.model import AdaptedModelConfig, ModelConfig
 from dist_lm.config.pool import RolloutPoolConfig
 from dist_lm.config.renamed import with_present_keys
 from dist_lm.config.stage import StageConfig, TrainerGroup, TrainingGroup
+from dist_lm.config.yaml_file import load_yaml
 from dist_lm.errors import ArtefactError, ConfigError, require
 from dist_lm.storage import durable
 from dist_lm.storage.run_directory import WorkDirectory
@@ -252,7 +253,7 @@ def read_groups(path: Path) -> dict[str, Any]:
         ArtefactError: the file is missing, cannot be read, or is no configuration of a run.
     """
     try:
-        content = OmegaConf.to_container(OmegaConf.load(path))
+        content = OmegaConf.to_container(load_yaml(path))
     except (OSError, OmegaConfBaseException, ValueError, RecursionError, yaml.YAMLError) as error:
         reason = " ".join(str(error).split())
         raise ArtefactError(f"{path}: cannot be read ({reason}): {WAY_OUT}") from error

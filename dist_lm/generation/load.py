@@ -12,6 +12,7 @@ import torch
 from omegaconf import OmegaConf
 
 from dist_lm.config.model import ModelConfig
+from dist_lm.config.yaml_file import load_yaml
 from dist_lm.data.manifest import manifest_path, read_manifest
 from dist_lm.errors import ArtefactError, UserError
 from dist_lm.interop.foreign_files import pieces_in
@@ -191,7 +192,7 @@ def read_openings(run: RunDirectory | None) -> Openings:
     if run is None:
         return Openings()
     try:
-        config: Any = OmegaConf.load(run.config)
+        config: Any = load_yaml(run.config)
         by_language = OmegaConf.select(config, "stage.sampling.prompts") or {}
         corpus = OmegaConf.select(config, "stage.corpus") or ""
         prompts = {str(language): [str(prompt) for prompt in texts] for language, texts in by_language.items()}

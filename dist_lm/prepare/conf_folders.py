@@ -17,6 +17,7 @@ from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.errors import HydraException
 from omegaconf import OmegaConf
 
+from dist_lm.config.yaml_file import load_yaml
 from dist_lm.errors import ConfigError
 from dist_lm.stages.registry import OWN, added_conf, stage_names
 
@@ -196,7 +197,7 @@ def content_of(file: Path) -> dict[Any, Any]:
         ConfigError: the file is no YAML.
     """
     with one_line_for_yaml():
-        content = OmegaConf.to_container(OmegaConf.load(file))
+        content = OmegaConf.to_container(load_yaml(file))
     return content if isinstance(content, dict) else {}
 
 
@@ -231,7 +232,7 @@ def program_of(choice: str, overrides: Sequence[str]) -> str:
 def default_choice(group: str) -> str:
     """The choice of a group that conf/config.yaml names."""
     # Hydra would know only after composing, and what is composed depends on the stage.
-    defaults = OmegaConf.load(conf_directory() / "config.yaml").defaults
+    defaults = load_yaml(conf_directory() / "config.yaml").defaults
     return next(str(entry[group]) for entry in defaults if group in entry)
 
 

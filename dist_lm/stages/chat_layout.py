@@ -4,9 +4,9 @@ A chat template counts as ours if it renders `CONVERSATIONS` generated conversat
 and without tools, calls, results and a turn of the system, and of several turns. Otherwise it is kept.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from datetime import datetime
-from functools import lru_cache
+from functools import cache, lru_cache
 from itertools import islice
 from pathlib import Path
 
@@ -83,7 +83,7 @@ def is_ours(template: KeptTemplate, first_token: str) -> bool:
         TemplateLimitError: the template exceeds a limit of time or memory.
     """
     # Templates are programs: only their output tells whether two are the same.
-    for conversation in islice(conversations(), CONVERSATIONS):
+    for conversation in _compared_conversations():
         ours = "".join(part.text for part in layout(conversation)).replace(END_OF_TEXT, first_token)
         try:
             if text_of(conversation, template, texts_as_json=True) != ours:
@@ -93,6 +93,11 @@ def is_ours(template: KeptTemplate, first_token: str) -> bool:
         except ChatError:
             return False
     return True
+
+
+@cache
+def _compared_conversations() -> Sequence[Conversation]:
+    return tuple(islice(conversations(), CONVERSATIONS))
 
 
 def conversations() -> Iterator[Conversation]:

@@ -48,7 +48,7 @@ class Place:
     steps: tuple[int, ...]  # of the run that read it, rising; from 1
 
 
-def places_of_text(run: RunDirectory, text: str, most: int) -> tuple[list[Place], bool]:
+def places_of_text(config: Config, run: RunDirectory, text: str, most: int) -> tuple[list[Place], bool]:
     """Returns where the training text of a run holds a text, with the steps that read a token of it: at most `most`
     places of each corpus, and whether there are more.
 
@@ -58,7 +58,6 @@ def places_of_text(run: RunDirectory, text: str, most: int) -> tuple[list[Place]
         ArtefactError: there is no run, it trains on no documents, its corpus has changed since, or a file is damaged.
         UserError: the package that the tokenizer needs is not installed.
     """
-    config = config_of(run)
     sequences = training_sequences(config, run)
     end = trained_steps(config, run) * config.stage.global_batch
     table = ByteTable(tokenizer_of(run, sequences).vocabulary())
@@ -108,22 +107,27 @@ def trained_steps(config: Config, run: RunDirectory) -> int:
     return config.stage.steps if newest is None else checkpoint_files.step_of(newest)
 
 
-def with_ancestors(run: RunDirectory) -> list[RunDirectory]:
-    """Returns a run and those whose weights it began with, the youngest first; runs that are gone are left out. An
-    imported model is the last of them.
+def with_ancestors(run: RunDirectory) -> list[tuple[RunDirectory, Config | None]]:
+    """Returns a run and those whose weights it began with, the youngest first, with their configurations; runs that
+    are gone are left out. An imported model is the last of them and has None.
 
     Raises:
         ArtefactError, ConfigError: there is no run, or the configuration of one cannot be read.
     """
-    runs = [run]
-    while len(runs) == 1 or not is_imported(runs[-1]):
-        start = Path(config_of(runs[-1]).stage.init_from)
+    config = config_of(run)
+    runs: list[tuple[RunDirectory, Config | None]] = [(run, config)]
+    while True:
+        start = Path(config.stage.init_from)
         # A start names a run, its folder of checkpoints, or one of them.
         folders = [folder for folder in (start, *start.parents) if RunDirectory(folder).config.is_file()]
         if not start.is_absolute() or not folders:
             return runs
-        runs.append(RunDirectory(folders[0]))
-    return runs
+
+        ancestor = RunDirectory(folders[0])
+        if is_imported(ancestor):
+            return [*runs, (ancestor, None)]
+        config = config_of(ancestor)
+        runs.append((ancestor, config))
 
 
 def print_places(run: RunDirectory, text: str, most: int, console: Console, *, as_json: bool) -> None:
@@ -134,18 +138,14 @@ def print_places(run: RunDirectory, text: str, most: int, console: Console, *, a
     """
     if not text:
         raise ArtefactError("TEXT is empty: expected the text to look for")
-    for each in with_ancestors(run):
-        reason = ""
-        if is_imported(each):
-            reason = IMPORTED
-        elif stage_with_corpus(config_of(each)) is None:
-            reason = "trained on no corpus of this work directory"
-        if reason:
+    for each, config in with_ancestors(run):
+        if config is None or stage_with_corpus(config) is None:
+            reason = IMPORTED if config is None else "trained on no corpus of this work directory"
             if not as_json:
                 console.print(Text(f"{each.path}: {reason}"), soft_wrap=True)
             continue
 
-        places, has_more = places_of_text(each, text, most)
+        places, has_more = places_of_text(config, each, text, most)
         if has_more:
             log.warning("%s: there are more places than --most %d of a corpus", each.path, most)
         if as_json:

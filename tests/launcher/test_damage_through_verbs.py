@@ -13,6 +13,7 @@ from contextlib import contextmanager, redirect_stderr, redirect_stdout
 from copy import deepcopy
 from dataclasses import dataclass
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -22,6 +23,8 @@ from dist_lm import __main__ as program
 from dist_lm import launch
 from dist_lm.chat.documents import encode_document
 from dist_lm.config.root import Config
+from dist_lm.config.yaml_file import load_yaml
+from dist_lm.data import new
 from dist_lm.data.manifest import read_manifest
 from dist_lm.data.shard_writer import CorpusWriter
 from dist_lm.document import Document
@@ -36,6 +39,7 @@ from dist_lm.storage.run_directory import RunDirectory, WorkDirectory
 from dist_lm.tokenizer.tokenizer import Tokenizer
 from dist_lm.tracking.console import Console
 from dist_lm.training import checkpoint_files
+from dist_lm.verbs import data_trial
 from tests.conftest import texts
 from tests.evaluation.choice_task import CHOICES
 from tests.launcher.test_damaged_files import damages, write_status_files
@@ -373,7 +377,7 @@ def plan_alone(carry_out: CarryOut) -> CarryOut:
 
 
 def composed_once(compose: Callable[[Sequence[str]], Config]) -> Callable[[Sequence[str]], Config]:
-    """Returns a composition that does its work once for the same words.
+    """Returns a composition that does its work once for the same words and the same files of a user.
 
     A launch that trains its tokenizer composes from files of the package alone, so that no damage changes what it gets;
     and it would take three quarters of the time.
@@ -381,12 +385,24 @@ def composed_once(compose: Callable[[Sequence[str]], Config]) -> Callable[[Seque
     composed: dict[tuple[str, ...], Config] = {}
 
     def compose_once(overrides: Sequence[str]) -> Config:
-        words = tuple(overrides)
+        folders = [word.partition("[")[2].rstrip("]") for word in overrides if word.startswith("hydra.searchpath=")]
+        files = [str(load_yaml(file)) for folder in folders for file in sorted(Path(folder).rglob("*.yaml"))]
+        words = (*overrides, *files)
         if words not in composed:
             composed[words] = compose(overrides)
         return deepcopy(composed[words])
 
     return compose_once
+
+
+@contextmanager
+def folder_named(path: Path) -> Iterator[str]:
+    """Makes a folder for the block: a temporary one whose name is the same each time."""
+    path.mkdir()
+    try:
+        yield str(path)
+    finally:
+        shutil.rmtree(path)
 
 
 @pytest.mark.parametrize("verb", CASES)
@@ -395,11 +411,20 @@ def composed_once(compose: Callable[[Sequence[str]], Config]) -> Callable[[Seque
     [pytest.param(SHORTLY, marks=pytest.mark.heavy), pytest.param(AT_LENGTH, marks=pytest.mark.bars)],
 )
 def test_no_damage_ends_a_verb_in_a_traceback(
-    world: World, verb: str, count: int, monkeypatch: pytest.MonkeyPatch, record_property: Callable[[str, object], None]
+    world: World,
+    verb: str,
+    count: int,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    record_property: Callable[[str, object], None],
 ) -> None:
     """Finds a reader that trusts the bytes, the types or the keys of a file, and a refusal that names no file."""
     monkeypatch.setattr(launch, "carry_out", plan_alone(launch.carry_out))
     monkeypatch.setattr(plan, "compose_config", composed_once(plan.compose_config))
+    # What `data new` tries is composed once for the same corpus file, too: the name of its folder is part of the words.
+    for module in (data_trial, new):
+        make = SimpleNamespace(TemporaryDirectory=lambda prefix: folder_named(tmp_path / prefix))
+        monkeypatch.setattr(module, "tempfile", make)
     machine = gpu_check.machine_of(1, rehearse=True)
     monkeypatch.setattr(gpu_check, "machine_of", lambda gpus, rehearse: machine)
     monkeypatch.setattr(gpu_check, "run_check", lambda *_, **__: Result("passed", 1.0, "2026-11-30"))

@@ -15,7 +15,7 @@ from dist_lm.stages.registry import load_config
 from dist_lm.storage.run_directory import WorkDirectory
 from dist_lm.tokenizer.tokenizer import Tokenizer
 from dist_lm.tracking.readable import OutputConsole
-from dist_lm.verbs.data_step import slices_of_step, training_sequences
+from dist_lm.verbs.data_step import config_of, slices_of_step, training_sequences
 from dist_lm.verbs.data_where import Place, places_of_text, print_places
 from tests.training_run import prepare
 
@@ -85,7 +85,7 @@ def test_steps_are_those_of_a_replay(work: WorkDirectory, stage: str, settings: 
     assert len({part for _, parts in read for part in parts}) > corpus.n_documents // 4
 
     for text in substrings(contents(corpus, tokenizer), 6):
-        for place in places_of_text(run, text, most=10)[0]:
+        for place in places_of_text(config_of(run), run, text, most=10)[0]:
             numbers = [number for number, (other, parts) in enumerate(read) if reads(other, parts, place)]
             assert place.steps == tuple(sorted({number // 8 + 1 for number in numbers})), (text, place)
 
@@ -137,7 +137,7 @@ def test_a_text_of_special_meaning_is_text_and_a_cut_list_says_so(
 ):
     """Finds a text that is taken for a pattern, and places that are left out without a word."""
     run = prepare(work, "literal", "stage.steps=4", "stage.init_from=none", stage="code")
-    assert places_of_text(run, "[a-z ]", 5) == ([], False)
+    assert places_of_text(config_of(run), run, "[a-z ]", 5) == ([], False)
 
     print_places(run, "e", 5, OutputConsole(), as_json=True)
     lines = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
@@ -151,4 +151,4 @@ def test_text_of_another_tokenizer_is_refused(work: WorkDirectory):
     # An unknown field of the protobuf changes the file, and none of its pieces.
     work.tokenizer_model.write_bytes(work.tokenizer_model.read_bytes() + b"\xf8\x07\x01")
     with pytest.raises(ArtefactError, match="was written with another tokenizer"):
-        places_of_text(run, "e", 5)
+        places_of_text(config_of(run), run, "e", 5)
