@@ -15,6 +15,7 @@ from dist_lm.storage.process import cores
 SAMPLE_BYTES = 40_000_000  # by which the encoder alone is timed, before and after the build
 
 
+@pytest.mark.heavy
 @pytest.mark.parametrize(
     ("n_bytes", "workers"),
     [(1_000_000, 1), pytest.param(2_000_000_000, 0, marks=[pytest.mark.bars, pytest.mark.timeout(7200)])],

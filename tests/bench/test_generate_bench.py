@@ -55,6 +55,7 @@ def test_the_engine_is_the_one_that_a_user_gets_on_that_device(device, overrides
     assert options.n_pages >= 2 + sum(-(-length // page) for length in (100, 300))
 
 
+@pytest.mark.heavy
 def test_mixed_lengths_add_up_to_what_the_case_counts():
     mixed = generate.cases((), quick=False)[-2]
     lengths = generate.new_tokens(mixed.config)

@@ -89,6 +89,7 @@ def test_a_seed_changes_the_model_and_the_order_and_gpt_neox_learns_beside_it(ti
     assert "GPT-NeoX of transformers" in (tmp_path / "table").read_text()
 
 
+@pytest.mark.heavy
 def test_a_budget_of_seconds_is_divided_by_the_speed_that_is_found(tiny_work, tmp_path):
     (curve,) = learn(tiny_work, tmp_path, "stage.warmup_steps=0", budget="0.2s")
     assert curve.steps >= 1
@@ -247,6 +248,7 @@ def test_words_of_nanochat_are_known_or_refused(tmp_path, monkeypatch):
             sys.modules.pop(name, None)
 
 
+@pytest.mark.heavy
 def test_peers_of_one_kind_have_names_and_neox_its_own_initial_values():
     found = recipes_of(SETTINGS, [], ["neox: stage.lr=1", "neox high: model.init_std=0.3"])
     assert [one.name for one in found[1:]] == ["GPT-NeoX of transformers", "neox high"]

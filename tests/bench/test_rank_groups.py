@@ -39,6 +39,7 @@ def case_of(*variants: str, same: tuple[str, ...] = ()) -> Case:
     return Case("toy", CONFIG, dict.fromkeys(variants, PAIR), comparisons, frozenset(same))
 
 
+@pytest.mark.heavy
 def test_a_case_is_built_timed_and_reported(toy, tmp_path):
     def ask(size, request):
         answers = toy[size].ask(request)
@@ -52,6 +53,7 @@ def test_a_case_is_built_timed_and_reported(toy, tmp_path):
         run_case("toy", case_of("prints", "other", same=("prints", "other")), ask, tmp_path, quick=True)
 
 
+@pytest.mark.heavy
 def test_a_rank_that_ends_is_reported_with_the_end_of_its_log(toy, tmp_path):  # the last test: its group ends
     with pytest.raises(RankFailedError, match=r"(?s)rank 1 .*exit code 1.*the reason, in its own words"):
         run_case("toy", case_of("fails"), lambda size, request: toy[size].ask(request), tmp_path, quick=True)

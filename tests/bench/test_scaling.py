@@ -36,6 +36,7 @@ def law_with_noise(deviation: float, seed: int, seeds: int = 2) -> ScalingLaw:
     return ScalingLaw.fit(*zip(*GRID, strict=True), losses.T.tolist())
 
 
+@pytest.mark.heavy
 def test_a_law_is_found_again_and_goes_on_beyond_its_runs():
     law = law_with_noise(0.0, 0)
     for run in (*GRID, (3e6, 2e6), (1e5, 3e4)):
@@ -45,6 +46,7 @@ def test_a_law_is_found_again_and_goes_on_beyond_its_runs():
     assert expected.high - expected.low < 0.01
 
 
+@pytest.mark.heavy
 def test_the_interval_holds_new_runs_and_grows_with_distance():
     inside = []
     for seed in range(10):
@@ -57,6 +59,7 @@ def test_the_interval_holds_new_runs_and_grows_with_distance():
     assert near.high - near.low < far.high - far.low
 
 
+@pytest.mark.heavy
 def test_seeds_are_no_rungs():
     draw = np.random.default_rng(0)
     losses = [[true_loss(*rung) + draw.normal(0, 0.01)] for rung in GRID]
@@ -107,6 +110,7 @@ def test_a_rung_is_the_configured_run_narrowed_and_shortened(tiny_work, tmp_path
     assert f"as configured ({model.d_model} wide, 10240 tokens): expected {found['expected']:.3f}" in written
 
 
+@pytest.mark.heavy
 def test_what_the_configured_run_will_learn_is_said_though_the_others_expect_nothing(tiny_work, monkeypatch):
     def climbed(recipes, steps, *_):
         sizes = [one.config.model.d_model**2 * 24 for one in recipes]

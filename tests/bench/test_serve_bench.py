@@ -26,6 +26,7 @@ def world() -> Iterator[World]:
     dist.destroy_process_group()
 
 
+@pytest.mark.heavy
 def test_cases_are_numbers_of_clients_and_absent_peers_are_named(monkeypatch: pytest.MonkeyPatch):
     """Finds a peer that is left out of the table, and a number of clients that overrides do not reach."""
     monkeypatch.setattr(serve, "why_absent", lambda packages: "not here" if "xllamacpp" in packages else None)

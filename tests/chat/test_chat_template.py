@@ -51,6 +51,7 @@ def test_the_version_of_jinja() -> None:
     assert tuple(map(int, jinja2.__version__.split(".")[:3])) >= (3, 1, 6)
 
 
+@pytest.mark.heavy
 @pytest.mark.parametrize("count", [1_000, pytest.param(10_000, marks=[pytest.mark.bars, pytest.mark.timeout(1800)])])
 def test_conversations_are_rendered_byte_for_byte(apply_template: Render, count: int) -> None:
     random = Random(0)
@@ -106,6 +107,7 @@ def answers(random: Random) -> list[Message]:
     ]
 
 
+@pytest.mark.heavy
 def test_hermes_finds_the_calls_that_we_wrote(tokenizer: Tokenizer) -> None:
     random = Random(2)
     found = 0
@@ -118,6 +120,7 @@ def test_hermes_finds_the_calls_that_we_wrote(tokenizer: Tokenizer) -> None:
     assert found > 1_000
 
 
+@pytest.mark.heavy
 def test_hermes_finds_the_calls_that_parse_finds_in_damaged_turns(tokenizer: Tokenizer) -> None:
     random = Random(3)
     parsed = 0

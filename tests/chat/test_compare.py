@@ -83,6 +83,7 @@ def test_not_the_same(found: Call, expected: Call) -> None:
     assert not same_call(found, expected, TOOL)
 
 
+@pytest.mark.heavy
 @settings(max_examples=150)
 @given(value=json_values, other=json_values)
 def test_a_value_is_the_same_as_itself_and_nothing_is_raised(value: Json, other: Json) -> None:

@@ -37,6 +37,7 @@ def conversation_of(text: str) -> Conversation:
     )
 
 
+@pytest.mark.heavy
 @counts
 def test_no_text_is_ever_a_special_token_and_it_comes_back(tokenizer: Tokenizer, count: int) -> None:
     random = Random(1)
@@ -58,6 +59,7 @@ def outcome(parser: Callable[..., Any], ids: list[int], tokenizer: Tokenizer) ->
     return None
 
 
+@pytest.mark.heavy
 @counts
 def test_damaged_tokens_are_a_conversation_or_refused(tokenizer: Tokenizer, count: int) -> None:
     random = Random(2)

@@ -59,6 +59,7 @@ def test_a_template_that_took_all_memory_or_time_is_refused(text: str) -> None:
     assert outcome(text) is None
 
 
+@pytest.mark.heavy
 def test_maps_without_a_loop_that_could_be_counted_end_by_their_time(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(limited, "CPU_S", 1)
     maps = "range(99999)|map('string')|map('list')|map('join')|list|length"

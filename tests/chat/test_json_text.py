@@ -10,6 +10,7 @@ from dist_lm.chat.messages import ChatError, Json
 from tests.chat.conversations import json_values, spelled
 
 
+@pytest.mark.heavy
 @settings(max_examples=300)
 @given(value=json_values)
 def test_a_value_comes_back_with_its_types_and_the_order_of_its_keys(value: Json) -> None:

@@ -246,6 +246,7 @@ def test_completions_of_a_ranking_follow_one_prompt(file: Path):
     assert all(tree.tokens[tree.branch == k][-1] in stop_tokens(tokenizer) for k in (1, 2))
 
 
+@pytest.mark.heavy
 def test_our_own_template_counts_as_ours_and_a_near_one_does_not(file: Path):
     for end in ("<|endoftext|>", "</s>"):
         own = chat_template().replace("<|endoftext|>", end)

@@ -153,6 +153,7 @@ schemas = st.recursive(
 )
 
 
+@pytest.mark.heavy
 @settings(max_examples=100, suppress_health_check=list(HealthCheck))
 @given(parts=st.dictionaries(st.sampled_from(KEYWORDS), schemas, max_size=4), arguments=json_objects)
 def test_any_schema_checks_any_arguments_or_is_refused(parts: dict[str, Any], arguments: dict[str, Json]) -> None:

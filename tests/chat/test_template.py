@@ -24,6 +24,7 @@ FULL = Conversation((Message("system", "Be brief."), USER, ASKS, RESULTS, ANSWER
 many = settings(max_examples=100, suppress_health_check=list(HealthCheck))
 
 
+@pytest.mark.heavy
 @many
 @given(conversation=conversations())
 def test_what_is_rendered_parses_to_itself(tokenizer: Tokenizer, conversation: Conversation) -> None:
@@ -33,6 +34,7 @@ def test_what_is_rendered_parses_to_itself(tokenizer: Tokenizer, conversation: C
     assert rendered.loss_mask.dtype == np.uint8
 
 
+@pytest.mark.heavy
 @many
 @given(conversation=conversations())
 def test_a_turn_of_the_assistant_is_what_the_mask_shows_and_parses_alone(
@@ -63,6 +65,7 @@ def with_thinking_in_text(message: Message) -> Message:
     return replace(message, content=text, thinking="")
 
 
+@pytest.mark.heavy
 @many
 @given(conversation=conversations())
 def test_a_prompt_and_the_turn_that_follows_are_the_conversation(

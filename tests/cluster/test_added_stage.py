@@ -118,6 +118,7 @@ def test_a_stage_of_another_package_is_trained(tiny_work, installed, tmp_path):
     assert "stage.word=bad (was good)" in refused.stderr
 
 
+@pytest.mark.heavy
 def test_its_keys_are_its_own(tiny_work, installed, tmp_path):
     refused = launch(linked(tiny_work, tmp_path / "own"), installed, "stage.sampling.top_k=1")
     assert refused.returncode == 2

@@ -79,6 +79,7 @@ def save_and_go_on(world: World, checkpoints: Path, tp: int) -> list[str]:
     return during
 
 
+@pytest.mark.heavy
 @pytest.mark.parametrize("tp", [1, 2])
 def test_a_checkpoint_holds_what_was_when_the_save_was_due(ranks: RankGroups, tmp_path: Path, tp: int):
     during = ranks.run(2, save_and_go_on, tmp_path, tp)
@@ -97,6 +98,7 @@ def three_saves(world: World, checkpoints: Path, asynchronous: bool) -> list[lis
     return seen
 
 
+@pytest.mark.heavy
 def test_a_save_waits_for_the_one_before_and_the_end_for_the_last(ranks: RankGroups, tmp_path: Path):
     seen = ranks.run(2, three_saves, tmp_path, asynchronous=True)
     for step, finished in enumerate(seen, start=1):
@@ -107,6 +109,7 @@ def test_a_save_waits_for_the_one_before_and_the_end_for_the_last(ranks: RankGro
     assert best == tmp_path / checkpoint_files.step_name(1)
 
 
+@pytest.mark.heavy
 def test_without_a_thread_of_its_own_a_save_is_done_when_it_returns(ranks: RankGroups, tmp_path: Path):
     seen = ranks.run(2, three_saves, tmp_path, asynchronous=False)
     assert [finished[-1] for finished in seen] == [checkpoint_files.step_name(step) for step in (1, 2, 3)]
@@ -128,6 +131,7 @@ def save_where_one_cannot(world: World, checkpoints: Path) -> list[str]:
     return list(chain.from_iterable(gathered))
 
 
+@pytest.mark.heavy
 def test_a_save_that_failed_is_reported_on_every_rank_when_the_next_is_due(ranks: RankGroups, tmp_path: Path):
     (tmp_path / ".step_00000002").touch()
     first, second = ranks.run(2, save_where_one_cannot, tmp_path)
@@ -151,6 +155,7 @@ def die_in_a_save(world: World, checkpoints: Path) -> str:
     return "nothing"
 
 
+@pytest.mark.heavy
 def test_a_rank_that_dies_in_a_save_leaves_nobody_waiting(tmp_path: Path):
     group = RankGroup(2, tmp_path / "store")
     try:

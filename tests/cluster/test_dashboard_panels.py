@@ -72,6 +72,7 @@ def test_the_reward_model(ranked_work, tmp_path) -> None:  # noqa: F811
     assert_no_panel_is_empty(run, "reward")
 
 
+@pytest.mark.heavy
 def test_generation(trained, cluster, tmp_path) -> None:
     prompts = write_prompts(tmp_path / "p.jsonl", 60)
     assert run_pool_stage(plan_of(trained, prompts, "run_id=panels"), cluster, Screen(), Interrupt())

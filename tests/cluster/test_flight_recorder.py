@@ -58,6 +58,7 @@ def agent_of(ranks: dict[int, psutil.Process], run: RunDirectory, sockets: tempf
     return agent
 
 
+@pytest.mark.heavy
 @pytest.mark.cluster
 def test_a_rank_in_which_no_python_runs_hands_out_its_collectives(tmp_path, monkeypatch):
     sockets = tempfile.TemporaryDirectory()

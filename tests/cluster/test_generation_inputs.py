@@ -22,6 +22,7 @@ from tests.training_run import linked, write_untrained
 pytestmark = pytest.mark.cluster
 
 
+@pytest.mark.heavy
 def test_answers_to_prompts_that_changed_while_they_were_read_are_not_kept(trained, cluster, tmp_path):
     prompts = write_prompts(tmp_path / "p.jsonl", 200)
     text = prompts.read_text()
@@ -44,6 +45,7 @@ def test_answers_to_prompts_that_changed_while_they_were_read_are_not_kept(train
     assert len(parts_of(run)) == 10
 
 
+@pytest.mark.heavy
 def test_a_run_does_not_go_on_with_other_weights_at_the_same_place(trained, cluster, tmp_path):
     prompts = write_prompts(tmp_path / "p.jsonl", 60)
     work = linked(trained, tmp_path / "work")

@@ -44,6 +44,7 @@ from tests.training_run import linked, unwritten
 pytestmark = pytest.mark.cluster
 
 
+@pytest.mark.heavy
 def test_a_run_that_was_stopped_goes_on_to_the_same_bytes(trained, cluster, tmp_path):
     prompts = write_prompts(tmp_path / "p.jsonl", 200)
     clean = plan_of(trained, prompts, "run_id=clean", "stage.n=2", "seed=3", "stage.actors=1")
@@ -104,6 +105,7 @@ def test_a_run_that_was_stopped_goes_on_to_the_same_bytes(trained, cluster, tmp_
         plan_of(trained, prompts, "run_id=stopped", *same)
 
 
+@pytest.mark.heavy
 def test_metrics_say_how_far_it_is_and_go_on_where_it_was_stopped(trained, cluster, tmp_path, monkeypatch):
     monkeypatch.setattr(pool_run, "LINE_S", 0.0)
     prompts, run = write_prompts(tmp_path / "p.jsonl", 100), trained.run("generate", "measured")
@@ -247,6 +249,7 @@ def test_the_plan_says_how_tokens_are_chosen(trained, tmp_path):
     assert detail.endswith(", temperature=0.7 top_k=0 top_p=1 max_new_tokens=12 n=1 min_p=0.1 stop=['ab']")
 
 
+@pytest.mark.heavy
 def test_the_checkpoint_is_the_newest_code_or_language_one_and_stays(trained, cluster, tmp_path):
     prompts = write_prompts(tmp_path / "p.jsonl", 2)
     work = linked(trained, tmp_path / "work")

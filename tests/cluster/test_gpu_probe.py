@@ -68,6 +68,7 @@ def probes() -> Iterator[Probes]:
     eventually("no process is left", lambda: not living(pids))
 
 
+@pytest.mark.heavy
 @pytest.mark.cluster
 def test_processes_answer_and_those_that_hang_or_end_are_told_apart(probes):
     looks = []

@@ -58,6 +58,7 @@ def test_a_checkpoint_holds_adapters_alone(reference):
     assert all(".adapters." in name for name in names)
 
 
+@pytest.mark.heavy
 def test_the_first_step_is_that_of_the_base(reference, work):
     plain = prepare(work, "plain", *start_at(work), *SHORT, "stage.eval_at_start=true", "stage.steps=1", stage="code")
     train(plain, ranks=1)

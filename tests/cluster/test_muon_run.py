@@ -13,6 +13,7 @@ OPTIONS = (
 )
 
 
+@pytest.mark.heavy
 def test_a_run_goes_on_to_the_same_bits(tiny_work, tmp_path):
     whole = prepare(linked(tiny_work, tmp_path / "whole"), "muon", *OPTIONS)
     train(whole, 1)

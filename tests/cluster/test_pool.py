@@ -93,6 +93,7 @@ def test_an_actor_whose_model_lies_in_several_processes_is_replaced_when_one_of_
     eventually("no process of the pool is left", lambda: not living([rank.pid for rank in [*ranks, *later]]))
 
 
+@pytest.mark.heavy
 def test_nothing_is_slept_through_while_there_is_work_or_none_is_left(pool, monkeypatch):
     """A moment's sleep is for pools without an actor."""
     slept: list[float] = []
@@ -109,6 +110,7 @@ def test_a_model_over_more_gpus_than_a_node_has_is_refused(cluster, monkeypatch)
         Pool.start(cluster, spec, weights_of(0))
 
 
+@pytest.mark.heavy
 def test_actors_that_die_cost_no_answer_and_change_none(pool):
     undisturbed = sorted_results(pool.generate(requests(60)), requests(60))
     assert [(one.request, one.index) for one in undisturbed] == [
@@ -137,6 +139,7 @@ def test_what_cannot_be_answered_is_refused_and_others_go_on(pool):
     assert len(results) == sum(request.n for request in [*requests(4), *requests(2)]) + 2
 
 
+@pytest.mark.heavy
 def test_requests_are_pulled_as_there_is_room_and_a_call_can_be_left(pool):
     pulled = []
     results = pool.generate(pulled.append(one) or one for one in requests(100_000))
@@ -164,6 +167,7 @@ def test_new_weights_are_everybodys_also_of_an_actor_that_comes_later(pool):
     pool.load_weights(weights_of(0), 8)
 
 
+@pytest.mark.heavy
 def test_a_pool_that_is_no_longer_wanted_stops(pool, monkeypatch):
     wanted = [True] * 8
     monkeypatch.setattr(pool, "_keep_going", lambda: bool(wanted and wanted.pop()))

@@ -3,6 +3,7 @@
 import random
 from collections import Counter
 
+import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -20,6 +21,7 @@ def answer_of(request: Request, index: int) -> Answer:
     return Answer(request.id, index, 5, (7,), "", (-1.0,), (-1.0,), "length", 0, 0)
 
 
+@pytest.mark.heavy
 @settings(max_examples=200)
 @given(st.integers(0, 2**32))
 def test_every_answer_comes_once_whoever_dies(seed):

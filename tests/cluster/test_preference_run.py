@@ -149,6 +149,7 @@ def damage(path: Path) -> None:
 SPOIL = {"again": lambda path: None, "without": Path.unlink, "damaged": damage}
 
 
+@pytest.mark.heavy
 @pytest.mark.parametrize(
     "name", ["without", *(pytest.param(name, marks=pytest.mark.bars) for name in ("again", "damaged"))]
 )
@@ -165,6 +166,7 @@ def test_a_run_that_goes_on_has_its_reference_or_computes_it_again_and_ends_bit_
         assert np.array_equal(found[key], value, equal_nan=True), key
 
 
+@pytest.mark.heavy
 def test_a_reference_of_another_start_is_computed_again(work: WorkDirectory, reference: RunDirectory) -> None:
     write_untrained(linked_runs(work, "other"), "tools", 5)
     origin = f"stage.init_from={work.path / 'other' / 'runs' / 'tools' / 'default'}"

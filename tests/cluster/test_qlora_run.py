@@ -58,6 +58,7 @@ def test_a_checkpoint_holds_adapters_alone(reference: RunDirectory):
     assert all(ADAPTERS in name for name in names)
 
 
+@pytest.mark.heavy
 def test_a_resumed_run_ends_bit_identical(reference: RunDirectory, work: WorkDirectory, tmp_path: Path):
     """Finds bits that change from start to start."""
     own = linked(work, tmp_path)
@@ -84,6 +85,7 @@ def test_readers_get_adapters_merged_into_the_rounded_base(reference: RunDirecto
     assert not np.array_equal(merged["blocks.0.feed_forward.up.weight"], base["blocks.0.feed_forward.up.weight"])
 
 
+@pytest.mark.heavy
 def test_the_first_and_the_last_step_are_those_of_whole_models(reference: RunDirectory, work: WorkDirectory):
     """A later stage on another layout starts where the run ended. Finds a base that is loaded without rounding."""
     once = ("stage.steps=1", "stage.lr=1e-9", "stage.muon.lr=0", "stage.warmup_steps=0", "stage.eval_at_start=true")

@@ -49,6 +49,7 @@ def run_beside(program: str, *arguments: str, **environ: str) -> subprocess.Pope
     )
 
 
+@pytest.mark.heavy
 def test_a_private_ray_lets_only_us_in_and_goes_without_a_trace(tmp_path: Path) -> None:
     environ, handler = dict(os.environ), signal.getsignal(signal.SIGTERM)
     earlier = set(psutil.Process().children(recursive=True))  # of other tests
@@ -92,6 +93,7 @@ def test_a_dead_address_is_named_within_the_time_given() -> None:
     assert "\n" not in str(refused.value)
 
 
+@pytest.mark.heavy
 def test_something_else_at_the_address_does_not_hang(tmp_path: Path) -> None:
     token = tmp_path / "token"
     token.write_text("0" * 64)

@@ -111,6 +111,7 @@ def test_a_run_writes_every_metric_of_its_stage(reference: RunDirectory) -> None
     assert unwritten(reference, "reward") == set()
 
 
+@pytest.mark.heavy
 def test_it_starts_from_all_weights_but_the_head(work: WorkDirectory, tmp_path: Path) -> None:
     run = reward_run(work, "start", "stage.steps=1", "stage.warmup_steps=0", "stage.lr=1e-12", "stage.weight_decay=0")
     train(run, ranks=1)
@@ -136,6 +137,7 @@ def _alone(work: WorkDirectory) -> Iterator[None]:
     dist.destroy_process_group()
 
 
+@pytest.mark.heavy
 @pytest.mark.usefixtures("_alone")
 def test_completions_of_val_are_scored_where_no_prompt_leaves_room_for_an_answer(work: WorkDirectory, caplog) -> None:
     given = (f"work_dir={work.path}", f"stage.init_from={work.run('tools', 'default').path}")
@@ -155,6 +157,7 @@ def test_completions_of_val_are_scored_where_no_prompt_leaves_room_for_an_answer
         )
 
 
+@pytest.mark.heavy
 @pytest.mark.parametrize(
     ("ranks", "layout"),
     [
@@ -177,6 +180,7 @@ def test_the_numbers_do_not_depend_on_the_layout(
             assert found[step][key] == pytest.approx(value, rel=2 * tolerance(key), abs=off), (step, key)
 
 
+@pytest.mark.heavy
 def test_a_run_that_goes_on_from_a_checkpoint_ends_bit_identical(reference: RunDirectory, work: WorkDirectory) -> None:
     run = work.run("reward", "again")
     copy_until(reference, run, step=10)

@@ -177,6 +177,7 @@ GRPO = ("rlhf.algorithm=grpo", "rlhf.value_lr=null", "rlhf.prompts=4", "rlhf.sam
 OF_SETS = (*GRPO, "rlhf.top_k=50", "rlhf.top_p=0.9", "rlhf.max_staleness=1")
 
 
+@pytest.mark.heavy
 @pytest.mark.parametrize(
     "overrides",
     [
@@ -205,6 +206,7 @@ def grpo_of_sets(started_work: WorkDirectory, tmp_path_factory: pytest.TempPathF
     return run
 
 
+@pytest.mark.heavy
 def test_sampling_sets_are_checkpointed_with_the_rollouts_drawn_ahead(started_work, grpo_of_sets, tmp_path):
     found = numbers(grpo_of_sets)
     assert all(found[step]["rollout/set_bytes"] > 0 for step in range(1, ITERATIONS + 1))
@@ -215,6 +217,7 @@ def test_sampling_sets_are_checkpointed_with_the_rollouts_drawn_ahead(started_wo
     assert numbers(run) == found
 
 
+@pytest.mark.heavy
 def test_without_a_critic_nothing_of_one_is_saved_planned_for_or_reported(grpo_of_sets, reference, tmp_path):
     planned = {}
     for run, expected in ((reference, True), (grpo_of_sets, False)):
@@ -234,6 +237,7 @@ def test_without_a_critic_nothing_of_one_is_saved_planned_for_or_reported(grpo_o
     assert (with_critic[1], without[1]) == (2, 1)
 
 
+@pytest.mark.heavy
 def test_a_damaged_state_is_passed_over_loudly(started_work, reference, tmp_path):
     run = work_of(started_work, tmp_path).run("rlhf", "default")
     shutil.copytree(reference.path, run.path)
@@ -271,6 +275,7 @@ def test_a_launched_run_learns_pretraining_text_beside_the_reward(started_work, 
     assert not any("rlhf/pretrain_loss" in line for line in numbers(reference).values())
 
 
+@pytest.mark.heavy
 def test_pretraining_text_that_does_not_divide_over_the_ranks_is_refused_by_its_key(started_work, tmp_path):
     run = prepare(work_of(started_work, tmp_path), *PRETRAINING, "rlhf.pretrain_sequences=3")
     assert run_forked(run, 2) != 0
@@ -278,6 +283,7 @@ def test_pretraining_text_that_does_not_divide_over_the_ranks_is_refused_by_its_
     assert message in run.rank_log(0).read_text()
 
 
+@pytest.mark.heavy
 def test_a_pool_that_finds_no_room_is_refused_before_anything_starts(started_work, tmp_path):
     code, _, err = finish_launch(launch(work_of(started_work, tmp_path), "rlhf.pool.actors=1000"))
     assert code == 2
@@ -285,6 +291,7 @@ def test_a_pool_that_finds_no_room_is_refused_before_anything_starts(started_wor
     assert "rlhf.pool.actors=0 generates in the process of the first rank" in err
 
 
+@pytest.mark.heavy
 def test_an_actor_draws_what_an_engine_in_the_rank_draws(started_work, reference, tmp_path):
     work = work_of(started_work, tmp_path)
     code, out, err = finish_launch(launch(work))

@@ -57,6 +57,7 @@ def shown(work: WorkDirectory) -> str:
     return output.getvalue()
 
 
+@pytest.mark.heavy
 def test_a_running_command_shows_stages_nodes_ranks_and_the_last_error(tmp_path):
     work = WorkDirectory(tmp_path)
     plan = plan_in(work)
@@ -85,6 +86,7 @@ def test_a_running_command_shows_stages_nodes_ranks_and_the_last_error(tmp_path)
     assert len(list(read_events(work.run("language", "default").events))) == 3
 
 
+@pytest.mark.heavy
 def test_a_run_of_engines_shows_its_answers_and_its_figures(tmp_path):
     work = WorkDirectory(tmp_path)
     config = compose_config(["stage=evaluate", f"work_dir={tmp_path}", "stage.models=[m]"])

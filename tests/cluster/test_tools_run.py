@@ -64,6 +64,7 @@ def test_the_loss_curve_does_not_depend_on_the_layout(reference, tiny_work, tmp_
             assert found[step][key] == pytest.approx(value, rel=tolerance(key)), (step, key)
 
 
+@pytest.mark.heavy
 def test_a_run_that_goes_on_from_a_checkpoint_ends_bit_identical(reference, tiny_work, tmp_path):
     run = linked(tiny_work, tmp_path).run("tools", "one")
     copy_until(reference, run, step=10)
@@ -71,6 +72,7 @@ def test_a_run_that_goes_on_from_a_checkpoint_ends_bit_identical(reference, tiny
     assert numbers(run) == numbers(reference)
 
 
+@pytest.mark.heavy
 def test_conversations_longer_than_a_sequence_are_left_out_loudly(tiny_work, tmp_path):
     settings = (*MIXED, "stage.seq_len=60", "stage.steps=1", "stage.checkpoint_every=0")
     run = prepare(linked(tiny_work, tmp_path), "short", *settings, stage="tools")

@@ -73,6 +73,7 @@ def reference(tiny_work: WorkDirectory, tmp_path_factory: pytest.TempPathFactory
     return run
 
 
+@pytest.mark.heavy
 @pytest.mark.parametrize(
     ("ranks", "overrides"),
     [
@@ -98,6 +99,7 @@ def test_a_run_writes_every_metric_of_its_stage(reference):
     assert unwritten(reference, "language") == set()
 
 
+@pytest.mark.heavy
 @pytest.mark.parametrize("after_a_checkpoint", [pytest.param(False, marks=pytest.mark.heavy), True])
 def test_a_run_killed_at_a_random_step_ends_bit_identical(reference, tiny_work, tmp_path, after_a_checkpoint):
     step = random.randrange(6, 9) if after_a_checkpoint else random.randrange(1, 5)
@@ -153,6 +155,7 @@ def test_a_signal_to_one_rank_stops_all_after_a_checkpoint(reference, tiny_work,
     assert numbers(run) == numbers(reference)
 
 
+@pytest.mark.heavy
 def test_a_damaged_checkpoint_is_passed_over_loudly(reference, tiny_work, tmp_path):
     run = linked(tiny_work, tmp_path).run("language", "two")
     shutil.copytree(reference.path, run.path)
@@ -168,6 +171,7 @@ def test_a_damaged_checkpoint_is_passed_over_loudly(reference, tiny_work, tmp_pa
     assert numbers(run) == numbers(reference)
 
 
+@pytest.mark.heavy
 def test_a_checkpoint_of_another_model_is_refused_by_name(reference, tiny_work, tmp_path):
     run = prepare(linked(tiny_work, tmp_path), "wider", "model.d_ff=100", f"stage.init_from={reference.path}")
     assert run_forked(run, ranks=1) != 0
@@ -190,6 +194,7 @@ def test_a_disk_that_fills_up_leaves_the_checkpoint_before_usable(reference, tin
     assert numbers(run) == numbers(reference)
 
 
+@pytest.mark.heavy
 def test_a_failure_that_cannot_be_recorded_still_ends_the_rank_and_is_in_its_log(tiny_work, tmp_path):
     run = prepare(linked(tiny_work, tmp_path), "three", "parallel.dp_shard=3")
     run.rank_failure(0).mkdir()  # nothing can be written there
@@ -199,6 +204,7 @@ def test_a_failure_that_cannot_be_recorded_still_ends_the_rank_and_is_in_its_log
     assert "could not be written" in log
 
 
+@pytest.mark.heavy
 def test_shards_of_another_tokenizer_are_refused_by_the_ranks(tiny_work, tmp_path):
     work = WorkDirectory(tmp_path)
     shutil.copytree(tiny_work.path, work.path, dirs_exist_ok=True)
@@ -221,6 +227,7 @@ def test_best_is_the_evaluated_checkpoint_with_the_lowest_loss(reference):
         assert state.best_val_loss == evaluated[state.best_step]
 
 
+@pytest.mark.heavy
 def test_weights_of_the_stage_before_are_the_start(reference, tiny_work, tmp_path):
     work = linked(tiny_work, tmp_path)
     first = prepare(
@@ -237,6 +244,7 @@ def test_weights_of_the_stage_before_are_the_start(reference, tiny_work, tmp_pat
     assert numbers(first)[1]["val/loss"] == pytest.approx(last, rel=1e-5)
 
 
+@pytest.mark.heavy
 def test_a_world_that_the_layout_cannot_make_is_one_line(tiny_work, tmp_path):
     run = prepare(linked(tiny_work, tmp_path), "three", "parallel.dp_shard=3")
     assert run_forked(run, ranks=2) != 0

@@ -23,6 +23,7 @@ LOCAL = ClusterConfig(name="local", connect_timeout_s=120.0, node_wait_s=180.0)
 WIDE = ("model=nano", "model.vocab_size=32000", "model.d_model=320", "model.n_heads=5", "model.n_layers=2")
 
 
+@pytest.mark.heavy
 @pytest.mark.parametrize(
     "overrides", [WIDE, pytest.param(("model=medium",), marks=pytest.mark.bars)], ids=["wide", "medium"]
 )

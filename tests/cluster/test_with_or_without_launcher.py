@@ -193,6 +193,7 @@ def test_two_nodes_are_the_same_with_and_without_the_launcher(undisturbed, tmp_p
     assert_same(run, expected)
 
 
+@pytest.mark.heavy
 def test_a_refusal_of_rank_0_ends_all_ranks_with_one_line(undisturbed, tmp_path):
     work = follow_on(undisturbed, tmp_path)
     code, _, err = finish(on_one_node(work, "stage.learning_rate=1"))
@@ -218,6 +219,7 @@ def rlhf_work(tiny_work, tmp_path) -> WorkDirectory:
     return work_of(started, tmp_path / "work")
 
 
+@pytest.mark.heavy
 def test_rlhf_generates_in_rank_0_without_ray(rlhf_work):
     """Neither the engine nor the functions of a reward need Ray."""
     run = prepare_rlhf(rlhf_work, *FEW_ITERATIONS)
@@ -233,6 +235,7 @@ def test_rlhf_is_started_without_the_launcher(rlhf_work):
     assert "2 iterations on" in out
 
 
+@pytest.mark.heavy
 def test_a_run_directory_is_laid_out_again_for_another_number_of_ranks(tiny_work, tmp_path):
     run = prepare(linked(tiny_work, tmp_path / "work"), "default", "stage.steps=2")
     train(run, 2)

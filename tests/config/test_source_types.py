@@ -27,6 +27,7 @@ def outcome(written: Any) -> SourceConfig | str:
         return str(error)
 
 
+@pytest.mark.heavy
 @settings(deadline=None, max_examples=60)
 @given(st.dictionaries(st.sampled_from(KEYS), VALUES, max_size=3), st.booleans(), st.booleans())
 def test_a_source_made_without_omegaconf_is_the_same_or_refused_in_the_same_words(

@@ -22,6 +22,7 @@ def windows(text: str) -> list[tuple[str, ...]]:
     return list(zip(*(words[start:] for start in range(8)), strict=False))
 
 
+@pytest.mark.heavy
 @given(
     st.lists(st.text("abcxyz", min_size=1, max_size=40), min_size=1, max_size=60).filter(
         lambda w: len(" ".join(w)) > 80 and len(w) > 4

@@ -238,6 +238,7 @@ def test_which_errors_pass():
     assert not is_transient(ConnectionError("Couldn't reach 'x' on the Hub (OfflineModeIsEnabled)"))
 
 
+@pytest.mark.heavy
 def test_offline_the_hub_corpus_fails_at_once_and_says_what_to_do():
     code = f"""
 from omegaconf import OmegaConf

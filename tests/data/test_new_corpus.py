@@ -80,6 +80,7 @@ def test_a_corpus_file_is_one_that_a_launch_takes(data):
     assert "suffix .png" in out.read_text()
 
 
+@pytest.mark.heavy
 def test_next_commands_compose(data):
     out, text = written(data, "repo", "notes.csv", "chat.jsonl.gz")
     commands = list(next_commands(out, ["language", "code", "tools"]))

@@ -40,6 +40,7 @@ def overrides_of(out: Path) -> list[str]:
     return shlex.split(line)[6:]
 
 
+@pytest.mark.heavy
 def test_a_file_of_few_conversations_is_one_whose_first_command_runs(tmp_path: Path) -> None:
     """Their text fills no vocabulary of the default size, and two per cent of them are none."""
     path = chats(tmp_path, [f"Where is the {WORDS[n % 10]} of {WORDS[n // 10]}?" for n in range(24)])
@@ -102,6 +103,7 @@ PREFERENCES = {
 SLOW = ("turns", "ranked", "ultrafeedback")
 
 
+@pytest.mark.heavy
 @pytest.mark.parametrize("kind", [pytest.param(k, marks=[pytest.mark.bars] * (k in SLOW)) for k in PREFERENCES])
 def test_preferences_get_the_reader_and_the_commands_that_learn_from_them(kind: str, tmp_path: Path) -> None:
     """They were refused with a page to read, and a command without a model has no tokenizer to begin with."""
@@ -135,6 +137,7 @@ def test_preferences_in_columns_that_a_person_names(tmp_path: Path) -> None:
     assert (source.prompt_column, source.chosen_column, source.rejected_column) == ("Asked", "Better", "Worse")
 
 
+@pytest.mark.heavy
 def test_preferences_that_a_command_cannot_use_are_refused_and_no_file_is_written(tmp_path: Path) -> None:
     path, out = tmp_path / "rows.jsonl", tmp_path / "lab" / "corpus" / "ours.yaml"
     rows = [{"prompt": asked(n), "chosen": good(n) + " q7z" * 9000, "rejected": "No."} for n in range(60)]
@@ -150,6 +153,7 @@ def test_a_quiz_with_answers_is_no_preference() -> None:
     assert preferences_in([PREFERENCES["pairs"](1), PREFERENCES["pairs"](2), quiz]) == "pairs"
 
 
+@pytest.mark.heavy
 def test_conversations_that_begin_alike_are_refused_and_no_file_is_written(tmp_path: Path) -> None:
     path = chats(tmp_path, ["Tell me a story about the sea."] * 40)
     out = tmp_path / "lab" / "corpus" / "ours.yaml"
@@ -158,6 +162,7 @@ def test_conversations_that_begin_alike_are_refused_and_no_file_is_written(tmp_p
     assert not out.exists()
 
 
+@pytest.mark.heavy
 def test_conversations_that_are_all_too_long_are_refused_with_the_key(tmp_path: Path) -> None:
     path = chats(tmp_path, [f"Question {n} of {WORDS[n % 10]}?" for n in range(60)], "{} " + "q7z " * 6000 + "{}")
     out = tmp_path / "lab" / "corpus" / "ours.yaml"

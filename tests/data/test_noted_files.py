@@ -28,6 +28,7 @@ def config_with(file: Path, task: str = "humaneval") -> Config:
     return compose_config(["stage=code", *TINY, f"stage.eval_tasks={{{task}: 4}}", f"eval.humaneval={file}"])
 
 
+@pytest.mark.heavy
 def test_a_file_that_changed_is_refused_on_the_ranks_too(tiny_work, tmp_path):
     run = WorkDirectory(tmp_path / "work").run("code", "default")
     run.create()

@@ -223,6 +223,7 @@ def test_a_table_without_a_column_of_the_others_takes_no_default(tmp_path, kind,
         candidates(source)
 
 
+@pytest.mark.heavy
 def test_memory_is_bounded_by_parts_of_a_row_group(tmp_path):
     """Buffers of pyarrow and bytes of Python; the reader holds a few MiB of each, whatever the row group has."""
     noise = np.random.default_rng(0).integers(0, 256, (8000, 8192), np.uint8)

@@ -92,6 +92,7 @@ def stopping_after(limit: int) -> Callable[[Tokenizer, Document], TokenizedDocum
     return encode
 
 
+@pytest.mark.heavy
 def test_a_build_that_ends_between_samples_of_a_conversation_goes_on(tmp_path: Path) -> None:
     undisturbed = build(configuration(tmp_path / "a", DROPS))
     assert len(tars(undisturbed)) > 4

@@ -47,5 +47,6 @@ def test_every_language_is_in_both_splits(corpora):
     assert found == {name: {(split, one) for split in SPLITS for one in own} for name, own in languages.items()}
 
 
+@pytest.mark.heavy
 def test_reading_again_gives_the_same_documents(config, corpora):
     assert read(config) == corpora

@@ -75,6 +75,7 @@ def here() -> dict[str, list]:
     return digests(sys.executable, [ROOT], [])
 
 
+@pytest.mark.heavy
 def test_the_text_is_the_same_with_all_other_files_of_the_host_out_of_reach(here):
     folders = [SITE_PACKAGES.resolve(), Path(wheels.__file__).resolve().parent]
     assert digests(sys.executable, [ROOT], folders) == here

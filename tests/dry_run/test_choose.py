@@ -49,6 +49,7 @@ def test_there_is_a_layout_for_published_shapes_on_a_node_and_on_many(model, n_r
     assert chosen.layout.world_size == n_ranks
 
 
+@pytest.mark.heavy
 def test_little_memory_makes_it_shard_more():
     roomy = best(auto(), candidates(auto(), 8))
     tight = auto("hardware.memory_gib=9")
@@ -152,6 +153,7 @@ def test_what_cannot_be_is_one_line(override, ranks_per_node, words):
         assert word in str(refused.value)
 
 
+@pytest.mark.heavy
 def test_rlhf_is_planned_by_the_keys_of_its_updates():
     def planned(*overrides: str):
         return auto("stage=rlhf", "parallel.activation_checkpointing=none", *overrides)

@@ -123,6 +123,7 @@ def test_the_ranks_played_are_the_first_a_padded_one_and_the_last():
     assert ranks_to_play(LARGE, Layout(1, 1, 1)) == [0]
 
 
+@pytest.mark.heavy
 @pytest.mark.parametrize(
     ("overrides", "world"),
     [
@@ -173,6 +174,7 @@ def test_the_estimate_agrees_with_the_played_step(overrides, world, monkeypatch)
         assert work.sent[axis] == pytest.approx(played.work.sent[axis], rel=0.1)
 
 
+@pytest.mark.heavy
 def test_a_loss_that_needs_the_global_batch_is_played_with_its_passes_before_the_step(monkeypatch):
     # Without `Stage.prepare` the loss of KTO has no reference point, and the played step fails. Parameters that these
     # passes leave gathered are no gradients.

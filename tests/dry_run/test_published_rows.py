@@ -107,6 +107,7 @@ ROWS = [
 ]
 
 
+@pytest.mark.heavy
 @pytest.mark.parametrize("row", ROWS, ids=lambda row: row.name)
 def test_the_estimate_is_near_a_published_row(row: Row):
     """Finds a change of the estimate that takes it away from measured steps, and a table that no longer holds."""

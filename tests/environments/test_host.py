@@ -40,6 +40,7 @@ async def played(host: Host, how: str) -> Step:
     return step
 
 
+@pytest.mark.heavy
 def test_hostile_environments_are_counted_by_reason_and_the_others_go_on():
     """Finds a bad environment that gets a number, raises in the caller, hangs the host, or is counted as another one;
     and one that harms a good conversation, or leaves a process behind."""

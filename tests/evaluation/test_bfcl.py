@@ -176,6 +176,7 @@ def call(monkeypatch, capsys, *words) -> tuple[int, str, str]:
     return (code or 0, *capsys.readouterr())
 
 
+@pytest.mark.heavy
 def test_the_verb_asks_a_run_and_says_what_was_right(package, tiny_work, tmp_path, monkeypatch, capsys):
     run = write_untrained(linked(tiny_work, tmp_path / "work"), "code", seed=1)
     file = tmp_path / "answers.jsonl"

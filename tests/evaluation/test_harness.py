@@ -89,6 +89,7 @@ def no_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", tmp_path / "datasets")
 
 
+@pytest.mark.heavy
 @pytest.mark.usefixtures("no_cache")
 @pytest.mark.parametrize(
     "chat", [pytest.param(False, id="text", marks=pytest.mark.bars), pytest.param(True, id="chat")]
@@ -225,6 +226,7 @@ def test_data_that_is_not_here_is_one_line(model, tmp_path):
         harness.run_harness(model, options(tmp_path, "mine"))
 
 
+@pytest.mark.heavy
 @pytest.mark.usefixtures("no_cache")
 def test_the_verb_prints_a_table_and_writes_both_files(run, tasks, tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(harness.HarnessOptions, "defaults", False)

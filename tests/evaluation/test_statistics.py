@@ -154,6 +154,7 @@ def test_values_between_0_and_1_are_permuted():
     assert noise.low < noise.difference < noise.high
 
 
+@pytest.mark.heavy
 def test_intervals_are_the_same_for_any_size_of_the_blocks_of_resamples(monkeypatch):
     chance = np.random.default_rng(2)
     first, second = (chance.uniform(0, 1, 37).tolist() for _ in range(2))

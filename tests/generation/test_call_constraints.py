@@ -98,6 +98,7 @@ def test_one_call_a_turn_where_calls_may_not_be_parallel(asked: Asked):
     assert max(len(message.calls) for message in turns) > 1
 
 
+@pytest.mark.heavy
 def test_tools_of_generated_conversations_can_be_called(asked: Asked):
     """Finds a keyword of our own tools that no constraint can hold to."""
     with_tools = [example.conversation for example in examples(5, 40) if example.conversation.tools]
@@ -125,6 +126,7 @@ def test_a_choice_that_names_no_tool_is_refused(asked: Asked):
         call_constraint(QUESTION.tools, asked.tokenizer, ToolChoice("wether"))
 
 
+@pytest.mark.heavy
 def test_marks_that_a_tokenizer_lacks_are_written_as_text(asked: Asked, tiny_work: WorkDirectory):
     """Finds free text of an imported model that spells a mark and so becomes a broken call."""
     tokenizer = Tokenizer.load(tiny_work.tokenizer_model)

@@ -112,6 +112,7 @@ def test_an_answer_that_ends_by_itself_fulfils_its_constraint(engine, tokenizer,
         assert tokenizer.content(answer.tokens).decode(errors="replace").startswith(answer.text)
 
 
+@pytest.mark.heavy
 def test_an_answer_does_not_depend_on_its_batch(small_model, engine, tokenizer, grammars):
     """Finds masks of one sequence that reach another, and matchers that a preemption leaves behind."""
     requests = [
@@ -290,6 +291,7 @@ def test_what_is_plainly_valid_is_valid(schema):
         jsonschema.Draft202012Validator.check_schema(schema)
 
 
+@pytest.mark.heavy
 def test_what_ends_the_library_is_one_refused_request(small_model, tokenizer, monkeypatch):
     """The constraint of a stranger must not end the process of an engine that answers others."""
     engine = engine_of(small_model, tokenizer, Grammars(lambda: tokenizer, untrusted=True))
@@ -375,6 +377,7 @@ def test_branches_that_exclude_each_other_may_stand_under_one_of(branches):
         check_schema({"oneOf": [*branches, {}], "$defs": definitions})
 
 
+@pytest.mark.heavy
 @pytest.mark.parametrize("n_schemas", [40, pytest.param(1000, marks=pytest.mark.bars)])
 def test_answers_to_random_schemas_are_valid(engine, tokenizer, n_schemas):
     """An answer that ends by itself is valid; few are cut by their length, and few schemas are refused, by name."""

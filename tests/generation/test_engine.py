@@ -138,6 +138,7 @@ def run_random_schedule(model: Transformer, dice: random.Random) -> None:
     run_schedule(model, requests, dice.randint(12, 14), dice.getrandbits(30))
 
 
+@pytest.mark.heavy
 @settings(max_examples=3, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(dice=st.randoms(use_true_random=True))
 def test_any_schedule_gives_what_a_plain_forward_gives(model, dice):
@@ -168,6 +169,7 @@ def requests_of_all_kinds(n: int = 12) -> list[Request]:
     ]
 
 
+@pytest.mark.heavy
 def test_an_answer_is_the_same_to_the_last_bit_whatever_it_is_batched_with(model, monkeypatch):
     """Finds rounding that depends on the batch, on the pages or on being set aside; and a small cache in which no page
     is shared and no sequence set aside."""

@@ -56,6 +56,7 @@ def flash(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(decoder_module, "build_cache", FlashPages)
 
 
+@pytest.mark.heavy
 @pytest.mark.usefixtures("flash")
 @pytest.mark.parametrize("config", [CONFIG, GROUPED], ids=["heads", "groups"])
 def test_schedules_give_what_a_plain_forward_gives(config):
@@ -81,6 +82,7 @@ class Recorded:
         return replay, result
 
 
+@pytest.mark.heavy
 @pytest.mark.usefixtures("flash")
 def test_replayed_steps_give_what_a_plain_forward_gives(monkeypatch):
     graphs, recorded = [], Recorded()

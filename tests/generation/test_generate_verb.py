@@ -60,6 +60,7 @@ def call(monkeypatch, capsys, *words, stdin=b""):
     return (ending.value.code, *capsys.readouterr())
 
 
+@pytest.mark.heavy
 def test_the_answer_alone_goes_to_standard_output(small_run, expected):
     done = subprocess.run(
         [sys.executable, "-m", "dist_lm", "generate", small_run.path, "--prompt", PROMPT, *OPTIONS],

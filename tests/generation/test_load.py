@@ -48,6 +48,7 @@ def test_a_checkpoint_outside_a_run_needs_a_tokenizer(small_run, tmp_path):
     assert read_openings(loaded.run) == Openings()
 
 
+@pytest.mark.heavy
 def test_a_named_tokenizer_is_read_within_limits(small_run, tmp_path, monkeypatch):
     """It may come from somebody else: a vocabulary without end held the command until it was killed."""
     (tmp_path / "tokenizer.json").write_bytes(large_json(150_000))

@@ -113,6 +113,7 @@ def test_five_hundred_random_conversations(model):
     assert reused
 
 
+@pytest.mark.heavy
 def test_conversations_on_a_small_cache_evict_share_and_preempt(model, monkeypatch):
     """Finds the same faults in one schedule, and that conversations do not meet what they are for."""
     preempted, evicted, shared = [], [], []
@@ -127,6 +128,7 @@ def test_conversations_on_a_small_cache_evict_share_and_preempt(model, monkeypat
     assert engine.prefix_counts.reused > 50
 
 
+@pytest.mark.heavy
 def test_a_conversation_of_eight_turns_computes_little_more_than_its_new_text(model, monkeypatch):
     """Finds a border at which more is computed again than the part of a block."""
     config = replace(model.config, max_seq_len=2560)

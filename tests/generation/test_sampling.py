@@ -141,6 +141,7 @@ def test_a_temperature_close_to_zero_is_greedy():
         assert torch.equal(draw(x, params).token_B, x.argmax(-1))
 
 
+@pytest.mark.heavy
 def test_frequencies_follow_the_softmax():
     """Chi-squared over 40,000 draws, one seed each; 5 standard deviations allowed."""
     n, row = 40_000, torch.tensor([2.0, 1.0, 0.0, -1.0, 3.0, 0.5])

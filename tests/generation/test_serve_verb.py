@@ -13,6 +13,7 @@ from dist_lm.storage.run_directory import RunDirectory
 from tests.patience import patient
 
 
+@pytest.mark.heavy
 @pytest.mark.parametrize(
     ("options", "first_line"),
     [

@@ -102,6 +102,7 @@ def check_schedule(engine: Engine, model: Transformer, requests: list[Request], 
     assert engine._page_pool.n_free == engine.options.n_pages, "a page has leaked"
 
 
+@pytest.mark.heavy
 def test_a_schedule_gives_what_a_plain_forward_gives_and_others_keep_nothing(engine, model, monkeypatch):
     told: list[str] = []
     tell = engine._decoder._followers.tell
@@ -112,6 +113,7 @@ def test_a_schedule_gives_what_a_plain_forward_gives_and_others_keep_nothing(eng
     assert told.count("save") == told.count("restore") + told.count("forget")
 
 
+@pytest.mark.heavy
 def test_an_answer_is_the_same_to_the_last_bit_whatever_it_is_batched_with(engine):
     requests = requests_of_all_kinds(3)
     for request in requests:
@@ -213,6 +215,7 @@ def test_a_rank_that_does_not_start_says_why(model, monkeypatch):
     assert not rank_processes()
 
 
+@pytest.mark.heavy
 @pytest.mark.parametrize("tp", [2, pytest.param(3, marks=pytest.mark.heavy)])
 def test_ranks_end_with_the_one_that_leads(tp):
     leader = subprocess.Popen([sys.executable, "-c", LEADER.format(tp=tp)], stdout=subprocess.PIPE, text=True)

@@ -65,6 +65,7 @@ def command_of(check: Check, gpus: int, folder: Path, *, rehearse: bool) -> list
     return [sys.executable, "-c", PROGRAM, check.name, str(folder), str(gpus), "rehearsal"]
 
 
+@pytest.mark.heavy
 def test_a_failing_check_does_not_stop_the_others(checked):
     passed, found, said = checked("finds_something", "breaks", "dies", "passes")
     assert not passed
@@ -87,6 +88,7 @@ def test_all_passed(checked):
     assert checked("passes")[0]
 
 
+@pytest.mark.heavy
 def test_an_overrun_is_reported_and_leaves_no_process(checked, monkeypatch, tmp_path):
     mark, wait = str(tmp_path), subprocess.Popen.wait
     monkeypatch.setattr(run, "secrets", SimpleNamespace(token_hex=lambda length: mark))
@@ -111,6 +113,7 @@ def test_an_overrun_is_reported_and_leaves_no_process(checked, monkeypatch, tmp_
     assert not left
 
 
+@pytest.mark.heavy
 def test_the_file_is_written_after_each_check_and_keeps_earlier_ones(checked, monkeypatch, tmp_path):
     checked("passes")
     run_check, seen = run.run_check, []
@@ -124,6 +127,7 @@ def test_the_file_is_written_after_each_check_and_keeps_earlier_ones(checked, mo
     assert seen == [{"passes"}, {"passes", "finds_something"}]
 
 
+@pytest.mark.heavy
 def test_results_of_another_machine_are_dropped(checked, tmp_path):
     file = tmp_path / run.RESULTS
     checked("passes")
@@ -188,6 +192,7 @@ def test_what_others_made_is_refused_before_anything_runs(checked, tmp_path, kin
     assert not (tmp_path / "passes").exists()
 
 
+@pytest.mark.heavy
 def test_a_folder_of_an_earlier_command_is_replaced(checked, tmp_path):
     assert checked("passes")[0]
     (tmp_path / "passes" / "old.txt").touch()
@@ -205,6 +210,7 @@ def test_an_output_that_is_no_folder_is_refused_in_one_line(tmp_path, place):
 # --- what is refused ---
 
 
+@pytest.mark.heavy
 def test_without_a_gpu_one_line_and_exit_code_2(tmp_path):
     command = [sys.executable, "-m", "dist_lm", "gpu", "check", "--output", str(tmp_path / "out")]
     done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=patient(120))

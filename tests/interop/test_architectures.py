@@ -84,6 +84,7 @@ def test_the_architecture_has_the_parameters_of_the_model(number: int):
     assert shapes == {tensor.name: tensor.shape for tensor in converted(found, parameter_shapes(model))}
 
 
+@pytest.mark.heavy
 def test_a_refusal_names_an_option_and_a_value_that_would_be_held():
     for combination in COMBINATIONS:
         assert holds(model_of(followed(combination)))

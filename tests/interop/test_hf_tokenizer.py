@@ -47,11 +47,13 @@ def assert_same(ours: Tokenizer, theirs: Any, text: str) -> None:
     assert theirs.decode([ours.eot_id, *ids], skip_special_tokens=True) == text
 
 
+@pytest.mark.heavy
 def test_ids_are_identical_over_real_code(pair: tuple[Tokenizer, Any]) -> None:
     for text in stdlib_texts():
         assert_same(*pair, text)
 
 
+@pytest.mark.heavy
 @settings(max_examples=300)
 @given(text=hard_text.filter(lambda text: not any(tag in text for tag in TAGS)))
 def test_ids_are_identical_over_hard_texts(pair: tuple[Tokenizer, Any], text: str) -> None:

@@ -259,6 +259,7 @@ def test_a_damaged_header_of_weights_is_what_safetensors_reads_or_refused(folder
     assert 0 < accepted < count
 
 
+@pytest.mark.heavy
 @counts
 def test_a_damaged_tokenizer_is_one_or_refused(folder: Path, count: int) -> None:
     random = Random(3)

@@ -107,6 +107,7 @@ def cases() -> list:
     return rows
 
 
+@pytest.mark.heavy
 @pytest.mark.parametrize(("family", "heads", "layout"), cases())
 def test_ten_steps_lose_what_those_of_transformers_lose(ranks: RankGroups, family: str, heads: int, layout: str):
     config = model_of(family, heads)

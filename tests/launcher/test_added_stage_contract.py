@@ -46,6 +46,7 @@ def plan(work: Path, *overrides: str) -> Plan:
     return make_plan("haiku", lambda stage: compose_config(overrides_of(stage, "haiku", given)))
 
 
+@pytest.mark.heavy
 def test_the_stage_that_it_starts_from_is_built_first(install: Install, tmp_path: Path) -> None:
     install(starts_from="language")
     planned = plan(tmp_path, "stages.language.steps=3")

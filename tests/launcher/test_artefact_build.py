@@ -70,6 +70,7 @@ def run_as_planned(planned: PlannedStage) -> bool:
     return run_training_stage(planned, cluster, Console(output=io.StringIO(), errors=io.StringIO()), Interrupt())
 
 
+@pytest.mark.heavy
 def test_a_run_that_another_command_has_finished_since_the_plan_is_used(work):
     planned = plan_of(work, target="language").target
     assert planned.action is Action.BUILD

@@ -144,6 +144,7 @@ def damages(seed: int, count: int, paths: list[Path]) -> Iterator[tuple[Path, by
                 yield path, bytes(content[:at]) + b"\0" * (len(content) - at), f"zeros from byte {at}"
 
 
+@pytest.mark.heavy
 def test_a_damaged_file_ends_no_verb_in_a_traceback(tmp_path: Path) -> None:
     """Finds a reader of a small file that trusts its bytes, its types or its keys."""
     work = make_work(tmp_path / "work")
@@ -213,6 +214,7 @@ def test_a_damaged_pointer_means_the_newest_checkpoint(tmp_path: Path, damaged: 
     assert checkpoint_files.read_pointer(run.checkpoints, checkpoint_files.BEST) is None
 
 
+@pytest.mark.heavy
 def test_changed_digits_of_a_result_are_noticed(tmp_path: Path) -> None:
     """Finds a result without a checksum, or a reader that does not compare it."""
     work = make_work(tmp_path)
@@ -225,6 +227,7 @@ def test_changed_digits_of_a_result_are_noticed(tmp_path: Path) -> None:
                 verb(work)
 
 
+@pytest.mark.heavy
 def test_a_result_of_an_earlier_release_is_read(tmp_path: Path) -> None:
     work = make_work(tmp_path)
     run = work.run("code", "default")

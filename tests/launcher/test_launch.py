@@ -77,6 +77,7 @@ def test_bad_input_is_one_line_and_exit_code_2(tmp_path, arguments, words, monke
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.heavy
 def test_a_work_directory_that_cannot_be_made_is_refused(tmp_path):
     (tmp_path / "file").touch()
     done = launch("stage=tokenizer", f"work_dir={tmp_path}/file/work")
@@ -92,6 +93,7 @@ def test_a_work_directory_may_be_tried_by_several_commands_at_once(tmp_path):
     assert list(work.iterdir()) == []
 
 
+@pytest.mark.heavy
 def test_a_ray_head_that_does_not_answer_is_one_line_after_a_bounded_wait(tiny_work):
     done = launch(
         "stage=language",
@@ -135,6 +137,7 @@ def test_a_thousand_ranks_are_played_in_little_memory():
     assert int(done.stderr.split()[-1]) < 2 << 20  # KiB, of the largest process
 
 
+@pytest.mark.heavy
 def test_help_and_the_resolved_configuration_are_shown():
     shown = launch("--help")
     assert shown.returncode == 0

@@ -116,6 +116,7 @@ def test_a_run_shrinks_to_the_nodes_that_have_gpus(monkeypatch):
     assert asked == [3, 1]
 
 
+@pytest.mark.heavy
 def test_a_node_has_room_for_a_checkpoint_also_for_the_last_one_and_for_an_average():
     def room(*settings: str) -> int:
         demands = demands_of(compose_config(["stage=language", *TINY, *settings]), 0)

@@ -66,6 +66,7 @@ def test_a_command_that_did_not_end_well_says_how_to_go_on(plan: Plan) -> None:
     assert "generate" not in text
 
 
+@pytest.mark.heavy
 def test_what_is_done_can_be_talked_to_and_looked_at(plan: Plan, monkeypatch) -> None:
     stage = plan.stages[0]
     run = run_of(stage.config)
@@ -84,6 +85,7 @@ def test_what_is_done_can_be_talked_to_and_looked_at(plan: Plan, monkeypatch) ->
     assert commands["next stage"] == "python -m dist_lm.launch stage=code 'work_dir=my work'"
 
 
+@pytest.mark.heavy
 def test_the_next_stage_goes_on_from_a_run_with_a_start_of_its_own(tmp_path) -> None:
     """Without the start, the stages before an adapted run were planned again, and the run itself was refused."""
     work = WorkDirectory(tmp_path)
@@ -99,6 +101,7 @@ def test_the_next_stage_goes_on_from_a_run_with_a_start_of_its_own(tmp_path) -> 
     assert [stage.name for stage in plan_command(overrides).stages] == ["tokenizer", "shards", "tools"]
 
 
+@pytest.mark.heavy
 def test_a_stage_whose_corpus_is_not_configured_is_no_next_stage(tmp_path) -> None:
     work = WorkDirectory(tmp_path / "work")
     (tmp_path / "lab" / "corpus").mkdir(parents=True)
@@ -111,6 +114,7 @@ def test_a_stage_whose_corpus_is_not_configured_is_no_next_stage(tmp_path) -> No
     assert "next stage" not in dict(next_commands(target, "done", command))
 
 
+@pytest.mark.heavy
 def test_a_command_that_began_nothing_has_no_table(plan: Plan) -> None:
     queue = [QueuedStage("language", "done", ""), QueuedStage("code", "waiting", "")]
     assert printed(plan, queue, "failed") == ""

@@ -44,6 +44,7 @@ def config(*overrides: str):
     )
 
 
+@pytest.mark.heavy
 def test_a_run_shrinks_to_what_its_layout_and_batch_fit():
     assert sizes(config(), 1) == [4]
     assert sizes(config("cluster.min_nodes=1"), 1) == [4, 2, 1]  # a batch of 8 is not cut in three

@@ -109,6 +109,7 @@ def engine_of(model: Transformer) -> Engine:
     return Engine(model.config, dict(model.named_parameters()), eot_id=1, options=OPTIONS)
 
 
+@pytest.mark.heavy
 @rows
 @torch.inference_mode()
 def test_the_engine_writes_what_the_model_does(row: OptionRow):

@@ -155,6 +155,7 @@ def test_the_backward_pass_keeps_four_bits(mode: str):
     loss.backward()
 
 
+@pytest.mark.heavy
 def test_the_compiler_takes_a_block_whole():
     """Finds what would split the graph on a GPU, where that is an error."""
     model, _ = pair(ffn="swiglu")

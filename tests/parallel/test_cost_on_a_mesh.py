@@ -31,6 +31,7 @@ def bytes_of_building(world: World, parallel: ParallelConfig) -> tuple[int, int]
     return memory.peak, sum(shard_of(parameter).nbytes for parameter in model.parameters())
 
 
+@pytest.mark.heavy
 @pytest.mark.parametrize("layout", ["1x4x1", "1x1x4", "1x2x2"])
 def test_building_holds_the_shards_and_one_full_parameter(ranks: RankGroups, layout: str):
     shapes = parameter_shapes(MODEL).values()
@@ -52,6 +53,7 @@ def messages(world: World, parallel: ParallelConfig) -> int:
     return counter.parts[-1].messages["tp"]
 
 
+@pytest.mark.heavy
 @pytest.mark.parametrize("layout", ["1x1x2", "1x1x2+sp"])
 def test_selective_checkpointing_sends_nothing_twice(ranks: RankGroups, layout: str):
     sent = {

@@ -37,6 +37,7 @@ time.sleep(600)
 """
 
 
+@pytest.mark.heavy
 def test_ranks_meet_while_another_user_connects_to_all_their_ports(tmp_path):
     """Without the guard, 8 of 20 ranks hung or read the stranger's bytes. It would find a connection that is read
     before its owner is known."""

@@ -70,6 +70,7 @@ def on_ranks(world: World, tp: int, chunk_bytes: int, entropy_gradient: bool, of
     return outcome(model, entropy_gradient, of_sets)
 
 
+@pytest.mark.heavy
 @pytest.mark.parametrize("of_sets", [False, True], ids=["all tokens", "sets"])
 @pytest.mark.parametrize("entropy_gradient", [False, True])
 @pytest.mark.parametrize(("size", "tp", "chunk_bytes"), [(1, 1, 1000), (2, 2, 0), (2, 2, 1000), (3, 3, 1)])

@@ -36,6 +36,7 @@ def adapted(heads: tuple[int, int], lora: LoraConfig = LORA, **changes) -> Adapt
     return AdaptedModelConfig.of(model_of(heads, **changes), lora)
 
 
+@pytest.mark.heavy
 @pytest.mark.parametrize(
     ("layout", "heads"),
     [*CASES, *(pytest.param(*case, marks=pytest.mark.bars) for case in MORE)],
@@ -115,6 +116,7 @@ def merged_values(model: AdaptedModelConfig) -> dict[str, np.ndarray]:
     return {name: values[name].numpy() for name in parameter_shapes(model.plain)}
 
 
+@pytest.mark.heavy
 @pytest.mark.parametrize("offload", [False, True], ids=["on the device", "offloaded"])
 @pytest.mark.parametrize(
     ("layout", "heads"),

@@ -41,6 +41,7 @@ def test_initial_values_are_the_same_bits_on_any_layout(ranks: RankGroups, layou
     assert [name for name in expected if not np.array_equal(found[name], expected[name])] == []
 
 
+@pytest.mark.heavy
 @pytest.mark.parametrize(
     ("layout", "head_dtype"),
     [
@@ -84,6 +85,7 @@ def test_compiled_blocks_compute_the_same(ranks: RankGroups, layout: str, mode: 
     assert error(found.gradients, expected) < (BF16 if dtype == "bf16" else 1e-6)
 
 
+@pytest.mark.heavy
 @pytest.mark.parametrize("layout", ["1x2x1", "1x2x2+sp", pytest.param("2x1x2", marks=pytest.mark.bars)])
 def test_offloaded_parameters_take_the_same_step(ranks: RankGroups, layout: str):
     model, parallel = model_of((5, 5)), parallel_of(layout, cpu_offload=True)
@@ -91,6 +93,7 @@ def test_offloaded_parameters_take_the_same_step(ranks: RankGroups, layout: str)
     assert entries_off(found.end, expected_of(model).end, 1e-5) == {}
 
 
+@pytest.mark.heavy
 @pytest.mark.parametrize("layout", ["1x4x1", "1x2x2+sp", pytest.param("2x1x2", marks=pytest.mark.bars)])
 @pytest.mark.parametrize("muon", [None, MuonConfig(lr=0.02, variance_beta=0.9)], ids=["adamw", "muon"])
 def test_a_rank_without_finite_gradients_makes_all_ranks_skip_the_step(ranks: RankGroups, layout: str, muon):
@@ -111,6 +114,7 @@ def steps_with_many_units(world: World, model: ModelConfig, parallel: ParallelCo
         return rank_steps(world, model, parallel, range(3), between=True)
 
 
+@pytest.mark.heavy
 @pytest.mark.parametrize(
     "layout", ["1x2x1", *(pytest.param(layout, marks=pytest.mark.bars) for layout in ("2x2x1", "1x2x2+sp"))]
 )
@@ -139,5 +143,6 @@ def steps_after_another_mesh(world: World, model: ModelConfig) -> str:
     return ""
 
 
+@pytest.mark.heavy
 def test_two_tensor_parallel_layouts_in_one_process_are_refused_not_mixed_up(ranks: RankGroups):
     assert "must share a mesh" in ranks.run(4, steps_after_another_mesh, MODEL)

@@ -51,6 +51,7 @@ def assert_is_that_of_one_process(found: MeshTrajectory, model: ModelConfig) -> 
     assert found.torn == found.dirty == set()
 
 
+@pytest.mark.heavy
 @pytest.mark.parametrize(
     "case",
     [pytest.param(case, id=str(case), marks=() if case in SMALL_CASES else pytest.mark.bars) for case in CASES],
@@ -62,6 +63,7 @@ def test_a_step_is_that_of_one_process(ranks: RankGroups, case: Case):
     assert_is_that_of_one_process(found, case.model)
 
 
+@pytest.mark.heavy
 @pytest.mark.parametrize("layout", layouts("1x1x1", "1x4x1", "1x1x2", "1x1x4+sp", "2x1x2", "1x2x2+sp"))
 def test_a_step_of_a_scalar_head_is_that_of_one_process(ranks: RankGroups, layout: str):
     model = model_of((5, 5), head="scalar")
@@ -69,6 +71,7 @@ def test_a_step_of_a_scalar_head_is_that_of_one_process(ranks: RankGroups, layou
     assert_is_that_of_one_process(found, model)
 
 
+@pytest.mark.heavy
 @pytest.mark.parametrize("layout", layouts("1x1x1", "1x4x1", "2x1x1", "1x1x2", "1x1x4+sp", "2x1x2", "1x2x2+sp"))
 @pytest.mark.parametrize(
     "heads", [pytest.param((5, 5), id="padded heads", marks=pytest.mark.bars), pytest.param((6, 3), id="groups")]
@@ -81,6 +84,7 @@ def test_a_step_with_normalised_queries_and_keys_is_that_of_one_process(
     assert_is_that_of_one_process(found, model)
 
 
+@pytest.mark.heavy
 @pytest.mark.parametrize("layout", layouts("1x1x1", "1x4x1", "1x1x2", "1x1x4+sp", "2x1x2", "1x2x2+sp"))
 def test_a_step_with_squared_relu_and_capped_logits_is_that_of_one_process(ranks: RankGroups, layout: str):
     model = model_of((5, 5), norm="rmsnorm", ffn="relu2", logit_cap=0.2)
@@ -90,6 +94,7 @@ def test_a_step_with_squared_relu_and_capped_logits_is_that_of_one_process(ranks
     assert_is_that_of_one_process(found, model)
 
 
+@pytest.mark.heavy
 @pytest.mark.parametrize(
     ("row", "layout"),
     [
@@ -120,6 +125,7 @@ VALUE_RESIDUALS = [
 ]
 
 
+@pytest.mark.heavy
 @pytest.mark.parametrize(
     ("heads", "layout", "checkpointing"),
     [pytest.param(*row, marks=() if row[1] in SMALL else pytest.mark.bars) for row in VALUE_RESIDUALS],
@@ -145,6 +151,7 @@ def assert_orthogonal_steps_are_those_of_one_process(
     assert found.torn == found.dirty == set()
 
 
+@pytest.mark.heavy
 @pytest.mark.parametrize("layout", layouts("1x1x1", "1x4x1", "4x1x1", "1x1x2", "1x1x4+sp", "2x1x2", "1x2x2+sp"))
 @pytest.mark.parametrize(
     "heads",
@@ -154,6 +161,7 @@ def test_orthogonal_steps_are_those_of_one_process(ranks: RankGroups, layout: st
     assert_orthogonal_steps_are_those_of_one_process(ranks, layout, model_of(heads), MuonConfig(lr=0.02), 2)
 
 
+@pytest.mark.heavy
 @pytest.mark.parametrize("layout", layouts("1x1x1", "1x4x1", "1x1x2", "1x1x4+sp", "2x1x2", "1x2x2+sp"))
 def test_normalised_orthogonal_steps_at_the_rate_of_adamw_are_those_of_one_process(ranks: RankGroups, layout: str):
     options = {"norm": "rmsnorm", "ffn": "swiglu", "bias": False, "value_residual": True}
@@ -162,6 +170,7 @@ def test_normalised_orthogonal_steps_at_the_rate_of_adamw_are_those_of_one_proce
     assert_orthogonal_steps_are_those_of_one_process(ranks, layout, model, muon, 2)
 
 
+@pytest.mark.heavy
 @pytest.mark.parametrize("flops_per_byte", [0.0, 1e12], ids=["shared", "apart"])
 @pytest.mark.parametrize("layout", layouts("2x2x1", "1x2x2+sp", "2x1x2", "4x1x1", "2x2x2+sp"))
 def test_orthogonal_steps_in_many_messages_are_those_of_one_process(

@@ -56,6 +56,7 @@ def loaded(world: World, model_config: AdaptedModelConfig, parallel: ParallelCon
     }
 
 
+@pytest.mark.heavy
 @pytest.mark.parametrize("dtype", ["fp32", "bf16"])
 @pytest.mark.parametrize("layout", ["1x1x1", "2x1x1"])
 def test_every_rank_holds_the_base_once_and_engines_get_it_dequantised(
@@ -72,6 +73,7 @@ def test_every_rank_holds_the_base_once_and_engines_get_it_dequantised(
         assert entries_off({name: found["whole"][name]}, {name: expected.numpy()}, tolerance) == {}
 
 
+@pytest.mark.heavy
 def test_replicas_take_the_steps_of_one_rank(ranks: RankGroups):
     """Finds gradients of adapters that replicas do not add up."""
     model = adapted()

@@ -56,6 +56,7 @@ torchrun.main()
 """
 
 
+@pytest.mark.heavy
 @pytest.mark.cluster
 @pytest.mark.parametrize("door", ["agent", pytest.param("plain", marks=pytest.mark.heavy)])
 def test_ranks_meet_in_a_private_folder_and_anew_after_a_restart(tmp_path, door):
@@ -101,6 +102,7 @@ store.wait([f"done_{1 - rank}"])
 """
 
 
+@pytest.mark.heavy
 @pytest.mark.cluster
 @pytest.mark.skipif(sys.platform != "linux", reason="other loopback addresses exist on Linux only")
 def test_ranks_of_two_nodes_meet_on_the_address_of_the_first_node_alone(tmp_path):

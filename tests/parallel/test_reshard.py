@@ -74,6 +74,7 @@ def saved(ranks: RankGroups, tmp_path_factory: pytest.TempPathFactory):
     return at
 
 
+@pytest.mark.heavy
 @pytest.mark.parametrize(("model", "source", "target"), marked(MOVES, SMALL_MOVES))
 def test_another_layout_loads_the_same_bits_and_takes_the_same_step(ranks, saved, model, source, target):
     before: Saved = saved(model, source)
@@ -93,6 +94,7 @@ def test_another_layout_loads_the_same_bits_and_takes_the_same_step(ranks, saved
     assert after.torn == after.dirty == set()
 
 
+@pytest.mark.heavy
 @pytest.mark.parametrize(
     ("source", "target"), [("1x1x2", "1x4x1"), pytest.param("1x2x2", "1x1x4", marks=pytest.mark.bars)]
 )

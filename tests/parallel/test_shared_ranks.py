@@ -34,6 +34,7 @@ def n_threads() -> int:
     return len(list(TASKS.iterdir()))
 
 
+@pytest.mark.heavy
 @pytest.mark.skipif(not TASKS.is_dir(), reason="counts threads in /proc")
 def test_groups_end_with_the_function_that_made_them(ranks):
     before = ranks.run(4, threads_without_a_mesh)

@@ -46,6 +46,7 @@ def begun(config: Config, at: int = 1) -> RunDirectory:
     return begun_run(look(config).config, TrainState(step=at))
 
 
+@pytest.mark.heavy
 def test_epochs_become_steps_in_the_plan_and_in_the_record(work):
     config = config_of(work, "stage.epochs=3")
     assert config.stage.steps == 0
@@ -57,6 +58,7 @@ def test_epochs_become_steps_in_the_plan_and_in_the_record(work):
     assert (load_config(run.config).stage.steps, load_config(run.config).stage.epochs) == (steps, 3.0)
 
 
+@pytest.mark.heavy
 def test_the_plan_of_a_run_on_texts_opens_no_corpus(work, monkeypatch):
     """Finds a launcher that reads the length of each document, which takes minutes and 10 GB for 200 million."""
     exact = look(config_of(work, "stage.epochs=3", "stage.mix={language: 0.2}"))
@@ -95,6 +97,7 @@ def test_without_the_corpus_the_plan_names_the_epochs_and_the_launch_counts_them
     assert stage_of(config).with_steps(config).stage.steps == -(-sequences(config, "code") // 8)
 
 
+@pytest.mark.heavy
 def test_a_run_goes_on_to_the_steps_of_its_record(work, monkeypatch):
     config = config_of(work, "stage.epochs=3")
     run = begun(config)
@@ -108,6 +111,7 @@ def test_a_run_goes_on_to_the_steps_of_its_record(work, monkeypatch):
     assert found.detail == f"from step_00000001 to step {steps:,}, 3.0 epochs of code"
 
 
+@pytest.mark.heavy
 def test_other_epochs_are_another_schedule(work):
     run = begun(config_of(work, "stage.epochs=1"))
     more = look(config_of(work, "stage.epochs=2"))
@@ -119,6 +123,7 @@ def test_other_epochs_are_another_schedule(work):
         look(cosine)
 
 
+@pytest.mark.heavy
 def test_a_finished_run_of_epochs_is_finished(work):
     config = config_of(work, "stage.epochs=1")
     run = begun(config)

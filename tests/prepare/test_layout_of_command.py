@@ -124,6 +124,7 @@ def begun(*asked: str, recorded=()) -> ContinuedRun:
     return ContinuedRun(with_layout(config(*recorded, f"cluster.ranks_per_node={GPUS}"), GPUS), frozenset(asked))
 
 
+@pytest.mark.heavy
 def test_a_run_that_goes_on_keeps_its_layout():
     wide = begun(recorded=("parallel.dp_replicate=1", "parallel.dp_shard=64"))
     assert layout_of(config(), wide) == "1x64x1"
@@ -133,6 +134,7 @@ def test_a_run_that_goes_on_keeps_its_layout():
     assert with_layout(config(), GPUS, before=cut).parallel.sp
 
 
+@pytest.mark.heavy
 def test_what_auto_has_chosen_is_kept_with_the_layout():
     auto = config("parallel=auto", "hardware.memory_gib=9")
     recorded = with_layout(auto, GPUS)
@@ -156,6 +158,7 @@ def test_another_layout_that_the_command_asks_for_is_taken(override, asked, expe
     assert layout_of(config(override), before) == expected
 
 
+@pytest.mark.heavy
 def test_another_number_of_ranks_gets_a_layout_of_its_own():
     before = begun(recorded=("parallel.dp_replicate=1", "parallel.dp_shard=64"))
     assert layout_of(config(nodes=4), before) == "4x8x1"
@@ -169,6 +172,7 @@ def test_the_kept_layout_is_shown_with_the_way_to_another():
     assert "dp_shard=64 tp=1: as this run recorded it" in " ".join(output.getvalue().split())
 
 
+@pytest.mark.heavy
 def test_the_recorded_configuration_is_that_of_the_run_and_what_is_asked_that_of_the_command(tmp_path):
     own = config(f"work_dir={tmp_path}", "parallel.dp_shard=64", "parallel.dp_replicate=1")
     run_of(own).create()
@@ -226,6 +230,7 @@ class OneNode:
         return [Node("id", "10.0.0.1", cpus=4, gpus=0)]
 
 
+@pytest.mark.heavy
 def test_the_launcher_continues_a_run_with_its_layout(work, monkeypatch):
     """On the default layout, four ranks cannot share two sequences; on the recorded one they do."""
     command = ["stage=language", *TINY, f"work_dir={work.path}", "stage.global_batch=2", "cluster.ranks_per_node=4"]

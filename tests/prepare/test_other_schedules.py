@@ -58,6 +58,7 @@ def make_run(work: WorkDirectory, at=(20,), stage: str = "language", **keys) -> 
     return run
 
 
+@pytest.mark.heavy
 def test_a_finished_constant_run_goes_on_with_more_steps(work):
     make_run(work, **WSD)
     assert look(config_of(work, **WSD)).action is Action.READY
@@ -111,6 +112,7 @@ def test_the_keys_of_an_earlier_stage_are_named_as_the_command_gives_them(work):
         stage_named("language").look(config_of(work, **COSINE, steps=40), is_target=False, rebuilt=())
 
 
+@pytest.mark.heavy
 def test_a_branch_is_another_run_that_begins_at_the_checkpoint(work):
     run = make_run(work, at=(10, 20), **WSD)
     branch = partial(config_of, work, run_id="branch", **WSD)
@@ -153,6 +155,7 @@ def test_a_branch_that_cannot_be_is_refused_before_anything_starts(work, given, 
         look(config_of(work, run_id="branch", **WSD, **keys))
 
 
+@pytest.mark.heavy
 def test_a_branch_of_another_model_stage_or_content_or_of_a_lone_checkpoint_is_refused(work, tmp_path):
     run = make_run(work, at=(10, 20), **WSD)
     branch = partial(config_of, work, run_id="branch", **WSD, steps=30, branch_from=str(run.path))

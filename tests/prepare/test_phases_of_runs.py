@@ -77,6 +77,7 @@ def test_a_phase_that_a_corpus_cannot_fill_is_refused_before_anything_starts(wor
         config_of(work, "{mix: {code: 1, prose: 1}}")
 
 
+@pytest.mark.heavy
 @pytest.mark.parametrize(
     ("at", "phases", "overrides"),
     [
@@ -125,6 +126,7 @@ def test_a_run_without_phases_keeps_its_mix(work):
         look(replace(config_of(work, FIRST + ", {mix: {code: 1}}"), run_id="plain"))
 
 
+@pytest.mark.heavy
 def test_a_branch_has_other_later_phases_and_no_other_past(work):
     """Finds a branch that is refused although it changes only the future, and one that would read its past again."""
     run = begun(config_of(work, FIRST + ", {mix: {code: 1}}"), 10)

@@ -54,6 +54,7 @@ def test_shards_are_those_that_the_stages_read(work):
     assert actions(mixed)["shards"] is Action.BUILD
 
 
+@pytest.mark.heavy
 def test_a_corpus_file_of_rankings_alone_needs_no_prompts_of_code(work, tmp_path):
     """Finds a refusal of the corpus `code`, whose prompts only samples of a model would need."""
     (tmp_path / "r.jsonl").write_text('{"prompt": "A?", "completions": ["B", "C"], "ranks": [0, 1]}\n')
@@ -72,6 +73,7 @@ def test_a_run_with_a_checkpoint_is_continued(work):
     assert actions(plan_of(work, *same))["language"] is Action.RESUME
 
 
+@pytest.mark.heavy
 @pytest.mark.parametrize("actors", [-5, 1])
 def test_actors_for_tasks_that_no_stage_has_are_refused(work, actors):
     with pytest.raises(ConfigError, match=rf"^eval\.pool\.actors={actors}: expected 0 without stage\.eval_tasks"):
@@ -114,6 +116,7 @@ def rewritten(work, name, **change):
         writer.finish({}, before.licences)
 
 
+@pytest.mark.heavy
 def test_a_run_continues_on_the_content_that_it_began_with(work):
     """The same tokens under other names and licences, in other tars, are the same content."""
     run = make_run(work, "language", checkpoint=True)
@@ -135,6 +138,7 @@ def test_an_unfinished_earlier_stage_with_other_settings_names_the_key_to_give(w
         plan_of(work)
 
 
+@pytest.mark.heavy
 def test_a_finished_earlier_stage_of_another_model_is_refused(work):
     make_run(work, "language", "model.d_ff=120", done=True)
     with pytest.raises(ConfigError, match=r"model\.d_ff=80 \(was 120\)"):
@@ -161,12 +165,14 @@ def test_a_run_with_other_settings_is_not_continued(work, change, words):
     assert "another run_id" in str(refused.value)
 
 
+@pytest.mark.heavy
 @pytest.mark.parametrize("change", ["parallel.dp_shard=1", "stage.micro_batch=1", "cluster.ranks_per_node=4"])
 def test_where_and_how_it_runs_may_change(work, change):
     make_run(work, "language", checkpoint=True)
     assert actions(plan_of(work, change, target="language"))["language"] is Action.RESUME
 
 
+@pytest.mark.heavy
 def test_another_vocabulary_than_the_tokenizers_is_refused(work):
     with pytest.raises(ArtefactError, match=r"holds 640 pieces, expected 600 .tokenizer.vocab_size"):
         plan_of(work, "model.vocab_size=600")
@@ -186,6 +192,7 @@ def test_shards_without_their_tokenizer_are_refused(work):
         plan_of(work)
 
 
+@pytest.mark.heavy
 def test_a_tokenizer_of_another_text_is_kept_while_corpora_need_it(work):
     """Finds a new tokenizer that makes finished corpora useless, and a plan that keeps the old one without a word."""
     plan = plan_of(work, "seed=7")
@@ -197,6 +204,7 @@ def test_a_tokenizer_of_another_text_is_kept_while_corpora_need_it(work):
         plan_of(work, "seed=7")
 
 
+@pytest.mark.heavy
 def test_a_start_that_is_not_there_or_of_another_model_is_refused_before_anything_starts(work, tmp_path):
     with pytest.raises(ArtefactError, match=r"nowhere: no checkpoint there"):
         plan_of(work, f"stage.init_from={tmp_path}/nowhere", target="language")
@@ -205,6 +213,7 @@ def test_a_start_that_is_not_there_or_of_another_model_is_refused_before_anythin
         plan_of(work, f"stage.init_from={other.path}", target="language")
 
 
+@pytest.mark.heavy
 def test_a_start_that_another_tokenizer_made_is_refused_before_anything_starts(work):
     other = make_run(work, "language", "run_id=other", done=True)
     (checkpoint,) = other.checkpoints.glob("step_*")
@@ -226,6 +235,7 @@ def test_a_run_without_a_checkpoint_gives_way_to_other_settings(work):
     assert actions(plan_of(work, "stage.lr=0.5", target="language"))["language"] is Action.BUILD
 
 
+@pytest.mark.heavy
 @pytest.mark.parametrize("change", ["parallel.compute_dtype=bf16", "stage.global_batch=32"])
 def test_what_changes_the_numbers_may_not_change(work, change):
     make_run(work, "language", checkpoint=True)
@@ -233,6 +243,7 @@ def test_what_changes_the_numbers_may_not_change(work, change):
         plan_of(work, change, target="language")
 
 
+@pytest.mark.heavy
 def test_a_start_that_is_given_makes_the_stage_before_unnecessary(work):
     other = make_run(work, "language", "run_id=other", done=True)
     assert "language" not in actions(plan_of(work, f"stage.init_from={other.path}", "run_id=new"))

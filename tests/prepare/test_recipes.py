@@ -74,6 +74,7 @@ def test_a_key_of_the_command_line_wins_over_the_recipe():
     assert (config.stage.lr, config.model.base_width) == (0.5, 80)
 
 
+@pytest.mark.heavy
 def test_tuned_goes_with_every_stage_of_a_command_and_leaves_those_without_rates_of_its_own():
     command = ["stage=rlhf", "model=tiny", "recipe=tuned"]
     for stage in ("language", "code", "tools", "rlhf"):

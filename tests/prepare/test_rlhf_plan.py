@@ -20,6 +20,7 @@ from tests.conftest import TINY, TINY_MODEL
 from tests.prepare.planned import actions, make_run, plan_of
 
 
+@pytest.mark.heavy
 def test_rankings_come_behind_the_model_that_may_be_sampled_for_them(work):
     run = make_run(work, "tools", "stage.seq_len=200", "stage.init_from=none", done=True)
     plan = plan_of(work, "stages.tools.seq_len=200", target="reward")
@@ -35,6 +36,7 @@ def test_rankings_come_behind_the_model_that_may_be_sampled_for_them(work):
     assert found["rankings"].config.stage.corpora == ["rankings"]
 
 
+@pytest.mark.heavy
 def test_rankings_are_of_the_model_that_a_reward_model_is_told_to_start_from(work):
     run = make_run(work, "code", "stage.init_from=none", done=True)
     plan = plan_of(work, f"stage.init_from={run.path}", target="reward")
@@ -56,6 +58,7 @@ FUNCTION_ONLY = ("rlhf.reward_model=none", "rlhf.rewards={mine: {kind: function,
 IN_256 = ("stages.tools.seq_len=200", "stages.reward.seq_len=200")  # the context of the small model
 
 
+@pytest.mark.heavy
 def test_rlhf_needs_rankings_and_a_reward_model_only_where_it_asks_them(work):
     asking = plan_of(work, *IN_256, target="rlhf")
     assert list(actions(asking))[-4:] == ["tools", "rankings", "reward", "rlhf"]
@@ -90,6 +93,7 @@ def test_what_rlhf_is_given_and_is_not_there_is_refused_before_anything_starts(w
             plan_of(work, *IN_256, f"rlhf.{key}=/nowhere.jsonl", target="rlhf")
 
 
+@pytest.mark.heavy
 def test_prompts_and_functions_that_rlhf_would_stop_at_are_refused_before_anything_starts(work, tmp_path):
     file = tmp_path / "prompts.jsonl"
     file.write_text('{"prompt": "one"}\n\n{"text": "two"}\n')
@@ -108,6 +112,7 @@ def test_prompts_and_functions_that_rlhf_would_stop_at_are_refused_before_anythi
             plan_of(work, *IN_256, mine, target="rlhf")
 
 
+@pytest.mark.heavy
 def test_a_reward_model_of_another_stage_or_tokenizer_is_refused_before_anything_starts(work):
     code = make_run(work, "code", "stage.init_from=none", "run_id=other", done=True)
     with pytest.raises(
@@ -147,6 +152,7 @@ def test_a_reward_model_whose_scores_cannot_be_normalised_is_refused_before_anyt
         check(run.path)
 
 
+@pytest.mark.heavy
 def test_a_resumed_run_refuses_prompts_that_have_changed(work):
     start = make_run(work, "code", "stage.init_from=none", done=True)
     prompts = work.path / "prompts.txt"
@@ -160,6 +166,7 @@ def test_a_resumed_run_refuses_prompts_that_have_changed(work):
         plan_of(work, *given, target="rlhf")
 
 
+@pytest.mark.heavy
 def test_a_constraint_is_tried_before_anything_starts_and_noted_with_the_run(work):
     """Finds ranks that start for nothing, and a run that goes on under another grammar."""
     start = make_run(work, "code", "stage.init_from=none", done=True)
@@ -196,6 +203,7 @@ def test_texts_are_no_prompts_of_rlhf(work):
     plan_of(work, *IN_256, *RULES_ONLY, "stage.corpus=code", f"rlhf.prompts_from={prompts}", target="rlhf")
 
 
+@pytest.mark.heavy
 def test_pretraining_text_of_rlhf_is_built_where_it_has_a_weight(work):
     run = make_run(work, "code", "stage.init_from=none", done=True)
     prompts = work.path / "prompts.txt"
@@ -237,6 +245,7 @@ def test_pretraining_text_that_is_none_is_refused(work, overrides, message):
         plan_of(work, *IN_256, *given, *overrides, target="rlhf")
 
 
+@pytest.mark.heavy
 def test_keys_of_rlhf_belong_to_that_stage_alone(work):
     plan = plan_of(work, *IN_256, *RULES_ONLY, "rlhf.prompts=5", target="rlhf")
     assert plan.stages[-1].config.rlhf.prompts == 5

@@ -135,6 +135,7 @@ def test_differences_are_the_keys_that_differ_and_defaults_what_was_set():
     assert {row.key: row.values for row in from_defaults(first)}["stage.lr"] == ("0.0001", "0.001")
 
 
+@pytest.mark.heavy
 def test_a_work_directory_means_the_runs_of_its_newest_command(work):
     facts = read_facts([work.path])
     assert [run.stage for run in facts.runs] == list(STAGES)
@@ -158,6 +159,7 @@ def test_what_is_no_run_is_refused_in_one_line(tmp_path, work):
         write_report([work.run("code", "default").path], tmp_path / "report.html", "other")
 
 
+@pytest.mark.heavy
 def test_a_command_without_a_run_does_not_hide_those_before_it(tmp_path):
     """A launch that failed before its first stage was the newest command: `report work` had nothing to report on."""
     work = make_pipeline(tmp_path, steps=10)
@@ -170,6 +172,7 @@ def test_a_command_without_a_run_does_not_hide_those_before_it(tmp_path):
         read_facts([work.path], "lab")
 
 
+@pytest.mark.heavy
 def test_a_damaged_file_is_refused_by_its_path(tmp_path):
     work = make_pipeline(tmp_path, steps=10)
     run = work.run("code", "default")
@@ -294,6 +297,7 @@ def test_nothing_of_a_run_becomes_markup_or_loads_anything(page):
     assert policy[1].startswith("default-src &#39;none&#39;")
 
 
+@pytest.mark.heavy
 @pytest.mark.parametrize(
     ("state", "error", "said"), [("stopped", "by SIGINT", "stopped by SIGINT"), ("failed", "no luck", "no luck")]
 )
@@ -331,6 +335,7 @@ def test_a_run_that_failed_at_once_has_a_report(tmp_path):
     assert "unfinished" in page
 
 
+@pytest.mark.heavy
 def test_a_long_run_with_many_metrics_stays_small(tmp_path):
     run = make_run(WorkDirectory(tmp_path), "code", "default", steps=20)
     count, names = 5_000, [f"train/grad_norm_{n}" for n in range(20)]
@@ -373,6 +378,7 @@ def test_what_a_rank_holds_is_what_its_optimizer_keeps(tmp_path, muon, moments):
     assert "Measured at most: 1.25 GiB" in memory.words
 
 
+@pytest.mark.heavy
 @pytest.mark.parametrize(
     ("stage", "overrides", "read"),
     [
@@ -397,6 +403,7 @@ def test_only_corpora_that_the_run_read_are_listed(tmp_path, stage, overrides, r
     assert ("These runs read no corpora" in page) == (not read)
 
 
+@pytest.mark.heavy
 def test_the_mixture_of_a_run_with_phases_is_that_of_all_its_steps(tmp_path):
     """Finds a bar that shows the last phase, the share that weights would have without passes, or no bar."""
     work = make_pipeline(tmp_path, steps=10)
@@ -414,6 +421,7 @@ def test_the_mixture_of_a_run_with_phases_is_that_of_all_its_steps(tmp_path):
     assert sum(width_of[name] for name in corpora["language"].splits["train"].languages) == pytest.approx(n_language)
 
 
+@pytest.mark.heavy
 def test_every_slice_of_a_mixture_has_a_colour_of_its_own_and_the_smallest_share_one(tmp_path):
     work = make_pipeline(tmp_path, steps=10)
     kinds = {f"tools_{number}": 10_000 * (number + 1) for number in range(9)}

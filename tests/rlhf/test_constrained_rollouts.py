@@ -162,6 +162,7 @@ def assert_fulfils(kind: str, position: int, completion: list[int], tokenizer: T
         assert not [*problems(call, (tool,))]
 
 
+@pytest.mark.heavy
 @pytest.mark.usefixtures("one_rank")
 @pytest.mark.parametrize("kind", ["calls", pytest.param("schema", marks=pytest.mark.heavy)])
 def test_a_run_goes_on_from_a_checkpoint_to_the_bit(tokenizer, model, kind):

@@ -92,6 +92,7 @@ def test_calls_are_constrained_in_every_turn(tokenizer, stack, one_rank, monkeyp
     assert len(report.rollouts.set_size_M) == len(report.rollouts.logprobs_M)
 
 
+@pytest.mark.heavy
 def test_the_order_of_events_changes_no_number(tokenizer, one_rank):
     """Finds answers that depend on which conversations wait for their environment."""
 
@@ -187,6 +188,7 @@ def test_a_resumed_run_ends_with_the_same_bits(staleness, tokenizer, tmp_path, o
             assert_ends_alike(resumed, whole, saved, start)
 
 
+@pytest.mark.heavy
 def test_conversations_that_were_finished_before_a_kill_are_not_held_again(tokenizer, tmp_path, one_rank):
     """Finds an environment that is executed again for what is recorded, or numbers that change by the record."""
     with ExitStack() as stack:

@@ -80,6 +80,7 @@ def metrics_of(
 SMALL = ("dp 2", "tp 2, sequence parallel")  # what the others add, they add to these two
 
 
+@pytest.mark.heavy
 @pytest.mark.parametrize(
     "name", [pytest.param(name, marks=() if name in SMALL else pytest.mark.bars) for name in LAYOUTS]
 )
@@ -94,6 +95,7 @@ def test_metrics_are_those_of_one_rank(ranks: RankGroups, text: str, name: str):
         assert one == pytest.approx(other, rel=NEAR, abs=NEAR)
 
 
+@pytest.mark.heavy
 def test_a_rank_for_which_no_rollout_is_left_takes_part_all_the_same(ranks: RankGroups, text: str):
     expected = ranks.run(1, metrics_of, ParallelConfig(), text, 2)
     found = ranks.run(2, metrics_of, ParallelConfig(), text, 2)

@@ -143,6 +143,7 @@ def test_a_scale_that_is_known_before_the_first_iteration_is_used_from_there_on(
     torch.testing.assert_close(made.reports[0].part_B["model"], (raw - 2.0) / 4.0)
 
 
+@pytest.mark.heavy
 def test_a_completion_without_a_score_takes_no_part_in_anything():
     """As if it had never been drawn: by a function that fails, and by one that never sees those completions."""
 
@@ -209,6 +210,7 @@ def test_a_critic_begins_with_the_reward_models_trunk_and_a_head_of_zero_or_the_
         start_critic(critic.model, made.learner.models.policy.model, "reward_model")
 
 
+@pytest.mark.heavy
 def test_the_critic_learns_and_optimizers_have_their_own_rates():
     rewards = {"one": RewardPartConfig(kind="function", function="tests.rlhf.toy_rewards:one")}
     config = replace(SHORT, lr=1e-12, value_lr=3e-3, epochs=4, rewards=rewards, missing_eos_penalty=0.0)
@@ -226,6 +228,7 @@ def test_the_critic_learns_and_optimizers_have_their_own_rates():
 # --- updates ---
 
 
+@pytest.mark.heavy
 def test_updates_do_not_depend_on_how_rollouts_are_cut():
     """The loss is a mean over all tokens of a minibatch, not over those of a micro-batch or a completion."""
     whole, parts = ran(SHORT, 2), ran(replace(SHORT, micro_batch_tokens=13), 2)
@@ -245,6 +248,7 @@ def test_passes_end_where_the_policy_has_gone_far_enough():
     assert stopped.saved[-1].policy_updates == len(updates)
 
 
+@pytest.mark.heavy
 def test_an_entropy_bonus_keeps_the_distribution_wide():
     peaked = replace(SHORT, lr=3e-3, epochs=6)
     plain, wide = ran(peaked, 4), ran(replace(peaked, entropy_coefficient=0.5), 4)
@@ -309,6 +313,7 @@ def test_an_iteration_of_scores_that_teach_nothing_is_refused_and_leaves_no_trac
 # --- the algorithm is a part ---
 
 
+@pytest.mark.heavy
 def test_another_algorithm_without_a_critic_learns_in_the_same_frame():
     config = replace(TOKENS, prompts=24, samples=4, max_new_tokens=6, epochs=2, lr=3e-3)
     made = ran(config, 10, algorithm=GroupMean(), reference=False)
@@ -322,6 +327,7 @@ def test_another_algorithm_without_a_critic_learns_in_the_same_frame():
 # --- state ---
 
 
+@pytest.mark.heavy
 @pytest.mark.parametrize("staleness", [0, 1, 2])
 def test_a_run_that_was_interrupted_goes_on_to_the_same_bits(staleness):
     config = replace(WITH_REWARD_MODEL, max_staleness=staleness, kl_target=0.5, kl_horizon=24, prompts=6)
@@ -338,6 +344,7 @@ def test_a_run_that_was_interrupted_goes_on_to_the_same_bits(staleness):
         assert_ends_alike(resumed, whole, saved, stopped)
 
 
+@pytest.mark.heavy
 def test_stale_rollouts_are_weighed_by_how_likely_the_trainer_finds_them():
     stale = ran(replace(SHORT, max_staleness=1, lr=1e-2), 3)
     assert max(stale.metric("rollout/logprob_gap")[1:]) > 0.01

@@ -68,6 +68,7 @@ def test_an_error_of_either_comes_out_when_both_have_ended(failing, two_threads)
         assert torch.get_num_threads() == 2
 
 
+@pytest.mark.heavy
 @pytest.mark.usefixtures("one_rank")
 def test_policy_and_critic_at_once_learn_what_they_learn_one_after_the_other(two_threads):
     rewards = {"length": RewardPartConfig(kind="length", target=4), "model": RewardPartConfig(kind="reward_model")}

@@ -14,6 +14,7 @@ TOYS = {"tokens": (TOKENS, 30), "length": (LENGTH, 40)}  # with iterations
 LAST = 5  # iterations whose mean counts
 
 
+@pytest.mark.heavy
 def test_scores_rise_within_a_few_iterations():
     made = toy(TOKENS, 8)
     made.run()

@@ -148,6 +148,7 @@ CUTS = [(1, 4, ParallelConfig()), (1, 2, ParallelConfig()), (2, 4, ParallelConfi
 TP = ParallelConfig(tp=2)
 
 
+@pytest.mark.heavy
 @pytest.mark.parametrize("name", ALGORITHMS)
 def test_no_cut_changes_a_loss_a_metric_or_a_gradient(
     ranks: RankGroups, rankings: RankingCorpus, reference: SplitReference, name: str

@@ -84,6 +84,7 @@ def test_the_gradient_is_that_of_ppo_and_the_coefficient_times_that_of_the_mean_
     assert "rlhf/pretrain_loss" not in plain.reports[0].metrics
 
 
+@pytest.mark.heavy
 def test_the_text_is_learned_beside_the_reward():
     config = replace(CONFIG, pretrain_coefficient=1.0, grad_clip=1.0, lr=3e-3, epochs=2)
     losses = {}
@@ -141,6 +142,7 @@ def test_each_update_has_the_next_sequences_whoever_goes_on(corpus):
     assert parts == expected[0]
 
 
+@pytest.mark.heavy
 def test_a_run_with_text_that_was_interrupted_goes_on_to_the_same_bits(corpus):
     config = replace(CONFIG, pretrain_coefficient=0.5, epochs=3, stop_kl=1e-3, lr=1e-2)
     with text(corpus) as stream:

@@ -77,6 +77,7 @@ DAPO = RlhfConfig(
 STOPS = tuple(range(1, 14))
 
 
+@pytest.mark.heavy
 @pytest.mark.usefixtures("one_rank")
 @pytest.mark.parametrize("staleness", [0, 1])
 def test_an_interrupted_run_draws_the_same_prompts_and_ends_with_the_same_bits(staleness: int):

@@ -44,6 +44,7 @@ def test_errors_of_users_keep_their_class_and_all_others_are_one_line() -> None:
         assert len(str(refused.value).splitlines()) == 1
 
 
+@pytest.mark.heavy
 def test_what_exceeds_a_limit_or_ends_the_process_does_not_hurt_the_next_call(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:

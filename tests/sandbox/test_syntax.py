@@ -151,6 +151,7 @@ def test_sql_that_fills_memory_is_cut_off():
     assert parses("sql", "SELECT 1") is True
 
 
+@pytest.mark.heavy
 def test_a_parser_that_large_texts_have_grown_is_replaced():
     """What one text leaves behind must not decide over the next one."""
     assert parses("python", "x = 1")

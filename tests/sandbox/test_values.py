@@ -89,6 +89,7 @@ def same(one: Any, other: Any) -> bool:
     return one == other
 
 
+@pytest.mark.heavy
 @given(values)
 def test_a_value_arrives_as_it_is(value):
     assert same(value, carried(value))
@@ -187,6 +188,7 @@ def test_other_objects_are_named(value):
         carried(value)
 
 
+@pytest.mark.heavy
 def test_depth_and_size_are_limited():
     deep: list = []
     for _ in range(MAX_DEPTH + 1):
@@ -209,6 +211,7 @@ def test_any_bytes_are_a_value_or_malformed(data):
     decoded(data)
 
 
+@pytest.mark.heavy
 @given(values, st.data())
 def test_changed_bytes_are_a_value_or_malformed(value, data):
     encoder = Encoder()

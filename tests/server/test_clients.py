@@ -53,6 +53,7 @@ def test_a_chat_is_answered_with_usage(client: openai.OpenAI):
     assert again.choices[0].message.content == choice.message.content
 
 
+@pytest.mark.heavy
 def test_ids_equal_the_offline_engines_alone_and_among_others(server: Running, client: openai.OpenAI):
     """Finds another prompt, other parameters, or an answer that depends on its batch; log-probabilities are those of
     the model that trains."""

@@ -31,6 +31,7 @@ def events(response: httpx.Response) -> list[Any]:
     return [json.loads(line) for line in lines]
 
 
+@pytest.mark.heavy
 def test_llama_vscode_edits_and_talks(server: Running):
     """Its /infill is in test_infill_requests.py; these are its edit and chat requests."""
     settings = json.loads(block("json"))

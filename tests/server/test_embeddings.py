@@ -75,6 +75,7 @@ def test_the_client_of_openai_gets_the_vectors_of_the_model(server: Running, cli
     assert np.abs(np.array(last.data[0].embedding) - by_hand(server.model, sequences[0], "last")).max() < 1e-6
 
 
+@pytest.mark.heavy
 def test_vectors_beside_answers_are_the_same(server: Running, client: openai.OpenAI):
     """Finds a pass that touches the cache of answers, and requests for embeddings that stay behind."""
 

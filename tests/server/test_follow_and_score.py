@@ -61,6 +61,7 @@ def write(run: RunDirectory, step: int, config: ModelConfig | None = None) -> Tr
     return model.requires_grad_(requires_grad=False).eval()
 
 
+@pytest.mark.heavy
 def test_new_checkpoints_are_served_and_damaged_ones_are_not(
     run: RunDirectory, model: Transformer, loaded: LoadedModel
 ):

@@ -58,6 +58,7 @@ def test_two_models_of_one_name_are_refused(loaded: LoadedModel):
         Serving([served_model(loaded, "small", ("default",)), served_model(loaded, "default")], 8)
 
 
+@pytest.mark.heavy
 def test_new_weights_wait_for_what_runs(loaded: LoadedModel, other: LoadedModel):
     """Finds an answer that mixes two versions of the weights, or a request behind the new ones that gets the old."""
     thread = EngineThread(build_engine(loaded, torch.device("cpu"), 16, CACHE_TOKENS, version=7), queue_s=60)

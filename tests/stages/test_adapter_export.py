@@ -126,6 +126,7 @@ def test_what_has_no_base_or_no_merged_model_is_refused(base: RunDirectory, adap
         load_model(adapted.path)
 
 
+@pytest.mark.heavy
 def test_our_own_export_of_adapters_comes_back(base: RunDirectory, adapted: RunDirectory, tmp_path: Path):
     """Over the run that it names, which peft could not load, and over its export."""
     work, expected = base.work, model_weights(files.find_checkpoint(adapted.path))

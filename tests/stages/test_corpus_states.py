@@ -82,6 +82,7 @@ def tars(directory: Path) -> dict[str, tuple[int, bytes]]:
     return {path.name: (path.stat().st_mtime_ns, path.read_bytes()) for path in directory.glob("*.tar")}
 
 
+@pytest.mark.heavy
 def test_changed_inputs_are_named_and_build_a_corpus_beside_the_old_one(work: WorkDirectory, tmp_path: Path) -> None:
     """Finds a finished corpus that is built again in place, and a run that cannot go on with it."""
     rows = tmp_path / "rows.jsonl"
@@ -113,6 +114,7 @@ def test_changed_inputs_are_named_and_build_a_corpus_beside_the_old_one(work: Wo
     assert look(training) is Action.RESUME
 
 
+@pytest.mark.heavy
 def test_a_run_of_an_earlier_release_goes_on_with_the_folder_of_the_corpus(work: WorkDirectory, tmp_path: Path) -> None:
     """Finds a run whose record names no folder, and which goes on with a newer data set."""
     rows = tmp_path / "rows.jsonl"
@@ -196,6 +198,7 @@ def test_a_corpus_whose_train_documents_all_contain_val_is_not_finished(work: Wo
         assert not shards.STAGE.inspect(config).ready
 
 
+@pytest.mark.heavy
 def test_settings_that_change_no_document_are_not_compared_and_others_are_named(
     work: WorkDirectory, tmp_path: Path
 ) -> None:
@@ -213,6 +216,7 @@ def test_settings_that_change_no_document_are_not_compared_and_others_are_named(
     assert all(word in other.detail for word in words), other.detail
 
 
+@pytest.mark.heavy
 def test_inputs_that_are_gone_are_no_reason_to_build_again(work: WorkDirectory, tmp_path: Path) -> None:
     rows = tmp_path / "rows.jsonl"
     write_rows(rows, 100)
@@ -227,6 +231,7 @@ def test_inputs_that_are_gone_are_no_reason_to_build_again(work: WorkDirectory, 
     assert look(training) is Action.RESUME
 
 
+@pytest.mark.heavy
 def test_a_corrected_licence_changes_no_tar_and_stops_no_run(work: WorkDirectory, tmp_path: Path) -> None:
     first, second = tmp_path / "a.jsonl", tmp_path / "b.jsonl"
     write_rows(first, 100)
@@ -361,6 +366,7 @@ def test_a_build_does_not_go_on_behind_tars_of_other_documents(
     assert not manifest_path(work.corpus("mine")).exists()
 
 
+@pytest.mark.heavy
 @pytest.mark.usefixtures("uncached")
 def test_a_corpus_that_stays_was_compared_with_the_documents_of_now(work: WorkDirectory, tmp_path: Path) -> None:
     """Finds val of one corpus in train of another one, whose file changed without a trace before it was built."""
@@ -448,6 +454,7 @@ def test_a_begun_build_that_a_newer_commit_drops_is_announced_with_the_way_out(
     )
 
 
+@pytest.mark.heavy
 @pytest.mark.parametrize(
     ("rows", "words", "shard_tokens", "kills"),
     [

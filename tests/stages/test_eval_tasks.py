@@ -62,6 +62,7 @@ def trained(tiny_work: WorkDirectory, tmp_path_factory: pytest.TempPathFactory) 
     return run, train(run, 2)
 
 
+@pytest.mark.heavy
 def test_tasks_change_nothing_of_the_training(trained):
     run, result = trained
     plain = prepare(run.work, "plain", *SETTINGS)
@@ -85,6 +86,7 @@ def test_every_figure_is_there_once_with_its_interval(trained):
     assert len(tasks_of(run)[4]["own_sql"]) == 50
 
 
+@pytest.mark.heavy
 def test_stage_evaluate_gives_the_same_answers(trained, monkeypatch: pytest.MonkeyPatch):
     run, result = trained
     monkeypatch.setattr(pool_run, "Pool", Alone)
@@ -103,6 +105,7 @@ def test_stage_evaluate_gives_the_same_answers(trained, monkeypatch: pytest.Monk
         assert result["metrics"][f"eval/{task}/high"] == figure["high"] > 0
 
 
+@pytest.mark.heavy
 def test_a_killed_run_neither_loses_nor_repeats_a_figure(trained):
     reference, _ = trained
     run = reference.work.run("language", "killed")

@@ -49,6 +49,7 @@ def work(tiny_work: WorkDirectory, tmp_path: Path) -> WorkDirectory:
     return linked(tiny_work, tmp_path / "work")
 
 
+@pytest.mark.heavy
 def test_a_begun_run_keeps_its_checkpoints_while_their_runs_train_on(work, cluster, tmp_path):
     code, reward = (write_untrained(work, stage, 0) for stage in ("code", "reward"))
     prompts = tmp_path / "p.txt"
@@ -74,6 +75,7 @@ def test_a_begun_run_keeps_its_checkpoints_while_their_runs_train_on(work, clust
     assert new.endswith("step_00000006")
 
 
+@pytest.mark.heavy
 def test_runs_of_two_work_directories_may_have_the_same_name(work, cluster, tiny_work, tmp_path):
     runs = [write_untrained(one, "code", seed) for seed, one in enumerate((work, linked(tiny_work, tmp_path / "b")))]
     settings = (*BITS, f"stage.models=[{runs[0].path},{runs[1].path}]")
@@ -94,6 +96,7 @@ def test_only_equal_labels_grow():
     assert labels_of(paths) == [f"x/{rest}", f"y/{rest}", "code/b/step_1"]
 
 
+@pytest.mark.heavy
 def test_what_refuses_a_later_model_does_so_before_the_first_is_asked(work, cluster, tmp_path, monkeypatch):
     other = write_untrained(WorkDirectory(tmp_path / "copied"), "code", 0)
     other.work.tokenizer.mkdir()

@@ -88,6 +88,7 @@ def few(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(tasks, "TURN_TOKENS", 8)
 
 
+@pytest.mark.heavy
 @pytest.mark.usefixtures("few")
 def test_two_models_give_the_same_figures_after_a_stop(trained, cluster, tmp_path):
     prompts = tmp_path / "prompts.jsonl"
@@ -138,6 +139,7 @@ def test_two_models_give_the_same_figures_after_a_stop(trained, cluster, tmp_pat
         plan_of(trained, "run_id=stopped", *settings, "stage.temperature=0.5")
 
 
+@pytest.mark.heavy
 @pytest.mark.usefixtures("few")
 def test_figures_of_files_that_have_changed_since_are_not_shown_or_gone_on_with(tiny_work, cluster, tmp_path):
     work = linked(tiny_work, tmp_path / "work")
@@ -173,6 +175,7 @@ def test_figures_of_files_that_have_changed_since_are_not_shown_or_gone_on_with(
         plan_of(work, *settings)
 
 
+@pytest.mark.heavy
 def test_a_corpus_that_was_built_again_from_other_text_is_another_input(tiny_work, cluster, tmp_path):
     work = linked(tiny_work, tmp_path / "work")
     (work.path / "corpora").unlink()
@@ -196,6 +199,7 @@ def two_models(work: WorkDirectory) -> str:
     return f"stage.models=[{','.join(str(write_untrained(work, one, 0).path) for one in ('code', 'language'))}]"
 
 
+@pytest.mark.heavy
 def test_models_of_a_run_are_asked_the_same_questions(tiny_work, cluster, tmp_path):
     work = linked(tiny_work, tmp_path / "work")
     prompts, reward = tmp_path / "a.txt", write_untrained(work, "reward", 0)
@@ -219,6 +223,7 @@ def test_models_of_a_run_are_asked_the_same_questions(tiny_work, cluster, tmp_pa
     assert files_of(work.run("evaluate", "rewritten")).keys() == {"code_default_step_00000005/reward-000.jsonl"}
 
 
+@pytest.mark.heavy
 def test_a_reward_run_that_trains_on_scores_all_models_with_one_checkpoint(tiny_work, cluster, tmp_path):
     work, elsewhere = linked(tiny_work, tmp_path / "work"), linked(tiny_work, tmp_path / "elsewhere")
     reward, other = write_untrained(work, "reward", 0), write_untrained(elsewhere, "reward", 1)

@@ -113,6 +113,7 @@ def test_what_transformers_saves_comes_in_and_goes_out_again(
     assert all(torch.equal(again.state_dict()[name], value) for name, value in theirs.state_dict().items())
 
 
+@pytest.mark.heavy
 def test_an_exported_run_writes_the_same_text(work: WorkDirectory, tmp_path: Path):
     run = untrained(work)
     export(run.path, tmp_path / "hf", "fp32")
@@ -146,6 +147,7 @@ def test_a_qwen2_model_has_its_own_ids_by_the_class_that_the_card_names(work: Wo
     assert theirs(text, add_special_tokens=False).input_ids == tokenizer.encode(text)
 
 
+@pytest.mark.heavy
 def test_an_export_comes_back(work: WorkDirectory, tmp_path: Path):
     run = untrained(work)
     export(run.path, tmp_path / "hf", "fp32")
@@ -157,6 +159,7 @@ def test_an_export_comes_back(work: WorkDirectory, tmp_path: Path):
     assert load_model(back.path).tokenizer.sha256 == load_model(run.path).tokenizer.sha256
 
 
+@pytest.mark.heavy
 def test_an_earlier_export_is_replaced_and_nothing_else(work: WorkDirectory, tmp_path: Path):
     run, folder = untrained(work), tmp_path / "hf"
     folder.mkdir()

@@ -12,6 +12,7 @@ from dist_lm.storage.run_directory import RunDirectory
 from tests.patience import patient
 
 
+@pytest.mark.heavy
 @pytest.mark.parametrize("rank", [0, pytest.param(1, marks=pytest.mark.bars)])
 def test_a_closed_terminal_hides_no_failure(tmp_path: Path, rank: int):
     run = RunDirectory(tmp_path)

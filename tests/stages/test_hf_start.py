@@ -56,6 +56,7 @@ def actions(plan: Plan) -> dict[str, str]:
     return {stage.name: stage.action.value for stage in plan.stages}
 
 
+@pytest.mark.heavy
 def test_the_plan_imports_once_and_the_model_follows(work: WorkDirectory, snapshot: Path):
     plan = planned(work, "code", f"stage.init_from=hf:{snapshot}")
     assert actions(plan) == {"import": "build", "tokenizer": "there", "shards": "there", "code": "build"}
@@ -79,6 +80,7 @@ def test_the_plan_imports_once_and_the_model_follows(work: WorkDirectory, snapsh
         planned(work, "code", f"stage.init_from=hf:{snapshot}")
 
 
+@pytest.mark.heavy
 def test_marks_that_a_tokenizer_lacks_get_rows_of_their_own(work: WorkDirectory, tmp_path: Path):
     """Finds other ids or weights of the tokens that were there, rows without a value, and a plan without the marks; and
     adapters that peft would put over the folder of the source, which lacks these rows."""
@@ -127,6 +129,7 @@ def test_the_base_that_adapters_name_is_one_that_peft_loads(work: WorkDirectory,
     assert source_of_base(checkpoint) == expected
 
 
+@pytest.mark.heavy
 def test_the_plan_imports_adapters_over_their_base(work: WorkDirectory, snapshot: Path, tmp_path: Path):
     """Shape and tokenizer are those of the base, which has a run of its own."""
     peft, transformers = pytest.importorskip("peft"), pytest.importorskip("transformers")
@@ -149,6 +152,7 @@ def test_the_plan_imports_adapters_over_their_base(work: WorkDirectory, snapshot
     assert moved.is_dir()
 
 
+@pytest.mark.heavy
 def test_preferences_alone_need_no_more_than_an_open_model(work: WorkDirectory, snapshot: Path, tmp_path: Path):
     """The command that `data new` prints for a file of preferences: nothing else has to be there."""
     rows, lab = tmp_path / "pairs.jsonl", tmp_path / "lab" / "corpus"
@@ -164,6 +168,7 @@ def test_preferences_alone_need_no_more_than_an_open_model(work: WorkDirectory, 
         assert not {"language", "code", "tools"} & {*actions(plan)}
 
 
+@pytest.mark.heavy
 def test_a_stage_on_the_way_may_start_from_a_snapshot(work: WorkDirectory, snapshot: Path):
     plan = planned(work, "export", f"stages.code.init_from=hf:{snapshot}", "stages.code.seq_len=32")
     assert list(actions(plan)) == ["import", "tokenizer", "shards", "code", "export"]  # no language
@@ -171,6 +176,7 @@ def test_a_stage_on_the_way_may_start_from_a_snapshot(work: WorkDirectory, snaps
     assert plan.target.detail.startswith(f"code to {work.path}/exports/default-code")
 
 
+@pytest.mark.heavy
 def test_what_the_command_names_must_fit_the_snapshot(work: WorkDirectory, snapshot: Path):
     with pytest.raises(ArtefactError, match=r"d_model"):
         planned(work, "code", f"stage.init_from=hf:{snapshot}", "model=nano")
@@ -182,6 +188,7 @@ def test_what_the_command_names_must_fit_the_snapshot(work: WorkDirectory, snaps
         planned(work, "import")
 
 
+@pytest.mark.heavy
 def test_an_export_is_written_once(work: WorkDirectory, tmp_path: Path):
     run, folder = untrained(work), tmp_path / "out"
     given = (f"stage.init_from={run.path}", f"stage.folder={folder}", "stage.dtype=fp32")
@@ -225,6 +232,7 @@ class FakeHub:
         self.asked.append(("upload", options))
 
 
+@pytest.mark.heavy
 def test_a_push_uploads_the_folder_to_a_private_repository(work: WorkDirectory, tmp_path: Path):
     run, folder, hub = untrained(work), tmp_path / "out", FakeHub()
     export(run.path, folder)

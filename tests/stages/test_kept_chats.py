@@ -56,6 +56,7 @@ def snapshot(tiny_work: WorkDirectory, tmp_path: Path) -> Path:
     return folder
 
 
+@pytest.mark.heavy
 def test_the_template_travels_from_the_snapshot_to_the_export(snapshot: Path, tmp_path: Path):
     work = WorkDirectory(tmp_path / "work")
     run = import_model(str(snapshot), "mine", work)

@@ -35,6 +35,7 @@ def made(config: Config) -> list[Document]:
     return [one for one in ranked_samples(SOURCE, config, Console()) if isinstance(one, Document)]
 
 
+@pytest.mark.heavy
 def test_samples_are_ranked_the_same_for_the_same_seed_and_land_in_shards(work) -> None:
     run = write_untrained(work, "tools", 1)
     config = config_for(work)

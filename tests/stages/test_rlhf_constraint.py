@@ -97,6 +97,7 @@ def test_calls_without_tools_are_refused_before_the_run_and_by_the_ranks(tiny_wo
 # --- the constraint of each prompt ---
 
 
+@pytest.mark.heavy
 def test_prompts_of_a_corpus_offer_the_tools_that_their_tokens_hold(tiny_work):
     """Finds a prompt whose calls follow the tools of another one."""
     config, train, held_out, tokenizer = prompts_of(tiny_work, CALLS, "stage.corpus=tools", "rlhf.max_new_tokens=16")

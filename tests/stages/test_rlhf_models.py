@@ -56,6 +56,7 @@ def begun(work: WorkDirectory, tools: str, reward: str) -> tuple[RunDirectory, L
     return run, load_run(run, config, start, Grpo(config.rlhf))
 
 
+@pytest.mark.heavy
 @pytest.mark.usefixtures("_alone")
 def test_a_resumed_run_has_the_reference_and_the_reward_model_that_it_began_with(work: WorkDirectory):
     run, first = begun(work, "default", "default")

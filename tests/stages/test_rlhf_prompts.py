@@ -203,6 +203,7 @@ def test_a_column_that_only_some_rows_have_is_enough(tmp_path):
     check_prompts(settings_of(f"rlhf.prompts_from={file}", FUNCTION.format("trl_matches")).rlhf)
 
 
+@pytest.mark.heavy
 def test_prompts_of_a_corpus_have_the_rows_that_it_keeps(work):
     """Of documents with the same prompt the first one's; the run notes the hash of the rows."""
     tokenizer = Tokenizer.load(work.tokenizer_model)

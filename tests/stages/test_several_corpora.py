@@ -123,6 +123,7 @@ def test_the_val_fraction_of_one_changes_nothing_of_others(empty: WorkDirectory,
     assert {name: hashes(empty.corpus(name)) for name in corpora} == before
 
 
+@pytest.mark.heavy
 @pytest.mark.parametrize("seed", range(2))
 def test_no_val_of_a_folder_stands_in_train_of_a_later_one(empty: WorkDirectory, tmp_path: Path, seed: int) -> None:
     """Brute force over data sets that share texts: as they are, inside longer texts, and with addresses in them."""
@@ -152,6 +153,7 @@ def test_no_val_of_a_folder_stands_in_train_of_a_later_one(empty: WorkDirectory,
     assert any(reasons.get("overlapping") for reasons in dropped[1:])
 
 
+@pytest.mark.heavy
 def test_conversations_and_texts_hold_no_val_of_each_other(empty: WorkDirectory, tmp_path: Path) -> None:
     """Finds chats with a held-out request, chats that quote a held-out text, and texts that quote a held-out chat."""
     plain = texts(1)
@@ -212,6 +214,7 @@ def test_a_corpus_is_compared_with_the_other_content_of_the_corpus_beside_it(
     assert not list(leaks([old, *folders]))
 
 
+@pytest.mark.heavy
 def test_a_kill_of_the_second_build_changes_no_byte(
     empty: WorkDirectory, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -238,6 +241,7 @@ def test_a_kill_of_the_second_build_changes_no_byte(
     assert hashes(empty.corpus("code")) == before
 
 
+@pytest.mark.heavy
 def test_a_repair_gives_the_bytes_of_the_first_build_although_later_corpora_are_there(
     empty: WorkDirectory, tmp_path: Path
 ) -> None:
@@ -288,6 +292,7 @@ def as_written_before(folder: Path, *, own: bool) -> None:
     manifest_path(folder).write_text(json.dumps(content))
 
 
+@pytest.mark.heavy
 @pytest.mark.parametrize("own", [True, False])
 def test_corpora_of_earlier_releases_are_found(empty: WorkDirectory, tmp_path: Path, own: bool) -> None:
     """Finds old manifests that match nothing, so that all is built again."""
@@ -356,6 +361,7 @@ def test_no_corpus_may_be_named_like_a_folder_beside_another(empty: WorkDirector
         shards.STAGE.check(config)
 
 
+@pytest.mark.heavy
 def test_preferences_with_the_prompts_of_conversations_hold_out_what_these_hold_out(
     empty: WorkDirectory, tmp_path: Path
 ) -> None:
@@ -383,6 +389,7 @@ def test_preferences_with_the_prompts_of_conversations_hold_out_what_these_hold_
     assert prompts["val"] != held_out  # where a choice is left, the share decides
 
 
+@pytest.mark.heavy
 def test_a_larger_share_is_named_where_conversations_train_on_the_few_prompts_that_were_chosen(
     empty: WorkDirectory, tmp_path: Path
 ) -> None:

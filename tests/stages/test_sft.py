@@ -33,6 +33,7 @@ def work(tiny_work, tmp_path):
     return linked(tiny_work, tmp_path / "work")
 
 
+@pytest.mark.heavy
 def test_it_needs_conversations_and_a_start_alone(work):
     """Finds a stage that builds language or code on the way, or silently trains random weights."""
     with pytest.raises(ConfigError, match=r"^stage\.init_from=auto: stage sft follows no other stage: expected hf:"):
@@ -53,6 +54,7 @@ def test_steps_of_the_command_replace_the_epochs_of_the_file():
         compose_config(["stage=sft", *TINY, "stage.steps=7", "stage.epochs=2"])
 
 
+@pytest.mark.heavy
 @pytest.mark.parametrize(
     ("target", "more", "between"),
     [
@@ -92,6 +94,7 @@ def test_answers_are_the_last_learned_spans(tiny_work):
     assert held_out_answers(corpus, 5, shortest - 1) == []
 
 
+@pytest.mark.heavy
 def test_it_learns_writes_answers_and_is_the_start_of_a_preference_run(work):
     start = write_untrained(work, "language", seed=0)
     run = prepare(work, "default", *SHORT, f"stage.init_from={start.path}", "stage.mix={language: 0.25}", stage="sft")
@@ -106,6 +109,7 @@ def test_it_learns_writes_answers_and_is_the_start_of_a_preference_run(work):
     assert [stage.name for stage in plan.stages][-2:] == ["rankings", "preference"]
 
 
+@pytest.mark.heavy
 def test_rows_of_new_tokens_are_trained_beside_adapters_and_merged(work):
     """Finds rows that a resumed or later run takes from the base, and rows of other tokens that change."""
     start = write_untrained(work, "language", seed=0)

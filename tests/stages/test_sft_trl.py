@@ -101,6 +101,7 @@ def blank_tokenizer() -> Any:
     return tokenizers.Tokenizer(tokenizers.models.WordLevel(words, unk_token="<pad>"))
 
 
+@pytest.mark.heavy
 @pytest.mark.parametrize("family", ["Llama", pytest.param("Qwen3", marks=pytest.mark.bars)])
 def test_losses_and_gradients(family: str, tiny_work: WorkDirectory, tmp_path: Path):
     """Finds loss on other tokens than answers, attention across documents, positions that do not begin anew, and a mean

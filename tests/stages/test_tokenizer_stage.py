@@ -90,6 +90,7 @@ def test_another_tokenizer_than_the_one_that_is_there_is_refused_with_the_ways_o
         STAGE.inspect(config_for(tmp_path / "work", "model.vocab_size=640"))
 
 
+@pytest.mark.heavy
 def test_the_vocabulary_of_the_model_is_checked_against_a_given_tokenizer(tmp_path: Path, given_json: Path) -> None:
     with pytest.raises(ConfigError, match=r"^model.vocab_size=4096: tokenizer=\S+ has 320 pieces: give model.vocab"):
         config_for(tmp_path / "work", f"tokenizer={given_json}", "model.vocab_size=4096")
@@ -192,6 +193,7 @@ def test_a_given_tokenizer_replaces_the_file_of_another_kind(work: WorkDirectory
     assert [path.name for path in sorted(work.tokenizer.iterdir())] == ["report.json", "tokenizer.json"]
 
 
+@pytest.mark.heavy
 def test_a_new_corpus_builds_its_own_shards_alone_and_holds_no_val_of_the_others(tmp_path: Path) -> None:
     first, second = source("one", "read_short"), source("two", "read_short", limit=50)
     path = tmp_path / "given.json"

@@ -66,6 +66,7 @@ def test_input_is_read_only_a_little_ahead_and_leaving_early_stops_the_processes
     assert not multiprocessing.active_children()
 
 
+@pytest.mark.heavy
 @pytest.mark.usefixtures("small_chunks")
 def test_a_bad_document_is_named_and_a_dead_process_raises(model_path: Path) -> None:
     def with_a_bad_one() -> Iterator[Document]:

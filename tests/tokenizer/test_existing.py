@@ -51,12 +51,14 @@ def ids_of(theirs: Any, text: str) -> list[int]:
     return theirs(text, add_special_tokens=False, split_special_tokens=True).input_ids
 
 
+@pytest.mark.heavy
 def test_ids_are_those_of_transformers_over_real_code(ours: Tokenizer, theirs: Any) -> None:
     for text in stdlib_texts()[:40]:
         assert ours.encode(text) == ids_of(theirs, text)
         assert ours.decode(ours.encode(text)) == text
 
 
+@pytest.mark.heavy
 @settings(max_examples=300)
 @given(text=hard_text.filter(lambda text: PLAIN not in text))
 @example(text="".join(SPECIAL))
@@ -161,6 +163,7 @@ def their_sentencepiece(**options: Any) -> bytes:
     return model.getvalue()
 
 
+@pytest.mark.heavy
 @pytest.mark.parametrize("options", [{}, {"model_type": "unigram"}, {"byte_fallback": True, "add_dummy_prefix": False}])
 def test_a_sentencepiece_model_of_others_is_taken_as_it_is(options: dict[str, Any]) -> None:
     content = their_sentencepiece(**options)
@@ -176,6 +179,7 @@ def test_a_sentencepiece_model_of_others_is_taken_as_it_is(options: dict[str, An
     assert not set(tokenizer.encode(f"a {START} b{END}")) & set(tokenizer.special_ids.values())
 
 
+@pytest.mark.heavy
 def test_ids_of_a_large_vocabulary_are_uint32() -> None:
     large, small = Tokenizer(large_json(70_000), "large"), Tokenizer(large_json(65_536), "small")
     document = Document("a last", "python", "s", "", "00")

@@ -39,6 +39,7 @@ def test_it_is_denser(across: Tokenizer, tmp_path: Path) -> None:
     assert len(across.encode(text)) < 0.97 * len(plain.encode(text))
 
 
+@pytest.mark.heavy
 @settings(max_examples=200)
 @given(text=hard_text)
 @example(text="".join(FRAGMENTS))

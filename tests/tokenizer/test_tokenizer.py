@@ -29,6 +29,7 @@ def test_any_unicode_text_comes_back_without_special_tokens(tokenizer: Tokenizer
     assert all(0 <= number < tokenizer.vocab_size for number in ids)
 
 
+@pytest.mark.heavy
 def test_every_code_point_comes_back(tokenizer: Tokenizer) -> None:
     points = (chr(point) for point in range(sys.maxunicode + 1) if not 0xD800 <= point <= 0xDFFF)
     text = "".join(points)
@@ -80,6 +81,7 @@ def test_special_tokens_have_their_fixed_ids_and_stand_for_no_text(tokenizer: To
     assert tokenizer.decode([tokenizer.eot_id, *tokenizer.encode("x"), tokenizer.pad_id]) == "x"
 
 
+@pytest.mark.heavy
 @settings(max_examples=400)
 @given(text=hard_text)
 @example(text="".join(FRAGMENTS))

@@ -31,6 +31,7 @@ def program(server: WandbServer, home: Path, *arguments: str, **more: str) -> su
     return subprocess.run(command, env=environ, cwd=home, capture_output=True, text=True, timeout=patient(240))
 
 
+@pytest.mark.heavy
 def test_the_server_gets_a_view_a_board_and_the_same_one_again(tmp_path: Path) -> None:
     with WandbServer() as server:
         done = program(server, tmp_path, "-c", TWICE, PYTHONPATH=os.pathsep.join(sys.path))
@@ -57,6 +58,7 @@ def test_the_server_gets_a_view_a_board_and_the_same_one_again(tmp_path: Path) -
         assert (f'"{board.stage}"' in filters and "jobType" in filters) == bool(board.stage)
 
 
+@pytest.mark.heavy
 def test_a_key_that_the_server_refuses_is_one_line(tmp_path: Path) -> None:
     with WandbServer() as server:
         done = program(server, tmp_path, "-m", "dist_lm", "dashboard", "push", "code", WANDB_API_KEY="0" * 40)

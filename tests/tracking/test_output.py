@@ -103,6 +103,7 @@ FOR_PROGRAMS = {
 }
 
 
+@pytest.mark.heavy
 def test_verbs_print_through_the_output_layer() -> None:
     """Finds a new `print`, or a console of rich itself, which would reach the terminal as it is."""
     root = Path(dist_lm.__file__).parent

@@ -16,6 +16,7 @@ def test_secret_names(name: str) -> None:
     assert is_secret_name(name)
 
 
+@pytest.mark.heavy
 def test_a_name_without_end_is_judged_too() -> None:
     """The time grew with the square of the length: 8,000 capitals, such as a key of somebody's YAML, took seconds."""
     assert is_secret_name("A" * 1_000_000 + "KEY")

@@ -5,6 +5,8 @@ import os
 from pathlib import Path
 from typing import Any
 
+import pytest
+
 from dist_lm.config.root import TrackingConfig
 from dist_lm.storage.run_directory import RunDirectory
 from dist_lm.tracking.alerts import failed
@@ -32,6 +34,7 @@ def planted(server: WandbServer) -> dict[str, str]:
     return {name: f"sesame{number}opensesame" for number, name in enumerate(names)} | {"WANDB_API_KEY": server.api_key}
 
 
+@pytest.mark.heavy
 def test_ten_planted_secrets_are_found_nowhere(tmp_path: Path) -> None:
     run, home = RunDirectory(tmp_path / "work" / "runs" / "code" / "first"), tmp_path / "home"
     run.create()

@@ -106,6 +106,7 @@ def losses(server: WandbServer, wandb_run: WandbRun) -> dict[int, float]:
     return {step: row["train/loss"] for step, row in steps.items() if "train/loss" in row}
 
 
+@pytest.mark.heavy
 def test_an_offline_run_has_the_metrics_once_and_no_secret(run: RunDirectory) -> None:
     errors = io.StringIO()
     first = start(run, errors)
@@ -139,6 +140,7 @@ def test_an_offline_run_has_the_metrics_once_and_no_secret(run: RunDirectory) ->
         assert not path.is_file() or b"sesame" not in path.read_bytes(), path
 
 
+@pytest.mark.heavy
 def test_a_failure_of_wandb_is_said_once_and_ends_nothing(run: RunDirectory) -> None:
     errors = io.StringIO()
     broken = start(run, errors, project="no/such:project")
@@ -149,6 +151,7 @@ def test_a_failure_of_wandb_is_said_once_and_ends_nothing(run: RunDirectory) -> 
     assert errors.getvalue().count("\n") == 1
 
 
+@pytest.mark.heavy
 def test_an_online_run_grows_at_the_server_with_all_that_belongs_to_it(
     run: RunDirectory, server: WandbServer, tmp_path: Path
 ) -> None:
@@ -184,6 +187,7 @@ def test_an_online_run_grows_at_the_server_with_all_that_belongs_to_it(
     assert list(run.wandb.glob("*/*.synced"))
 
 
+@pytest.mark.heavy
 def test_a_requeued_run_goes_on_and_what_was_not_sent_is_sent_first(run: RunDirectory, server: WandbServer) -> None:
     errors = io.StringIO()
     server.vanish = True

@@ -39,6 +39,7 @@ def ask(
         return json.load(answer)
 
 
+@pytest.mark.heavy
 def test_the_real_client_logs_and_resumes_a_run(tmp_path: Path) -> None:
     with WandbServer() as server:
         environ = os.environ | server.environ(tmp_path)

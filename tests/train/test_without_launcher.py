@@ -66,6 +66,7 @@ def in_folders(config: Config) -> Config:
     return replace(config, corpus=replace(config.corpus, folders={name: name for name in config.corpus_names}))
 
 
+@pytest.mark.heavy
 def test_the_configuration_is_recorded_as_the_launcher_records_it(work):
     run = prepared(work, *LANGUAGE)
     launched: Config = compose_config([*LANGUAGE, f"work_dir={work.path}", "cluster.ranks_per_node=2"])
@@ -78,6 +79,7 @@ def test_the_configuration_is_recorded_as_the_launcher_records_it(work):
     assert Layout.recorded(recorded.parallel) == Layout(1, 2, 1)
 
 
+@pytest.mark.heavy
 def test_several_nodes_are_recorded_too(work):
     recorded = load_config(prepared(work, *LANGUAGE, "parallel.tp=2", ranks=Ranks(nodes=2, per_node=2)).config)
     assert (recorded.cluster.nodes, recorded.cluster.ranks_per_node) == (2, 2)
@@ -142,12 +144,14 @@ def test_actors_of_rlhf_are_refused_by_their_key(work):
     assert "rlhf.pool.actors=0 generates in the process of the first rank; or give `python -m dist_lm.launch" in said
 
 
+@pytest.mark.heavy
 def test_other_settings_than_those_of_the_run_are_refused(work):
     make_run(work, "language", checkpoint=True)
     with pytest.raises(ConfigError, match=r"stage\.lr=0\.5 \(was "):
         prepared(work, "stage=language", *TINY, "stage.lr=0.5")
 
 
+@pytest.mark.heavy
 def test_a_missing_stage_is_refused_with_the_command_that_makes_it(work):
     command = ["stage=code", *TINY, f"work_dir={work.path}", "stages.language.steps=7", "stage.steps=9"]
     said = refusal(work, *command)
@@ -169,6 +173,7 @@ def test_missing_corpora_are_made_by_the_launcher(tmp_path):
 # --- a run directory and another number of ranks ---
 
 
+@pytest.mark.heavy
 def test_a_run_is_laid_out_again_for_another_number_of_ranks(work):
     run = prepared(work, *LANGUAGE)
     before = run.config.read_text()
@@ -264,6 +269,7 @@ def trained(work: WorkDirectory, terminal: train.Terminal) -> RunDirectory:
     return run
 
 
+@pytest.mark.heavy
 def test_rank_0_prints_progress_and_what_a_stopped_run_continues_from(work, monkeypatch):
     monkeypatch.setattr(train, "PROGRESS_EVERY_S", 0.01)
     output, errors = io.StringIO(), io.StringIO()
@@ -292,6 +298,7 @@ def test_rank_0_says_what_it_does_while_it_makes_no_step(work, monkeypatch):
     assert re.match(r"no step after .*: rank 0 computing log-probabilities \(50 %\) for .*; log: ", lines[0])
 
 
+@pytest.mark.heavy
 def test_training_does_not_need_its_terminal(work, monkeypatch, caplog):
     """As in `torchrun ... | head`: the reader of standard output has left."""
     monkeypatch.setattr(train, "PROGRESS_EVERY_S", 0.01)

@@ -49,6 +49,7 @@ def trained(one_rank, tmp_path):
     return train
 
 
+@pytest.mark.heavy
 @pytest.mark.parametrize("broken", [math.nan, math.inf, -math.inf])
 def test_a_score_that_is_no_number_is_never_the_best(trained, tmp_path, broken: float):
     state, _ = trained([], [broken, 3.0, 2.0, 4.0])

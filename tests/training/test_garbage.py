@@ -52,6 +52,7 @@ def make_garbage(n_cycles: int) -> None:
         cycle.append(cycle)
 
 
+@pytest.mark.heavy
 @pytest.mark.parametrize("error", [None, KeyError], ids=["ended", "failed"])
 @pytest.mark.parametrize("enabled", [True, False], ids=["on before", "off before"])
 def test_afterwards_the_collector_is_as_before(enabled, error):
@@ -78,6 +79,7 @@ def test_what_somebody_else_has_frozen_stays_frozen():
     assert gc.get_freeze_count() > 0
 
 
+@pytest.mark.heavy
 def test_a_collection_at_the_end_of_the_schedule_alone_and_its_cost_once(collections, caplog):
     """Collections inside steps hold up all ranks; without the scheduled ones memory grows."""
     caplog.set_level(logging.INFO, trainer_module.__name__)
@@ -90,6 +92,7 @@ def test_a_collection_at_the_end_of_the_schedule_alone_and_its_cost_once(collect
     assert caplog.text.count("the first time took") == 1
 
 
+@pytest.mark.heavy
 def test_long_work_between_steps_collects_by_itself(collections):
     """An evaluation may take hours: what it drops must not wait for the next collection of the schedule."""
     with ScheduledCollection() as schedule:
@@ -105,6 +108,7 @@ def test_long_work_between_steps_collects_by_itself(collections):
     assert gc.isenabled()
 
 
+@pytest.mark.heavy
 def test_no_collection_inside_a_step(one_rank, tmp_path, collections, monkeypatch):
     """The trainer's own loop: passes, update and data without a collection, one after each second step."""
     monkeypatch.setattr(trainer_module, "COLLECT_EVERY", 2)

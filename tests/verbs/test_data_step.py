@@ -35,6 +35,7 @@ def row_of(run: RunDirectory, used: list[UsedSlice], sequence: int) -> np.ndarra
     )
 
 
+@pytest.mark.heavy
 @pytest.mark.parametrize(
     ("stage", "settings"),
     [
@@ -65,6 +66,7 @@ def test_slices_are_what_the_ranks_of_a_step_read(work: WorkDirectory, stage: st
         assert (batch.tokens_BT[row, n_inputs + 1 :] == tokenizer.pad_id).all()
 
 
+@pytest.mark.heavy
 def test_rearranged_slices_are_shown_as_they_stand_in_their_documents(work: WorkDirectory):
     """Finds the marks of fill-in-the-middle counted as tokens of a document."""
     run = prepare(work, "infill", "stage.steps=9", "stage.init_from=none", "stage.fim_rate=1.0", stage="code")
@@ -83,6 +85,7 @@ def test_origins_are_those_beside_the_tars(work: WorkDirectory):
     assert origins_of(corpus, documents) == {document: everything[document] for document in documents}
 
 
+@pytest.mark.heavy
 def test_a_step_that_is_none_and_a_corpus_that_has_changed_are_refused(work: WorkDirectory):
     run = prepare(work, "refused", "stage.steps=5", "stage.init_from=none", stage="language")
     for step in (0, 6):
@@ -97,6 +100,7 @@ def test_a_step_that_is_none_and_a_corpus_that_has_changed_are_refused(work: Wor
         slices_of_step(run, 1)
 
 
+@pytest.mark.heavy
 def test_people_and_programs_are_told_the_same(work: WorkDirectory, capsys: pytest.CaptureFixture[str]):
     run = prepare(work, "printed", "stage.steps=5", "stage.init_from=none", stage="code")
     used = slices_of_step(run, 2)

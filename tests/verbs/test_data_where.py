@@ -40,6 +40,7 @@ def substrings(texts: list[bytes], count: int) -> Iterator[str]:
             count -= 1
 
 
+@pytest.mark.heavy
 @pytest.mark.parametrize("name", ["code", "tools"])
 def test_every_place_of_a_text_is_found_and_no_other(tiny_work: WorkDirectory, name: str):
     """Finds a place that is missed where a text begins or ends inside a token, and one across two documents."""
@@ -64,6 +65,7 @@ def test_every_place_of_a_text_is_found_and_no_other(tiny_work: WorkDirectory, n
             assert [sum(part.document == n for part in found) for n in range(len(texts))] == expected
 
 
+@pytest.mark.heavy
 @pytest.mark.parametrize(
     ("stage", "settings"),
     [
@@ -96,6 +98,7 @@ def reads(corpus: TokenCorpus, parts: list[DocumentSlice], place: Place) -> bool
     )
 
 
+@pytest.mark.heavy
 def test_ancestors_are_asked_too(work: WorkDirectory):
     """Finds a run whose start is not looked at, where most of its text is."""
     base = prepare(work, "earlier", "stage.steps=4", "stage.init_from=none")
@@ -111,6 +114,7 @@ def test_ancestors_are_asked_too(work: WorkDirectory):
     assert f"{base.path}: 1 place" in shown
 
 
+@pytest.mark.heavy
 def test_an_imported_start_ends_the_search(work: WorkDirectory):
     """Finds a run on an open model that cannot be asked, and a path without a run that is called damaged."""
     base = work.run("import", "theirs")
@@ -132,6 +136,7 @@ def test_an_imported_start_ends_the_search(work: WorkDirectory):
             slices_of_step(asked, 1)
 
 
+@pytest.mark.heavy
 def test_a_text_of_special_meaning_is_text_and_a_cut_list_says_so(
     work: WorkDirectory, capsys: pytest.CaptureFixture[str], caplog: pytest.LogCaptureFixture
 ):

@@ -96,6 +96,7 @@ print(json.dumps(said))
 """
 
 
+@pytest.mark.heavy
 def test_an_output_that_is_taken_is_refused_before_inputs_are_looked_for_and_torch_is_imported(taken: Path) -> None:
     """Finds a verb that works, or imports, before it says that its output is in the way."""
     words = [[*verb.split(), *arguments] for (verb, _), arguments in WRITES.items()]

@@ -59,6 +59,7 @@ def plan_of(out: Path, *more: str, work: Path) -> Any:
     return plan_command([f"hydra.searchpath=['{out.parents[1]}']", f"experiment={out.stem}", f"work_dir={work}", *more])
 
 
+@pytest.mark.heavy
 def test_the_experiment_names_model_data_and_numbers_and_its_command_is_planned(model, chats, tmp_path, capsys):
     """Finds a file whose first command is refused, and a corpus file with a command that would not fine-tune."""
     out, corpus_file = tmp_path / "lab" / "experiment" / "ours.yaml", tmp_path / "lab" / "corpus" / "ours.yaml"

@@ -43,6 +43,7 @@ def test_examples_are_not_twice_the_same(many):
     assert len({repr(one.conversation) for one in many}) > 0.995 * COUNT
 
 
+@pytest.mark.heavy
 def test_conversations_are_well_formed_and_calls_fit_their_tools(many):
     for one in many:
         check_conversation(one.conversation)

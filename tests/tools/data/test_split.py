@@ -52,6 +52,7 @@ def test_one_per_cent_holds_out_a_shelf():
     assert [shelf for shelf in range(SHELVES) if split_of_group(group_of(shelf), 0.01) == "val"] == [0]
 
 
+@pytest.mark.heavy
 def test_val_holds_out_tools_and_names():
     many = list(examples(0, 3000))
     sides: dict[bool, set[str]] = {True: set(), False: set()}
