@@ -18,7 +18,9 @@ def load_yaml(path: Path) -> DictConfig | ListConfig:
         yaml.YAMLError: it is no YAML, or a key stands twice in a group.
         OmegaConfBaseException: a key or value is of a type that a configuration cannot have.
     """
-    content = yaml.load(path.read_text(encoding="utf-8"), Loader=_loader())  # noqa: S506  a safe loader
+    # Errors name the file of the stream.
+    with path.open(encoding="utf-8") as file:
+        content = yaml.load(file, Loader=_loader())  # noqa: S506  a safe loader
     if content is None:
         return OmegaConf.create()
     if not isinstance(content, (dict, list, str)):

@@ -5,6 +5,7 @@ import shutil
 import time
 from collections.abc import Iterator
 
+import psutil
 import pytest
 
 from dist_lm.sandbox.program import Limits, Program
@@ -189,7 +190,11 @@ def test_a_session_whose_sandbox_ends_is_lost_and_goes_on_empty(sandbox: Sandbox
     """Finds a failure of the sandbox that a program could use to have no verdict, on a machine in order."""
     python.run("x = 1")
     assert sandbox._server
-    sandbox._server._process.kill()
+    # Its processes end one after the other, and one that is left could still answer.
+    server = psutil.Process(sandbox._server._process.pid)
+    family = [server, *server.children(recursive=True)]
+    server.kill()
+    psutil.wait_procs(family, timeout=patient(30))
     assert python.run("x").outcome == "lost"
     assert "NameError" in python.run("x").output
 
