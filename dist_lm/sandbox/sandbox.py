@@ -457,7 +457,8 @@ class _Server:
     def close(self) -> None:
         """Ends the server and all processes below it."""
         self._channel.close()  # then the server ends by itself, with the program that runs
-        if not _ends_within(self._process.pid, END_S):
+        is_over = self._process.poll() is not None  # then its number may be another process's
+        if not is_over and not _ends_within(self._process.pid, END_S):
             self._process.kill()
         self._process.wait()
         self._at_close.close()

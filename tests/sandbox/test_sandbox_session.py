@@ -191,10 +191,11 @@ def test_a_session_whose_sandbox_ends_is_lost_and_goes_on_empty(sandbox: Sandbox
     python.run("x = 1")
     assert sandbox._server
     # Its processes end one after the other, and one that is left could still answer.
-    server = psutil.Process(sandbox._server._process.pid)
-    family = [server, *server.children(recursive=True)]
+    server = sandbox._server._process
+    below = psutil.Process(server.pid).children(recursive=True)
     server.kill()
-    psutil.wait_procs(family, timeout=patient(30))
+    server.wait()
+    psutil.wait_procs(below, timeout=patient(30))
     assert python.run("x").outcome == "lost"
     assert "NameError" in python.run("x").output
 
