@@ -109,18 +109,19 @@ cuda_then() { # FILE...
 mapfile -t of_several_processes < <(grep -rl --include='test_*.py' 'mark\.cluster' tests | sort -r) # the dearest comes first
 mapfile -t heavy < <(grep -rl --include='test_*.py' 'mark\.heavy' tests | sort)
 
-# These mostly wait for processes to start, so two of them run side by side, beside three of the others; a file keeps
-# its runs and its Ray.
+# These mostly wait for processes to start, so two of them run side by side; a file keeps its runs and its Ray. Some of
+# the others wait, too: four of them fill two cores.
 lane "tests of several processes" \
   python -m pytest -n 2 --dist loadfile "${of_several_processes[@]}" -m "cluster and not heavy and not bars"
-python -m pytest -n 3 --dist worksteal -m "not cluster and not heavy and not bars and not cuda" || failed=$?
+python -m pytest -n 4 --dist worksteal -m "not cluster and not heavy and not bars and not cuda" || failed=$?
 wait_for_lanes
 if [ "$*" = --all ]; then
   lane "Slurm, which mostly waits" python -m pytest -s tests/slurm -m "slurm and not bars"
   # Tests of several processes take two lanes, the second of which follows the shortest of the others.
   half=$((${#of_several_processes[@]} / 2))
   lane "CUDA code on fake tensors, then heavy tests of several processes" cuda_then "${of_several_processes[@]:half}"
-  lane "heavy tests of one process" python -m pytest "${heavy[@]}" -m "heavy and not cluster and not slurm and not bars"
+  lane "heavy tests of one process" \
+    python -m pytest -n 2 --dist worksteal "${heavy[@]}" -m "heavy and not cluster and not slurm and not bars"
   echo "== heavy tests of several processes ($SECONDS s)"
   heavy_of_several_processes "${of_several_processes[@]:0:half}" || failed=$?
   wait_for_lanes
