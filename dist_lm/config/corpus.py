@@ -19,6 +19,9 @@ class CleaningConfig:
     min_document_bytes: int = 0  # UTF-8; shorter documents are dropped (too_short)
     encoding: bool = True  # texts with many U+FFFD, the mark of bytes that were decoded wrongly (undecodable)
     across_corpora: bool = False  # a text that an earlier corpus of the configuration has (duplicate)
+    # share of five-word windows that a text has in common with an earlier one, from which on it is dropped
+    # (near_duplicate); 0: texts are only compared as a whole
+    near_duplicates: float = 0.0
     licences: list[str] = field(default_factory=list)  # documents with any other licence, or none (licence); []: all
     generated: bool = False  # files that a program wrote (generated)
     minified: bool = False  # code without line ends (minified)
@@ -32,6 +35,12 @@ class CleaningConfig:
             "corpus.cleaning.min_document_bytes",
             self.min_document_bytes,
             "0 (all) or a positive number of bytes",
+        )
+        require(
+            self.near_duplicates == 0 or 0.5 <= self.near_duplicates <= 1,
+            "corpus.cleaning.near_duplicates",
+            self.near_duplicates,
+            "0 (off) or a similarity from 0.5 to 1, such as 0.8",
         )
         require(all(self.licences), "corpus.cleaning.licences", self.licences, "names such as [MIT, Apache-2.0]")
 

@@ -29,6 +29,7 @@ from typing import NamedTuple, TextIO
 from dist_lm.config.corpus import BYTES_PER_TOKEN, CorpusConfig, SourceConfig
 from dist_lm.data.containment import Comparison, HeldOutIndex
 from dist_lm.data.earlier import EarlierCorpora, forms_of, has_placeholder
+from dist_lm.data.near_duplicates import near_duplicates
 from dist_lm.data.redaction import EMAIL, KEY, redacted, redacted_json
 from dist_lm.data.screening import IngestReport, Screened, SourceReader, screened, text_key
 from dist_lm.data.sources.reader import Candidate, corpus_sources, form_of, text_corpora
@@ -106,6 +107,7 @@ class TextSplits:
         # corpus of texts -> bytes of the least part that hashes could hold out, if that exceeds `val_tokens`; 0: none
         self.least_val_bytes: dict[str, int] = {}
         self._compared_corpora: set[str] = set()
+        self._resembling_of: dict[str, Mapping[bytes, bytes]] = {}  # corpus -> see `_resembling`
 
     def screened(
         self, corpus_name: str, report: IngestReport | None = None, rejected: TextIO | None = None
@@ -113,17 +115,57 @@ class TextSplits:
         """Yields the documents of one corpus before they are divided, without duplicates.
 
         With `cleaning.across_corpora`, the corpora of texts before it are read first: a text of theirs is a duplicate.
+        With `cleaning.near_duplicates`, a text that resembles an earlier one is dropped, too.
 
         Raises:
             ConfigError, ArtefactError: as `screening.screened`.
         """
         keys: set[bytes] = set()
-        if self.config.cleaning.across_corpora and corpus_name in (names := text_corpora(self.config)):
-            # Reading the earlier corpora fills `keys`, so that their texts are duplicates here.
-            for earlier in names[: names.index(corpus_name)]:
-                for _ in screened(self.config, earlier, self.reader, keys, IngestReport()):
-                    pass
-        yield from screened(self.config, corpus_name, self.reader, keys, report or IngestReport(), rejected)
+        # Reading the earlier corpora fills `keys`, so that their texts are duplicates here.
+        for earlier in self._corpora_before(corpus_name):
+            for _ in screened(self.config, earlier, self.reader, keys, IngestReport()):
+                pass
+
+        report = report or IngestReport()
+        records = screened(self.config, corpus_name, self.reader, keys, report, rejected)
+        if not self.config.cleaning.near_duplicates or form_of(self.config, corpus_name) != "text":
+            yield from records
+            return
+
+        resembling = self._resembling(corpus_name)
+        for record in records:
+            if record.key in resembling and not record.source_config.held_out:
+                report.reject(record.document, record.source_config, "near_duplicate")
+            else:
+                yield record
+
+    def _corpora_before(self, corpus_name: str) -> Sequence[str]:
+        """Returns the corpora whose texts are duplicates in this one: none without `cleaning.across_corpora`."""
+        names = text_corpora(self.config)
+        if not self.config.cleaning.across_corpora or corpus_name not in names:
+            return ()
+        return names[: names.index(corpus_name)]
+
+    def _resembling(self, corpus_name: str) -> Mapping[bytes, bytes]:
+        """Returns the keys of the texts of a corpus that are nearly those of earlier ones, and the keys of these; reads
+        the corpus twice at the first call.
+
+        Texts of sources with `held_out` are not among them: a user chose them, and train gives way to them.
+
+        Raises:
+            ConfigError, ArtefactError: as `screening.screened`.
+        """
+
+        def texts() -> Iterator[tuple[bytes, str]]:
+            keys: set[bytes] = set()
+            for name in (*self._corpora_before(corpus_name), corpus_name):
+                for record in screened(self.config, name, self.reader, keys, IngestReport()):
+                    if not record.source_config.held_out:
+                        yield record.key, record.document.text
+
+        if corpus_name not in self._resembling_of:
+            self._resembling_of[corpus_name] = near_duplicates(texts, self.config.cleaning.near_duplicates)
+        return self._resembling_of[corpus_name]
 
     def train_rule(self) -> SplitRule:
         """Returns the rule for train documents of texts.

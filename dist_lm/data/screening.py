@@ -42,9 +42,9 @@ class Tally:
 
     seen: int = 0  # kept and dropped
     kept: int = 0
-    # reason -> documents. Reasons: duplicate, empty, too_long (`max_document_bytes`), not_unicode, overlapping (train
-    # documents contain the val document), contains_val (the train document contains one of `held_out`), and those of
-    # cleaning and readers.
+    # reason -> documents. Reasons: duplicate, near_duplicate, empty, too_long (`max_document_bytes`), not_unicode,
+    # overlapping (train documents contain the val document), contains_val (the train document contains one of
+    # `held_out`), and those of cleaning and readers.
     dropped: dict[str, int] = field(default_factory=dict)
     replaced: dict[str, int] = field(default_factory=dict)  # placeholder -> secrets or addresses in kept documents
     documents: dict[str, int] = field(default_factory=lambda: {"train": 0, "val": 0})

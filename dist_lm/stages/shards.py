@@ -897,7 +897,9 @@ def tokenizer_fingerprint(config: Config) -> dict[str, Any]:
     Raises:
         ConfigError: a source is invalid.
     """
-    return _fingerprint(config, tokenizer_corpora(config.corpus))
+    fingerprint = _fingerprint(config, tokenizer_corpora(config.corpus))
+    fingerprint["corpus"]["cleaning"].pop("near_duplicates", None)  # a tokenizer learns from near-duplicates, too
+    return fingerprint
 
 
 def corpus_fingerprint(config: Config, name: str, together: Sequence[str] | None = None) -> dict[str, Any]:
@@ -952,7 +954,9 @@ def _fingerprint(config: Config, names: list[str]) -> dict[str, Any]:
         "folders",
     ):  # none changes a document
         corpus.pop(key)
-    # Corpora from before these keys have no such setting, and read their rows as without it.
+    # Corpora from before these keys have no such setting, and are as without it.
+    if not corpus["cleaning"]["near_duplicates"]:
+        corpus["cleaning"].pop("near_duplicates")
     for source in chain.from_iterable(corpus["corpora"].values()):
         for key in LATER_KEYS:
             if not source[key]:

@@ -62,7 +62,8 @@ def test_a_step_drops_what_its_rule_names_and_nothing_when_it_is_off(step, value
 
 
 def test_every_step_that_drops_has_a_case():
-    steps = {field.name for field in fields(CleaningConfig)} - {"across_corpora", "secrets", "emails"}
+    of_several_texts = {"across_corpora", "near_duplicates"}
+    steps = {field.name for field in fields(CleaningConfig)} - {"secrets", "emails"} - of_several_texts
     assert steps == {step for step, _ in CASES}
 
 
@@ -98,3 +99,5 @@ def test_texts_of_an_earlier_corpus_are_dropped_if_asked_for(across):
 def test_values_out_of_bounds_are_refused_by_name():
     with pytest.raises(ConfigError, match=r"corpus.cleaning.min_document_bytes=-1"):
         CleaningConfig(min_document_bytes=-1)
+    with pytest.raises(ConfigError, match=r"corpus.cleaning.near_duplicates=0.3: expected 0 \(off\) or a similarity"):
+        CleaningConfig(near_duplicates=0.3)

@@ -1,0 +1,201 @@
+"""Finds texts that are nearly the same: MinHash signatures name candidates, and their exact similarity decides.
+
+The similarity of two texts is the Jaccard index of their sets of five-word windows: the windows that both have, among
+those that either has. A word is one of `data.containment`. Texts are taken in order, and a text is dropped if a text
+before it, which was not dropped itself, is at least as similar as asked. So what is left holds no two similar texts,
+each dropped text resembles one that is left, and chains of slightly changed texts do not drag each other out.
+
+Comparing all pairs would take too long. A signature has 120 numbers: the smallest hash of the text's windows under each
+of 120 hash functions, which two texts share with the probability of their similarity (Broder, "On the resemblance and
+containment of documents", 1997). Its 20 bands of 6 numbers are compared as a whole: a pair with similarity s has a band
+in common with probability 1 - (1 - s^6)^20, which is 0.998 at 0.8 (Leskovec et al., "Mining of Massive Datasets", 3.4).
+
+Texts are read twice. The first reading writes the bands of all texts to a temporary file, 160 bytes a text; the second
+one writes the windows of texts that have a band in common with another one. In memory are four bytes a text, one band
+of all texts, and the hashes of bands that several texts have. Nothing depends on the process: the same texts in the
+same order always give the same result.
+
+Many texts that are half alike, such as filled-in forms, share bands and are all kept. So that they cost no square of
+their number, a text is compared with at most `COMPARED` others, those with most bands in common.
+
+Dimensions: W windows of a text, T texts, B bands.
+"""
+
+import itertools
+import tempfile
+from array import array
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
+from typing import BinaryIO
+
+import numpy as np
+
+from dist_lm.data.containment import MARGIN, window_hashes, word_hashes
+
+WINDOW = 5  # words
+BANDS, ROWS = 20, 6
+BLOCK = 1 << 16  # texts whose bands stand together in the file
+PART = 1 << 22  # texts whose hashes of a band are sorted at once
+HELD = 64  # texts of a band that later ones are compared with
+COMPARED = 64  # texts that a text is compared with
+CHUNK = 1 << 12  # windows that are hashed at once: their hashes under all functions take 2 MiB
+_GENERATOR = np.random.Generator(np.random.PCG64(20_26))
+_FACTORS = _GENERATOR.integers(0, 2**32, (BANDS * ROWS, 1), np.uint32) | np.uint32(1)
+_MIXERS = _GENERATOR.integers(0, 2**64, ROWS, np.uint64) | np.uint64(1)
+
+Texts = Callable[[], Iterator[tuple[bytes, str]]]
+"""Yields (key, text) in the same order at each call; no key comes twice."""
+
+
+def near_duplicates(texts: Texts, similarity: float) -> dict[bytes, bytes]:
+    """Returns the keys of the texts to drop, each with the key of the text before it that it resembles.
+
+    Args:
+        texts: called twice.
+        similarity: the least Jaccard index of five-word windows at which a text is dropped, in (0, 1].
+    """
+    shared_bands = common_bands(band_hashes(_windows_in_order(text)) for _, text in texts())
+
+    dropped: dict[bytes, bytes] = {}
+    holders: dict[tuple[int, int], list[int]] = {}  # (band, its hash) -> numbers of the texts that stay and have it
+    with tempfile.TemporaryFile() as file:
+        kept = _KeptWindows(file)
+        for number, (key, text) in enumerate(texts()):
+            bits = int(shared_bands[number])
+            if not bits:
+                continue
+
+            windows = text_windows(text)
+            hashes = band_hashes(windows).tolist()
+            buckets = [holders.setdefault((band, hashes[band]), []) for band in range(BANDS) if bits >> band & 1]
+            resembled = _resembled(windows, _candidates(buckets), kept, similarity)
+            if resembled is not None:
+                dropped[key] = kept.key(resembled)
+                continue
+
+            index = kept.add(key, windows)
+            for bucket in buckets:
+                if len(bucket) < HELD:
+                    bucket.append(index)
+    return dropped
+
+
+def _candidates(buckets: Sequence[Sequence[int]]) -> list[int]:
+    """Returns the texts with most bands in common, of equal ones the earliest first."""
+    n_common = Counter(itertools.chain.from_iterable(buckets))
+    return sorted(n_common, key=lambda text: (-n_common[text], text))[:COMPARED]
+
+
+def _resembled(windows: np.ndarray, candidates: Sequence[int], kept: "_KeptWindows", similarity: float) -> int | None:
+    """Returns the first of the candidates that is similar enough; None: there is none."""
+    for candidate in candidates:
+        if jaccard(windows, kept.windows(candidate)) >= similarity:
+            return candidate
+    return None
+
+
+def text_windows(text: str) -> np.ndarray:
+    """Returns the hashes of the five-word windows of a text, (W,) uint64, rising and without repeats; of a text with
+    fewer words, the hash of all of them; of a text without a word, 0."""
+    return np.unique(_windows_in_order(text))
+
+
+def _windows_in_order(text: str) -> np.ndarray:
+    """Returns the same hashes in the order of the text, with repeats."""
+    raw = np.frombuffer(b" " + text.encode() + MARGIN, np.uint8)
+    words = word_hashes(raw)[1]
+    size = min(WINDOW, len(words))
+    if size == 0:
+        return np.zeros(1, np.uint64)
+    return window_hashes(words, {size})[size]
+
+
+def jaccard(left: np.ndarray, right: np.ndarray) -> float:
+    """Returns the share of common windows among all windows of two texts.
+
+    Args:
+        left, right: (W,) uint64, rising and without repeats.
+    """
+    n_common = len(np.intersect1d(left, right, assume_unique=True))
+    return n_common / (len(left) + len(right) - n_common)
+
+
+def band_hashes(windows: np.ndarray) -> np.ndarray:
+    """Returns a hash of each band of a text's signature, (B,) uint64.
+
+    Two texts have a band in common with probability 1 - (1 - s^ROWS)^BANDS.
+
+    Args:
+        windows: (W,) uint64, W > 0.
+    """
+    # Windows are hashes already, so that a product with an odd number orders them anew; 32 bits are four times as fast.
+    high_bits = (windows >> np.uint64(32)).astype(np.uint32)
+    smallest = np.full(BANDS * ROWS, np.iinfo(np.uint32).max, np.uint32)
+    for begin in range(0, len(windows), CHUNK):
+        products = _FACTORS * high_bits[begin : begin + CHUNK]
+        np.minimum(smallest, products.min(axis=1), out=smallest)
+    return (smallest.reshape(BANDS, ROWS) * _MIXERS).sum(axis=1)
+
+
+def common_bands(bands: Iterator[np.ndarray]) -> np.ndarray:
+    """Returns which bands of each text another text has, too: (T,) uint32, bit b for band b.
+
+    Args:
+        bands: of each text, (B,) uint64.
+    """
+    with tempfile.TemporaryFile() as file:
+        n_texts = 0
+        # Bands are written block by block, band by band, so that each is read in long pieces.
+        while block := list(itertools.islice(bands, BLOCK)):
+            file.write(np.stack(block, axis=1).tobytes())
+            n_texts += len(block)
+
+        shared_bands = np.zeros(n_texts, np.uint32)
+        n_parts = max(1, -(-n_texts // PART))
+        lowest = [part * 2**64 // n_parts for part in range(n_parts)]  # hash of each part
+        for band in range(BANDS):
+            hashes = _read_band(file, band, n_texts)
+            for low, high in zip(lowest, [*lowest[1:], 2**64], strict=True):
+                is_in_part = (hashes >= np.uint64(low)) & (hashes <= np.uint64(high - 1))
+                numbers = np.flatnonzero(is_in_part)
+                # Sorted, equal hashes are neighbours.
+                numbers = numbers[np.argsort(hashes[numbers])]
+                is_equal_to_next = hashes[numbers[:-1]] == hashes[numbers[1:]]
+                shared_bands[numbers[:-1][is_equal_to_next]] |= np.uint32(1 << band)
+                shared_bands[numbers[1:][is_equal_to_next]] |= np.uint32(1 << band)
+    return shared_bands
+
+
+def _read_band(file: BinaryIO, band: int, n_texts: int) -> np.ndarray:
+    """Returns one band of all texts, (T,) uint64, from the file of `common_bands`."""
+    hashes = np.empty(n_texts, np.uint64)
+    for begin in range(0, n_texts, BLOCK):
+        size = min(BLOCK, n_texts - begin)
+        file.seek(hashes.itemsize * (begin * BANDS + band * size))
+        hashes[begin : begin + size] = np.frombuffer(file.read(hashes.itemsize * size), np.uint64)
+    return hashes
+
+
+class _KeptWindows:
+    """The windows of texts that stay, in a file, because together they are as large as the texts."""
+
+    def __init__(self, file: BinaryIO) -> None:
+        self._file = file
+        self._keys: list[bytes] = []
+        self._ends = array("Q", [0])  # text i has the windows from _ends[i] to _ends[i + 1]
+
+    def add(self, key: bytes, windows: np.ndarray) -> int:
+        """Keeps the windows of a text, and returns the number that it has here."""
+        self._file.seek(0, 2)
+        self._file.write(windows.tobytes())
+        self._keys.append(key)
+        self._ends.append(self._ends[-1] + len(windows))
+        return len(self._keys) - 1
+
+    def key(self, number: int) -> bytes:
+        return self._keys[number]
+
+    def windows(self, number: int) -> np.ndarray:
+        begin, end = self._ends[number], self._ends[number + 1]
+        self._file.seek(8 * begin)
+        return np.frombuffer(self._file.read(8 * (end - begin)), np.uint64)
