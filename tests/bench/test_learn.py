@@ -150,6 +150,7 @@ def test_a_budget_pays_for_whole_steps(text, cost, steps):
     assert Budget.parse(text).steps("a", cost) == steps
 
 
+@pytest.mark.heavy
 def test_speeds_are_found_in_turns(tiny_work):
     taken = []
 
@@ -198,6 +199,7 @@ def test_what_cannot_be_compared_is_refused_by_name(tiny_work, tmp_path, changed
     assert said in str(refusal.value)
 
 
+@pytest.mark.heavy
 def test_results_have_a_folder_before_anything_is_measured_and_equal_rows_are_named(tiny_work, tmp_path):
     (tmp_path / "curves").write_text("no folder")
     with pytest.raises(ConfigError, match=r"--curves=.*curves: .* cannot be made \(File exists\)"):

@@ -157,6 +157,7 @@ def test_heads_keep_their_width_and_groups_their_size():
         narrowed(model, 40)
 
 
+@pytest.mark.heavy
 def test_a_width_of_its_own_for_heads_stays_and_a_tied_head_is_refused():
     given = ("model.d_model=64", "model.n_heads=8", "model.n_kv_heads=2", "model.head_width=16")
     words = dict(word.split("=") for word in narrowed(compose_config([*SETTINGS, *given]).model, 96))

@@ -125,6 +125,7 @@ def test_its_keys_are_its_own(tiny_work, installed, tmp_path):
     assert "stage.sampling.top_k=1: no such key" in refused.stderr
 
 
+@pytest.mark.heavy
 def test_without_the_package_there_is_no_such_stage(tiny_work, tmp_path):
     refused = launch(linked(tiny_work, tmp_path / "own"), dict(os.environ))
     assert refused.returncode == 2

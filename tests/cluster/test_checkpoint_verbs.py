@@ -163,6 +163,7 @@ def test_consolidate_refuses_what_would_lose_or_spread_something(run, tmp_path, 
     assert "is missing" in capsys.readouterr().err
 
 
+@pytest.mark.heavy
 def test_consolidate_on_a_full_disk_leaves_nothing(run, tmp_path):
     output = tmp_path / "model.safetensors"
     command = [sys.executable, "-m", "dist_lm", "checkpoint", "consolidate", str(run), "--output", str(output)]

@@ -72,6 +72,7 @@ def test_ranks_finish_and_see_no_secret(cluster: RayCluster, run: RunDirectory) 
     assert living(pids_of(run)) == []
 
 
+@pytest.mark.heavy
 def test_the_exception_of_a_rank_is_the_failure(cluster: RayCluster, run: RunDirectory) -> None:
     with start(cluster, run, "raise") as gang:
         status = wait_for_end(gang)

@@ -52,6 +52,7 @@ def own_copy(work: WorkDirectory, directory: Path) -> WorkDirectory:
     return made
 
 
+@pytest.mark.heavy
 def test_a_checkpoint_holds_adapters_alone(reference):
     names = {name.removesuffix(".exp_avg") for name in stored_tensors(newest(reference))}
     assert names
@@ -92,6 +93,7 @@ def newest(run: RunDirectory) -> Path:
     return found
 
 
+@pytest.mark.heavy
 def test_what_reads_a_run_gets_merged_weights(reference, work):
     base, own = model_weights(newest(work.run("language", "default"))), stored_tensors(newest(reference))
     loaded = load_model(reference.path)
@@ -128,6 +130,7 @@ def name_elsewhere(checkpoint: Path, directory: Path) -> None:
     state.write_text(json.dumps(content))
 
 
+@pytest.mark.heavy
 def test_a_base_that_changed_or_is_gone_is_refused_by_name(reference, work, tmp_path):
     made = own_copy(work, tmp_path)
     run, base = made.run("code", "lora"), made.run("language", "default")
@@ -142,6 +145,7 @@ def test_a_base_that_changed_or_is_gone_is_refused_by_name(reference, work, tmp_
         model_weights(newest(run))
 
 
+@pytest.mark.heavy
 def test_a_launch_names_a_base_that_is_gone(reference, work, tmp_path):
     made = own_copy(work, tmp_path)
     run = made.run("code", "lora")

@@ -94,6 +94,7 @@ def kto(work: WorkDirectory) -> RunDirectory:
     return run
 
 
+@pytest.mark.heavy
 def test_it_learns_and_writes_every_metric(reference: RunDirectory, kto: RunDirectory) -> None:
     found = numbers(reference)
     assert found[0]["val/loss"] == pytest.approx(mean_of_even_choices(), abs=0.02)
@@ -120,6 +121,7 @@ def mean_of_even_choices() -> float:
     return float(np.mean(losses))
 
 
+@pytest.mark.heavy
 @pytest.mark.parametrize(
     ("ranks", "layout", "algorithm"),
     [

@@ -52,6 +52,7 @@ def newest(run: RunDirectory) -> Path:
     return checkpoint
 
 
+@pytest.mark.heavy
 def test_a_checkpoint_holds_adapters_alone(reference: RunDirectory):
     names = {name.removesuffix(".exp_avg") for name in stored_tensors(newest(reference))}
     assert names
@@ -71,6 +72,7 @@ def test_a_resumed_run_ends_bit_identical(reference: RunDirectory, work: WorkDir
         assert np.array_equal(stored_tensors(newest(run))[name].read(), tensor.read()), name
 
 
+@pytest.mark.heavy
 def test_readers_get_adapters_merged_into_the_rounded_base(reference: RunDirectory, work: WorkDirectory):
     """Finds a merge into the base before rounding, and matrices without adapters that are not rounded."""
     base = model_weights(newest(work.run("language", "default")))
@@ -98,6 +100,7 @@ def test_the_first_and_the_last_step_are_those_of_whole_models(reference: RunDir
     assert 1e-7 < abs(rounding) < 0.05
 
 
+@pytest.mark.heavy
 def test_a_plan_without_the_package_names_the_extra(
     reference: RunDirectory, work: WorkDirectory, monkeypatch: pytest.MonkeyPatch
 ):

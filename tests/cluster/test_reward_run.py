@@ -93,6 +93,7 @@ def reward_run(work: WorkDirectory, run_id: str, *overrides: str) -> RunDirector
     return prepare(work, run_id, *SETTINGS, start, *overrides, stage="reward")
 
 
+@pytest.mark.heavy
 def test_it_learns_and_says_so_overall_by_size_and_by_source(reference: RunDirectory) -> None:
     found = numbers(reference)
     names = {f"reward/{figure}" for figure in ("accuracy", "kendall_tau", "top1", "calibration_error")}
@@ -107,6 +108,7 @@ def test_it_learns_and_says_so_overall_by_size_and_by_source(reference: RunDirec
     assert "gzip_bits_per_byte" not in result  # rankings are no text
 
 
+@pytest.mark.heavy
 def test_a_run_writes_every_metric_of_its_stage(reference: RunDirectory) -> None:
     assert unwritten(reference, "reward") == set()
 
@@ -123,6 +125,7 @@ def test_it_starts_from_all_weights_but_the_head(work: WorkDirectory, tmp_path: 
         np.testing.assert_allclose(found[name], start[name], atol=1e-9, err_msg=name)
 
 
+@pytest.mark.heavy
 def test_the_normaliser_is_that_of_samples_of_the_first_model(reference: RunDirectory) -> None:
     normaliser, metrics = read_reward_scale(reference), numbers(reference)[STEPS]
     assert (normaliser.mean, normaliser.std) == (metrics["reward/score_mean"], metrics["reward/score_std"])
@@ -188,6 +191,7 @@ def test_a_run_that_goes_on_from_a_checkpoint_ends_bit_identical(reference: RunD
     assert numbers(run) == numbers(reference)
 
 
+@pytest.mark.heavy
 def test_the_rankings_of_a_step_are_those_that_its_ranks_read(reference: RunDirectory) -> None:
     """Finds `data step` that packs rankings as conversations, or in another order."""
     config = load_config(reference.config)

@@ -129,6 +129,7 @@ def test_a_command_whose_process_is_gone_is_lost(tmp_path):
     assert "its launcher is gone: the same command continues" in shown(work)
 
 
+@pytest.mark.heavy
 def test_the_newest_command_is_shown_and_others_are_named(tmp_path):
     work = WorkDirectory(tmp_path)
     for run_id in ("first", "second"):

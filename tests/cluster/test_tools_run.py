@@ -28,6 +28,7 @@ def reference(tiny_work: WorkDirectory, tmp_path_factory: pytest.TempPathFactory
     return run
 
 
+@pytest.mark.heavy
 def test_losses_before_and_after_are_those_of_every_corpus_and_kind(reference):
     found = numbers(reference)
     kinds = {"val/loss", "val/loss_tools_single", "val/loss_tools_none", "val/loss_code", "val/loss_language"}
@@ -38,10 +39,12 @@ def test_losses_before_and_after_are_those_of_every_corpus_and_kind(reference):
         assert found[STEPS][name] < found[0][name]
 
 
+@pytest.mark.heavy
 def test_a_run_writes_every_metric_of_its_stage(reference):
     assert unwritten(reference, "tools") == set()
 
 
+@pytest.mark.heavy
 def test_the_model_is_asked_before_the_first_step_and_after_the_last(reference):
     found = numbers(reference)
     asked = {"tools/parses", "tools/name_exact", "tools/args_exact_single", "tools/call_exact", "tools/false_refusals"}

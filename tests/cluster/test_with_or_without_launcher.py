@@ -128,6 +128,7 @@ def without_launcher(undisturbed: WorkDirectory, tmp_path_factory: pytest.TempPa
     return WithoutLauncher(run, out, second)
 
 
+@pytest.mark.heavy
 def test_with_and_without_the_launcher_the_run_has_the_same_bits(undisturbed, without_launcher):
     expected, run = undisturbed.run("code", "default"), without_launcher.run
     assert_same(run, expected)

@@ -299,6 +299,7 @@ print(corpus.n_documents)
 """
 
 
+@pytest.mark.heavy
 def test_more_tars_than_descriptors(tmp_path: Path) -> None:
     """1,371 tars (links to one), read twice by a process that may open 1,024 files."""
     directory = write(tmp_path / "code", documents([9]), documents([9]))

@@ -55,6 +55,7 @@ def test_val_of_a_corpus_is_compared_with_train_of_every_source_and_corpus():
         assert seen_texts(found[name]["val"], train) == set()
 
 
+@pytest.mark.heavy
 def test_val_is_capped_and_a_corpus_that_grows_moves_documents_from_val_to_train_alone():
     texts = prose(1200)
     before: dict[str, list[str]] | None = None

@@ -53,6 +53,7 @@ def test_a_run_without_files_of_tasks_writes_nothing(tmp_path):
     assert not run.noted_files.exists()
 
 
+@pytest.mark.heavy
 @pytest.mark.parametrize(
     ("has_figures", "version", "hidden_seed"), [(False, "2", 0), (True, "1", None)], ids=["new run", "earlier release"]
 )
@@ -81,6 +82,7 @@ def test_a_run_keeps_the_tests_of_our_problems_that_it_began_with(
         loop_tasks(config, run, tokenizer)
 
 
+@pytest.mark.heavy
 def test_prompts_of_a_run_keep_their_content_and_their_number_of_files(tmp_path):
     run = WorkDirectory(tmp_path / "work").run("rlhf", "default")
     run.create()

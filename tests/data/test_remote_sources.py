@@ -51,6 +51,7 @@ def test_rows_behind_urls_and_their_etags(served):
     assert changes(before, inputs_of(source))
 
 
+@pytest.mark.heavy
 def test_a_remote_parquet_costs_its_named_columns(served):
     rng = np.random.default_rng(0)
     letters = rng.integers(97, 123, (4000, 600), np.uint8)

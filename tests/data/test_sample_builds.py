@@ -68,6 +68,7 @@ def tars(directory: Path) -> dict[str, bytes]:
     return {path.name: path.read_bytes() for path in directory.glob("*.tar")}
 
 
+@pytest.mark.heavy
 @pytest.mark.parametrize(("template", "samples"), [(DROPS, ANSWERS), (KEEPS, 1)])
 def test_each_sample_is_a_document(tmp_path: Path, template: str, samples: int) -> None:
     manifest = read_manifest(build(configuration(tmp_path, template)))

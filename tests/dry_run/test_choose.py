@@ -19,6 +19,7 @@ def auto(*overrides: str):
     return compose_config(["stage=language", "model=large", "parallel=auto", "hardware=h100", *overrides])
 
 
+@pytest.mark.heavy
 def test_the_choice_is_concrete_fits_and_is_the_fastest_that_does():
     config = auto("hardware.memory_gib=20", "stage.micro_batch=2")
     found = candidates(config, 16)
@@ -93,6 +94,7 @@ def test_before_ranks_start_the_choice_is_shown_with_what_it_was_compared_to(col
     assert [word for word in words if word not in shown] == []
 
 
+@pytest.mark.heavy
 def test_offered_layouts_do_not_gather_padding():
     """1,024 ranks that share everything would pad 25 heads to 1,024."""
     assert all(c.layout.dp_shard <= 64 for c in candidates(auto("stage.global_batch=1024"), 1024))

@@ -83,6 +83,7 @@ def test_no_process_is_left(monkeypatch):
     assert not marked(f"mark0-{id(seen)}", MARK)
 
 
+@pytest.mark.heavy
 def test_a_slow_conversation_stops_no_other():
     """Finds a host that steps one conversation at a time."""
     limits = Limits(seconds_a_step=patient(1.0))

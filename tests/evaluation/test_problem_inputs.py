@@ -48,6 +48,7 @@ def test_all_problems_but_one_have_inputs():
     assert all(problem.hidden for problem in own_infills())
 
 
+@pytest.mark.heavy
 def test_inputs_depend_on_the_key_alone():
     """Found: draws from a set, whose order differs between processes, or from a generator that others use too."""
     code = "from tests.evaluation.test_problem_inputs import hash_of_inputs; print(hash_of_inputs())"

@@ -90,6 +90,7 @@ def replace_by_conversations_without_tools(work: WorkDirectory) -> None:
         writer.finish({}, [])
 
 
+@pytest.mark.heavy
 def test_a_val_without_questions_is_named_before_anything_is_asked(work, caplog):
     """Finds an assertion about a mean of nothing, minutes later, and a stage that asks nothing without saying so."""
     replace_by_conversations_without_tools(work)

@@ -69,6 +69,7 @@ def test_trainer_and_engine_differ_by_less_than_half_of_what_they_did(monkeypatc
     assert 0 < error < 0.5 * error_before, (error, error_before)
 
 
+@pytest.mark.heavy
 def test_logits_far_from_zero_are_as_exact_as_others():
     """Of trained models, logits lie around 20 and more, where bf16 has steps of 0.125."""
     errors = {dtype: logprob_error(dtype, offset=32.0) for dtype in ("compute", "fp32")}

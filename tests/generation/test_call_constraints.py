@@ -90,6 +90,7 @@ def test_calls_satisfy_their_tool_and_the_choice(asked: Asked, mode: str):
         assert all(len(message.calls) == 1 for message in turns)
 
 
+@pytest.mark.heavy
 def test_one_call_a_turn_where_calls_may_not_be_parallel(asked: Asked):
     turns = asked.turns(QUESTION, ToolChoice("required", parallel=False), 12)
     assert turns

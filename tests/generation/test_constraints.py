@@ -132,6 +132,7 @@ FORCED = {
 }
 
 
+@pytest.mark.heavy
 @pytest.mark.parametrize("piece_tokens", [256, 4])
 def test_tokens_without_a_choice_are_taken_without_a_pass_of_the_model(
     small_model, tokenizer, grammars, monkeypatch, piece_tokens
@@ -283,6 +284,7 @@ VALUES = st.one_of(
 )
 
 
+@pytest.mark.heavy
 @settings(max_examples=300, deadline=None, database=None, derandomize=True)
 @given(st.dictionaries(st.sampled_from(sorted(PLAIN | NOTES - {"$defs", "definitions"})), VALUES, max_size=4))
 def test_what_is_plainly_valid_is_valid(schema):

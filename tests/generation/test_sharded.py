@@ -125,6 +125,7 @@ def test_an_answer_is_the_same_to_the_last_bit_whatever_it_is_batched_with(engin
             assert answer == together[key]
 
 
+@pytest.mark.heavy
 def test_greedy_answers_are_those_of_one_process(engine, model):
     alone = engine_of(model)
     for place in (alone, engine):
@@ -151,6 +152,7 @@ def test_new_weights_reach_all_ranks(engine, model):
     engine.load_weights(dict(model.named_parameters()), 0)
 
 
+@pytest.mark.heavy
 def test_all_ranks_free_their_caches_and_answer_as_before(engine, model):
     asked = Request("b", [3] * 40, SamplingParams(max_new_tokens=20), seed=4)
     found = []

@@ -84,6 +84,7 @@ def test_a_failing_check_does_not_stop_the_others(checked):
     assert "speed: 12,346 tokens/s" in said[-1]
 
 
+@pytest.mark.heavy
 def test_all_passed(checked):
     assert checked("passes")[0]
 
@@ -156,6 +157,7 @@ def test_a_ctrl_c_ends_the_check_that_runs_and_says_so(monkeypatch, tmp_path):
     assert "SIGINT" in line
 
 
+@pytest.mark.heavy
 def test_what_a_killed_command_started_dies_with_it(tmp_path):
     pids = tmp_path / "out" / "launches" / "pids.json"
     gpu_check = subprocess.Popen([sys.executable, "-c", COMMAND, str(tmp_path / "out")], start_new_session=True)

@@ -61,6 +61,7 @@ def test_an_engine_that_keeps_old_weights_is_found(probe, monkeypatch):
         engine.engine(probe)
 
 
+@pytest.mark.heavy
 def test_a_checkpoint_without_moments_is_found(probe, monkeypatch):
     load = checkpoint.load
     monkeypatch.setattr(checkpoint, "load", lambda path, model, optimizer, config: load(path, model, None, config))

@@ -80,6 +80,7 @@ def test_ids_are_identical_over_real_code(pair: tuple[Tokenizer, LlamaServer]) -
         assert server.tokenize(text) == tokenizer.encode(text)
 
 
+@pytest.mark.heavy
 @settings(max_examples=150, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(text=st.one_of(hard_text, st.text("ab_ =-.#0\n\te", max_size=200)))
 def test_ids_are_identical_over_hard_texts(pair: tuple[Tokenizer, LlamaServer], text: str) -> None:

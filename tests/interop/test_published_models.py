@@ -93,6 +93,7 @@ def their_model(family: str, options: dict[str, Any]) -> Any:
     return model.requires_grad_(requires_grad=False)
 
 
+@pytest.mark.heavy
 @pytest.mark.parametrize("name", MODELS)
 @torch.inference_mode()
 def test_it_comes_in_computes_writes_and_goes_out_the_same(name: str):

@@ -64,6 +64,7 @@ def test_its_file_need_not_repeat_the_name(install: Install, tmp_path: Path, def
     assert (config.stage.name, config.stage.corpus) == ("haiku", "language")
 
 
+@pytest.mark.heavy
 def test_a_value_error_of_its_check_is_a_refusal(install: Install, tmp_path: Path) -> None:
     def check(self: TextStage, config: Config) -> None:
         raise ValueError("stage.steps must be odd")
@@ -94,6 +95,7 @@ def test_a_wrong_stage_is_refused_without_an_address(install: Install, attribute
     assert " at 0x" not in str(refused.value)
 
 
+@pytest.mark.heavy
 def test_a_run_of_an_older_schema_is_refused_in_one_line(install: Install, tmp_path: Path) -> None:
     install()
     config = compose_config(["stage=haiku", *TINY])

@@ -80,6 +80,7 @@ def test_a_run_that_another_command_has_finished_since_the_plan_is_used(work):
     assert {path: path.read_bytes() for path in before} == before
 
 
+@pytest.mark.heavy
 def test_a_run_that_another_command_has_begun_with_other_settings_since_the_plan_is_refused(work):
     planned = plan_of(work, target="language").target
     run = make_run(work, "language", "stage.dropout=0.5", checkpoint=True)

@@ -203,6 +203,7 @@ def test_a_damaged_record_of_an_earlier_release_is_refused_by_its_path(tmp_path:
             verb(work)
 
 
+@pytest.mark.heavy
 @pytest.mark.parametrize("damaged", [b"step_00000010\x80", b"\xff\xfe", b"", b"..", b"step_0000\x000010\n", b"/tmp"])
 def test_a_damaged_pointer_means_the_newest_checkpoint(tmp_path: Path, damaged: bytes) -> None:
     """Finds a pointer whose bytes are trusted: an empty one named the folder itself."""

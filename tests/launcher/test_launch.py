@@ -157,6 +157,7 @@ def test_help_and_the_resolved_configuration_are_shown():
     assert (wrong.returncode, wrong.stderr.count("\n")) == (2, 1)
 
 
+@pytest.mark.heavy
 def test_shell_completion_is_offered():
     done = launch("-sc", "install=bash")
     assert done.returncode == 0

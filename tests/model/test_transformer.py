@@ -148,6 +148,7 @@ def test_dropout_hangs_on_the_sequence_not_on_the_batch() -> None:
     assert not close(whole, model(tokens, dropout=DropoutKey(0.3, 1, 3, key.sequence_B)))
 
 
+@pytest.mark.heavy
 def test_dropout_keeps_the_mean() -> None:
     """Over many steps, the first layer's input averages to the embedding."""
     config = small_config(n_layers=1)

@@ -64,6 +64,7 @@ HEAVY = [
 ]
 
 
+@pytest.mark.heavy
 @pytest.mark.parametrize(("layout", "tied"), [("1x2x1", 0), ("1x1x2+sp", 0), ("1x1x2", 1), *HEAVY])
 def test_dropout_and_rows_of_tokens_do_not_depend_on_the_layout(ranks: RankGroups, layout: str, tied: bool):
     """Finds masks that follow the shard in place of the channel, and rows of tokens that are another rank's."""

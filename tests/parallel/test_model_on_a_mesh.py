@@ -33,6 +33,7 @@ MODEL = model_of((25, 25))
 BF16 = 0.03  # of the gradient; an entry of bf16 has 8 bits
 
 
+@pytest.mark.heavy
 @pytest.mark.parametrize("layout", ["1x1x1", "1x4x1", "1x1x4", "1x2x2", "2x1x2"])
 def test_initial_values_are_the_same_bits_on_any_layout(ranks: RankGroups, layout: str):
     found = ranks.run(layout_of(layout).world_size, initial_weights, MODEL, parallel_of(layout))

@@ -27,6 +27,7 @@ def test_every_model_composes_with_every_stage(model, stage):
     assert config.tokenizer.vocab_size == config.model.vocab_size
 
 
+@pytest.mark.heavy
 @pytest.mark.parametrize("group", ["parallel", "corpus", "tracking", "experiment"])
 def test_every_choice_of_a_group_composes(group):
     for choice in choices(group):
@@ -150,6 +151,7 @@ def test_a_wrong_part_of_the_reward_is_named_by_its_full_key(override, message):
     assert str(refused.value) == message
 
 
+@pytest.mark.heavy
 def test_a_part_of_the_reward_can_be_given_key_by_key():
     together = compose_config(["stage=rlhf", "rlhf.rewards={size: {kind: length, target: 9}}"])
     one_by_one = compose_config(["stage=rlhf", "rlhf.rewards.size.kind=length", "rlhf.rewards.size.target=9"])
@@ -179,6 +181,7 @@ def test_keys_of_the_stage_asked_for_do_not_reach_earlier_stages():
     ]
 
 
+@pytest.mark.heavy
 def test_a_saved_configuration_reads_back_equal(tmp_path):
     config = compose_config(["stage=code", "model=nano", "model.n_kv_heads=1"])
     save_config(config, tmp_path / "config.yaml")

@@ -81,6 +81,7 @@ def test_a_folder_without_groups_and_an_option_without_folder_are_refused(tmp_pa
         choices("corpus", ["hydra.searchpath=['s3://bucket/conf']"])
 
 
+@pytest.mark.heavy
 def test_corpora_can_be_replaced_and_emptied():
     one = "corpus.corpora={code: [{reader: tools, language: x, limit: 3}]}"
     assert list(compose_config(["stage=shards", one]).corpus.corpora) == ["code"]
@@ -165,6 +166,7 @@ def test_a_file_of_another_encoding_is_one_line(lab):
         compose_config([f"hydra.searchpath=['{lab}']", "stage=shards", "corpus=bad"])
 
 
+@pytest.mark.heavy
 def test_a_stage_file_needs_a_copy_of_the_recipe_and_the_error_says_so(lab):
     (lab / "stage" / "drafts.yaml").write_text("defaults: [code, _self_]\n")
     command = [f"hydra.searchpath=['{lab}']", "stage=drafts", "model=nano"]

@@ -54,6 +54,7 @@ def test_a_corpus_of_another_form_is_refused_in_the_plan(work, stage, more, word
     assert str(refused.value).startswith(words)
 
 
+@pytest.mark.heavy
 def test_the_way_out_of_a_corpus_of_another_form_names_a_reader(work):
     given = (TEXTS_ALONE, "stage.corpus=code", "stage.mix=null", "stage.init_from=none")
     with pytest.raises(ConfigError, match=r"has only texts: add a source with reader messages$"):

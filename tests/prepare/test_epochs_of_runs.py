@@ -132,6 +132,7 @@ def test_a_finished_run_of_epochs_is_finished(work):
     assert look(config).action is Action.READY
 
 
+@pytest.mark.heavy
 def test_steps_and_epochs_are_not_both_given():
     with pytest.raises(ConfigError, match=r"stage.steps=.*: expected not together with stage.epochs=3"):
         compose_config(["stage=code", *TINY, "stage.epochs=3", "stage.steps=10"])

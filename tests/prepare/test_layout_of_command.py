@@ -166,6 +166,7 @@ def test_another_number_of_ranks_gets_a_layout_of_its_own():
     assert layout_of(config(nodes=16), before, ranks=4) == "1x64x1"  # as many ranks
 
 
+@pytest.mark.heavy
 def test_the_kept_layout_is_shown_with_the_way_to_another():
     output = io.StringIO()
     with_layout(config(), GPUS, Console(output, live=False), begun(recorded=("parallel.dp_shard=64",)))

@@ -63,6 +63,7 @@ def test_the_plan_says_what_each_phase_reads(work):
     assert look(config, rebuilt=("shards",)).phases == ()
 
 
+@pytest.mark.heavy
 def test_a_phase_that_a_corpus_cannot_fill_is_refused_before_anything_starts(work):
     """Finds a run that ends in its last phase, days after its start, for want of text."""
     with pytest.raises(ConfigError, match=r"max_epochs.language=0.01: phase 2 \(steps 11 to 20\) takes 20 sequences"):
@@ -98,6 +99,7 @@ def test_later_phases_may_change(work, at, phases, overrides):
     assert load_config(run.config).stage.phases == found.config.stage.phases
 
 
+@pytest.mark.heavy
 @pytest.mark.parametrize(
     ("at", "phases", "overrides", "said"),
     [
@@ -120,6 +122,7 @@ def test_a_phase_that_has_begun_may_not(work, at, phases, overrides, said):
         look(config_of(work, phases, *overrides))
 
 
+@pytest.mark.heavy
 def test_a_run_without_phases_keeps_its_mix(work):
     begun(replace(config_of(work, ""), run_id="plain"), 5)
     with pytest.raises(ConfigError, match=r"has taken 5 steps without stage\.phases"):

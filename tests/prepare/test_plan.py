@@ -26,6 +26,7 @@ def test_every_stage_comes_after_those_it_needs():
     assert may_need("tokenizer") == []
 
 
+@pytest.mark.heavy
 def test_in_an_empty_work_directory_everything_is_built(tmp_path):
     command = ["stage=code", f"work_dir={tmp_path}"]
     plan = make_plan("code", lambda stage: compose_config(overrides_of(stage, "code", command)))
@@ -43,6 +44,7 @@ def test_what_is_there_is_used(work):
     }
 
 
+@pytest.mark.heavy
 def test_shards_are_those_that_the_stages_read(work):
     shutil.rmtree(work.corpus("tools"))
     assert actions(plan_of(work))["shards"] is Action.READY
@@ -82,6 +84,7 @@ def test_actors_for_tasks_that_no_stage_has_are_refused(work, actors):
     plan_of(work, "eval.pool.actors=1", target="tokenizer")  # trains no model
 
 
+@pytest.mark.heavy
 def test_a_run_whose_newest_checkpoint_was_removed_continues_from_the_one_before_with_the_same_settings(work):
     run = make_run(work, "language", checkpoint=True)
     newest = run.checkpoints / checkpoint_files.step_name(10)
@@ -145,11 +148,13 @@ def test_a_finished_earlier_stage_of_another_model_is_refused(work):
         plan_of(work)
 
 
+@pytest.mark.heavy
 def test_prerequisites_fail_names_the_commands(work):
     with pytest.raises(ConfigError, match=r"needs language first: run `python -m dist_lm.launch stage=language`"):
         plan_of(work, "prerequisites=fail")
 
 
+@pytest.mark.heavy
 @pytest.mark.parametrize(
     ("change", "words"),
     [("stage.lr=0.5", "stage.lr=0.5 (was 0.03)"), ("seed=3", "seed"), ("stage.dropout=0.5", "stage.dropout=0.5")],

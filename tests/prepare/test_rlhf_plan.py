@@ -85,6 +85,7 @@ def test_rlhf_needs_rankings_and_a_reward_model_only_where_it_asks_them(work):
     assert "rankings" in actions(given)  # its prompts
 
 
+@pytest.mark.heavy
 def test_what_rlhf_is_given_and_is_not_there_is_refused_before_anything_starts(work):
     with pytest.raises(ArtefactError, match=r"/nowhere: no checkpoint there"):
         plan_of(work, *IN_256, "rlhf.reward_model=/nowhere", target="rlhf")
@@ -258,6 +259,7 @@ def test_keys_of_rlhf_belong_to_that_stage_alone(work):
         plan_of(work, *IN_256, *FUNCTION_ONLY, "rlhf.value_head=reward_model", target="rlhf")
 
 
+@pytest.mark.heavy
 def test_a_part_of_the_reward_that_one_of_two_runs_has_is_one_difference():
     old = compose_config(["stage=rlhf", *TINY_MODEL])
     new = compose_config(

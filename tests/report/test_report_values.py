@@ -227,6 +227,7 @@ def test_attempts_failures_and_checkpoints_are_on_the_timeline(work):
     assert all(0 <= item.start <= 100 and item.start + item.width <= 100.5 for item in timeline.lanes[0].items)
 
 
+@pytest.mark.heavy
 def test_a_family_of_metrics_is_one_chart_and_runs_that_are_compared_share_one(work, tmp_path):
     run = read_run(work.run("code", "default"), "first")
     chart = next(c for c in charts_of({"code": [run]}, [run])[0].charts if c.name == "val/bits_per_byte")
@@ -259,6 +260,7 @@ def test_titles_of_all_metrics_differ_within_a_stage():
         assert len({readable_title(name) for name in names}) == len(names)
 
 
+@pytest.mark.heavy
 def test_a_chart_has_at_most_eight_lines_and_no_line_is_lost(tmp_path):
     run = make_run(WorkDirectory(tmp_path), "code", "default", steps=20)
     parts = [f"val/bits_per_byte_language{part:02}" for part in range(13)]
@@ -274,6 +276,7 @@ def test_a_chart_has_at_most_eight_lines_and_no_line_is_lost(tmp_path):
     assert len({line.label for chart in charts for line in chart.lines}) == 14
 
 
+@pytest.mark.heavy
 def test_only_what_is_wrong_has_the_colour_of_a_warning(tmp_path):
     run = make_run(WorkDirectory(tmp_path), "code", "default", steps=20)
     lines = [{"step": n, "time": n, "train/loss": 1 / n, "train/skipped_steps": 0} for n in range(1, 5001)]
@@ -313,6 +316,7 @@ def test_no_secret_is_in_it(page):
     assert "hunter2" not in page
 
 
+@pytest.mark.heavy
 def test_a_name_of_a_run_cannot_end_the_data(tmp_path):
     run = make_run(WorkDirectory(tmp_path), "language", "default", steps=20)
     write_lines(run.metrics, [{"step": n, "time": n, f"val/loss_{HOSTILE}": n} for n in range(1, 9)])

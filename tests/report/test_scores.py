@@ -2,6 +2,8 @@
 
 import re
 
+import pytest
+
 from dist_lm.config.root import save_config
 from dist_lm.evaluation.comparison import compared_tasks
 from dist_lm.prepare.compose import compose_config
@@ -21,6 +23,7 @@ def scored(model: str, values: list[float]) -> dict:
     }
 
 
+@pytest.mark.heavy
 def test_scores_and_comparisons_are_shown(tmp_path):
     run = WorkDirectory(tmp_path).run("evaluate", "both")
     run.create()

@@ -110,6 +110,7 @@ def drawn_under(
 # --- whole iterations ---
 
 
+@pytest.mark.heavy
 @pytest.mark.usefixtures("one_rank")
 @pytest.mark.parametrize(
     ("algorithm", "kind", "filters"),

@@ -78,6 +78,7 @@ def test_the_share_of_forward_passes_is_told():
     assert (shares[0], max(shares) > 0.7, max(shares) <= 1) == (0.0, True, True)
 
 
+@pytest.mark.heavy
 def test_the_first_ratio_is_1_also_where_the_first_update_sees_a_part():
     made = ran(replace(SHORT, micro_batch_tokens=30), 2)
     for report in made.reports:
@@ -91,6 +92,7 @@ def test_no_token_ends_a_completion_with_ignore_eot(ignore_eot):
     assert (made.metric("rlhf/new_tokens_min") == [SHORT.max_new_tokens]) == ignore_eot
 
 
+@pytest.mark.heavy
 def test_rollouts_are_drawn_without_filters_and_by_seeds_of_prompt_and_sample():
     asked: list[Request] = []
 
@@ -133,6 +135,7 @@ def test_parts_are_logged_apart_and_the_reward_model_is_normalised_by_the_refere
             assert report.metrics[f"rlhf/part_{name}"] == pytest.approx(float(score_B.mean()), abs=1e-6)
 
 
+@pytest.mark.heavy
 def test_a_scale_that_is_known_before_the_first_iteration_is_used_from_there_on():
     made, other = toy(WITH_REWARD_MODEL, 2, reward_model=True), ran(WITH_REWARD_MODEL, 1, reward_model=True)
     made.state = replace(made.state, reward_scale=RewardScale(2.0, 4.0))
@@ -238,6 +241,7 @@ def test_updates_do_not_depend_on_how_rollouts_are_cut():
         assert parts.metric(name) == pytest.approx(whole.metric(name), abs=1e-5), name
 
 
+@pytest.mark.heavy
 def test_passes_end_where_the_policy_has_gone_far_enough():
     far = replace(SHORT, epochs=6, lr=1e-2)
     assert ran(far, 1).metric("rlhf/updates") == [12]
@@ -255,6 +259,7 @@ def test_an_entropy_bonus_keeps_the_distribution_wide():
     assert wide.metric("rlhf/entropy")[-1] > plain.metric("rlhf/entropy")[-1] + 0.01
 
 
+@pytest.mark.heavy
 def test_an_adaptive_coefficient_moves_towards_its_target_and_is_used():
     used: list[float] = []
 
@@ -361,6 +366,7 @@ def test_a_stop_is_obeyed_after_an_iteration_whose_state_is_saved():
     assert made.saved == [state]
 
 
+@pytest.mark.heavy
 def test_the_best_iteration_is_remembered():
     made = ran(SHORT, 4, save_every=2)
     rewards = made.metric("rlhf/reward_mean")

@@ -66,6 +66,7 @@ def gradient_of_the_mean_loss() -> dict[str, torch.Tensor]:
     return {name: parameter.grad for name, parameter in model.named_parameters() if parameter.grad is not None}
 
 
+@pytest.mark.heavy
 @pytest.mark.parametrize("micro_batch_tokens", [30, 8192])
 def test_the_gradient_is_that_of_ppo_and_the_coefficient_times_that_of_the_mean_loss(micro_batch_tokens):
     plain, without = first_gradient(0.0, micro_batch_tokens)

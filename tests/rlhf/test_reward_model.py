@@ -126,6 +126,7 @@ def test_packed_trees_score_as_separate_forwards(model: Transformer, rankings: R
     assert score_PK[batch.ranked.exists_PK].std() > 0.1  # scores that differ, so that a mix-up would show
 
 
+@pytest.mark.heavy
 def test_the_loss_is_that_of_all_choices_and_does_not_depend_on_the_cut(
     model: Transformer, rankings: RankingCorpus
 ) -> None:

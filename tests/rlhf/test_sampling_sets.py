@@ -40,6 +40,7 @@ def ran(config: RlhfConfig, iterations: int) -> Toy:
 # --- whole iterations ---
 
 
+@pytest.mark.heavy
 @pytest.mark.usefixtures("one_rank")
 @pytest.mark.parametrize("algorithm", ALGORITHMS)
 @pytest.mark.parametrize("filters", FILTERS.values(), ids=FILTERS)
@@ -66,6 +67,7 @@ def test_without_filters_nothing_is_kept():
     assert not {"rollout/set_bytes", "rollout/forced_rate"} & report.metrics.keys()
 
 
+@pytest.mark.heavy
 @pytest.mark.usefixtures("one_rank")
 def test_stale_rollouts_are_weighed_within_their_own_sets():
     """The sets are those of the older weights, so trainer and engine differ by the weights and by nothing else."""
@@ -76,6 +78,7 @@ def test_stale_rollouts_are_weighed_within_their_own_sets():
     assert moved.reports[2].updates[0]["ratio_mean"] == pytest.approx(1, abs=1e-6)
 
 
+@pytest.mark.heavy
 @pytest.mark.usefixtures("one_rank")
 @pytest.mark.parametrize("algorithm", ["grpo", "dapo"])
 def test_a_run_goes_on_from_a_checkpoint_to_the_bit(algorithm):

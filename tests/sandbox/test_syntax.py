@@ -130,6 +130,7 @@ def process_of_parser() -> int:
     return parser._process.pid
 
 
+@pytest.mark.heavy
 def test_a_text_that_takes_a_minute_and_gigabytes_does_not_parse():
     text = nested_finally(25)
     assert len(text) < 1_500

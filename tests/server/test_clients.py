@@ -163,6 +163,7 @@ def test_of_two_tokens_with_one_text_the_likelier_is_told(server: Running):
     assert value["top_logprobs"][0]["\ufffd"] == -0.5
 
 
+@pytest.mark.heavy
 def test_penalties_are_those_of_the_engine(client: openai.OpenAI, server: Running):
     """Finds a penalty that is accepted and does nothing, or another one in its place."""
     ids = [5, 6, 7]

@@ -126,6 +126,7 @@ def test_more_requests_than_the_server_takes_are_told_to_come_back(model, loaded
         assert client.chat.completions.create(model="small", messages=MESSAGES, max_tokens=1).choices
 
 
+@pytest.mark.heavy
 def test_a_stop_ends_what_runs_within_a_bound(model, loaded):
     """Finds a server that waits for its longest answer."""
     with served(model, loaded, LOCAL) as running:

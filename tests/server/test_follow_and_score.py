@@ -120,6 +120,7 @@ def test_names_belong_to_models_and_memory_is_compared(run: RunDirectory):
         check_memory(models, replace(OPTIONS, cache_tokens=10**12))
 
 
+@pytest.mark.heavy
 def test_scores_are_those_of_the_reward_model(run: RunDirectory, model: Transformer, loaded: LoadedModel):
     """Finds another layout of the turn than in training, and scores in another order."""
     config = replace(compose_config(["stage=code", *TINY, "model.init_std=0.2"]).model, head="scalar")

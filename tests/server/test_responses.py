@@ -28,6 +28,7 @@ CLOCK: Any = {
 }
 
 
+@pytest.mark.heavy
 def test_a_response_has_the_answer_of_a_chat(client: openai.OpenAI):
     """Finds another prompt or other parameters than those of /v1/chat/completions."""
     extra: Any = {"seed": 3, **IDS}

@@ -124,6 +124,7 @@ WHOLE = [
 ]
 
 
+@pytest.mark.heavy
 @pytest.mark.parametrize(("options", "add"), WHOLE, ids=str)
 def test_weights_that_are_stored_whole_replace_those_of_the_base(
     options: dict, add: int, work: WorkDirectory, tmp_path: Path

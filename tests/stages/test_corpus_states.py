@@ -152,6 +152,7 @@ def test_a_plan_without_the_hub_says_so(work: WorkDirectory, monkeypatch: pytest
         shards.STAGE.inspect(config)
 
 
+@pytest.mark.heavy
 def test_a_corpus_that_is_built_again_alone_holds_no_val_of_the_others(work: WorkDirectory, tmp_path: Path) -> None:
     """The other corpora stay as they are, so they cannot drop what its new inputs contain."""
     first, second = tmp_path / "a.jsonl", tmp_path / "b.jsonl"
@@ -320,6 +321,7 @@ def test_a_file_that_grows_while_it_is_tokenized_is_read_up_to_its_old_end(
     assert not [text for text in val if any(text in other for other in train)]
 
 
+@pytest.mark.heavy
 @pytest.mark.usefixtures("uncached")
 @pytest.mark.parametrize("kind", ["replaced", "shrunk", "deleted"])
 def test_a_file_that_changes_while_it_is_tokenized_ends_the_build_without_a_corpus(
@@ -341,6 +343,7 @@ def test_a_file_that_changes_while_it_is_tokenized_ends_the_build_without_a_corp
     assert read_manifest(work.corpus("mine")).ingest["languages"]["english"]["seen"] == 100
 
 
+@pytest.mark.heavy
 @pytest.mark.usefixtures("uncached")
 @pytest.mark.parametrize("workers", [1, 2])
 def test_a_build_does_not_go_on_behind_tars_of_other_documents(
@@ -411,6 +414,7 @@ def killed_after(documents: int) -> Callable[[Tokenizer, Document], TokenizedDoc
     return encode
 
 
+@pytest.mark.heavy
 def test_val_begins_behind_the_last_tar_of_train(
     work: WorkDirectory, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

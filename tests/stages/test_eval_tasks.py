@@ -75,6 +75,7 @@ def test_tasks_change_nothing_of_the_training(trained):
     assert result["metrics"].keys() - other["metrics"].keys() >= {"eval/own_sql/pass@1", "eval/own_bash/high"}
 
 
+@pytest.mark.heavy
 def test_every_figure_is_there_once_with_its_interval(trained):
     run, _ = trained
     names = {f"eval/{task}/{end}" for task in ("own_sql", "own_bash") for end in ("pass@1", "low", "high")}

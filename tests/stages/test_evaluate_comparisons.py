@@ -21,6 +21,7 @@ def asking_of(tokenizer: Tokenizer, context: int = 256) -> Asking:
     return Asking.greedy(tokenizer, context, True, 9)
 
 
+@pytest.mark.heavy
 def test_a_question_about_tools_has_one_id_whatever_fits_the_context(tiny_work):
     tokenizer, folder = Tokenizer.load(tiny_work.tokenizer_model), tiny_work.corpus("tools")
     wide = {item.id: item.prompt for item in tool_items(asking_of(tokenizer), folder)}

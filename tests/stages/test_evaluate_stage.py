@@ -289,6 +289,7 @@ def answer(request: Request, index: int, text: str) -> Answer:
     return Answer(request.id, index, len(request.prompt), (1, 2), text, (0.0,), (0.0,), "stop", request.seed, 0)
 
 
+@pytest.mark.heavy
 def test_reference_solutions_pass_and_seeds_belong_to_task_and_question(evaluation):
     settings = ("stage.tasks=[own_sql]", "stage.n=4", "stage.k=[1,3]", "stage.temperature=1")
     work = evaluation("run_id=references", *settings)

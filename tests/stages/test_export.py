@@ -176,6 +176,7 @@ def test_an_earlier_export_is_replaced_and_nothing_else(work: WorkDirectory, tmp
         export(run.path, tmp_path / "other", "fp8")
 
 
+@pytest.mark.heavy
 def test_a_model_without_an_architecture_is_refused(work: WorkDirectory, tmp_path: Path):
     run = untrained(work)
     checkpoint = files.find_checkpoint(run.path)

@@ -106,6 +106,7 @@ def test_corpora_of_another_layout_are_not_used(snapshot: Path, tiny_work: WorkD
     assert tokenizer.decode(render(CHAT, tokenizer).tokens).startswith("system\nYou help.")
 
 
+@pytest.mark.heavy
 def test_a_template_of_our_own_layout_is_not_kept(snapshot: Path, tiny_work: WorkDirectory, tmp_path: Path):
     from dist_lm.chat.template import chat_template
 
@@ -120,6 +121,7 @@ def test_a_template_of_our_own_layout_is_not_kept(snapshot: Path, tiny_work: Wor
         prompt(Conversation(CHAT.messages[:1]), load_model(broken.path).tokenizer)
 
 
+@pytest.mark.heavy
 def test_chats_are_answered_in_the_kept_layout(snapshot: Path, tmp_path: Path):
     """`stage=generate stage.chat=true` and `dist-lm generate --chat`; --tools needs calls that can be read."""
     run = import_model(str(snapshot), "mine", WorkDirectory(tmp_path / "work"))

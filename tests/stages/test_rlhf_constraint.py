@@ -78,6 +78,7 @@ def test_the_file_is_noted_so_that_a_resumed_run_refuses_another(tmp_path):
     assert not settings_of().noted_files
 
 
+@pytest.mark.heavy
 def test_calls_without_tools_are_refused_before_the_run_and_by_the_ranks(tiny_work, tmp_path):
     """Finds a constraint that constrains nothing, because a column of tools has another name."""
     file = tmp_path / "rows.jsonl"
@@ -119,6 +120,7 @@ def test_prompts_of_a_corpus_offer_the_tools_that_their_tokens_hold(tiny_work):
     assert not prompts_of(tiny_work, "stage.corpus=tools", "rlhf.max_new_tokens=16")[1].tools
 
 
+@pytest.mark.heavy
 def test_prompts_of_a_file_offer_the_tools_of_their_rows(tiny_work, tmp_path):
     file = tmp_path / "rows.jsonl"
     rows = [{"prompt": f"Say {i}"} | ({"tools": [TOOL_ROW]} if i % 2 else {}) for i in range(60)]

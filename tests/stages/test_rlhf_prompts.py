@@ -64,6 +64,7 @@ def test_a_corpus_of_texts_has_no_prompts(tiny_work):
         read(tiny_work, "stage.corpus=code")
 
 
+@pytest.mark.heavy
 def test_of_a_file_a_share_is_held_out_and_never_trained_on(tiny_work, tmp_path):
     file = requests(tmp_path / "requests.jsonl", 200)
     train, held_out, _ = read(tiny_work, file, "rlhf.held_out_prompts=1000")
@@ -75,6 +76,7 @@ def test_of_a_file_a_share_is_held_out_and_never_trained_on(tiny_work, tmp_path)
     assert (len(train), len(held_out)) == (200, 3)
 
 
+@pytest.mark.heavy
 def test_prompts_without_room_for_an_answer_are_left_out_loudly(tiny_work, tmp_path, caplog):
     file = tmp_path / "requests.txt"
     file.write_text("short\n" * 1 + "a much longer request than the model has room for " * 20 + "\n")
@@ -86,6 +88,7 @@ def test_prompts_without_room_for_an_answer_are_left_out_loudly(tiny_work, tmp_p
         read(tiny_work, f"rlhf.prompts_from={file}", f"rlhf.held_out_from={file}")
 
 
+@pytest.mark.heavy
 def test_a_file_without_prompts_for_training_is_refused_with_the_reason(tiny_work, tmp_path, monkeypatch):
     file = requests(tmp_path / "requests.jsonl", 2)
     monkeypatch.setattr("dist_lm.stages.rlhf.prompts.HELD_OUT_OF", 1)
@@ -147,6 +150,7 @@ def settings_of(*overrides: str) -> RlhfRunConfig:
     return config
 
 
+@pytest.mark.heavy
 def test_each_prompt_of_a_file_keeps_its_row_and_turns_on_both_sides(tiny_work, tmp_path):
     """Equal prompts too: their rows may differ."""
     rows = [{"prompt": [SYSTEM, {"role": "user", "content": f"Say {i // 2}"}], "answer": str(i)} for i in range(80)]

@@ -92,6 +92,7 @@ def leaks(order: list[Path]) -> Iterator[tuple[str, str, str]]:
             yield from ((folder.name, other.name, val) for val in found)
 
 
+@pytest.mark.heavy
 def test_two_data_sets_of_one_name_and_back(empty: WorkDirectory, tmp_path: Path) -> None:
     """Finds a finished corpus that the second data set changes, and one that is not found again."""
     ours, theirs = write_texts(tmp_path / "a.jsonl", texts(1)), write_texts(tmp_path / "b.jsonl", texts(2))
@@ -106,6 +107,7 @@ def test_two_data_sets_of_one_name_and_back(empty: WorkDirectory, tmp_path: Path
     assert hashes(empty.corpus("code")) == before
 
 
+@pytest.mark.heavy
 def test_the_val_fraction_of_one_changes_nothing_of_others(empty: WorkDirectory, tmp_path: Path) -> None:
     """Finds corpora that share one fingerprint: then a setting of one makes all others stale."""
     corpora = {
@@ -186,6 +188,7 @@ def test_conversations_and_texts_hold_no_val_of_each_other(empty: WorkDirectory,
     assert [text for text in decoded(order[0], "train") if text.strip() in trained]
 
 
+@pytest.mark.heavy
 def test_sources_of_earlier_corpora_need_not_be_there(empty: WorkDirectory, tmp_path: Path) -> None:
     """Finds a comparison that reads the sources of finished corpora again."""
     first = write_texts(tmp_path / "a.jsonl", texts(1))
@@ -198,6 +201,7 @@ def test_sources_of_earlier_corpora_need_not_be_there(empty: WorkDirectory, tmp_
     assert read_manifest(new).recipe.compared == {"language": read_manifest(old).splits["val"].content}
 
 
+@pytest.mark.heavy
 def test_a_corpus_is_compared_with_the_other_content_of_the_corpus_beside_it(
     empty: WorkDirectory, tmp_path: Path
 ) -> None:
@@ -318,6 +322,7 @@ def test_corpora_of_earlier_releases_are_found(empty: WorkDirectory, tmp_path: P
     assert hashes(empty.corpus("language")) == before["language"]
 
 
+@pytest.mark.heavy
 def test_a_new_data_set_beside_an_old_corpus_drops_its_val(empty: WorkDirectory, tmp_path: Path) -> None:
     old = config_of(empty, {"code": [write_texts(tmp_path / "a.jsonl", texts(1))]})
     folder = build(old)["code"]
@@ -427,6 +432,7 @@ def test_a_larger_share_is_named_where_conversations_train_on_the_few_prompts_th
     assert second != first
 
 
+@pytest.mark.heavy
 def test_a_data_set_whose_val_all_stands_in_train_of_an_earlier_one_is_refused(
     empty: WorkDirectory, tmp_path: Path
 ) -> None:

@@ -48,6 +48,7 @@ def test_it_needs_conversations_and_a_start_alone(work):
         plan_of(work, f"stage.init_from={start.path}", "stage.corpus=code", target="sft")
 
 
+@pytest.mark.heavy
 def test_steps_of_the_command_replace_the_epochs_of_the_file():
     assert compose_config(["stage=sft", *TINY, "stage.steps=7"]).stage.steps == 7
     with pytest.raises(ConfigError, match=r"not together with stage\.epochs=2"):

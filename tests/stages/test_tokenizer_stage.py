@@ -52,6 +52,7 @@ def test_training_reads_at_most_twice_what_it_is_told_to_learn_from(tmp_path: Pa
     assert min(GIVEN["a"], GIVEN["b"]) > 60_000
 
 
+@pytest.mark.heavy
 def test_a_given_tokenizer_is_copied_as_it_is_and_the_vocabulary_follows_it(tmp_path: Path, given_json: Path) -> None:
     for named in (given_json, given_json.parent):
         config = config_for(tmp_path / "work", f"tokenizer={named}")
@@ -78,6 +79,7 @@ def test_a_given_tokenizer_without_text_has_no_figures(tmp_path: Path, given_jso
     assert STAGE.inspect(config).detail == "320 pieces"
 
 
+@pytest.mark.heavy
 def test_another_tokenizer_than_the_one_that_is_there_is_refused_with_the_ways_out(
     tmp_path: Path, given_json: Path
 ) -> None:
@@ -105,6 +107,7 @@ def test_the_vocabulary_of_the_model_is_checked_against_a_given_tokenizer(tmp_pa
         STAGE.inspect(config_for(tmp_path / "work", "tokenizer=keep"))
 
 
+@pytest.mark.heavy
 def test_other_pieces_are_another_tokenizer(tmp_path: Path) -> None:
     keys = ("model.vocab_size=512", "tokenizer.train_bytes=100000")
     base = config_for(tmp_path / "work", *keys, sources={"code": [source("a")]})
@@ -156,6 +159,7 @@ def test_marks_are_appended_and_counted(tmp_path: Path, given_json: Path) -> Non
     assert STAGE.inspect(config).ready
 
 
+@pytest.mark.heavy
 def test_a_trained_tokenizer_is_kept_while_the_corpora_change(work: WorkDirectory) -> None:
     before = work.tokenizer_model.read_bytes()
     config = config_for(work.path, "tokenizer=keep")

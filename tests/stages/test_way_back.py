@@ -88,6 +88,7 @@ CASES = [
 ]
 
 
+@pytest.mark.heavy
 @pytest.mark.parametrize(("family", "tokenizer", "changes"), CASES, ids=str)
 def test_what_transformers_saves_of_an_export_comes_back(
     family: str, tokenizer: str, changes: dict, work: WorkDirectory, tmp_path: Path
@@ -155,6 +156,7 @@ def test_adapters_that_trl_saves_come_back(work: WorkDirectory, tmp_path: Path):
     assert any(not torch.equal(first[name], value) for name, value in one.items())
 
 
+@pytest.mark.heavy
 def test_tokens_that_were_added_come_back_behind_ours(work: WorkDirectory, tmp_path: Path):
     folder, again = exported(work, tmp_path), tmp_path / "again"
     model = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype="float32")
@@ -179,6 +181,7 @@ def test_tokens_that_were_added_come_back_behind_ours(work: WorkDirectory, tmp_p
 # --- tokenizer.json as the only file of a SentencePiece model ---
 
 
+@pytest.mark.heavy
 @pytest.mark.parametrize("options", [{}, {"add_dummy_prefix": False}, {"user_defined_symbols": ["<mine>"]}], ids=str)
 def test_ids_of_a_sentencepiece_model_come_back(options: dict, tmp_path: Path):
     """`LlamaTokenizer` writes other steps than the converter of `AutoTokenizer`."""

@@ -33,6 +33,7 @@ def plain(document: TokenizedDocument) -> tuple:
     return document.tokens.tolist(), document.n_bytes, document.language, document.source, document.licence
 
 
+@pytest.mark.heavy
 @pytest.mark.usefixtures("small_chunks")
 def test_processes_give_what_one_process_gives_in_order(model_path: Path, tokenizer: Tokenizer) -> None:
     expected = [plain(tokenizer.encode_document(document)) for document in documents(500)]
@@ -48,6 +49,7 @@ def test_little_text_starts_no_process(model_path: Path, count: int) -> None:
         assert not multiprocessing.active_children()
 
 
+@pytest.mark.heavy
 @pytest.mark.usefixtures("small_chunks")
 def test_input_is_read_only_a_little_ahead_and_leaving_early_stops_the_processes(model_path: Path) -> None:
     read = 0

@@ -67,6 +67,7 @@ def test_ids_are_those_of_transformers_over_hard_texts(ours: Tokenizer, theirs: 
     assert ours.decode(ours.encode(text)) == text
 
 
+@pytest.mark.heavy
 @settings(max_examples=200)
 @given(text=hard_text)
 @example(text="".join((*SPECIAL, *MARKS)))

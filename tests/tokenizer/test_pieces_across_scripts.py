@@ -32,6 +32,7 @@ def test_pieces_cross_scripts_and_are_longer(across: Tokenizer) -> None:
     assert not [piece for piece in learned if " " in piece.lstrip(" ")]
 
 
+@pytest.mark.heavy
 def test_it_is_denser(across: Tokenizer, tmp_path: Path) -> None:
     train_tokenizer(stdlib_texts(), tmp_path / "t.model", TokenizerConfig(vocab_size=4000))
     plain = Tokenizer.load(tmp_path / "t.model")

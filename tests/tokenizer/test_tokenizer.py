@@ -17,6 +17,7 @@ from tests.tokenizer.longest_first import longest_first
 from tests.tokenizer.stdlib_text import stdlib_texts
 
 
+@pytest.mark.heavy
 @settings(max_examples=400)
 @given(text=hard_text)
 @example(text="")
@@ -57,12 +58,14 @@ def test_no_proper_suffix_of_a_symbol_begins_another_symbol() -> None:
     ]
 
 
+@pytest.mark.heavy
 @settings(max_examples=300)
 @given(text=st.lists(st.sampled_from([*SHEBANGS, *INDENTS, *OPERATORS, "\n", " ", "\t", "x", "#!"])).map("".join))
 def test_engines_that_match_the_longest_symbol_first_give_the_same_ids(tokenizer: Tokenizer, text: str) -> None:
     assert longest_first(text, tokenizer) == tokenizer.encode(text)
 
 
+@pytest.mark.heavy
 def test_the_same_ids_over_real_code(tokenizer: Tokenizer) -> None:
     for text in stdlib_texts()[:60]:
         assert longest_first(text, tokenizer) == tokenizer.encode(text)

@@ -25,6 +25,7 @@ def small_texts() -> list[str]:
     return [" ".join(random.Random(n).choices(WORDS, k=200)) + "\n" for n in range(20)]
 
 
+@pytest.mark.heavy
 def test_the_same_texts_give_the_same_bytes(model_path: Path, tmp_path: Path) -> None:
     again = tmp_path / "tokenizer.model"
     train_tokenizer(iter(stdlib_texts()), again, TokenizerConfig(vocab_size=2000))

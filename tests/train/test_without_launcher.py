@@ -86,6 +86,7 @@ def test_several_nodes_are_recorded_too(work):
     assert Layout.recorded(recorded.parallel) == Layout(1, 2, 2)
 
 
+@pytest.mark.heavy
 def test_rank_0_holds_both_locks_of_its_run_until_it_ends(work):
     arguments = [*LANGUAGE, f"work_dir={work.path}"]
     with ExitStack() as locks:
@@ -99,6 +100,7 @@ def test_rank_0_holds_both_locks_of_its_run_until_it_ends(work):
         pass
 
 
+@pytest.mark.heavy
 def test_a_finished_run_has_nothing_left_to_train(work):
     make_run(work, "language", done=True)
     output = io.StringIO()
@@ -164,6 +166,7 @@ def test_a_missing_stage_is_refused_with_the_command_that_makes_it(work):
     assert recorded == in_folders(with_layout(composed, 2))
 
 
+@pytest.mark.heavy
 def test_missing_corpora_are_made_by_the_launcher(tmp_path):
     said = refusal(WorkDirectory(tmp_path / "empty"), *LANGUAGE)
     assert said.startswith("stage=language needs tokenizer, shards first: run `python -m dist_lm.launch stage=shards ")
@@ -282,6 +285,7 @@ def test_rank_0_prints_progress_and_what_a_stopped_run_continues_from(work, monk
     assert errors.getvalue() == "a line\n"
 
 
+@pytest.mark.heavy
 def test_rank_0_says_what_it_does_while_it_makes_no_step(work, monkeypatch):
     """Finds torchrun silent for minutes while log-probabilities of the reference are computed."""
     monkeypatch.setattr(train, "PROGRESS_EVERY_S", 0.01)

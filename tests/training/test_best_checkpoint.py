@@ -59,12 +59,14 @@ def test_a_score_that_is_no_number_is_never_the_best(trained, tmp_path, broken: 
     assert best.name == checkpoint_files.step_name(2)
 
 
+@pytest.mark.heavy
 def test_the_last_score_is_on_the_same_sequences_as_the_others(trained):
     state, evaluations = trained(["stage.eval_sequences=4"], [3.0, 3.0, 1.0, 2.0])
     assert evaluations == [False, False, True, False]
     assert (state.best_step, state.best_val_loss) == (3, 2.0)
 
 
+@pytest.mark.heavy
 def test_all_sequences_are_evaluated_once_at_the_end(trained):
     state, evaluations = trained(["stage.eval_sequences=0"], [3.0, 3.0, 2.0])
     assert evaluations == [False, False, True]

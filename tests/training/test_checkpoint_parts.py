@@ -107,6 +107,7 @@ def test_a_missing_tensor_another_shape_and_a_short_file_are_refused_by_name(tmp
         read(tmp_path, {"model.line": torch.zeros(9)})
 
 
+@pytest.mark.heavy
 def test_a_file_that_shrinks_while_it_is_read_is_an_error(tmp_path: Path):
     """Finds a file that is mapped: where it ends before its mapping, the kernel ends the process (SIGBUS)."""
     write_parts(tmp_path, {"model.line": np.zeros(1 << 20, np.float32)}, {"model.line": [[0, 1 << 20]]})

@@ -30,6 +30,7 @@ class FirstLossError(Exception):
     pass
 
 
+@pytest.mark.heavy
 @pytest.mark.parametrize("offload", [False, True], ids=["plain", "FSDP"])
 def test_at_most_seven_frames_lead_from_the_loop_to_the_loss(one_rank, tmp_path, monkeypatch, offload):
     config = compose_config(["stage=language", *TINY, "stage.steps=1", "stage.label_smoothing=0.1"])

@@ -189,6 +189,7 @@ def slopes(base_width: int | None, optimizer: str) -> list[float]:
     return ((x[:, None] * y).sum(0) / x.square().sum()).tolist()
 
 
+@pytest.mark.heavy
 @pytest.mark.parametrize("optimizer", OPTIMIZERS)
 def test_steps_move_activations_alike_at_every_width(optimizer):
     """The coordinate check of Yang & Hu 2022, appendix D.1."""

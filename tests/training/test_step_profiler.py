@@ -121,6 +121,7 @@ def test_steps_that_no_run_has_are_refused(steps):
         compose_config(["stage=language", "model=nano", "stage.steps=20", f"profile.steps={steps}"])
 
 
+@pytest.mark.heavy
 def test_a_run_that_continues_may_profile_other_steps():
     old, new = (compose_config(["stage=language", "model=nano", f"profile.steps={steps}"]) for steps in ("[]", "[2,3]"))
     assert differing_keys(old, new, "", FREE_KEYS) == []

@@ -150,6 +150,7 @@ def test_a_text_of_special_meaning_is_text_and_a_cut_list_says_so(
     assert "more places than --most 5" in caplog.text
 
 
+@pytest.mark.heavy
 def test_text_of_another_tokenizer_is_refused(work: WorkDirectory):
     """Finds tokens that are shown as the text of a tokenizer that the corpus was not written with."""
     run = prepare(work, "replaced", "stage.steps=4", "stage.init_from=none", stage="code")

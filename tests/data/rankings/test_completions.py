@@ -39,6 +39,7 @@ def test_the_example_of_the_module(tmp_path: Path) -> None:
     assert silent.tokens_S.tolist() == [3, 2, 0]
 
 
+@pytest.mark.heavy
 def test_every_branch_is_its_prompt_and_its_completion(rankings: RankingCorpus) -> None:
     """A batch of more completions than a byte counts."""
     reference = SplitReference(

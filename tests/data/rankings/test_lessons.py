@@ -25,6 +25,7 @@ def test_without_noise_a_ranking_is_itself() -> None:
     assert lesson(arrays, "rankings", 0.0, seed=3, number=5) is arrays
 
 
+@pytest.mark.heavy
 def test_neighbours_change_places_with_the_given_probability() -> None:
     found = [tuple(noisy(ranked(0, 1), 0.2, word).ranks.tolist()) for word in range(4000)]
     assert set(found) == {(0, 1), (1, 0)}

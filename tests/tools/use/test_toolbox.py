@@ -125,6 +125,7 @@ def test_a_long_result_is_cut_and_says_so(box):
     assert cut.endswith(" ... (cut: 100 of 15,000 characters)")
 
 
+@pytest.mark.heavy
 def test_a_function_that_hangs_is_ended_with_all_it_started(tmp_path):
     limit = round(patient(2))  # the function must have started its own process by then
     with Toolbox(write(tmp_path, FILE), Limits(seconds=limit)) as box:
