@@ -121,6 +121,7 @@ def _cluster(options: ServeOptions) -> Iterator[RayCluster | None]:
         return
     with connect(ClusterConfig(name="ray" if options.ray else "local", address=options.ray)) as cluster:
         n_nodes = len(cluster.nodes())
+        # Actors may use every node that is there; the default of cluster.nodes is one.
         yield replace(cluster, config=replace(cluster.config, nodes=max(1, n_nodes)))
 
 
@@ -165,6 +166,7 @@ def _load(
     model_files = find_models(paths, options.names, options.follow)
     language_models = [model for model in model_files if model.config.head == "tokens"]
     reward_models = [model for model in model_files if model.config.head == "scalar"]
+    # The option counts the tokens of all models together.
     cache_tokens = max(1, options.cache_tokens // max(1, len(language_models)))
     device = option_device(options.device) if cluster is None else _device_of(cluster, options.device)
     model_options = ModelOptions(device, options.tp, cache_tokens, options.queue_s, options.limits)

@@ -211,6 +211,7 @@ class ResponseEvents:
     def _called(self, item: dict[str, Json], index: int) -> Iterator[str]:
         """Yields the events of a complete call."""
         place = {"item_id": item["id"], "output_index": index}
+        # Clients build a call from its deltas: first an empty item, then one delta with all arguments.
         begun = item | {"arguments": "", "status": "in_progress"}
         yield self._event("response.output_item.added", output_index=index, item=begun)
         yield self._event("response.function_call_arguments.delta", **place, delta=item["arguments"])

@@ -44,7 +44,7 @@ from dist_lm.training import checkpoint_files
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-    from dist_lm.generation.engine import EngineOptions
+    from dist_lm.generation.engine_options import EngineOptions
     from dist_lm.sandbox.pool import Sandboxes
     from dist_lm.tokenizer.tokenizer import Tokenizer
     from dist_lm.tracking.console import Console
@@ -200,7 +200,7 @@ class Evaluate(PoolStage):
         Raises:
             ConfigError: the model cannot be split over parallel.tp devices, or a size is out of bounds.
         """
-        from dist_lm.generation.engine import EngineOptions
+        from dist_lm.generation.engine_options import EngineOptions
         from dist_lm.generation.shard import check_tp
 
         config = evaluate_config(config)
