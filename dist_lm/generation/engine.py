@@ -635,6 +635,8 @@ class Engine:
             if is_forbidden(token, sequence.request.params, None):
                 self._refuse(sequence.request, NOTHING_ALLOWED)
                 return
+
+            # The only token there is has probability 1 where it is drawn; `_extend` lets the model score it.
             token_set = packed(np.array([token]), self.config.vocab_size) if sequence.request.keep_sets else None
             try:
                 text = sequence.add(token, 0.0, None, self._eot_id, self.config.max_seq_len, token_set)

@@ -36,6 +36,7 @@ class _Turns:
         """A block in which a program runs beside others; before it, waits while a program runs alone, or waits for
         that."""
         with self._changed:
+            # Whoever waits to run alone goes first; else programs that keep coming would let it wait for ever.
             self._changed.wait_for(lambda: not self._waiting and not self._is_alone)
             self._running += 1
         try:

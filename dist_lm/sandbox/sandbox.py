@@ -119,6 +119,7 @@ def fences(trust_me: bool = False) -> Fences:
     Raises:
         SandboxError: a program could not be shut in, and `trust_me` is False; or this machine is too busy to tell.
     """
+    # Only root may become another user.
     own_user = os.geteuid() == 0 and _unused_user(0) != 0
     seccomp = confine.has_seccomp()
     available = Fences(True, own_user, confine.landlock_version(), seccomp, MemoryGroup.possible())
@@ -424,6 +425,7 @@ class _Server:
         """Removes what programs left: without namespaces, all runs of a server share a folder."""
         if self._folder:
             for path in Path(self._folder).iterdir():
+                # A link goes, and what it leads to stays: that is no file of the program.
                 if path.is_dir() and not path.is_symlink():
                     shutil.rmtree(path)
                 else:

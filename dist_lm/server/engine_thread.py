@@ -435,6 +435,7 @@ class EngineThread:
             # Tokens that a constraint forced have no log-probability until the model has computed them.
             if not pieces or sequence.n_unscored:
                 continue
+
             new = slice(order.sent[index], order.sent[index] + len(pieces))
             event = Grown(
                 request=order.request.id,
