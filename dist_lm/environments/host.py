@@ -180,6 +180,7 @@ class Episode:
             remaining_s = limits.seconds - self._seconds
             allowed_s = min(limits.seconds_a_step + self._host._slack_s, remaining_s)
             begin = time.monotonic()
+
             try:
                 if allowed_s <= 0:
                     raise EnvironmentFailedError("timeout", f"the conversation took longer than {limits.seconds:g} s")

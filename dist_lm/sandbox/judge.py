@@ -448,9 +448,11 @@ def leaves_nothing(language: str, test: dict[str, str]) -> bool:
         code = compile(test["code"], "test", "exec", dont_inherit=True)
     except (SyntaxError, ValueError):
         return False
+
     used = {*code.co_names}
     is_plain = all(type(statement).__name__ in ("Assert", "Assign", "Expr") for statement in statements)
     targets = [t for s in statements if type(s).__name__ == "Assign" for t in s.targets]
+    # Names that an inner function uses are not among those of the code around it.
     has_inner = any(type(constant) is type(code) for constant in code.co_consts)
     return (
         is_plain

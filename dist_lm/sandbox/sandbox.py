@@ -376,6 +376,7 @@ class _Server:
         length = len(request).to_bytes(4, "big")
         if for_judge:
             self._channel.sendall(JUDGED)
+            # Tests travel in a file of their own, which the judge alone reads.
             file = confine.sealed(for_judge)
             try:
                 socket.send_fds(self._channel, [length], [file])
@@ -508,6 +509,7 @@ def _server_code() -> bytes:
     folder = Path(__file__).resolve().parent
     sources = {"dist_lm": b"", "dist_lm.sandbox": b""}
     sources |= {f"dist_lm.sandbox.{name}": (folder / f"{name}.py").read_bytes() for name in _MODULES}
+    # By these names `languages` leaves our frames out of the tracebacks of programs.
     code = [(name, compile(text, f"<{name}>", "exec", dont_inherit=True)) for name, text in sources.items()]
     return marshal.dumps(code)
 

@@ -183,6 +183,7 @@ class _Interpreter:
         self.number += 1
         self.status = None
         try:
+            # The channel does not block: an interpreter that reads nothing takes a part of the frame at most.
             frame = len(code).to_bytes(4, "big") + code
             is_sent = os.write(self.channel, frame) == len(frame)
         except OSError:

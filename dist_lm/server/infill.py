@@ -87,7 +87,7 @@ def _prompt(body: Mapping[str, Json], served: Served, n_new: int) -> list[int]:
 
     # What is near the cursor comes first.
     room = max(1, served.context - max(1, n_new) - 1 - len(marks) - len(begun))
-    # The text behind the cursor gets its share, and what the text before it leaves.
+    # The text behind the cursor gets its share, or what the text before it leaves, if that is more.
     after = after[: max(room // SUFFIX_SHARE, room - len(before))]
     before = _last(before, room - len(after))
     extra = _last(extra, room - len(after) - len(before))

@@ -290,7 +290,6 @@ class PoolThread:
         all are of one version of the weights."""
         name = event.answer.request if isinstance(event, Done) else event.request
         routed = self._running.get(name)
-        # Events of a lost actor may still arrive when another one computes its request.
         if routed is None or routed.lane != number:  # cancelled
             return
 
