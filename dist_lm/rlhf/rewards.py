@@ -206,7 +206,7 @@ class Judge:
         """
         if not self._beside_generation:
             return {}
-        programs = [(self._tasks.by_prompt[each.prompt], each.completion) for each in judged]
+        programs = [(self._tasks.by_prompt[rollout.prompt], rollout.completion) for rollout in judged]
         sources = [(task, task.program(completion).source) for task, completion in programs]
         return {
             "forged": np.array([is_forged(task.language, source) for task, source in sources], bool),

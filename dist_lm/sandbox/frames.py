@@ -20,8 +20,8 @@ _MOST_FILES = 8
 
 def socketpair() -> tuple[int, int]:
     """Returns the descriptors of two sockets that are connected."""
-    one, other = _socket.socketpair()
-    return one.detach(), other.detach()
+    first, second = _socket.socketpair()
+    return first.detach(), second.detach()
 
 
 def read_exactly(channel: int, length: int) -> bytes:
