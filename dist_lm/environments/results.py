@@ -29,6 +29,7 @@ async def executed(
     most_bytes = limits.observation_bytes // (2 * min(len(calls), MOST_CALLS))
     results: list[Json] = []
     for number, call in enumerate(calls):
+        # Every call needs a result: a conversation has as many results as calls.
         if number >= MOST_CALLS:
             results.append(None)
             continue

@@ -53,6 +53,7 @@ class EnvironmentProcess:
         # A process that leaves the group of this one still has the mark, by which `end` finds it.
         environment = {**os.environ, MARK: self._mark}
         self._process, self._connection = start_json_process(MODULE, *arguments, environment=environment)
+        # The event loop takes sockets that do not block.
         self._connection.setblocking(False)
         try:
             answer = await asyncio.wait_for(self._receive(), LOADING_S)
@@ -198,6 +199,7 @@ class UserEnvironments:
             EnvironmentFailedError: a new process does not start.
         """
         while self._idle:
+            # A process may have ended, or have sent something, since it was given back.
             process = self._idle.pop()
             if process.is_alive:
                 return process

@@ -51,6 +51,7 @@ class _Turns:
         """A block inside `beside_others` in which the program runs alone: waits until no other one runs, and lets none
         begin before the end of the block."""
         with self._changed:
+            # The program that asks runs as well, and would wait for itself.
             self._running -= 1
             self._waiting += 1
             self._changed.notify_all()

@@ -350,6 +350,7 @@ class _Server:
                 start_new_session=True,
                 pass_fds=[entrance] if self._group else [],
             )
+            # From here on `close` ends them; an error above has ended them all.
             self._at_close = at_close.pop_all()
 
         code = _server_code()

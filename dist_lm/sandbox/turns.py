@@ -104,6 +104,7 @@ class Turns:
         if self.python is None:
             self.python = self._interpreter()
         python = self.python
+        # The limit of `Watched` counts what the interpreter has used in earlier turns, too.
         used_before = python.used.seconds
         limits = self.request["limits"]
         attempt = Watched(

@@ -102,6 +102,7 @@ def serve(paths: Sequence[Path], tokenizer: Path | None, options: ServeOptions) 
             limit_concurrency=4 * options.most_requests,
             timeout_graceful_shutdown=max(1, round(options.stop_s)),
         )
+        # An IPv6 address stands in brackets in a URL.
         host = f"[{options.host}]" if ":" in options.host else options.host
         address = f"http://{host}:{listener.getsockname()[1]}"
         names = ", ".join(served.name for served in serving.all_served)

@@ -167,6 +167,7 @@ class Door:
             else:
                 await self._app(scope, _whole(bytes(body), receive), send)
         finally:
+            # Also after an error: bytes that stayed counted would refuse the bodies of later requests.
             self._held_bytes -= len(body)
 
     async def _read(self, scope: Scope, receive: Receive, body: bytearray) -> tuple[int, str, str] | None:

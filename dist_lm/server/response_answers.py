@@ -143,6 +143,7 @@ class ResponseEvents:
         """Yields the events of new tokens or of the complete answer."""
         if not self._has_begun:
             self._has_begun = True
+            # Clients expect these two events before all others.
             response = _response(self._job, self._created, "in_progress", [])
             yield self._event("response.created", response=response)
             yield self._event("response.in_progress", response=response)

@@ -111,6 +111,7 @@ class Chunks:
         if self._job.endpoint == "chat":
             chunk = self._chunk(index, {"delta": {"role": "assistant", "content": ""}})
             chunk["remembered_tokens"] = self._job.n_remembered
+        # All answers share their prompts, so one chunk of the response has the ids.
         if self._has_ids:
             self._has_ids = False
             chunk |= prompt_ids_value(self._job, self._version)

@@ -59,6 +59,7 @@ def places_of_text(config: Config, run: RunDirectory, text: str, most: int) -> t
         UserError: the package that the tokenizer needs is not installed.
     """
     sequences = training_sequences(config, run)
+    # Sequences behind the newest checkpoint have not been trained on yet.
     end = trained_steps(config, run) * config.stage.global_batch
     table = ByteTable(tokenizer_of(run, sequences).vocabulary())
 

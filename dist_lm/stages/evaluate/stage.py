@@ -150,7 +150,7 @@ class Evaluate(PoolStage):
         recorded = evaluate_config(load_config(run.config)) if has_begun else None
         unfinished = None if run.result.exists() else recorded
 
-        # An unfinished run keeps the checkpoints that it began with, even if there are newer ones.
+        # Newer checkpoints change no run: with `auto` a finished one has its own, and an unfinished one keeps them.
         if recorded and not unfinished and config.stage.models == [AUTO]:
             checkpoints = [Path(path) for path in recorded.stage.models]
         else:
