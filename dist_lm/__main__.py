@@ -127,6 +127,7 @@ def data_new(
     The first command of the file is tried in a temporary folder: its plan, and all corpora of texts and conversations
     on 200 rows.
     """
+    # A mistake in the options shows before the imports, which take seconds.
     outputs.new_file("--out", out, force=force)
     from dist_lm.data.new import new_corpus
     from dist_lm.data.propose import PairColumns

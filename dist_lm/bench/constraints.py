@@ -85,6 +85,7 @@ def build(variant: str, config: Config, world: World) -> Trial:
     )
     prompts = made_up_tokens(config, batch, PROMPT).tolist()
     constraint = Constraint.from_json({"json_schema": PEOPLE}) if variant == WITH else None
+    # The schema is longer than an answer, so with it end-of-text is never allowed.
     params = replace(SAMPLING, max_new_tokens=new, ignore_eot=variant == WITHOUT)
 
     def step() -> float:

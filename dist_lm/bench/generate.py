@@ -24,7 +24,8 @@ from dist_lm.config.model import ModelConfig
 from dist_lm.config.root import Config
 from dist_lm.errors import ConfigError
 from dist_lm.generation.decoder import best_page_tokens
-from dist_lm.generation.engine import Engine, EngineOptions
+from dist_lm.generation.engine import Engine
+from dist_lm.generation.engine_options import EngineOptions
 from dist_lm.generation.paged_cache import pages_for
 from dist_lm.generation.request import Answer, Request, SamplingParams
 from dist_lm.interop.weights import to_theirs

@@ -25,10 +25,9 @@ from dist_lm.parallel.values import squared_norms
 from dist_lm.tracking.metrics import MetricsWriter
 from dist_lm.training.objective import next_token
 from dist_lm.training.optimizer import build_optimizer
-from dist_lm.training.state import TrainState
+from dist_lm.training.state import TrainState, advance
 from dist_lm.training.step import StepResult, gradients_by_group
 from dist_lm.training.step_meter import PARTS, StepMeter
-from dist_lm.training.trainer import advance
 
 MEASURED, BARE = "measured", "bare"
 COST = "cost %"

@@ -41,9 +41,9 @@ def cases(overrides: Sequence[str], quick: bool) -> list[Case]:
 
 def _case(config: Config) -> Case:
     """Returns the case of one configuration: the tree against completions apart, all in one process."""
-    prompt, k, each = tokens_of(config)
+    prompt, k, completion = tokens_of(config)
     return Case(
-        name=f"{config.model.name}, {config.stage.global_batch} prompts of {prompt}, {k} completions of {each}",
+        name=f"{config.model.name}, {config.stage.global_batch} prompts of {prompt}, {k} completions of {completion}",
         config=config,
         variants=dict.fromkeys((TREE, ROWS, PACKED, PLAIN), GroupSize(1)),
         comparisons=[Comparison(variant=TREE, peer=peer, ceiling=PLAIN) for peer in (ROWS, PACKED)],
@@ -96,14 +96,14 @@ def batch_of(variant: str, config: Config) -> Batch:
 
     # Each completion gets a copy of the prompt: branch 0 of the tree is the prompt, branch k completion k.
     path_indices = [torch.from_numpy(np.flatnonzero((branch == 0) | (branch == b))) for b in range(1, k + 1)]
-    each = prompt + completion
+    row = prompt + completion
     apart_BKT = torch.stack([tokens_BT[:, indices] for indices in path_indices], dim=1)
-    index_PK = torch.arange(n_prompts * k).view(n_prompts, k) * each + each - 1
+    index_PK = torch.arange(n_prompts * k).view(n_prompts, k) * row + row - 1
 
-    rows = (n_prompts * k, each) if variant == ROWS else (n_prompts, k * each)
-    document = torch.arange(k).repeat_interleave(each).repeat(n_prompts, 1)
-    position = torch.arange(each).repeat(n_prompts * k)
-    return _batch(apart_BKT.reshape(rows), document.view(rows), position.view(rows), index_PK, None)
+    shape = (n_prompts * k, row) if variant == ROWS else (n_prompts, k * row)
+    document = torch.arange(k).repeat_interleave(row).repeat(n_prompts, 1)
+    position = torch.arange(row).repeat(n_prompts * k)
+    return _batch(apart_BKT.reshape(shape), document.view(shape), position.view(shape), index_PK, None)
 
 
 def _batch(

@@ -19,7 +19,8 @@ from dist_lm.bench.models import in_transformers, initial_model, neox_of, word_t
 from dist_lm.config.cluster import ParallelConfig
 from dist_lm.config.model import ModelConfig
 from dist_lm.config.root import Config
-from dist_lm.generation.engine import Engine, EngineOptions
+from dist_lm.generation.engine import Engine
+from dist_lm.generation.engine_options import EngineOptions
 from dist_lm.model.keyed_random import initial_value
 from dist_lm.model.size import parameter_shapes
 from dist_lm.model.transformer import Transformer

@@ -160,13 +160,13 @@ def steps_of(stage: StageConfig, tokens: Sequence[int]) -> list[int]:
     Raises:
         ConfigError: there are fewer than three different numbers of steps, or a number of tokens makes no step.
     """
-    each = stage.global_batch * stage.seq_len
-    steps = sorted({count // each for count in tokens})
+    tokens_a_step = stage.global_batch * stage.seq_len
+    steps = sorted({count // tokens_a_step for count in tokens})
     if steps[0] == 0 or len(steps) < 3:
         raise ConfigError(
-            f"--tokens={','.join(map(str, tokens))}: a step has {each} tokens (stage.global_batch x stage.seq_len): "
-            "expected at least that, and at least three different numbers of steps, such as "
-            f"{each},{2 * each},{4 * each}"
+            f"--tokens={','.join(map(str, tokens))}: a step has {tokens_a_step} tokens "
+            "(stage.global_batch x stage.seq_len): expected at least that, and at least three different numbers of "
+            f"steps, such as {tokens_a_step},{2 * tokens_a_step},{4 * tokens_a_step}"
         )
     return steps
 

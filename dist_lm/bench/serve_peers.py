@@ -35,6 +35,7 @@ def _run_ours(port: int, model: str) -> None:
     checkpoint, _, tokenizer = model.partition("\n")
     command = [sys.executable, "-m", "dist_lm", "serve", checkpoint, "--port", str(port), "--device", "cpu"]
     command += ["--name", "bench", "--tokenizer", tokenizer] if tokenizer else ["--name", "bench"]
+    # In place of this process, so the server itself ends with its parent.
     os.execv(sys.executable, command)  # noqa: S606 - no shell is wanted
 
 
@@ -43,6 +44,7 @@ def _run_llama(port: int, model: str) -> None:
     params = xllamacpp.CommonParams()
     params.model.path = model
     params.n_parallel = SLOTS
+    # llama.cpp divides this context among its slots.
     params.n_ctx = SLOTS * 1024
     params.cpuparams.n_threads = params.cpuparams_batch.n_threads = 1
     params.hostnames = [HOST]
@@ -59,6 +61,7 @@ def _run_transformers(port: int, model: str) -> None:
 
 
 def _ours(sampling: Mapping[str, Any], eot: int) -> dict[str, Any]:
+    # No server may end an answer before its limit: all compute the same number of tokens.
     return {**sampling, "logit_bias": {str(eot): -100}, "stream_options": {"include_usage": True}}
 
 

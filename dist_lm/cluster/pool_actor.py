@@ -19,7 +19,8 @@ from dist_lm.cluster.pool_weights import Place, Stored, gpu_of, read
 from dist_lm.cluster.ray_cluster import Node, bundle_of, first_line, last_line
 from dist_lm.config.model import ModelConfig
 from dist_lm.errors import UserError
-from dist_lm.generation.engine import Engine, EngineOptions
+from dist_lm.generation.engine import Engine
+from dist_lm.generation.engine_options import EngineOptions
 from dist_lm.generation.grammar import Grammars
 from dist_lm.generation.request import Answer, Refusal, Request, RequestError
 from dist_lm.parallel.mesh import lacks_bf16

@@ -107,6 +107,7 @@ class Link:
         """
         assert self.group
         if self.transport == IPC:
+            # The actor reads the bucket where it lies: one message says that it is full, the answer that it was read.
             flag = torch.zeros(1)
             self.group.broadcast(flag, SENDER, alive)
             self.group.broadcast(flag, 1, alive)

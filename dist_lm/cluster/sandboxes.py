@@ -219,6 +219,7 @@ class ClusterSandboxes:
             work.verdict.set_exception(error)
         else:
             self._leave(node, error)
+            # To the front, since it has waited before.
             self._waiting.appendleft(work)
 
     def _leave(self, node: SandboxNode, error: BaseException) -> None:

@@ -75,6 +75,7 @@ class Interleaving:
         """Returns the position of a sequence of a corpus: the inverse of `locate`."""
         for n, n_left, is_left in reversed(self._path(corpus)):
             if is_left:
+                # The first position p at which (p + 1) n_left / n reaches number + 1, as `locate` counts.
                 number = -(-(number + 1) * n // n_left) - 1
             else:
                 number = number * n // (n - n_left)
@@ -263,6 +264,7 @@ def _check_epochs(phases: Sequence[MixPhase], n_sequences: Mapping[str, int], ma
         ConfigError: names the first such phase, the corpus, and the numbers.
     """
     for name, most in max_epochs.items():
+        # The decimal as it was written: a float lies beside it, and may round to a sequence less.
         allowed = int(Fraction(str(most)) * n_sequences[name])
         before = 0
         for number, phase in enumerate(phases, 1):

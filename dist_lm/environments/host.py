@@ -80,9 +80,9 @@ class Host:
         if name not in own_names():
             hint = did_you_mean(name, own_names())
             raise ConfigError(f"environment {name}: {hint}expected {', '.join(own_names())}, or FILE:CLASS")
-        own = OwnEnvironments(name, limits, workers, trust_me)
-        self._environments, self._slack_s = own, OWN_SLACK_S
-        self._slots = own.slot
+        own_environments = OwnEnvironments(name, limits, workers, trust_me)
+        self._environments, self._slack_s = own_environments, OWN_SLACK_S
+        self._slots = own_environments.slot
 
     async def __aenter__(self) -> Self:
         """Raises UserError if the user's class cannot be imported, and SandboxError if a sandbox is needed and none can
@@ -97,6 +97,7 @@ class Host:
     async def __aexit__(
         self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None
     ) -> None:
+        # Environments on their way back still need what `close` ends.
         await asyncio.gather(*self._leaving)
         await self._environments.close()
 
@@ -130,6 +131,7 @@ class Episode:
         except asyncio.CancelledError:
             await self._leave(is_usable=False)
             raise
+        # An environment may raise anything, SystemExit too; it must end its own conversation alone.
         except BaseException as error:
             return await self._fail(failure_in(error))
 
@@ -178,6 +180,7 @@ class Episode:
             remaining_s = limits.seconds - self._seconds
             allowed_s = min(limits.seconds_a_step + self._host._slack_s, remaining_s)
             begin = time.monotonic()
+
             try:
                 if allowed_s <= 0:
                     raise EnvironmentFailedError("timeout", f"the conversation took longer than {limits.seconds:g} s")

@@ -33,6 +33,7 @@ class OwnEnvironments:
 
     def __init__(self, name: str, limits: Limits, workers: int, trust_me: bool) -> None:
         self._make, self._limits = OWN[name], limits
+        # Generated tools are code of the project, and the model only calls them.
         self._needs_sandbox = name != "tools"
         workers = workers or STEPS_A_CORE * cores()
         self._sandboxes = SharedSandboxes(workers, trust_me)

@@ -29,6 +29,7 @@ async def executed(
     most_bytes = limits.observation_bytes // (2 * min(len(calls), MOST_CALLS))
     results: list[Json] = []
     for number, call in enumerate(calls):
+        # Every call needs a result: a conversation has as many results as calls.
         if number >= MOST_CALLS:
             results.append(None)
             continue
@@ -59,6 +60,7 @@ def clipped(text: str, most_bytes: int) -> str:
     """Returns a text of at most `most_bytes` as JSON: all of it, or its begin and end around a note of what was cut."""
     if len(json.dumps(text)) <= most_bytes:
         return text
-    kept = max(0, most_bytes // _BYTES_OF_CHARACTER - 40)
-    head, tail = kept - kept // 2, kept // 2
-    return f"{text[:head]}\n... ({len(text) - kept:,} characters cut) ...\n{text[len(text) - tail :]}"
+    # A character may take six bytes, and the note in the middle takes up to 40 characters.
+    num_shown = max(0, most_bytes // _BYTES_OF_CHARACTER - 40)
+    head, tail = num_shown - num_shown // 2, num_shown // 2
+    return f"{text[:head]}\n... ({len(text) - num_shown:,} characters cut) ...\n{text[len(text) - tail :]}"

@@ -44,6 +44,7 @@ class _Session:
 
     async def reset(self, task: Task) -> Observation:
         data = task.data
+        # A bad task is refused before a session is begun for it.
         self._answers = answers_of(data)
         opening = opening_of(data)
 
@@ -106,6 +107,7 @@ class PythonSession(_Session):
     )
 
     def writing(self, name: str, text: str) -> str:
+        # The names are deleted again: the model finds no variables of ours.
         return f"with open({name!r}, 'w', newline='') as _file:\n    _ = _file.write({text!r})\ndel _file, _"
 
 

@@ -61,6 +61,7 @@ class HiddenDatabase:
         database, query = (_text(data, name) for name in ("database", "query"))
         opening = opening_of(data)
 
+        # Fifteen hexadecimal digits of the digest fit into 64 bits; equal tasks get equal databases.
         self._databases = (Test(before=database), *_drawn(data, query, int(task.digest[:15], 16)))
         reference = await self._sandboxes.verdict(Program("sql", query, self._databases))
         if reference.outcome != "passed":
@@ -89,6 +90,7 @@ class HiddenDatabase:
         self._databases = self._expected = ()
 
     async def _result(self, call: Call, most_bytes: int) -> Json:
+        # A call sees the first database alone, so an answer by heart fails on the others.
         verdict = await self._sandboxes.verdict(Program("sql", call.arguments["query"], self._databases[:1]))
         if verdict.outcome == "passed":
             return {"rows": clipped(verdict.stdout[0], most_bytes - 20)}
@@ -100,6 +102,7 @@ class HiddenDatabase:
         pairs = zip(verdict.stdout, self._expected, strict=True)
         if self._is_sorted:
             return all(rows == expected for rows, expected in pairs)
+        # Unordered rows are a multiset: a row that occurs twice must occur twice.
         return all(Counter(rows.splitlines()) == Counter(expected.splitlines()) for rows, expected in pairs)
 
 

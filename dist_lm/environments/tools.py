@@ -137,6 +137,7 @@ def tasks(seed: int, count: int, is_held_out: bool) -> Iterator[dict[str, Json]]
     number = 0
     while count:
         generated = example(seed, number)
+        # One group in twenty is held out, so most numbers are passed over for held-out tasks.
         if (split_of_group(generated.group, VAL_FRACTION) == "val") == is_held_out:
             count -= 1
             prompt = next(message.content for message in generated.conversation.messages if message.role == "user")

@@ -50,8 +50,10 @@ class EnvironmentProcess:
             UserError: there is no such class, or its file cannot be imported.
         """
         arguments = (self._name, str(self._limits.memory_bytes), str(self._limits.observation_bytes))
+        # A process that leaves the group of this one still has the mark, by which `end` finds it.
         environment = {**os.environ, MARK: self._mark}
         self._process, self._connection = start_json_process(MODULE, *arguments, environment=environment)
+        # The event loop takes sockets that do not block.
         self._connection.setblocking(False)
         try:
             answer = await asyncio.wait_for(self._receive(), LOADING_S)
@@ -94,6 +96,7 @@ class EnvironmentProcess:
         """
         if self._connection is None:
             raise EnvironmentFailedError("crashed", "the process has ended")
+        # The number tells an answer from a late one to an earlier request.
         self._number += 1
         line = json.dumps({"number": self._number, **content}).encode() + b"\n"
         try:
@@ -116,6 +119,7 @@ class EnvironmentProcess:
             EnvironmentFailedError: the process ended or sent something else; it is ended then.
         """
         assert self._connection is not None, "start comes first"
+        # A line without an end must not fill the memory of this process.
         most_bytes = _PER_BYTE * self._limits.observation_bytes + _ANY_LINE
         while b"\n" not in self._received:
             if len(self._received) > most_bytes:
@@ -142,6 +146,7 @@ class EnvironmentProcess:
 
     async def _ended(self) -> EnvironmentFailedError:
         """Returns the failure of a process that has closed its socket, and ends what is left of it."""
+        # The socket closes a moment before the process has ended.
         code: int | None = None
         if self._process is not None:
             with contextlib.suppress(subprocess.TimeoutExpired):
@@ -194,6 +199,7 @@ class UserEnvironments:
             EnvironmentFailedError: a new process does not start.
         """
         while self._idle:
+            # A process may have ended, or have sent something, since it was given back.
             process = self._idle.pop()
             if process.is_alive:
                 return process
@@ -207,6 +213,7 @@ class UserEnvironments:
         """Takes back the process of a conversation that has ended; one that is not usable is ended."""
         if is_usable:
             await environment.close()
+        # `close` has ended a process that failed to close its environment.
         if is_usable and environment.is_alive:
             self._idle.append(environment)
         else:

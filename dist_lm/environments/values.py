@@ -91,6 +91,7 @@ def _check_follows(observation: Observation, action: Action) -> None:
     if not observation.messages:
         raise EnvironmentFailedError("bad_observation", "a step that is not the last one has no turns")
 
+    # A short conversation stands for all turns so far: only the last turn decides what may follow.
     model_turn = Message("assistant", action.text or ("" if action.calls else "."), calls=action.calls)
     _check_turns((Message("user", "."), model_turn), (), observation.messages)
 

@@ -125,6 +125,7 @@ def print_table(name: str, outcomes: Sequence[BfclResult], console: Console) -> 
     for column in ("questions", "right", "%", "turns, %", "not asked"):
         table.add_column(column, justify="right")
 
+    # A dictionary keeps the order of the questions, which a set would lose.
     for category in dict.fromkeys(outcome.question.category for outcome in outcomes):
         rows = [outcome for outcome in outcomes if outcome.question.category == category]
         num_right = sum(outcome.right for outcome in rows)

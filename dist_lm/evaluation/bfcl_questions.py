@@ -115,6 +115,7 @@ def _read(path: Path, category: str, limit: int) -> list[BfclQuestion]:
     questions = []
     for line in _lines(path)[: limit or None]:
         try:
+            # Some questions offer a function twice, and each tool of a conversation has a name of its own.
             functions = _distinct(line["function"])
             tools = tuple(tool_of(function) for function in functions)
             questions.append(

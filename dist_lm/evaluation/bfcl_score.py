@@ -31,6 +31,7 @@ LISTS = ("array", "tuple")
 def is_right(turn: Message | None, question: BfclQuestion) -> bool:
     """Whether a turn is right; one that does not parse (None) counts as a turn without calls, as on the leaderboard."""
     calls = turn.calls if turn else ()
+    # Asked first, because this name ends like the other one.
     if question.category.endswith("irrelevance"):
         return not calls
     if question.category.endswith("relevance"):

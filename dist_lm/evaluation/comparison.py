@@ -46,7 +46,7 @@ def compared_tasks(first: Mapping[str, Any], second: Mapping[str, Any]) -> list[
         second_values = dict(zip(other_scores["ids"], other_scores["values"], strict=True))
         pairs = [(first_values[name], second_values[name]) for name in first_values if name in second_values]
         comparison["left_out"] = len(first_values) + len(second_values) - 2 * len(pairs)
-        tests = [each.get("tests") for each in (scores, other_scores)]
+        tests = [task_scores.get("tests") for task_scores in (scores, other_scores)]
         if tests[0] != tests[1]:
             comparisons.append(comparison | {"tests": tests})
             continue

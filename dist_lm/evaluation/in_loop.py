@@ -117,6 +117,7 @@ def loop_tasks(config: Config, run: RunDirectory, tokenizer: Tokenizer) -> LoopT
             questions[task] = items_of(task, asking, config.eval.files, config.corpus_in(run.work, "tools"))
         except UserError as error:
             raise type(error)(f"stage.eval_tasks: {task}: {error}") from error
+    # Checked after the reading: a file that has changed gave other questions than those of the run.
     run.require_files(config.noted_files)
     return LoopTasks(stage.eval_tasks, questions, stage.steps, config.seed)
 

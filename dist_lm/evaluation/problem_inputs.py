@@ -118,6 +118,7 @@ def _invert(rng: Rng) -> tuple[Any, ...]:
 
 
 def _gcd(rng: Rng) -> tuple[Any, ...]:
+    # Two numbers that are drawn alone seldom have a common divisor.
     divisor = rng.randint(1, 20)
     return divisor * rng.randint(1, 30), divisor * rng.randint(1, 30)
 
@@ -250,6 +251,7 @@ def _is_file(rng: Rng) -> Case:
 
 def _matching_lines(rng: Rng) -> Case:
     lines = [" ".join(words(rng, 1, 2)) for _ in range(rng.randint(2, 6))]
+    # Two letters of a line, so that at least one line matches.
     return with_file("matching_lines", lines, rng.choice(lines)[1:3])
 
 
@@ -283,8 +285,8 @@ def _most_frequent(rng: Rng) -> Case:
 
 def _rename_all(rng: Rng) -> Case:
     names = rng.sample(WORDS, rng.randint(2, 5))
-    kept = rng.randint(0, len(names) - 1)
-    files = [f"d/{name}.{'log' if place < kept else 'txt'}" for place, name in enumerate(names)]
+    num_logs = rng.randint(0, len(names) - 1)
+    files = [f"d/{name}.{'log' if place < num_logs else 'txt'}" for place, name in enumerate(names)]
     return Case("ls d", before=f"cd /tmp && mkdir d && touch {_words_of_bash(*files)} && rename_all d")
 
 
@@ -305,6 +307,7 @@ def _word_counts(rng: Rng) -> Case:
 
 def _largest_file(rng: Rng) -> Case:
     names = rng.sample(WORDS, rng.randint(2, 4))
+    # All sizes differ, so one file is the largest.
     sizes = rng.sample(range(1, 20), len(names))
     written = [f"echo {'x' * size} > d/{name}" for name, size in zip(names, sizes, strict=True)]
     return Case("largest_file d", before=f"cd /tmp && mkdir d && {' && '.join(written)}")

@@ -220,8 +220,8 @@ def mbpp(path: Path) -> list[Problem]:
 
 def _given(prompt: str, name: str) -> str:
     """Returns the code of a prompt before its function `name`; empty where that is no module, as inside a class."""
-    given, _, _ = f"\n{prompt}".rpartition(f"\ndef {name}(")
-    return given if parses("python", given) else ""
+    preamble, _, _ = f"\n{prompt}".rpartition(f"\ndef {name}(")
+    return preamble if parses("python", preamble) else ""
 
 
 def _built_in(code: str) -> str:
@@ -249,17 +249,17 @@ def multipl_e(path: Path) -> list[Problem]:
 
         # The function to complete is the last one of the prompt.
         entries: tuple[str, ...] = ()
-        given = name = ""
+        preamble = name = ""
         if names := re.findall(r"^(?:def (\w+)\(|(\w+)\(\))", line["prompt"], re.MULTILINE):
             name = names[-1][0] or names[-1][1]
             entries = (f"def {name}(",) if language == "python" else _functions(name)
-            given = _given(line["prompt"], name) if language == "python" else ""
+            preamble = _given(line["prompt"], name) if language == "python" else ""
 
         # Tests in Bash close the function that a stop text left open.
         tests = line["tests"].lstrip()
         closing = "\n}\n" if tests.startswith("}") else ""
         entry = name if language == "bash" else ""
-        test = Test(code=tests.removeprefix("}") + "\n", given=given, entry=entry)
+        test = Test(code=tests.removeprefix("}") + "\n", given=preamble, entry=entry)
         stops = tuple(line["stop_tokens"])
         return Problem(line["name"], language, line["prompt"], (test,), "", stops, closing, entries=entries)
 

@@ -49,6 +49,7 @@ def pass_at_k(samples: int, passed: int, k: int) -> float:
         samples: number of samples of a task, at least k; `passed` of them pass.
     """
     assert 0 <= passed <= samples >= k > 0
+    # Every choice of k samples has one that passes.
     if samples - passed < k:
         return 1.0
     return 1.0 - math.prod((samples - passed - i) / (samples - i) for i in range(k))
@@ -85,6 +86,8 @@ def _at_most(passed: int, tasks: int, share: float) -> float:
     """Returns P(X <= passed) for X ~ Binomial(tasks, share), 0 < share < 1."""
     passes = np.arange(passed + 1)
     choices = [math.lgamma(tasks + 1) - math.lgamma(x + 1) - math.lgamma(tasks - x + 1) for x in range(passed + 1)]
+
+    # A sum of logarithms, because the coefficients of many tasks exceed a float.
     logs = np.array(choices) + passes * math.log(share) + (tasks - passes) * math.log1p(-share)
     return float(np.exp(logs).sum())
 
@@ -106,6 +109,7 @@ def ratio_estimate(numerators: Sequence[float], denominators: Sequence[float]) -
     """Returns the ratio of two sums over items, such as bits and bytes of documents; items are resampled."""
     above = np.asarray(numerators, np.float64)
     below = np.asarray(denominators, np.float64)
+    # Items are drawn whole: both numbers of an item belong together.
     ratios = np.concatenate([above[index].sum(axis=1) / below[index].sum(axis=1) for index in _resamples(len(above))])
     low, high = np.quantile(ratios, [(1 - LEVEL) / 2, (1 + LEVEL) / 2])
     return Estimate(float(above.sum() / below.sum()), float(low), float(high), len(above))
@@ -175,6 +179,7 @@ def score_of_difference(difference: float, gained: int, lost: int, tasks: int) -
     # The likeliest share of lost tasks solves a quadratic equation.
     linear = (2 * tasks - gained + lost) * difference - gained - lost
     constant = -lost * difference * (1 - difference)
+    # Rounding may give a radicand a little below 0.
     root = math.sqrt(max(linear * linear - 8 * tasks * constant, 0.0))
     lost_share = (root - linear) / (4 * tasks)
 
@@ -194,6 +199,7 @@ def mcnemar(gained: int, lost: int) -> float:
     total = gained + lost
     if total == 0:
         return 1.0
+    # If the models are equal, each of these tasks is won by either of them with probability 1/2.
     tail = sum(math.comb(total, i) for i in range(min(gained, lost) + 1)) / 2**total
     return min(1.0, 2 * tail)
 

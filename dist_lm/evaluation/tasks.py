@@ -201,6 +201,7 @@ def code_items(problems: Iterable[Problem], asking: Asking) -> list[Item]:
             tokens = chat_prompt(Conversation((Message("user", problem.question),)), asking.tokenizer)
             params = replace(asking.params, stop_tokens=stop_tokens(asking.tokenizer))
         else:
+            # A base model goes on with other code, so texts that cannot belong to the answer end it.
             tokens = asking.tokenizer.encode_prompt(problem.prompt)
             params = replace(asking.params, stop=problem.stop)
         item = Item(problem.id, group_of(problem), tokens, params, asking.n, judge_of(problem))
@@ -259,6 +260,7 @@ class Execution:
         if problem.hidden is None or self._seed is None:
             future = sandboxes.submit(program, self._limits)
         else:
+            # Keyed by the problem, so its tests are the same whichever problems are asked beside it.
             key = order.key(order.Shuffle.HIDDEN_TESTS, self._seed, order.text_word(problem.id))
             future = self._references.submit(program, problem.hidden, key, sandboxes, self._limits)
 

@@ -406,12 +406,12 @@ def _flash_kernel_fits(share: Share | ModelConfig, dtype: torch.dtype, device: t
 
 
 def check_weights(
-    config: ModelConfig, found: Mapping[str, tuple[int, ...]], names: Iterable[str] | None = None
+    config: ModelConfig, weight_shapes: Mapping[str, tuple[int, ...]], names: Iterable[str] | None = None
 ) -> None:
     """Refuses weights that lack a parameter of a model or have it in another shape; further names are accepted.
 
     Args:
-        found: shapes of the weights by name.
+        weight_shapes: shapes of the weights by name.
         names: the parameters that are needed; None: all.
 
     Raises:
@@ -420,11 +420,12 @@ def check_weights(
     shapes = parameter_shapes(config)
     for name in names or shapes:
         shape = shapes[name]
-        if name not in found:
+        if name not in weight_shapes:
             raise ArtefactError(f"weights: {name} is missing; expected {len(shapes)} parameters of this model")
-        if found[name] != shape:
+        if weight_shapes[name] != shape:
             raise ArtefactError(
-                f"weights: {name} has shape {found[name]}, expected {shape}: these may be weights of another model"
+                f"weights: {name} has shape {weight_shapes[name]}, expected {shape}: these may be weights of "
+                "another model"
             )
 
 

@@ -144,9 +144,9 @@ def bounded(schema: Any) -> Any:
             if keyword in OF_SCHEMA:
                 copied[keyword] = part(value[keyword])
             elif keyword in OF_SCHEMAS:
-                copied[keyword] = [part(each) for each in value[keyword]]
+                copied[keyword] = [part(subschema) for subschema in value[keyword]]
             elif keyword in OF_NAMED_SCHEMAS:
-                copied[keyword] = {name: part(each) for name, each in value[keyword].items()}
+                copied[keyword] = {name: part(subschema) for name, subschema in value[keyword].items()}
         if "number" in _types(value):
             for keyword, others in (("minimum", LOWER), ("maximum", UPPER)):
                 if not any(other in value for other in others):
@@ -236,7 +236,7 @@ def _too_large(value: Any) -> float | None:
     if isinstance(value, Mapping):
         value = list(value.values())
     if isinstance(value, list):
-        return next((number for each in value if (number := _too_large(each)) is not None), None)
+        return next((number for entry in value if (number := _too_large(entry)) is not None), None)
     if isinstance(value, int | float) and not abs(value) <= LARGEST:
         return float(value)
     return None
@@ -263,7 +263,7 @@ def _exclude_each_other(branches: Sequence[Any], root: Any) -> bool:
         values = [_constants(_resolved(branch.get("properties", {}).get(name), root)) for branch in resolved]
         if all(values) and _are_disjoint(values):
             # A value that is no object would fit all branches.
-            return all(types) and all(found == {"object"} for found in types)
+            return all(types) and all(branch_types == {"object"} for branch_types in types)
     return False
 
 

@@ -12,7 +12,8 @@ from dist_lm.data.infill import InfillMarks
 from dist_lm.errors import UserError, utf8
 from dist_lm.generation.constraint import Constraint
 from dist_lm.generation.decoder import best_page_tokens
-from dist_lm.generation.engine import Engine, EngineOptions
+from dist_lm.generation.engine import Engine
+from dist_lm.generation.engine_options import EngineOptions
 from dist_lm.generation.grammar import Grammars
 from dist_lm.generation.load import LoadedModel
 from dist_lm.generation.paged_cache import pages_for

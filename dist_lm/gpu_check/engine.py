@@ -5,7 +5,8 @@ from collections.abc import Sequence
 
 import torch
 
-from dist_lm.generation.engine import Engine, EngineOptions
+from dist_lm.generation.engine import Engine
+from dist_lm.generation.engine_options import EngineOptions
 from dist_lm.generation.request import Answer, Request, SamplingParams
 from dist_lm.gpu_check.probe import Probe, expect
 from dist_lm.gpu_check.training import whole_model

@@ -26,11 +26,10 @@ from dist_lm.training.checkpoint_saver import CheckpointSaver
 from dist_lm.training.objective import next_token
 from dist_lm.training.optimizer import build_optimizer
 from dist_lm.training.profile_summary import read_profile, top_operators
-from dist_lm.training.state import TrainState
+from dist_lm.training.state import TrainState, advance
 from dist_lm.training.step import StepResult
-from dist_lm.training.step_meter import DeviceLaps, Laps, WallLaps, matmul_flops
+from dist_lm.training.step_meter import DeviceLaps, Laps, WallLaps, matmul_flops, peak_memory_gib
 from dist_lm.training.step_profiler import StepProfiler
-from dist_lm.training.trainer import advance, peak_memory_gib
 
 WARM_UP, TIMED = 2, 4  # numbers of steps
 LARGE = ("model=large", "stage.seq_len=4096")

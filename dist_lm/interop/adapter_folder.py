@@ -100,6 +100,7 @@ def described_adapters(
             _refuse(f"{folder}/{WEIGHTS}", shown_value(name), shape, f"a name that begins with {PREFIX}")
         elif ending:
             factors.setdefault(f"{module.removesuffix(ending)}.weight", {})[FACTORS[ending]] = shape
+        # Factors of other kinds, as of an embedding, would else count as whole weights.
         elif "lora_" in module:
             _refuse(f"{folder}/{WEIGHTS}", shown_value(name), shape, "the factors lora_A and lora_B of linear layers")
         else:
@@ -149,6 +150,7 @@ def _scale(config: Mapping[str, Any], weight: str, rank: int) -> float:
     module = weight.removesuffix(".weight")
     alpha = config["lora_alpha"]
     for pattern, alpha_of_pattern in (config.get("alpha_pattern") or {}).items():
+        # A pattern may search for ever; the limits of this process end that.
         if re.match(rf"(.*\.)?({pattern})$", module):
             alpha = alpha_of_pattern
             break

@@ -344,6 +344,7 @@ def _fields(model: ModelConfig, family: Family) -> dict[str, Any]:
         fields["no_rope_layers"] = [int(layer not in model.rope_free_layers) for layer in range(model.n_layers)]
     if family.has_scales:
         fields |= {theirs: getattr(model, ours) for ours, theirs in SCALES.items()}
+        # config.json has a number also where ours follows from the width of a head.
         fields[SCALES["attention_scale"]] = model.score_scale
     return fields | _window_fields(model, family)
 
@@ -517,6 +518,7 @@ def model_of(config: Mapping[str, Any], name: str, where: str) -> tuple[ModelCon
     options = {ours: settings[theirs] for ours, theirs in SIZES.items()}
     if family.has_scales:
         options |= {ours: settings[theirs] for ours, theirs in SCALES.items()}
+        # None lets the usual scale follow from the width of a head.
         if options["attention_scale"] == (head_width or default_width) ** -0.5:
             options["attention_scale"] = None
     if family.parallel_residual:
@@ -581,6 +583,7 @@ def _rope_free_layers(settings: Mapping[str, Any], family: Family, where: str) -
     n_layers = settings["num_hidden_layers"]
     uses_rope = settings.get("no_rope_layers")
     if uses_rope is None:
+        # Without a list, the last layer of each interval has no RoPE.
         return [*range(n_layers)][settings["no_rope_layer_interval"] - 1 :: settings["no_rope_layer_interval"]]
     if not isinstance(uses_rope, list) or len(uses_rope) != n_layers:
         _refuse(where, "no_rope_layers", uses_rope, f"a list of {n_layers} numbers, num_hidden_layers")

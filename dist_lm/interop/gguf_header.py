@@ -113,6 +113,7 @@ class _Bytes:
         element_type = self.number("I")
         if element_type != STRING and element_type not in NUMBERS:
             raise ArtefactError(f"{self.where}: {key}: an array of type {element_type}: expected numbers or texts")
+        # A text takes at least the bytes of its length.
         element_bytes = 8 if element_type == STRING else struct.calcsize(f"<{NUMBERS[element_type]}")
         count = self.count(element_bytes, f"elements of {key}")
         if count > MOST_ELEMENTS:
@@ -186,6 +187,7 @@ def _header(source: _Bytes) -> tuple[dict[str, Any], list[list[Any]]]:
         raise ArtefactError(
             f"{source.where}: general.alignment={shown_value(alignment)}: expected a power of two up to {1 << 20}"
         )
+    # Offsets in the header count from here.
     start = -(-source.position // alignment) * alignment
     for tensor in tensors:
         if tensor[3] % alignment:

@@ -65,6 +65,7 @@ def run_pool_stage(
     stage, config, run = cast(PoolStage, planned.stage), planned.config, run_of(planned.config)
     run.samples.mkdir(parents=True, exist_ok=True)
     with launch_lock(run, job):
+        # The lock is held, so what is unfinished here was left by a command that was killed.
         durable.remove_unfinished(run.samples)
         save_config(config, run.config)
         rounds = stage.rounds(config)

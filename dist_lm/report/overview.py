@@ -104,9 +104,9 @@ def _epochs(run: RunFacts) -> str:
     }
     if "" not in newest:
         return ""
-    own = newest.pop("")
+    passes_of_stage = newest.pop("")
     others = [f"{passes_in_words(number)} of {suffix.removeprefix('_')}" for suffix, number in newest.items()]
-    return ", ".join([f"{passes_in_words(own)} epochs", *others[:NUM_MIXED]])
+    return ", ".join([f"{passes_in_words(passes_of_stage)} epochs", *others[:NUM_MIXED]])
 
 
 @dataclass(frozen=True)

@@ -179,6 +179,7 @@ class _Held:
             keep_sets=self.constraint is not None or (params.top_k, params.top_p, params.min_p) != (0, 1, 0),
             constraint=self.constraint,
         )
+        # Other conversations go on meanwhile, so their requests are generated together with this one.
         answer = await self.ask(request)
         assert not self.turns or answer.version == self.version, "weights change between iterations alone"
         self.version = answer.version

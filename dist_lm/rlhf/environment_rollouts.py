@@ -167,6 +167,7 @@ class EnvironmentSupply:
         for number, task in enumerate(tasks):
             for sample in range(samples):
                 episode = file.finished.get((position + number, sample)) if file else None
+                # A file of tasks may have changed since, so another task may be at this position.
                 if episode is not None and episode.task == task.digest:
                     episodes[number, sample] = episode
                 else:

@@ -59,6 +59,7 @@ class RequestFeed:
     def __next__(self) -> Request | None:
         """Returns the next request; None: there is none now. It waits for one if nothing is being generated."""
         with self._changed:
+            # While engines work, the caller must go on with their steps, so only idle ones wait here.
             if not self._ready and not self._n_generating and not self._is_over:
                 self._changed.wait(ALIVE_EVERY_S)
             request = self._ready.popleft() if self._ready else None

@@ -118,6 +118,7 @@ def form_of(function: Callable[..., Any]) -> Form:
     if is_trl:
         return Form("trl", names, required, takes_all)
     for name, known in (("verl", _OF_VERL), ("verl_batched", tuple(f"{name}s" for name in _OF_VERL))):
+        # The name of the answer tells both forms of verl from each other and from all others.
         if known[1] in names:
             if unknown := sorted(required - {*known}):
                 raise ValueError(f"needs {', '.join(unknown)}, which {', '.join(known)} do not have: give a default")
@@ -217,6 +218,7 @@ def _awaited(value: Any) -> Any:
     if not inspect.isawaitable(value):
         return value
 
+    # `asyncio.run` takes coroutines alone, and a value may be awaitable in another way.
     async def result() -> Any:
         return await value
 

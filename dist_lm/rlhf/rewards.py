@@ -206,7 +206,7 @@ class Judge:
         """
         if not self._beside_generation:
             return {}
-        programs = [(self._tasks.by_prompt[each.prompt], each.completion) for each in judged]
+        programs = [(self._tasks.by_prompt[rollout.prompt], rollout.completion) for rollout in judged]
         sources = [(task, task.program(completion).source) for task, completion in programs]
         return {
             "forged": np.array([is_forged(task.language, source) for task, source in sources], bool),
@@ -239,6 +239,7 @@ class Judge:
     def _weighable(self, name: str, score: float) -> Score:
         """Returns `score`, or a failure if the sum of all parts could leave the range of fp32 with it."""
         weight = self._parts[name].weight
+        # One share more than parts: the penalty for a missing end is a term of the sum, too.
         if abs(weight * score) <= LARGEST_REWARD / (len(self._parts) + 1):
             return score
         return Failure(f"its score {score:g} times its weight {weight:g} leaves the range of fp32")

@@ -182,6 +182,7 @@ class FunctionRule:
 
         n_scored = 0
         while n_scored < len(judged):
+            # A failure may have ended the process, so each round asks for it anew.
             process = self._ready(alive)
             for score, _ in self._scores(process, judged[n_scored:], self._timeout_s, alive):
                 n_scored += 1
@@ -276,6 +277,7 @@ class FunctionRule:
             # End the process: nobody needs the scores that it still computes.
             if answered < len(judged):
                 self.close()
+
         yield Failure(reason), True
 
 

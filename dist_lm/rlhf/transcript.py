@@ -45,6 +45,7 @@ def read_turn(token_ids: Sequence[int], tokenizer: Tokenizer) -> ReadTurn:
         written.pop()
     try:
         message = with_thinking(parse_turn(written, tokenizer))
+        # A turn alone is no conversation, so a request stands before it.
         check_conversation(Conversation((Message("user", "."), message)))
     except ChatError:
         text = text_with_marks(written, tokenizer)

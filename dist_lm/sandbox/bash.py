@@ -441,7 +441,7 @@ def _judge(test: dict[str, str], channel: int) -> None:
 
     numbers = {b"TURN": _TURN, b"NEXT": _NEXT, b"REQUESTS": _REQUESTS, b"ANSWERS": _ANSWERS, b"OUTPUT": _OUTPUT}
     filled = {name: b"%d" % number for name, number in numbers.items()} | {b"VARIABLES": b" ".join(variables)}
-    script = re.sub(b"|".join(filled), lambda found: filled[found[0]], _STUBS)
+    script = re.sub(b"|".join(filled), lambda match: filled[match[0]], _STUBS)
     script += b"".join(b'function %s { dist_lm_call %s "$@"; }\n' % (name, name) for name in stubs)
     script += os.fsencode(test["before"]) + b"\n"
     # What the program did to files before its first call comes behind the same code before it.
@@ -526,7 +526,7 @@ def _targets(code: bytes) -> set[bytes]:
 
     text = code.translate(None, b"'\"")
     values = dict(re.findall(rb"\b(\w+)=([^\s;&|()<>]+)", text))
-    text = re.sub(rb"\$\{?(\w+)\}?", lambda found: values.get(found[1], found[0]), text)
+    text = re.sub(rb"\$\{?(\w+)\}?", lambda match: values.get(match[1], match[0]), text)
     written = re.findall(rb">[>|&]?[ \t]*([^\s;&|<>()]+)", text)
     for arguments in re.findall(rb"\b(?:tee|cp|mv|touch|mkdir|ln|install|dd|truncate)\b([^;&|\n]*)", text):
         written += arguments.split()

@@ -88,6 +88,7 @@ class Peer:
             self._nested += 1
             try:
                 kind, content = self._read()
+                # The other side may call a function among the operands before it answers.
                 while kind == QUESTION:
                     self._answer(content)
                     kind, content = self._read()
@@ -117,6 +118,8 @@ class Peer:
                     raise MalformedError("contents of no operand")
                 changes.append((shared[index], decoder.take()))
             decoder.end()
+
+            # Written only once the whole answer is well formed: a malformed one changes nothing.
             for container, contents in changes:
                 write_back(container, contents)
         except MalformedError as error:
@@ -187,6 +190,7 @@ class Peer:
             return
 
         process = os.getpid()
+        # Contents are compared as bytes, because `==` would call methods of the program.
         before = [self._contents(container, decoder.shared) for container in decoder.shared]
         kind, value = VALUE, None
         try:
@@ -261,6 +265,7 @@ class Peer:
         if number is None:
             if len(self._objects) >= MAX_OBJECTS:
                 raise NotCarriedError(f"more than {MAX_OBJECTS} objects")
+            # The list keeps the object alive, so that no other one gets its id.
             number = self._number_of[id(value)] = len(self._objects)
             self._objects.append(value)
         names = [type(value).__name__]
@@ -325,6 +330,7 @@ class Peer:
         error = None
         if raised.arguments is not None:
             error = _made(kind, raised.arguments)
+        # The constructor of a class may take other arguments than its `args` hold.
         error = error or _made(kind, (raised.text,))
         return error or ProgramError(f"{raised.names[0]}: {raised.text}")
 
@@ -336,6 +342,7 @@ class Peer:
             return SystemExit
         if names not in self._classes:
             base = next((EXCEPTIONS[name] for name in names if name in EXCEPTIONS), Exception)
+            # `type` takes no name with a NUL.
             self._classes[names] = type(names[0].replace("\0", ""), (ProgramError if base is Exception else base,), {})
         return self._classes[names]
 
@@ -367,6 +374,7 @@ class Peer:
                 piece = b""
             if not piece:
                 raise GoneError("the program ended")
+            # Most frames come in one piece, which need not be copied.
             data = data + piece if data else piece
         return data
 

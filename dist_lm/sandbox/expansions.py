@@ -62,6 +62,8 @@ def harm(places: Places, words: Sequence[bytes], text: bytes) -> str:
         prepare()
     name, first, *_ = (*(word.decode("latin-1") for word in words[:2]), "")
     read_as = places.get((name, first), set()) | places.get((name, ANY), set())
+
+    # The shell drops line breaks at the end of `$(...)`, so a test never sees them.
     text = text.rstrip(b"\n")
     return next((place for place in sorted(read_as) if not _patterns[place].fullmatch(text)), "")
 
@@ -79,6 +81,7 @@ def places_of(code: bytes, functions: Collection[bytes]) -> Places:
 
     if not _patterns:
         prepare()
+    # Every byte is a character of Latin-1, so names and texts compare as bytes do.
     text = code.decode("latin-1")
     reader = _Reader(text)
     reader.read_code("")
@@ -94,8 +97,8 @@ def places_of(code: bytes, functions: Collection[bytes]) -> Places:
         # A function of the test may print what the program prints.
         if any(re.search(rf"(?:^|[\s;]){re.escape(name)}\s*\(\)", text) for name, _ in sources):
             sources |= every_call
-        for one in sources:
-            places.setdefault(one, set()).add(place)
+        for text_source in sources:
+            places.setdefault(text_source, set()).add(place)
     return places
 
 

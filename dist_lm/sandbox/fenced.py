@@ -115,6 +115,7 @@ class Fenced:
         Raises:
             OSError: the kernel refuses.
         """
+        # First, because the rules below leave nothing else writable but the folder and /dev/null.
         confine.write("/proc/self/oom_score_adj", str(badness))
         os.chdir(folder)
         if is_judge and self.namespaces:

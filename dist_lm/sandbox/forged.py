@@ -66,6 +66,7 @@ def is_lookup(language: str, source: str, tests: Sequence[Test]) -> bool:
     long_pairs = {pair for pair in pairs if all(len(text) > 1 for text in pair)}
     if len(long_pairs) < 2 or len(long_pairs) < len(pairs) / 2:
         return False
+    # Without blanks, as the pairs are: a table may be laid out in any way.
     text = re.sub(r"\s", "", source)
     return all(argument in text and value in text for argument, value in long_pairs)
 

@@ -20,8 +20,8 @@ _MOST_FILES = 8
 
 def socketpair() -> tuple[int, int]:
     """Returns the descriptors of two sockets that are connected."""
-    one, other = _socket.socketpair()
-    return one.detach(), other.detach()
+    first, second = _socket.socketpair()
+    return first.detach(), second.detach()
 
 
 def read_exactly(channel: int, length: int) -> bytes:
@@ -59,6 +59,7 @@ def send_files(channel: int, content: bytes, files: Sequence[int]) -> None:
     Raises:
         OSError: the other side has gone.
     """
+    # A socket object for one call: `detach` leaves the descriptor open, which its end would close.
     end = _socket.socket(_socket.AF_UNIX, _socket.SOCK_STREAM, 0, channel)
     try:
         numbers = b"".join(file.to_bytes(4, sys.byteorder) for file in files)
@@ -75,6 +76,7 @@ def receive_files(channel: int, length: int) -> tuple[bytes, list[int]]:
     Raises:
         OSError: the other side has gone.
     """
+    # As in `send_files`.
     end = _socket.socket(_socket.AF_UNIX, _socket.SOCK_STREAM, 0, channel)
     try:
         content, messages, _, _ = end.recvmsg(length, _socket.CMSG_LEN(4 * _MOST_FILES), _socket.MSG_WAITALL)

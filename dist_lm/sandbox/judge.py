@@ -77,6 +77,7 @@ class Judge(Peer):
             self.refuse(f"the program returned {error}, which does not reach the test")
         except GoneError as error:
             self.refuse(str(error))
+
         if _catches_assertions(value):
             self.refuse("a class of the program is Exception or AssertionError: it would catch what the test asserts")
         return value
@@ -89,6 +90,7 @@ class Judge(Peer):
         """
 
         def checked(value: Any, *operands: Any) -> Any:
+            # By identity: a value from the program may say that it equals anything.
             if id(value) not in self._number_of:
                 raise TypeError("expected an object that the test gave to the program")
             return operation(value, *operands)
@@ -160,9 +162,10 @@ class Judge(Peer):
 
     def exception_class(self, names: tuple[str, ...]) -> type:
         """Returns the test's own exception class of that name; else one that stands for the program's."""
-        own = dict.get(self.names, names[0])
-        if issubclass(type(own), type) and issubclass(own, Exception):  # type: ignore[arg-type]
-            return own  # type: ignore[return-value]
+        # Not `self.names[...]`, which would ask the program for a name that the test lacks.
+        test_class = dict.get(self.names, names[0])
+        if issubclass(type(test_class), type) and issubclass(test_class, Exception):  # type: ignore[arg-type]
+            return test_class  # type: ignore[return-value]
         return super().exception_class(names)
 
 
@@ -389,8 +392,10 @@ def judge_python(test: dict[str, str], channel: int, verdict: int) -> int:
         compiled = [compile(text, name, "exec", dont_inherit=True) for text, name in parts if text]
         judge.texts = {name: text for text, name in parts if text}
         *setup, code = compiled
+        # Importing unittest takes long, so only tests that use it pay for it.
         if _UNITTEST in test["code"]:
             _heed_unittest(judge)
+
         if setup:
             stdout = sys.stdout
             sys.stdout = io.StringIO()  # the program prints the same
@@ -401,6 +406,8 @@ def judge_python(test: dict[str, str], channel: int, verdict: int) -> int:
             for name in [name for name, value in names.items() if _is_class_of_setup(value)]:
                 if f"{name}(" in test["code"]:
                     del names[name]
+
+        # The program runs to its end first, as a module does that a test imports.
         judge.begin()
         exec(code, names)
         judge.has_run = True
@@ -436,13 +443,16 @@ def leaves_nothing(language: str, test: dict[str, str]) -> bool:
     if language != "python" or test["before"] or test["given"] or _UNITTEST in test["code"]:
         return False
     try:
+        # The tree tells the statements; the code tells names and inner functions without a walk over the tree.
         statements = compile(test["code"], "test", "exec", _ONLY_AST, dont_inherit=True).body  # type: ignore[attr-defined]
         code = compile(test["code"], "test", "exec", dont_inherit=True)
     except (SyntaxError, ValueError):
         return False
+
     used = {*code.co_names}
     is_plain = all(type(statement).__name__ in ("Assert", "Assign", "Expr") for statement in statements)
     targets = [t for s in statements if type(s).__name__ == "Assign" for t in s.targets]
+    # Names that an inner function uses are not among those of the code around it.
     has_inner = any(type(constant) is type(code) for constant in code.co_consts)
     return (
         is_plain

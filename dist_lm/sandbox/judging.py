@@ -163,6 +163,7 @@ def _judge_apart(request: dict[str, Any], test: dict[str, str], files: list[int]
             _signal.signal(_signal.SIGINT, _signal.default_int_handler)
             _announce(_clocks())  # before the limits: files on their way are limited by the number of open ones
             fenced.limit(request["limits"])
+            # The sockets to the first process of the run and to the server are not for tests.
             os.closerange(_CONTROL, files[0])
             judge.JUDGES[request["language"]](test, languages.CHANNEL, _take(files))
         except BaseException as error:
@@ -263,6 +264,7 @@ class Judging:
         for clock in self._clocks:
             os.close(clock)
         self._clocks = clocks
+        # The process that judged before has ended, and what it used stays counted.
         self._ended_cpu_seconds = self.last_cpu_seconds
         [self._earlier_cpu_seconds] = _CLOCK.unpack(content)
         self._earlier_waited_seconds = self._waited_seconds()
@@ -291,6 +293,7 @@ class Judging:
                 break
         fields = self._read(0).rpartition(b")")[2].split()  # none once the process has ended
         if fields:
+            # User and system time, its own and that of its ended children: fields 14 to 17 in proc(5).
             seconds = sum(map(int, fields[11:15])) / _TICKS - self._earlier_cpu_seconds
             self.last_cpu_seconds = max(self.last_cpu_seconds, self._ended_cpu_seconds + seconds)
         return self.last_cpu_seconds

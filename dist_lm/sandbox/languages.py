@@ -41,6 +41,7 @@ def be_program(
     """
     *files_of_program, channel, trouble = files
     try:
+        # A group of its own: a signal to the program's group reaches no process of ours.
         os.setsid()
         for descriptor, file in enumerate(files_of_program):
             os.dup2(file, descriptor)
@@ -93,8 +94,9 @@ def _answer(names: dict[str, Any]) -> None:
     from dist_lm.sandbox.calls import Peer, program_operations
 
     peer = Peer(CHANNEL, program_operations(names))
-    own = {name: value for name, value in names.items() if getattr(value, "__module__", "") == "__main__"}
-    functions = {name: value for name, value in own.items() if type(value) in (types.FunctionType, type)}
+    # What a program has imported is no part of it.
+    defined = {name: value for name, value in names.items() if getattr(value, "__module__", "") == "__main__"}
+    functions = {name: value for name, value in defined.items() if type(value) in (types.FunctionType, type)}
     if not peer.serve(dict([*functions.items()][:MAX_NAMES])):
         raise peer.last_error or SystemExit(1)
 

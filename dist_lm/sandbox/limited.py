@@ -88,6 +88,7 @@ class _Caller:
                 except (EOFError, OSError, ValueError):
                     code = self._code()
                     self.end()
+                    # The timer of CPU time ends the process by this signal.
                     if code == -signal.SIGPROF:
                         raise LimitError(f"takes more than {CPU_S:g} s of CPU time") from None
                     continue
@@ -156,6 +157,7 @@ class _Caller:
             data = bytearray()
             while len(data) < length:
                 assert self._connection is not None
+                # With a timeout of 0 the socket would not wait at all.
                 self._connection.settimeout(max(0.001, deadline - time.monotonic()))
                 piece = self._connection.recv(min(length - len(data), 1 << 20))
                 if not piece:

@@ -122,6 +122,7 @@ def confine_process(memory_bytes: int, readable_trees: Iterable[str], file_bytes
     confine.limit({resource.RLIMIT_AS: memory_bytes, resource.RLIMIT_CORE: 0, resource.RLIMIT_FSIZE: file_bytes})
     if sys.platform != "linux":
         return
+    # Landlock and seccomp need it.
     confine.gain_no_capabilities()
     confine.drop_capabilities()
     if version := confine.landlock_version():

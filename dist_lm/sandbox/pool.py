@@ -36,6 +36,7 @@ class _Turns:
         """A block in which a program runs beside others; before it, waits while a program runs alone, or waits for
         that."""
         with self._changed:
+            # Whoever waits to run alone goes first; else programs that keep coming would let it wait for ever.
             self._changed.wait_for(lambda: not self._waiting and not self._is_alone)
             self._running += 1
         try:
@@ -50,6 +51,7 @@ class _Turns:
         """A block inside `beside_others` in which the program runs alone: waits until no other one runs, and lets none
         begin before the end of the block."""
         with self._changed:
+            # The program that asks runs as well, and would wait for itself.
             self._running -= 1
             self._waiting += 1
             self._changed.notify_all()

@@ -119,6 +119,7 @@ def fences(trust_me: bool = False) -> Fences:
     Raises:
         SandboxError: a program could not be shut in, and `trust_me` is False; or this machine is too busy to tell.
     """
+    # Only root may become another user.
     own_user = os.geteuid() == 0 and _unused_user(0) != 0
     seccomp = confine.has_seccomp()
     available = Fences(True, own_user, confine.landlock_version(), seccomp, MemoryGroup.possible())
@@ -349,6 +350,7 @@ class _Server:
                 start_new_session=True,
                 pass_fds=[entrance] if self._group else [],
             )
+            # From here on `close` ends them; an error above has ended them all.
             self._at_close = at_close.pop_all()
 
         code = _server_code()
@@ -375,6 +377,7 @@ class _Server:
         length = len(request).to_bytes(4, "big")
         if for_judge:
             self._channel.sendall(JUDGED)
+            # Tests travel in a file of their own, which the judge alone reads.
             file = confine.sealed(for_judge)
             try:
                 socket.send_fds(self._channel, [length], [file])
@@ -424,6 +427,7 @@ class _Server:
         """Removes what programs left: without namespaces, all runs of a server share a folder."""
         if self._folder:
             for path in Path(self._folder).iterdir():
+                # A link goes, and what it leads to stays: that is no file of the program.
                 if path.is_dir() and not path.is_symlink():
                     shutil.rmtree(path)
                 else:
@@ -507,6 +511,7 @@ def _server_code() -> bytes:
     folder = Path(__file__).resolve().parent
     sources = {"dist_lm": b"", "dist_lm.sandbox": b""}
     sources |= {f"dist_lm.sandbox.{name}": (folder / f"{name}.py").read_bytes() for name in _MODULES}
+    # By these names `languages` leaves our frames out of the tracebacks of programs.
     code = [(name, compile(text, f"<{name}>", "exec", dont_inherit=True)) for name, text in sources.items()]
     return marshal.dumps(code)
 

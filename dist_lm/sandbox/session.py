@@ -112,6 +112,7 @@ class Session:
 
     def _refuse_trouble(self, reason: str) -> None:
         """Raises SessionFailedError if a program of known cost has no core on this machine either."""
+        # In a sandbox of its own, since that of the session has failed, or still holds it.
         with Sandbox(self._trust_me) as control:
             if not control.control_passes(self._limits):
                 raise SessionFailedError(reason)

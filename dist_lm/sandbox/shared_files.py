@@ -179,13 +179,16 @@ class Folder:
             return os.readlink(self._at(path))
         if kind == "folder":
             return b""
+
         try:
+            # A pipe put in the place of the file must not make this process wait, nor a link lead elsewhere.
             file = os.open(self._at(path), os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK)
         except PermissionError:
             mode = os.stat(self._at(path), follow_symlinks=False).st_mode
             os.chmod(self._at(path), 0o600)
             file = os.open(self._at(path), os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK)
             os.fchmod(file, mode & 0o777)
+
         try:
             if os.fstat(file).st_size > most:
                 raise FailedError(f"more than {MAX_FILE_BYTES} bytes of files")

@@ -51,6 +51,7 @@ class _Parser:
                 except (EOFError, OSError):
                     code = self._process.code()
                     self._end()
+                    # The timer of CPU time ends the process by this signal.
                     if code == -signal.SIGPROF:
                         return f"parsing it needs more than {cpu_limit_s(text):.2g} s of CPU time"
                     continue

@@ -104,6 +104,7 @@ class Turns:
         if self.python is None:
             self.python = self._interpreter()
         python = self.python
+        # The limit of `Watched` counts what the interpreter has used in earlier turns, too.
         used_before = python.used.seconds
         limits = self.request["limits"]
         attempt = Watched(
@@ -183,6 +184,7 @@ class _Interpreter:
         self.number += 1
         self.status = None
         try:
+            # The channel does not block: an interpreter that reads nothing takes a part of the frame at most.
             frame = len(code).to_bytes(4, "big") + code
             is_sent = os.write(self.channel, frame) == len(frame)
         except OSError:

@@ -138,6 +138,7 @@ class Encoder:
         if self._num_values > MAX_VALUES or len(self.data) > MAX_BYTES:
             raise NotCarriedError(f"more than {MAX_VALUES} values or {MAX_BYTES} bytes")
 
+        # Of types and functions only built-in ones have names; those of the program are objects.
         write = _WRITERS.get(type(value)) or self._writer_of_base(type(value))
         if write is not None and not (write in _BY_NAME and id(value) not in _NAME_OF):
             write(self, value, depth)
@@ -253,6 +254,7 @@ def _packed(code: bytes, values: Sequence[Any]) -> bytes:
 
 
 def _put_int(encoder: Encoder, value: int, _: int) -> None:
+    # One bit more than the digits need, for the sign.
     content = int.to_bytes(value, int.bit_length(value) // 8 + 1, "big", signed=True)
     encoder.data += b"i"
     encoder._put_bytes(content)
@@ -264,6 +266,7 @@ def _put_str(encoder: Encoder, value: str, _: int) -> None:
 
 
 def _put_complex(encoder: Encoder, value: complex, _: int) -> None:
+    # Getters of the base type, here and below: those of a subclass are code of the program.
     real, imaginary = (complex.__dict__[name].__get__(value) for name in ("real", "imag"))
     encoder.data += b"c" + _double.pack(real) + _double.pack(imaginary)
 
@@ -288,6 +291,8 @@ def _put_tuple(encoder: Encoder, value: tuple, depth: int) -> None:
         NotCarriedError: as `Encoder.put`.
     """
     items = tuple.__getitem__(value, slice(None))
+
+    # Read past the metaclass, whose methods are code of the program, too.
     fields = None if type(value) is tuple else type.__dict__["__dict__"].__get__(type(value)).get("_fields")
     if type(fields) is tuple and len(fields) == len(items) and all(type(field) is str for field in fields):
         encoder.data += b"n"
@@ -316,6 +321,7 @@ def _put_exception(encoder: Encoder, value: BaseException, depth: int) -> None:
     """Writes an exception: its text, the names of its classes, and its arguments if they are values. Calls its
     `__str__`, whose errors become the text."""
     names = exception_names(type(value))
+    # An encoder of its own: arguments that are no values leave nothing half written.
     arguments = Encoder()
     try:
         arguments.put(BaseException.__dict__["args"].__get__(value), depth + 1)
@@ -632,6 +638,7 @@ def _take_tuple_with_names(decoder: Decoder, depth: int) -> tuple:
 
     from operator import itemgetter
 
+    # A new class for each tuple: `namedtuple` would compile source text with names from outside.
     members: dict[str, Any] = {field: property(itemgetter(index)) for index, field in enumerate(fields)}
     members |= {"__slots__": (), "_fields": tuple(fields), "__repr__": _named_text, "_asdict": _named_dict}
     return tuple.__new__(type(name.replace("\0", ""), (tuple,), members), values)
@@ -694,6 +701,7 @@ def _take_raised(decoder: Decoder, depth: int) -> Raised:
         MalformedError: it has no name, or its arguments are no tuple.
     """
     text, *names = decoder._take_texts()
+    # Arguments have no references and share no containers with the rest of the frame.
     inner = Decoder(decoder._take_bytes(decoder.take_count()))
     arguments = inner.take(depth + 1)
     inner.end()

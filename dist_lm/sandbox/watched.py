@@ -56,10 +56,12 @@ class Watched:
         self.output_bytes = output_bytes
         self.cpu_s = cpu_s
         self.wall_s = wall_s
+
         self.read = [bytearray() for _ in pipes]
         # A program can empty its own pipe between our `poll` and our `read`, which must not wait then.
         for file in pipes:
             os.set_blocking(file, False)
+
         self.ended = DONE
         self.exit_code = 0
         self.seconds = 0.0
@@ -106,6 +108,7 @@ class Watched:
                     running.discard(file)
             self.seconds = time.monotonic() - begin
 
+            # An output that is too long decides, also of a program that has just ended.
             if sum(map(len, self.read)) > self.output_bytes:
                 self.ended = OUTPUT
                 return
@@ -324,6 +327,8 @@ def stop_all_but(child: int, namespaces: bool) -> bool:
             os.kill(-1, SIGSTOP)
         except ProcessLookupError:
             return False
+
+    # Without namespaces a process may fork between the look and its end, so this goes on until the child is alone.
     for _ in range(_MOST_KILLS):
         pids = [int(fields[0]) for fields in _processes_below()[0] if fields[1] != "Z"]
         for pid in pids:
@@ -347,6 +352,7 @@ def _reap_orphans(child: int) -> None:
             ended = os.waitid(os.P_ALL, 0, os.WEXITED | os.WNOHANG | os.WNOWAIT)
         except ChildProcessError:
             return
+        # WNOWAIT leaves the exit code of `child` to whoever watches it.
         if ended is None or ended.si_pid == child:
             return
         os.waitpid(ended.si_pid, 0)

@@ -63,13 +63,13 @@ def compares_itself(tests: Iterable[Test]) -> bool:
     define itself, and nothing else."""
     for test in tests:
         tree = ast.parse(test.code)
-        own = {node.name for node in ast.walk(tree) if isinstance(node, ast.FunctionDef | ast.ClassDef)}
+        defined = {node.name for node in ast.walk(tree) if isinstance(node, ast.FunctionDef | ast.ClassDef)}
         imports = (node for node in ast.walk(tree) if isinstance(node, ast.Import | ast.ImportFrom))
-        own |= {alias.asname or alias.name for node in imports for alias in node.names}
+        defined |= {alias.asname or alias.name for node in imports for alias in node.names}
         for node in ast.walk(tree):
             if isinstance(node, ast.Assert) and isinstance(node.test, ast.Compare) and len(node.test.comparators) == 1:
                 sides = node.test.left, node.test.comparators[0]
-                left, right = (_called(side) - own for side in sides)
+                left, right = (_called(side) - defined for side in sides)
                 if left and right and all(_is_constant_but_calls(side) for side in sides):
                     return True
     return False

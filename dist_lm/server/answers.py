@@ -24,6 +24,7 @@ def response_of(job: Job, answers: Sequence[Sequence[Answer]], created: int) -> 
     version = flat[0].version
     response = head_of(job, created, version, is_chunk=False)
     response["choices"] = [_choice(answer, index, job) for index, answer in enumerate(flat)]
+    # Answers to one prompt share its pages, so its cached tokens count once.
     n_reused = sum(of_prompt[0].reused_tokens for of_prompt in answers)
     response["usage"] = usage_value(job, sum(len(answer.tokens) for answer in flat), n_reused)
     if job.endpoint == "chat":
@@ -101,6 +102,7 @@ def ids_value(tokens: Sequence[int], raw: Sequence[float], drawn: Sequence[float
 
 
 def _finite(number: float) -> float | None:
+    # JSON has no infinity, which is the log-probability of a forbidden token.
     return number if math.isfinite(number) else None
 
 
@@ -138,6 +140,7 @@ def _logprob_entries(tokens: Sequence[int], logprobs: Sequence[float], tokenizer
     contents = [tokenizer.content([token]) for token in tokens]
     pieces = tokenizer.pieces(tokens)
     return [
+        # Marks have no text: their piece names them.
         {"token": content.decode(errors="replace") or piece, "logprob": _finite(logprob), "bytes": [*content]}
         for content, piece, logprob in zip(contents, pieces, logprobs, strict=True)
     ]

@@ -47,6 +47,7 @@ def build_app(serving: Serving, rules: DoorRules) -> App:
         for model in serving.models:
             model.thread.start()
         yield
+        # All engines are told at once: the end takes `stop_s` seconds, however many models there are.
         stops = [run_in_threadpool(model.thread.stop, serving.stop_s) for model in serving.models]
         await asyncio.gather(*stops)
         serving.compiler.shutdown(wait=False, cancel_futures=True)
@@ -64,6 +65,7 @@ def build_app(serving: Serving, rules: DoorRules) -> App:
 def _add_error_handlers(app: FastAPI) -> None:
     @app.exception_handler(ProtocolError)
     async def refused(request: Request, error: ProtocolError) -> Response:
+        # OpenAI's clients try again by themselves, after so many seconds.
         headers = {"Retry-After": str(RETRY_S)} if error.status in (429, 503) else None
         value = error_value(str(error), error.status, error.param, error.code)
         return JSONResponse(value, error.status, headers=headers)
@@ -102,6 +104,7 @@ def _add_models(app: FastAPI, serving: Serving) -> None:
         values = [served.value(name) for served in serving.all_served for name in served.names]
         return {"object": "list", "data": values}
 
+    # Names of models hold slashes, such as sft/default/step_00000400.
     @app.get("/v1/models/{name:path}")
     async def model(name: str) -> Json:
         return serving.served_named(name).value(name)
@@ -149,6 +152,7 @@ async def _json(request: Request) -> dict[str, Json]:
     """
     body = await request.body()
     try:
+        # A body may have megabytes: to read it in this thread would stop the events of all other requests.
         value = await run_in_threadpool(lambda: json_text.read(body.decode(), "the body"))
     except UnicodeDecodeError as error:
         raise ProtocolError(f"the body is not UTF-8 at byte {error.start}") from error
@@ -170,6 +174,7 @@ async def _answer(serving: Serving, api: Api, request: Request) -> Response:
     Raises:
         ProtocolError: it is refused.
     """
+    # A request counts before it is parsed and its constraint is compiled, because both take time and memory.
     run: Run | None = _new_run(serving)
     try:
         body = await _json(request)
@@ -274,6 +279,7 @@ async def _complete(run: Run, job: Job, api: Api) -> Response:
             remember(event.answer, job)
             answers[event.answer.request, event.answer.index] = event.answer
 
+    # Answers end in any order; the choices of a response are ordered by prompt and index.
     in_order = [[answers[request.id, index] for index in range(request.n)] for request in job.requests]
     value = await run_in_threadpool(api.response, job, in_order, int(time.time()))
     return JSONResponse(value)

@@ -58,6 +58,7 @@ def add_chat_page(app: FastAPI) -> None:
 
     @app.get(f"{PREFIX}{{name}}")
     async def page_file(name: str) -> Response:
+        # A name is looked up and never joined to a path, so it cannot lead out of the folder.
         if name not in files:
             raise HTTPException(404, "the chat page has no such file")
         content, media_type = files[name]

@@ -102,6 +102,7 @@ def serve(paths: Sequence[Path], tokenizer: Path | None, options: ServeOptions) 
             limit_concurrency=4 * options.most_requests,
             timeout_graceful_shutdown=max(1, round(options.stop_s)),
         )
+        # An IPv6 address stands in brackets in a URL.
         host = f"[{options.host}]" if ":" in options.host else options.host
         address = f"http://{host}:{listener.getsockname()[1]}"
         names = ", ".join(served.name for served in serving.all_served)
@@ -121,6 +122,7 @@ def _cluster(options: ServeOptions) -> Iterator[RayCluster | None]:
         return
     with connect(ClusterConfig(name="ray" if options.ray else "local", address=options.ray)) as cluster:
         n_nodes = len(cluster.nodes())
+        # Actors may use every node that is there; the default of cluster.nodes is one.
         yield replace(cluster, config=replace(cluster.config, nodes=max(1, n_nodes)))
 
 
@@ -165,6 +167,7 @@ def _load(
     model_files = find_models(paths, options.names, options.follow)
     language_models = [model for model in model_files if model.config.head == "tokens"]
     reward_models = [model for model in model_files if model.config.head == "scalar"]
+    # The option counts the tokens of all models together.
     cache_tokens = max(1, options.cache_tokens // max(1, len(language_models)))
     device = option_device(options.device) if cluster is None else _device_of(cluster, options.device)
     model_options = ModelOptions(device, options.tp, cache_tokens, options.queue_s, options.limits)

@@ -71,6 +71,7 @@ class Conversations:
         if self._tokenizer.kept_template:
             return
         end = self._tokenizer.mark_id(END)
+        # An answer may end by its limit or by end-of-text; the next turn always follows the mark of the end.
         if ids[-1] == self._tokenizer.eot_id:
             ids = ids[:-1]
         if ids[-1] != end:
@@ -86,6 +87,7 @@ class Conversations:
 
 
 def _key(conversation: Conversation, client: str) -> bytes:
+    # The client's digest has a fixed length, so no other pair of client and conversation gives the same bytes.
     digest = hashlib.sha256(hashlib.sha256(client.encode()).digest())
     digest.update(write_conversation(conversation).encode())
     return digest.digest()

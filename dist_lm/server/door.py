@@ -72,6 +72,7 @@ def is_loopback(host: str) -> bool:
 
 def refusal_of(rules: DoorRules, path: str, headers: Sequence[tuple[bytes, bytes]]) -> tuple[int, str, str] | None:
     """Returns (status, message, code) for a request that is refused by its headers; None: it may come in."""
+    # Every byte is a character of Latin-1, so decoding cannot fail.
     values = {name.decode("latin-1").lower(): value.decode("latin-1") for name, value in headers}
     host = values.get("host", "")
     name = (urlsplit(f"//{host}").hostname or "") if _is_authority(host) else ""
@@ -94,6 +95,7 @@ def refusal_of(rules: DoorRules, path: str, headers: Sequence[tuple[bytes, bytes
 
     if rules.key and path not in PUBLIC and not chat_page.is_page_path(path):
         token = bearer_token(values.get("authorization", ""))
+        # A comparison that ends at the first wrong character would tell by its time how many are right.
         if not hmac.compare_digest(token.encode(), rules.key.encode()):
             return 401, "the key is missing or wrong: send it as `Authorization: Bearer KEY`", "invalid_api_key"
     return None
@@ -140,6 +142,7 @@ class Door:
             if message["type"] == "http.response.start":
                 self._count(path, message["status"])
             try:
+                # A client that takes nothing would hold its request and the pages of its answer for ever.
                 async with asyncio.timeout(SEND_S):
                     await send(message)
             except TimeoutError as error:
@@ -164,6 +167,7 @@ class Door:
             else:
                 await self._app(scope, _whole(bytes(body), receive), send)
         finally:
+            # Also after an error: bytes that stayed counted would refuse the bodies of later requests.
             self._held_bytes -= len(body)
 
     async def _read(self, scope: Scope, receive: Receive, body: bytearray) -> tuple[int, str, str] | None:
@@ -173,6 +177,9 @@ class Door:
             (status, message, code) if it is refused; None: it is complete.
         """
         too_long = 413, f"the body is longer than {self._body_bytes:,} bytes", "body_too_large"
+
+        # A length that is declared is refused before anything is read, one that is not while it is read.
+        # `int` raises an error at thousands of digits; 20 digits exceed any limit.
         declared = dict(scope["headers"]).get(b"content-length", b"0")
         if not declared.isdigit() or int(declared[:20]) > self._body_bytes:
             return too_long
@@ -185,6 +192,7 @@ class Door:
                     self._held_bytes += len(content)
                     if len(body) > self._body_bytes:
                         return too_long
+                    # Bodies stay in memory until their requests end, so their sum has a limit too.
                     if self._held_bytes > MOST_BODIES * self._body_bytes:
                         return 429, "bodies of other requests fill the memory for them: try again later", "many_bytes"
                     if message["type"] == "http.disconnect" or not message.get("more_body"):
@@ -213,6 +221,8 @@ def _whole(body: bytes, receive: Receive) -> Receive:
 
 async def _refuse(send: Send, status: int, message: str, code: str) -> None:
     content = json.dumps(error_value(message, status, code=code)).encode()
+
+    # The rest of a refused body is not read, so the connection cannot be used again.
     headers = [(b"content-type", b"application/json"), (b"connection", b"close")]
     await send({"type": "http.response.start", "status": status, "headers": headers})
     await send({"type": "http.response.body", "body": content})

@@ -261,6 +261,8 @@ class EngineThread:
                 if self._running:
                     self._step()
                 self._count_answers()
+
+        # A dead thread would leave its clients without an answer, so every error ends their requests.
         except Exception as error:
             log.exception("the engine has failed")
             self._failure = f"the engine has failed ({error}): start the server again"
@@ -290,6 +292,8 @@ class EngineThread:
     def _swap_weights(self) -> None:
         """Loads new weights if there are some and nothing runs on the old ones."""
         new = self._new_weights
+
+        # All packs of a request must come from the same weights.
         has_begun = bool(self._embedding and self._embedding[0].packs)
         if not new or self._running or has_begun:
             return
@@ -306,6 +310,7 @@ class EngineThread:
 
     def _read_inbox(self) -> None:
         """Takes all messages; waits for one if nothing runs."""
+        # While something runs, a wait for messages would delay its next step.
         if not self._running and not self._embedding:
             try:
                 self._take(self._inbox.get(timeout=IDLE_S))
@@ -349,6 +354,8 @@ class EngineThread:
 
         if self._new_weights:
             return
+
+        # An idle engine takes any request: it refuses one that never fits, which would wait for ever here.
         n_active = sum(len(order.open) for order in self._running.values())
         while self._waiting and (not n_active or n_active + self._waiting[0].request.n <= self.max_sequences):
             order = self._waiting.popleft()
@@ -388,6 +395,7 @@ class EngineThread:
             self._embedding.popleft()
             self.figures.answered += 1
             order.sink(Embedded(order.request.id, np.concatenate(order.parts), self.version))
+        # JSON has no nan, so such a vector would end as a defect of the server.
         elif not np.isfinite(vectors_sD).all():
             self._embedding.popleft()
             self._fail(order, NAN, 500)
@@ -424,8 +432,10 @@ class EngineThread:
         for sequence in order.sequences:
             index = sequence.index
             pieces = order.pieces[index]
+            # Tokens that a constraint forced have no log-probability until the model has computed them.
             if not pieces or sequence.n_unscored:
                 continue
+
             new = slice(order.sent[index], order.sent[index] + len(pieces))
             event = Grown(
                 request=order.request.id,

@@ -83,6 +83,7 @@ def _quantiles(name: str, model: str, seconds: Iterable[float]) -> list[str]:
     ordered = sorted([*seconds])
     lines: list[str] = []
     for quantile in QUANTILES:
+        # Prometheus writes a quantile of nothing as NaN.
         value = ordered[min(len(ordered) - 1, int(quantile * len(ordered)))] if ordered else "NaN"
         lines.append(_sample(name, {"model": model, "quantile": str(quantile)}, value))
     return lines

@@ -59,6 +59,7 @@ class Follower:
             except UserError:
                 continue  # the run is being written anew, or its disk is away: the weights stay
             if checkpoint != self._newest:
+                # Noted before it is loaded: a damaged checkpoint is reported once, not at every look.
                 self._newest = checkpoint
                 self._load(checkpoint)
 

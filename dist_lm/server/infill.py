@@ -79,13 +79,16 @@ def _prompt(body: Mapping[str, Json], served: Served, n_new: int) -> list[int]:
         after = tokenizer.encode(typed(body, "input_suffix", str, ""))
         begun = tokenizer.encode(typed(body, "prompt", str, ""))
         extra = [token for text in _extra_texts(body) for token in tokenizer.encode(SNIPPET + text)]
+    # A refused field has its name already.
     except ProtocolError:
         raise
     except UserError as error:
         raise ProtocolError(str(error), param="input_prefix") from error
 
     # What is near the cursor comes first.
+    # The rest of the context is for the answer, the opening token, the marks and what is begun.
     room = max(1, served.context - max(1, n_new) - 1 - len(marks) - len(begun))
+    # The text behind the cursor gets its share, or what the text before it leaves, if that is more.
     after = after[: max(room // SUFFIX_SHARE, room - len(before))]
     before = _last(before, room - len(after))
     extra = _last(extra, room - len(after) - len(before))

@@ -12,7 +12,7 @@ from dist_lm.cluster.ray_cluster import RayCluster
 from dist_lm.config.model import ModelConfig
 from dist_lm.config.pool import MOST_PAGE_TOKENS
 from dist_lm.errors import ConfigError, UserError, require
-from dist_lm.generation.engine import free_bytes
+from dist_lm.generation.engine_options import free_bytes
 from dist_lm.generation.grammar import Grammars
 from dist_lm.generation.load import load_model, model_config_of, run_of, tokenizer_of
 from dist_lm.generation.session import build_engine, cache_options
@@ -31,7 +31,6 @@ from dist_lm.training import checkpoint_files as files
 from dist_lm.training.checkpoint_tensors import model_weights
 
 STEP_PREFIX = "step_"
-HOST_BYTES = 4  # of a weight in host memory, where it is loaded in fp32
 
 
 @dataclass(frozen=True)
@@ -95,6 +94,7 @@ def check_memory(models: Sequence[ModelFiles], options: ModelOptions) -> str:
     Raises:
         ConfigError: it is more than what is free.
     """
+    # The same choice as in `build_engine`.
     has_bf16 = options.device.type == "cuda" and not lacks_bf16(options.device)
     item_bytes = 2 if has_bf16 else 4
     weight_bytes = sum(parameter_count(model.config.plain) for model in models) * item_bytes

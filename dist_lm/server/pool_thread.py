@@ -177,6 +177,7 @@ class PoolThread:
 
     def load_weights(self, weights: Mapping[str, torch.Tensor], version: int, loaded: Callable[[str], None]) -> None:
         """See `Backend`; `loaded` is called when all actors that are up have the weights."""
+        # An actor that rejects weights counts as lost, so weights are checked before any actor gets them.
         config = self._spec.model
         try:
             check_weights(config, {name: tuple(weight.shape) for name, weight in weights.items()})
@@ -206,6 +207,8 @@ class PoolThread:
                 self._fail_late()
                 self._hand_out()
                 self._count()
+
+        # A dead thread would leave its clients without an answer, so every error ends their requests.
         except Exception as error:
             log.exception("the pool has failed")
             self._failure = f"the pool has failed ({error}): start the server again"
@@ -262,6 +265,8 @@ class PoolThread:
             return
 
         self._reports.pop(number, None)
+
+        # The next actor of this number begins with an empty cache.
         self._router.forget(number)
         lost = [routed for routed in self._running.values() if routed.lane == number]
         # In reverse, since each goes to the front: they keep their order.
@@ -318,6 +323,7 @@ class PoolThread:
             routed.has_begun = True
             yield answered
             return
+        # If the actor ends before the last answer, all are computed again, maybe with other weights.
         routed.held_back.append(answered)
         if not routed.n_open:
             yield from routed.held_back

@@ -30,6 +30,7 @@ class PrefixRouter:
             loads: answers under way by lane, of the lanes that have room; at least one.
         """
         least = min(loads.values())
+        # The last digest stands for the longest beginning.
         for digest in reversed(digests):
             lanes = [
                 lane

@@ -27,7 +27,7 @@ def input_ids(body: Mapping[str, Json], tokenizer: Tokenizer, most: int) -> list
     if isinstance(value, list) and value and not all(is_id(token) for token in value):
         inputs = value
     check_number(inputs, most, "input")
-    return [_input(each, tokenizer) for each in inputs]
+    return [_input(part, tokenizer) for part in inputs]
 
 
 def check_number(inputs: Sequence[Json], most: int, param: str) -> None:

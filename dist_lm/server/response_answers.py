@@ -143,6 +143,7 @@ class ResponseEvents:
         """Yields the events of new tokens or of the complete answer."""
         if not self._has_begun:
             self._has_begun = True
+            # Clients expect these two events before all others.
             response = _response(self._job, self._created, "in_progress", [])
             yield self._event("response.created", response=response)
             yield self._event("response.in_progress", response=response)
@@ -211,6 +212,7 @@ class ResponseEvents:
     def _called(self, item: dict[str, Json], index: int) -> Iterator[str]:
         """Yields the events of a complete call."""
         place = {"item_id": item["id"], "output_index": index}
+        # Clients build a call from its deltas: first an empty item, then one delta with all arguments.
         begun = item | {"arguments": "", "status": "in_progress"}
         yield self._event("response.output_item.added", output_index=index, item=begun)
         yield self._event("response.function_call_arguments.delta", **place, delta=item["arguments"])

@@ -77,7 +77,7 @@ def responses_job(body: Mapping[str, Json], served: Served, client: str) -> Job:
 
 def _includes(body: Mapping[str, Json]) -> list[str]:
     includes = typed(body, "include", list, [])
-    if unknown := [each for each in includes if each not in INCLUDES]:
+    if unknown := [name for name in includes if name not in INCLUDES]:
         message = f"include={shown_value(unknown[0])}: expected {' or '.join(INCLUDES)}"
         raise ProtocolError(message, param="include")
     return includes

@@ -48,8 +48,10 @@ class Run:
         """Returns a sink whose events come from `next_event`, and begins to watch the client's connection."""
         loop = asyncio.get_running_loop()
         self._thread = thread
+        # The body has been read, so the next message can only say that the client has gone.
         self._gone = asyncio.create_task(_client_gone(request))
 
+        # Events come from the thread of the engine, and a queue of asyncio belongs to the thread of its loop.
         def sink(event: Event) -> None:
             with suppress(RuntimeError):  # the loop has ended, and nobody waits
                 loop.call_soon_threadsafe(self._events.put_nowait, event)
@@ -63,6 +65,7 @@ class Run:
         try:
             await asyncio.wait({event, self._gone}, return_when=asyncio.FIRST_COMPLETED)
         finally:
+            # A `get` that stays open would take the next event, and nobody would see it.
             if not event.done():
                 event.cancel()
         if event.cancelled() or not event.done():

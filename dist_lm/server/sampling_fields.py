@@ -54,6 +54,7 @@ def sampling_params(
             stop=_stops(body),
             stop_tokens=ends,
         )
+    # A refused field has its name already; bounds that `SamplingParams` checks begin with theirs.
     except ProtocolError:
         raise
     except UserError as error:
@@ -88,6 +89,7 @@ def _biases(body: Mapping[str, Json]) -> dict[int, float]:
         raise ProtocolError(f"logit_bias: {len(by_name):,} of them; expected {accepted}", param="logit_bias")
 
     for name, bias in by_name.items():
+        # `isdigit` and `int` also take the digits of other scripts.
         is_token = name.isascii() and name.isdigit() and len(name) <= LONGEST_ID
         if not is_token or not is_number(bias) or not -MOST_BIAS <= bias <= MOST_BIAS:
             message = f"logit_bias.{shown_value(name[:40])}: {shown_value(bias)}; expected {accepted}"

@@ -45,7 +45,7 @@ class Serving:
     @property
     def all_served(self) -> list[Served]:
         """Every model, in the order of /v1/models."""
-        return [each.served for each in (*self.models, *self.rewards)]
+        return [model.served for model in (*self.models, *self.rewards)]
 
     @property
     def failure(self) -> str:

@@ -173,6 +173,7 @@ class ServingMember(Member):
 
         call, began = self._reporting
         report: Report | None = self._result(call)
+        # With a report its engine may hang, without one the whole actor.
         silent_s = report.silent_s if report else time.monotonic() - began
         if silent_s > patience_s:
             raise MemberLostError(f"{self}: silent for {silent_s:.0f} s")

@@ -58,6 +58,7 @@ class Chunks:
         yield from self._opening(index, choice)
         texts = []
         for token, text in event.pieces:
+            # Such a tokenizer puts a space before every text, and it is no part of the turn.
             if not choice.n_tokens and self._job.endpoint == "chat" and self._tokenizer.adds_space:
                 text = text.removeprefix(" ")
             choice.n_tokens += 1
@@ -88,6 +89,7 @@ class Chunks:
             yield self._chunk(index, self._said(rest))
         for number, call in enumerate(turn.calls):
             yield self._chunk(index, {"delta": {"tool_calls": [call_value(call, number)]}})
+        # The reason of the end comes in a chunk of its own, as in OpenAI's streams.
         last = {"delta": {}} if self._job.endpoint == "chat" else {"text": ""}
         yield self._chunk(index, last, {"finish_reason": turn.finish})
 
@@ -109,6 +111,7 @@ class Chunks:
         if self._job.endpoint == "chat":
             chunk = self._chunk(index, {"delta": {"role": "assistant", "content": ""}})
             chunk["remembered_tokens"] = self._job.n_remembered
+        # All answers share their prompts, so one chunk of the response has the ids.
         if self._has_ids:
             self._has_ids = False
             chunk |= prompt_ids_value(self._job, self._version)

@@ -113,6 +113,7 @@ class VisibleText:
 
     def _n_kept(self) -> int:
         """Returns the number of characters at the end that may belong to a call."""
+        # A special token has no text, so only the line break before it may belong to the call.
         mark = "\n" if self._call_id is not None else f"\n{CALL}"
         beginnings = [mark[begin:end] for begin in (0, 1) for end in range(begin + 1, len(mark) + 1)]
         return max((len(beginning) for beginning in beginnings if self._held.endswith(beginning)), default=0)

@@ -19,7 +19,7 @@ from dist_lm.cluster.ray_cluster import RayAccess, RayCluster, joined_by, own_ac
 from dist_lm.config.pool import RolloutPoolConfig
 from dist_lm.config.root import Config
 from dist_lm.generation.decoder import WeightStream
-from dist_lm.generation.engine import EngineOptions
+from dist_lm.generation.engine_options import EngineOptions
 from dist_lm.tokenizer.tokenizer import Tokenizer
 
 if TYPE_CHECKING:

@@ -204,6 +204,7 @@ def held_out_answers(corpus: "TokenCorpus", count: int, longest_prompt: int) -> 
         if not learned.size:
             continue
 
+        # The last stretch of learned tokens is the last answer, with the token that ends it.
         stop = int(learned[-1]) + 1
         not_learned = np.flatnonzero(mask[:stop] == 0)
         start = int(not_learned[-1]) + 1 if not_learned.size else 0

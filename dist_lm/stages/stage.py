@@ -24,7 +24,7 @@ from dist_lm.tracking.readable import three_decimals
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
 
-    from dist_lm.generation.engine import EngineOptions
+    from dist_lm.generation.engine_options import EngineOptions
     from dist_lm.generation.request import Answer, Refusal, Request
     from dist_lm.sandbox.pool import Sandboxes
     from dist_lm.tokenizer.tokenizer import Tokenizer

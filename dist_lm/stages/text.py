@@ -130,7 +130,9 @@ class TextStage(TrainingStage):
         n_sequences = [sequences.n_sequences for sequences in stream.corpora]
         passes = passes_over(arguments.config.stage, n_sequences)
         phases = [phase.record() for phase in phases_over(arguments.config.stage, n_sequences)]
-        text_bytes = bytes_per_token(arguments.config, arguments.run, {each.corpus: each.share for each in passes})
+        text_bytes = bytes_per_token(
+            arguments.config, arguments.run, {corpus_pass.corpus: corpus_pass.share for corpus_pass in passes}
+        )
         return StageData(stream, evaluator(arguments), text_bytes, passes, phases)
 
     def sequences(self, config: Config, run: RunDirectory) -> TrainingSequences:

@@ -89,6 +89,7 @@ def rename_to_new(temporary: Path, path: Path) -> None:
     except FileExistsError:
         raise
     except OSError:  # a file system without links
+        # Between this look and the rename the file may still appear, which a link would have told.
         if os.path.lexists(path):
             raise FileExistsError(f"{path} exists") from None
         temporary.replace(path)

@@ -163,12 +163,12 @@ class CpuUsage:
         Waits until `SHORTEST_S` have passed. Where the system does not count, all cores are free.
         """
         time.sleep(max(0.0, self.SHORTEST_S - (time.monotonic() - self._before[0])))
-        began, idle_before, all_before, own_before = self._before
-        now, idle, total, own = self._sample()
+        began, idle_before, all_before, process_s_before = self._before
+        now, idle, total, process_s = self._sample()
         # Sandboxed kernels have counters that stand still.
         if total <= all_before:
             return cores()
-        return round((idle - idle_before + own - own_before) / (now - began))
+        return round((idle - idle_before + process_s - process_s_before) / (now - began))
 
     @staticmethod
     def _sample() -> tuple[float, float, float, float]:

@@ -96,6 +96,7 @@ class WorkDirectory:
 
     def runs(self, stage: str) -> list["RunDirectory"]:
         """Returns the existing runs of a stage, ordered by name."""
+        # A hidden folder is a run that an import has not completed.
         return [RunDirectory(path) for path in sorted((self.path / "runs" / stage).glob("[!.]*")) if path.is_dir()]
 
     def run(self, stage: str, run_id: str) -> "RunDirectory":

@@ -209,17 +209,17 @@ class Owners:
         longest = max(sizes)
         if not longest:
             return received  # all copies of this rank hold nothing either
-        own = torch.zeros(longest, dtype=self.dtype, device=self.device)
+        steps_of_rank = torch.zeros(longest, dtype=self.dtype, device=self.device)
         step_of = dict(_parts(bucket.received, received))
-        for piece, target in _parts([bucket.shared[self.replica]], own):
+        for piece, target in _parts([bucket.shared[self.replica]], steps_of_rank):
             target.copy_(step_of[piece])
         del step_of
 
         gathered = torch.empty(len(bucket.shared) * longest, dtype=self.dtype, device=self.device)
         if dist.get_backend(self.replicas) == dist.Backend.GLOO:
-            gather_by_exchange(gathered, own, self.replicas)
+            gather_by_exchange(gathered, steps_of_rank, self.replicas)
         else:
-            dist.all_gather_into_tensor(gathered, own, group=self.replicas)
+            dist.all_gather_into_tensor(gathered, steps_of_rank, group=self.replicas)
         return torch.cat([part[:size] for part, size in zip(gathered.split(longest), sizes, strict=True)])
 
     def _exchange(self, parts: Iterable[torch.Tensor], sent: Pieces, received: Pieces, device: torch.device) -> Message:
@@ -251,16 +251,16 @@ class Owners:
         Args:
             stepped_variances: `neuron_sq` of every parameter of the plan, in its order.
         """
-        own = [torch.zeros_like(neuron_sq) for neuron_sq in stepped_variances]
+        variances_of_rank = [torch.zeros_like(neuron_sq) for neuron_sq in stepped_variances]
         for unit in self.plan.units:
             # Replicas that share no work have computed the same: the first one says what all have.
             if unit.owner == self.place and (unit.replica or 0) == self.replica:
-                rows = slice(unit.first, unit.end) if own[unit.parameter].dim() == 3 else slice(None)
-                own[unit.parameter][rows] = stepped_variances[unit.parameter][rows]
+                rows = slice(unit.first, unit.end) if variances_of_rank[unit.parameter].dim() == 3 else slice(None)
+                variances_of_rank[unit.parameter][rows] = stepped_variances[unit.parameter][rows]
 
-        flat = torch.cat([neuron_sq.flatten() for neuron_sq in own])
+        flat = torch.cat([neuron_sq.flatten() for neuron_sq in variances_of_rank])
         dist.all_reduce(flat)
-        sums = flat.split([neuron_sq.numel() for neuron_sq in own])
+        sums = flat.split([neuron_sq.numel() for neuron_sq in variances_of_rank])
         for neuron_sq, summed in zip(stepped_variances, sums, strict=True):
             neuron_sq.copy_(summed.view_as(neuron_sq))
 

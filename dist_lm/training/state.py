@@ -1,9 +1,13 @@
-"""State of a training run. A checkpoint holds it beside model and optimizer; randomness is keyed, not stored."""
+"""State of a training run, and what a step makes of it. A checkpoint holds it beside model and optimizer; randomness is
+keyed, not stored."""
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass, field
-from typing import Any
+from dataclasses import dataclass, field, replace
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from dist_lm.training.step import StepResult
 
 WINDOW = 128  # steps of the loss trend
 SEEN_ENOUGH = 32  # steps before the first loss that can be a spike
@@ -68,3 +72,22 @@ class TrainState:
         fields: dict[str, Any] = dict(values)
         fields["loss_trend"] = LossTrend(**values.get("loss_trend", {}))
         return cls(**fields)
+
+
+def advance(state: TrainState, result: "StepResult", position: int) -> TrainState:
+    """Returns the state after a step; a skipped step also counts as a step and consumes its data. Best loss and
+    tokenizer stay.
+
+    Args:
+        position: sequences of the stream consumed so far, this step included.
+    """
+    return replace(
+        state,
+        step=state.step + 1,
+        tokens=state.tokens + int(result.count),
+        position=position,
+        nonfinite_steps=0 if result.applied else state.nonfinite_steps + 1,
+        skipped_steps=state.skipped_steps + (not result.applied),
+        loss_spikes=state.loss_spikes + state.loss_trend.is_spike(result.loss),
+        loss_trend=state.loss_trend.after(result.loss),
+    )

@@ -7,6 +7,7 @@ Dimensions: R ranks.
 """
 
 import math
+import resource
 import statistics
 import time
 from collections import deque
@@ -362,6 +363,13 @@ def slowest_of(work_s_R: Sequence[float]) -> tuple[int, float]:
     if median > 0:
         return slowest, work_s_R[slowest] / median
     return slowest, 1.0
+
+
+def peak_memory_gib(device: torch.device) -> float:
+    """Returns the peak memory of this rank in GiB: allocated on the GPU, or resident on the CPU."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device) / 2**30
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
 
 
 def matmul_flops(device: torch.device, dtype: torch.dtype, hardware: HardwareConfig) -> float:

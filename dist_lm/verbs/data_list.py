@@ -125,6 +125,7 @@ def _sources(folder: str, manifest: Manifest) -> Sequence[Mapping[str, Any]]:
     """Returns the sources of a corpus as its manifest has them; none in manifests of early releases."""
     corpora = manifest.settings.get("corpus", {}).get("corpora", {})
     name = folder
+    # Another content of a corpus lies beside its folder, under the name and a hash.
     if folder not in corpora and BESIDE.fullmatch(folder):
         name = folder.rpartition("-")[0]
     return corpora.get(name, ())

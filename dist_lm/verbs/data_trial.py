@@ -60,6 +60,7 @@ def try_command(
         words = [f"hydra.searchpath=[{config_dir}]", *overrides, f"work_dir={folder}/work"]
         if MODEL in overrides:
             words = _without_model(words, Path(folder))
+
         plan = plan_command(words)
         try:
             _build(plan, all_corpora)
@@ -70,6 +71,7 @@ def try_command(
         except NothingHeldOutError as error:
             if error.share is None or error.share >= LARGEST_SHARE:
                 raise
+            # Rounded up to two digits, which stand in the user's file.
             share = float(f"{1.01 * error.share + 0.005:.2f}")
             return Remedy(
                 f"few documents: this file raises val_fraction to {share:g}, so that some are held out",
@@ -95,6 +97,7 @@ def _without_model(words: Sequence[str], folder: Path) -> list[str]:
 
     path = folder / "tokenizer.model"
     vocab_size = config.model.vocab_size
+    # Where the text is too short for a vocabulary, the error tells the largest that it fills.
     while not path.exists():
         try:
             train_tokenizer(texts, path, replace(config.tokenizer, vocab_size=vocab_size))

@@ -59,11 +59,13 @@ def places_of_text(config: Config, run: RunDirectory, text: str, most: int) -> t
         UserError: the package that the tokenizer needs is not installed.
     """
     sequences = training_sequences(config, run)
+    # Sequences behind the newest checkpoint have not been trained on yet.
     end = trained_steps(config, run) * config.stage.global_batch
     table = ByteTable(tokenizer_of(run, sequences).vocabulary())
 
     places, has_more = [], False
     for corpus in sequences.corpora:
+        # One place more than asked for tells whether there are more.
         parts = list(islice(find_text(corpus, text.encode(), table), most + 1))
         has_more |= len(parts) > most
         parts = parts[:most]
@@ -138,22 +140,22 @@ def print_places(run: RunDirectory, text: str, most: int, console: Console, *, a
     """
     if not text:
         raise ArtefactError("TEXT is empty: expected the text to look for")
-    for each, config in with_ancestors(run):
+    for searched_run, config in with_ancestors(run):
         if config is None or stage_with_corpus(config) is None:
             reason = IMPORTED if config is None else "trained on no corpus of this work directory"
             if not as_json:
-                console.print(Text(f"{each.path}: {reason}"), soft_wrap=True)
+                console.print(Text(f"{searched_run.path}: {reason}"), soft_wrap=True)
             continue
 
-        places, has_more = places_of_text(config, each, text, most)
+        places, has_more = places_of_text(config, searched_run, text, most)
         if has_more:
-            log.warning("%s: there are more places than --most %d of a corpus", each.path, most)
+            log.warning("%s: there are more places than --most %d of a corpus", searched_run.path, most)
         if as_json:
             for place in places:
                 print(json.dumps(asdict(place)))
             continue
 
-        console.print(Text(f"{each.path}: {counted(len(places), 'place')}", style="bold"), soft_wrap=True)
+        console.print(Text(f"{searched_run.path}: {counted(len(places), 'place')}", style="bold"), soft_wrap=True)
         for place in places:
             console.print(Text(f"  {place.source}  ({place.licence or 'licence not given'})"), soft_wrap=True)
             where = f"document {place.document:,} of {place.corpus}, tokens {place.start:,} to {place.stop:,}"

@@ -193,6 +193,8 @@ def _look(
 
     # The first try builds the corpora for their lengths; the file is written when it has passed.
     measured = Measured()
+
+    # Files that were there before are not removed after an error.
     replaced = [file for file in (corpus_file, model_file) if file.exists()]
     surveys = new_corpus(
         data,
@@ -247,6 +249,7 @@ def start_of(model: str, name: str) -> Start:
 
     if model.startswith(HF):
         source = Path(model.removeprefix(HF)).expanduser()
+        # A launch may start elsewhere, so a folder gets its absolute path.
         if source.is_dir():
             model = f"{HF}{source.resolve()}"
         return Start(model, named_model(model), {})
@@ -277,6 +280,7 @@ def _measure(config_dir: Path, name: str, start: Start, measured: Measured) -> R
     keys = [f"{key}={value}" for key, value in start.keys.items()]
     length = f"stage.seq_len={start.shape.max_seq_len}"
     overrides = [f"stage={SFT}", f"corpus={name}", *keys, f"stage.init_from={start.init_from}", length]
+    # A conversation that is too long must not end the try, whose purpose is the lengths.
     return try_command(config_dir, [*overrides, "stage.too_long=truncate"], note_lengths)
 
 
@@ -393,6 +397,7 @@ def preference_keys(start: Start, sft: Mapping[str, Any], pairs: Survey) -> tupl
     """
     seq_len = min(2 * int(sft["seq_len"]), start.shape.max_seq_len)
     n_pairs = pairs.documents.total()
+    # A sequence holds whole rankings, at least one.
     n_sequences = min(n_pairs, math.ceil(pairs.bytes.total() / BYTES_PER_TOKEN / seq_len))
     global_batch = min(PREFERENCE_BATCH, batch_of(n_sequences))
     epochs = EPOCHS_OF_FEW_PAIRS if n_sequences < STEPS_OF_EPOCH * global_batch else 1
@@ -419,6 +424,7 @@ def rlhf_keys(sft: Mapping[str, Any]) -> dict[str, Any]:
     """Returns the keys of stage rlhf behind stage sft."""
     keys: dict[str, Any] = {"init_from": f"stage:{SFT}", "corpus": CONVERSATIONS, "steps": 100}
     if "lora" in sft:
+        # Stage rlhf has no dropout: policy and reference must compute alike.
         keys["lora"] = {key: value for key, value in sft["lora"].items() if key != "dropout"}
     return keys
 

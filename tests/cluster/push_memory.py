@@ -15,7 +15,8 @@ import torch
 from dist_lm.cluster.pool_weights import store
 from dist_lm.cluster.ray_cluster import connect
 from dist_lm.config.cluster import ClusterConfig, ParallelConfig
-from dist_lm.generation.engine import Engine, EngineOptions
+from dist_lm.generation.engine import Engine
+from dist_lm.generation.engine_options import EngineOptions
 from dist_lm.model.keyed_random import initialise
 from dist_lm.model.transformer import Transformer
 from dist_lm.parallel.mesh import World

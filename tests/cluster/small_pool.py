@@ -6,7 +6,7 @@ import numpy as np
 
 from dist_lm.cluster.pool_actor import EngineSpec
 from dist_lm.config.model import ModelConfig
-from dist_lm.generation.engine import EngineOptions
+from dist_lm.generation.engine_options import EngineOptions
 from dist_lm.generation.request import Answer, Refusal, Request, SamplingParams
 from dist_lm.model.keyed_random import initial_value
 from dist_lm.model.size import parameter_shapes

@@ -7,7 +7,8 @@ import torch
 from torch._subclasses.fake_tensor import FakeTensor, unset_fake_temporarily
 from torch.utils._pytree import tree_leaves
 
-from dist_lm.generation.engine import Engine, EngineOptions
+from dist_lm.generation.engine import Engine
+from dist_lm.generation.engine_options import EngineOptions
 from dist_lm.generation.request import Request, SamplingParams
 from tests.cuda.card import Traffic, pinned
 from tests.cuda.test_paged_engine import CUDA, LARGE, calls, kernel_name, weights_of  # noqa: F401  two fixtures

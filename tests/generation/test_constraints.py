@@ -14,7 +14,8 @@ from hypothesis import strategies as st
 
 from dist_lm.errors import ConfigError
 from dist_lm.generation.constraint import MOST_BYTES, Constraint
-from dist_lm.generation.engine import Engine, EngineOptions
+from dist_lm.generation.engine import Engine
+from dist_lm.generation.engine_options import EngineOptions
 from dist_lm.generation.grammar import Grammars
 from dist_lm.generation.request import Answer, Refusal, Request, RequestError, SamplingParams
 from dist_lm.generation.schema_keywords import NOTES, PLAIN, SchemaError, check_schema, is_plainly_valid

@@ -12,8 +12,9 @@ from hypothesis import strategies as st
 from dist_lm.config.model import ModelConfig
 from dist_lm.config.pool import CACHE_SHARE
 from dist_lm.errors import ArtefactError, ConfigError
-from dist_lm.generation import engine as engine_module
-from dist_lm.generation.engine import Engine, EngineOptions
+from dist_lm.generation import engine_options
+from dist_lm.generation.engine import Engine
+from dist_lm.generation.engine_options import EngineOptions
 from dist_lm.generation.request import Answer, Refusal, Request, RequestError, SamplingParams
 from dist_lm.generation.sampling import adjusted, group_rows, sample, uniform
 from dist_lm.model.keyed_random import hash_words, initialise, signed
@@ -314,12 +315,12 @@ def test_a_cache_is_as_large_as_free_memory_allows_and_as_requests_need(monkeypa
     page_bytes = PAGE * kv_bytes_per_token(CONFIG, CONFIG.kv_heads, 4)
     cpu, longest = torch.device("cpu"), CONFIG.max_seq_len // PAGE
     for pages, expected in ((longest, longest), (3 * longest, 3 * longest), (10**6, SMALL.max_sequences * longest)):
-        monkeypatch.setattr(engine_module, "free_bytes", lambda device, n=pages: n * page_bytes / CACHE_SHARE["cpu"])
-        assert engine_module.pages_that_fit(CONFIG, options, torch.float32, cpu) == expected
-        assert engine_module.pages_that_fit(CONFIG, options, torch.bfloat16, cpu) >= expected
-    monkeypatch.setattr(engine_module, "free_bytes", lambda device: page_bytes)
+        monkeypatch.setattr(engine_options, "free_bytes", lambda device, n=pages: n * page_bytes / CACHE_SHARE["cpu"])
+        assert engine_options.pages_that_fit(CONFIG, options, torch.float32, cpu) == expected
+        assert engine_options.pages_that_fit(CONFIG, options, torch.bfloat16, cpu) >= expected
+    monkeypatch.setattr(engine_options, "free_bytes", lambda device: page_bytes)
     with pytest.raises(ConfigError, match=r"cache_tokens=0: .*at least model\.max_seq_len=160"):
-        engine_module.pages_that_fit(CONFIG, options, torch.float32, cpu)
+        engine_options.pages_that_fit(CONFIG, options, torch.float32, cpu)
 
 
 @pytest.mark.parametrize(

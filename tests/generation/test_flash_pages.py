@@ -10,7 +10,8 @@ from dist_lm.config.pool import RolloutPoolConfig
 from dist_lm.generation import decoder as decoder_module
 from dist_lm.generation import engine as engine_module
 from dist_lm.generation.decoder import Decoder, best_page_tokens, build_cache
-from dist_lm.generation.engine import Engine, EngineOptions
+from dist_lm.generation.engine import Engine
+from dist_lm.generation.engine_options import EngineOptions
 from dist_lm.generation.flash_pages import DecodeGraphs, FlashPages, graph_size
 from dist_lm.generation.paged_cache import PlainPages, pages_for
 from dist_lm.generation.shard import share_of

@@ -10,7 +10,8 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from dist_lm.errors import ConfigError
-from dist_lm.generation.engine import Engine, EngineOptions
+from dist_lm.generation.engine import Engine
+from dist_lm.generation.engine_options import EngineOptions
 from dist_lm.generation.paged_cache import BLOCK, PagePool
 from dist_lm.generation.prefix_cache import PrefixCache, block_digests
 from dist_lm.generation.request import Answer, Refusal, Request, SamplingParams

@@ -11,7 +11,8 @@ import pytest
 import torch
 
 from dist_lm.errors import ArtefactError
-from dist_lm.generation.engine import Engine, EngineOptions
+from dist_lm.generation.engine import Engine
+from dist_lm.generation.engine_options import EngineOptions
 from dist_lm.generation.request import Answer, Request, SamplingParams
 from dist_lm.interop.architectures import Architecture, architecture_of, hf_config, model_of
 from dist_lm.interop.weights import ALIASES, converted

@@ -11,7 +11,8 @@ import torch
 
 from dist_lm.config.model import LAYER_LISTS, ModelConfig
 from dist_lm.errors import ConfigError
-from dist_lm.generation.engine import Engine, EngineOptions
+from dist_lm.generation.engine import Engine
+from dist_lm.generation.engine_options import EngineOptions
 from dist_lm.generation.likelihood import Tree, likelihoods
 from dist_lm.generation.request import Answer, Request, SamplingParams
 from dist_lm.interop.architectures import Architecture, architecture_of, hf_config, model_of

@@ -10,7 +10,8 @@ from typing import Any
 from dist_lm.chat.messages import Message, Tool
 from dist_lm.config.model import ModelConfig
 from dist_lm.environments.protocol import Action, Limits, Observation, Step, Task, Verdict
-from dist_lm.generation.engine import Engine, EngineOptions
+from dist_lm.generation.engine import Engine
+from dist_lm.generation.engine_options import EngineOptions
 from dist_lm.generation.grammar import Grammars
 from dist_lm.model.transformer import Transformer
 from dist_lm.rlhf.config import RewardPartConfig, RlhfConfig

@@ -18,7 +18,8 @@ from dist_lm.config.model import ModelConfig
 from dist_lm.errors import ArtefactError, ConfigError
 from dist_lm.generation.call_grammar import ToolChoice, call_constraint
 from dist_lm.generation.constraint import Constraint, GrammarRecord
-from dist_lm.generation.engine import Engine, EngineOptions
+from dist_lm.generation.engine import Engine
+from dist_lm.generation.engine_options import EngineOptions
 from dist_lm.generation.grammar import Grammars, library_version
 from dist_lm.model.transformer import Transformer
 from dist_lm.rlhf.config import RewardPartConfig, RlhfConfig

@@ -15,7 +15,8 @@ from dist_lm.config.cluster import ParallelConfig
 from dist_lm.config.model import ModelConfig
 from dist_lm.data.batch import Batch
 from dist_lm.demo.ladder import RUNGS, Part, TinyTask, tasks
-from dist_lm.generation.engine import Engine, EngineOptions
+from dist_lm.generation.engine import Engine
+from dist_lm.generation.engine_options import EngineOptions
 from dist_lm.model.transformer import Transformer
 from dist_lm.rlhf.config import RewardPartConfig, RlhfConfig
 from dist_lm.rlhf.learner import IterationReport

@@ -13,7 +13,8 @@ from safetensors.numpy import load, save
 from dist_lm.config.cluster import ParallelConfig
 from dist_lm.config.model import ModelConfig
 from dist_lm.document import TokenizedDocument
-from dist_lm.generation.engine import Engine, EngineOptions
+from dist_lm.generation.engine import Engine
+from dist_lm.generation.engine_options import EngineOptions
 from dist_lm.model.keyed_random import initial_value
 from dist_lm.model.quantised import quantised_matrices
 from dist_lm.model.transformer import Transformer

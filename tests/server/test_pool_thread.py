@@ -11,7 +11,7 @@ import pytest
 
 from dist_lm.cluster.events import PoolFailure
 from dist_lm.generation.embedding import EmbeddingRequest
-from dist_lm.generation.engine import EngineOptions
+from dist_lm.generation.engine_options import EngineOptions
 from dist_lm.generation.prefix_cache import PrefixCounts
 from dist_lm.generation.request import Answer, Request
 from dist_lm.server.engine_thread import Done, Embedded, Event, Failed, Grown

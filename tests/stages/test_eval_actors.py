@@ -15,7 +15,8 @@ from dist_lm.cluster.sandboxes import ClusterSandboxes, SandboxNode
 from dist_lm.config.cluster import ClusterConfig
 from dist_lm.evaluation.in_loop import loop_tasks
 from dist_lm.generation.decoder import WeightStream
-from dist_lm.generation.engine import Engine, EngineOptions
+from dist_lm.generation.engine import Engine
+from dist_lm.generation.engine_options import EngineOptions
 from dist_lm.generation.request import Answer, Refusal, Request
 from dist_lm.model.keyed_random import initialise
 from dist_lm.model.transformer import Transformer

@@ -60,6 +60,7 @@ def add_turns(transcript: Transcript, turns: Sequence[Json]) -> None:
             thinking, calls = _calls(value, where)
             transcript.add_calls(calls, where, thinking=thinking, learn=learned(turn, "assistant", where))
         elif speaker in OBSERVERS:
+            # Checks the switches alone: results are never learned.
             learned(turn, "tool", where)
             for result in _results(value, transcript.open_calls, where):
                 transcript.add_result(result, where)

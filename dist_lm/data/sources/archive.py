@@ -99,6 +99,7 @@ def _members(path: str, size: int, mtime_ns: int) -> dict[str, zipfile.ZipInfo]:
     for entry in sorted(entries, key=lambda entry: entry.header_offset):
         if entry.header_offset < end:
             raise RefusedContentError("its members share bytes, as in a zip that is made to fill a machine")
+        # The least that a member takes: an extra field may stand behind its name.
         end = entry.header_offset + LOCAL_HEADER.size + len(entry.orig_filename) + entry.compress_size
         if entry.is_dir():
             continue
@@ -134,6 +135,7 @@ class StoredMember(io.RawIOBase):
         if entry is None:
             raise FileNotFoundError(f"{path} has no member {member}")
         self.entry = entry
+
         self._file: IO[bytes] = Path(path).open("rb", buffering=0)  # noqa: SIM115  closed with this file
         try:
             self._file.seek(self.entry.header_offset)
@@ -146,6 +148,8 @@ class StoredMember(io.RawIOBase):
         except OSError:
             self._file.close()
             raise
+
+        # These lengths may differ from those in the directory.
         self._start = self.entry.header_offset + LOCAL_HEADER.size + n_name + n_extra
         self._file.seek(self._start)
         self._position = 0

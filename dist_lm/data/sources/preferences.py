@@ -122,8 +122,10 @@ def kind_of(row: Row) -> str:
     """
     columns = {name for name, cell in row.items() if cell is not None}
     if {"chosen", "rejected"} <= columns:
+        # hh-rlhf has columns of these names too, and whole dialogues in them.
         is_dialogue = all(isinstance(row[name], str) and HH_TURN.match(row[name]) for name in ("chosen", "rejected"))
         return "hh-rlhf" if is_dialogue and not columns & {*PROMPTS} else "pairs"
+
     if {"context", "response1", "response2", "overall_preference"} <= columns:
         return "helpsteer3"
     if {"completion", "label"} <= columns:

@@ -44,7 +44,7 @@ from dist_lm.training import checkpoint_files
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-    from dist_lm.generation.engine import EngineOptions
+    from dist_lm.generation.engine_options import EngineOptions
     from dist_lm.sandbox.pool import Sandboxes
     from dist_lm.tokenizer.tokenizer import Tokenizer
     from dist_lm.tracking.console import Console
@@ -150,7 +150,7 @@ class Evaluate(PoolStage):
         recorded = evaluate_config(load_config(run.config)) if has_begun else None
         unfinished = None if run.result.exists() else recorded
 
-        # An unfinished run keeps the checkpoints that it began with, even if there are newer ones.
+        # Newer checkpoints change no run: with `auto` a finished one has its own, and an unfinished one keeps them.
         if recorded and not unfinished and config.stage.models == [AUTO]:
             checkpoints = [Path(path) for path in recorded.stage.models]
         else:
@@ -200,7 +200,7 @@ class Evaluate(PoolStage):
         Raises:
             ConfigError: the model cannot be split over parallel.tp devices, or a size is out of bounds.
         """
-        from dist_lm.generation.engine import EngineOptions
+        from dist_lm.generation.engine_options import EngineOptions
         from dist_lm.generation.shard import check_tp
 
         config = evaluate_config(config)

@@ -64,6 +64,7 @@ def write_adapters(
     stored_dtype = DTYPES[dtype][0]
     parts = {name: made(stored_dtype, tensor.shape, tensor.make) for name, tensor in tensors.items()}
     write_tensors(folder / WEIGHTS, parts, {"format": "pt"})
+
     base = base or source_of_base(Path(model.base))
     if not base:
         run = run_of(Path(model.base))
@@ -75,6 +76,7 @@ def write_adapters(
             base,
             base,
         )
+
     config = peft_config(architecture, model, base, token_ids)
     durable.write_json(folder / CONFIG, config)
 

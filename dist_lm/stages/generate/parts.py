@@ -21,7 +21,7 @@ from dist_lm.data.infill import InfillMarks
 from dist_lm.data.prompts import Prompt, find_prompts, read_prompts
 from dist_lm.errors import ConfigError, UserError, require
 from dist_lm.generation.constraint import Constraint
-from dist_lm.generation.engine import EngineOptions
+from dist_lm.generation.engine_options import EngineOptions
 from dist_lm.generation.paged_cache import PLAIN_PAGE_TOKENS
 from dist_lm.generation.request import Answer, AnswerSets, Refusal, Request, SamplingParams
 from dist_lm.generation.shard import check_tp

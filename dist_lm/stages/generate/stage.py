@@ -27,7 +27,7 @@ from dist_lm.training import checkpoint_files
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-    from dist_lm.generation.engine import EngineOptions
+    from dist_lm.generation.engine_options import EngineOptions
     from dist_lm.sandbox.pool import Sandboxes
     from dist_lm.tokenizer.tokenizer import Tokenizer
     from dist_lm.tracking.console import Console

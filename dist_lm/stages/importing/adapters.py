@@ -281,6 +281,7 @@ class _Parts:
         if factor == "a":
             rows = self._read(conversion, "A")
         else:
+            # All adapters of a run share a scale, so B takes the ratio where peft had another one.
             rows = self._b(name).flatten(1) * (self.described.scales[conversion.name] / scale)
         padded = torch.zeros(shape[0], rows.shape[1])
         rows = rows[self._rows(name)]

@@ -57,6 +57,7 @@ def write_snapshot(path: Path, folder: Path) -> None:
         if math.prod(shape) != math.prod(conversion.shape):
             raise ArtefactError(f"{path}: {name} has shape {shape}, expected {conversion.shape}")
 
+    # Called when the tensor is written, so that one tensor is in memory at a time.
     def read(name: str) -> Any:
         type_number, sizes, offset, n_bytes = stored[name]
         rows = math.prod(sizes[:-1])

@@ -53,6 +53,7 @@ class Preference(TrainingStage):
         require(config.model.head == "tokens", "model.head", config.model.head, "tokens: the policy writes text")
 
     def objective(self, config: Config) -> "Objective":
+        # Here and below, imports that need torch wait: the launcher reads this file and does without.
         from dist_lm.rlhf.preference import PreferenceLoss
         from dist_lm.rlhf.preference_objective import preference_objective
 
@@ -88,6 +89,7 @@ class Preference(TrainingStage):
     def print_figures(self, config: Config, result: Mapping[str, Any], console: "Console") -> None:
         before, after = result.get("before", {}), result["metrics"]
         rows = [(label, before_and_after(name, before, after, three_decimals)) for name, label in ROWS.items()]
+        # Not every algorithm measures every figure.
         console.table("held-out rankings", ("figure", "before -> after"), [row for row in rows if row[1]])
 
     def own_entries(self, result: Mapping[str, Any]) -> Iterator[tuple[str, str]]:

@@ -22,7 +22,8 @@ from dist_lm.data.sources.rankings import ranking_document
 from dist_lm.data.sources.reader import Candidate, Rejected
 from dist_lm.data.token_corpus import TokenCorpus
 from dist_lm.errors import ArtefactError
-from dist_lm.generation.engine import Engine, EngineOptions
+from dist_lm.generation.engine import Engine
+from dist_lm.generation.engine_options import EngineOptions
 from dist_lm.generation.load import LoadedModel, load_model
 from dist_lm.generation.request import Answer, Request, SamplingParams, only_answers
 from dist_lm.sandbox.syntax import PARSERS, parses_continued

@@ -66,6 +66,7 @@ class Reward(TrainingStage):
             require(new_tokens < longest, "stage.reward.normaliser_new_tokens", new_tokens, accepted)
 
     def objective(self, config: Config) -> "Objective":
+        # Here and below, imports that need torch wait: the launcher reads this file and does without.
         from dist_lm.rlhf.reward_model import choices_of_people
 
         return choices_of_people

@@ -66,9 +66,9 @@ from dist_lm.tokenizer.tokenizer import Tokenizer, text_with_marks
 from dist_lm.tracking.metrics import MetricsWriter
 from dist_lm.training.checkpoint_saver import CheckpointSaver
 from dist_lm.training.heartbeat import Heartbeat, Phase, StopRequest
-from dist_lm.training.step_meter import Eta
+from dist_lm.training.step_meter import Eta, peak_memory_gib
 from dist_lm.training.step_profiler import StepProfiler
-from dist_lm.training.trainer import is_due, peak_memory_gib
+from dist_lm.training.trainer import is_due
 
 if TYPE_CHECKING:
     from dist_lm.cluster.pool_actor import EngineSpec

@@ -23,7 +23,8 @@ from dist_lm.config.root import TRUST_ME, Config
 from dist_lm.evaluation.in_loop import LoopTasks, Round, figure_name, metrics_of, write_records
 from dist_lm.evaluation.tasks import Record
 from dist_lm.generation.decoder import WeightStream
-from dist_lm.generation.engine import Engine, EngineOptions
+from dist_lm.generation.engine import Engine
+from dist_lm.generation.engine_options import EngineOptions
 from dist_lm.model.size import parameter_shapes
 from dist_lm.model.transformer import Transformer
 from dist_lm.parallel.mesh import World
