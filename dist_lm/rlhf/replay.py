@@ -177,12 +177,13 @@ class _RecordedEnvironment:
         pairs = zip(tokens, logprobs, answer.tokens, answer.logprobs, strict=False)
         for index, (token, logprob, token_now, logprob_now) in enumerate(pairs):
             logprob_now = float(np.float32(logprob_now))
-            before, now = self._named(token, logprob), self._named(token_now, logprob_now)
-            if token != token_now:
-                _differ("token", before, now, number, index + 1)
-            self.largest_gap = max(self.largest_gap, abs(logprob - logprob_now))
-            if self._is_exact and logprob != logprob_now:
-                _differ("log-probability", before, now, number, index + 1)
+            gap = abs(logprob - logprob_now)
+            if token != token_now or (self._is_exact and gap > 0):
+                what = "token" if token != token_now else "log-probability"
+                before, now = self._named(token, logprob), self._named(token_now, logprob_now)
+                _differ(what, before, now, number, index + 1)
+
+            self.largest_gap = max(self.largest_gap, gap)
             if sets and index < len(answer.sets) and sets[index] != answer.sets[index]:
                 _differ("tokens allowed", sets[index].hex(), answer.sets[index].hex(), number, index + 1)
             self.n_equal += 1

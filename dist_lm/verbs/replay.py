@@ -38,7 +38,8 @@ def replay(
 ) -> None:
     """Draw a run's recorded conversations again from its weights and compare them. Exit code 1 if they differ."""
     from dist_lm.stages.rlhf.config import RlhfRunConfig
-    from dist_lm.stages.rlhf.replay import Chosen, draw_again, execute_again, recorded_run
+    from dist_lm.stages.rlhf.record import recorded_run
+    from dist_lm.stages.rlhf.replay import Chosen, draw_again, execute_again
     from dist_lm.verbs.data_step import config_of
 
     chosen, directory = Chosen(iteration, rollout), RunDirectory(run)

@@ -13,10 +13,12 @@ from dist_lm.prepare.compose import compose_config
 from dist_lm.rlhf.config import RewardPartConfig
 from dist_lm.rlhf.environment_rollouts import file_name, settings_digest
 from dist_lm.rlhf.episodes import Episode, EpisodeFile, Turn
+from dist_lm.rlhf.rollouts import ShuffledPrompts
 from dist_lm.rlhf.transcript import Sample
 from dist_lm.stages.rlhf.config import RlhfRunConfig
-from dist_lm.stages.rlhf.record import ConversationRecord
-from dist_lm.stages.rlhf.replay import Chosen, recorded_run
+from dist_lm.stages.rlhf.environment_tasks import read_tasks
+from dist_lm.stages.rlhf.record import recorded_run
+from dist_lm.stages.rlhf.replay import Chosen
 from dist_lm.storage.run_directory import RunDirectory
 from tests.conftest import TINY_MODEL
 
@@ -53,8 +55,8 @@ def settings_of(config: RlhfRunConfig) -> str:
     return settings_digest(group, config.seed, group.environment_limits.limits, group.environment)
 
 
-def episode_of(config: RlhfRunConfig, record: ConversationRecord, position: int, sample: int, version: int) -> Episode:
-    (task,) = record.tasks(position, 1)
+def episode_of(config: RlhfRunConfig, position: int, sample: int, version: int) -> Episode:
+    (task,) = ShuffledPrompts(read_tasks(config.rlhf)[0], config.seed)(position, 1)
     turns = (Turn(1, True, {"text": "a", "calls": [], "cut": None}, None),)
     reward = Verdict.of(float((position + sample) % 2))
     return Episode(
@@ -66,14 +68,10 @@ def episode_of(config: RlhfRunConfig, record: ConversationRecord, position: int,
 
 def write(run: RunDirectory, config: RlhfRunConfig, position: int, version: int, prompts: int = PROMPTS) -> None:
     """Writes the conversations that are drawn together."""
-    run.conversations.mkdir(parents=True, exist_ok=True)
-    placeholder = run.conversations / file_name(position)
-    placeholder.touch()
-    record = ConversationRecord(run, config)
-    with EpisodeFile(placeholder, settings_of(config)) as file:
+    with EpisodeFile(run.conversations / file_name(position), settings_of(config)) as file:
         for index in range(prompts):
             for sample in range(SAMPLES):
-                file.add(episode_of(config, record, position + index, sample, version))
+                file.add(episode_of(config, position + index, sample, version))
 
 
 @pytest.fixture
@@ -113,15 +111,14 @@ def test_tasks_that_were_replaced_belong_to_their_iteration(tmp_path):
     for position, version, prompts in ((0, 0, 2), (2, 0, 1), (3, 1, 2)):
         write(run, config, position, version, prompts)
     path = run.conversations / file_name(0)
-    record = ConversationRecord(run, config)
     path.unlink()
     with EpisodeFile(path, settings_of(config)) as file:
         for position in range(2):
             for sample in range(SAMPLES):
-                episode = episode_of(config, record, position, sample, 0)
+                episode = episode_of(config, position, sample, 0)
                 file.add(replace(episode, verdict=Verdict.of(1.0)) if position == 1 else episode)
 
-    first, second = record.iterations()
+    first, second = recorded_run(run, config).iterations()
     assert [e.position for e in first.episodes] == [0, 0, 1, 1, 2, 2]
     assert first.scored is not None
     assert first.scored.rollouts.position_B.tolist() == [0, 0, 2, 2]
@@ -130,7 +127,12 @@ def test_tasks_that_were_replaced_belong_to_their_iteration(tmp_path):
 
 
 def edited(change: Callable[[list[str]], list[str]]) -> Callable[[Path], None]:
-    return lambda path: path.write_text("".join(change(path.read_text().splitlines(keepends=True)))) and None
+    """Returns what changes the lines of a file."""
+
+    def edit(path: Path) -> None:
+        path.write_text("".join(change(path.read_text().splitlines(keepends=True))))
+
+    return edit
 
 
 @pytest.mark.parametrize(
@@ -150,7 +152,7 @@ def test_a_damaged_file_is_named_with_the_way_out(damage, message, composed, run
     path = run.conversations / file_name(PROMPTS)
     damage(path)
     with pytest.raises(ArtefactError, match=message) as error:
-        [*recorded_run(run, composed).iterations()]
+        list(recorded_run(run, composed).iterations())
     assert str(path) in str(error.value)
     # Others can be replayed all the same.
     assert next(recorded_run(run, composed).iterations(3)).number == 3
@@ -167,7 +169,7 @@ def test_conversations_of_other_weights_or_tasks_are_refused(composed, run):
     record = recorded_run(run, composed)
     path.unlink()
     with EpisodeFile(path, settings_of(composed)) as file:
-        file.add(replace(episode_of(composed, record, 0, 0, 0), task="another"))
+        file.add(replace(episode_of(composed, 0, 0, 0), task="another"))
     with pytest.raises(ArtefactError, match=r"line 1 has another task than .*tasks.jsonl: restore those tasks"):
         next(record.iterations())
 

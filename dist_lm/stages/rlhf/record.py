@@ -1,7 +1,7 @@
 """The conversations that a run of stage `rlhf` has recorded, iteration by iteration. Nothing is written."""
 
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 
@@ -38,28 +38,36 @@ class _UnfinishedError(Exception):
     """Raised where the run is still drawing the conversations of an iteration."""
 
 
+def recorded_run(run: RunDirectory, config: RlhfRunConfig) -> "ConversationRecord":
+    """Returns the record of a run.
+
+    Raises:
+        ArtefactError: the run keeps no conversations, has recorded none yet, or a file of its tasks or its constraint
+            has changed.
+        ConfigError: such a file is gone.
+    """
+    if not config.rlhf.environment:
+        raise ArtefactError(
+            f"{run.path}: a run without rlhf.environment keeps some rollouts as text (samples/) and none as tokens, so "
+            "there is nothing to replay; give a run with rlhf.environment"
+        )
+    if not recorded_positions(run.conversations):
+        raise ArtefactError(f"{run.conversations}: no conversations are recorded there yet")
+
+    # Turns that are drawn again need no environment, so that its file may be edited meanwhile.
+    noted = {name: files for name, files in config.noted_files.items() if name.startswith("rlhf.")}
+    noted.pop(f"rlhf.environment={config.rlhf.environment}", None)
+    run.require_files(noted)
+    return ConversationRecord(run, config, ShuffledPrompts(read_tasks(config.rlhf)[0], config.seed))
+
+
 @dataclass(frozen=True)
 class ConversationRecord:
-    """The record of a run with `rlhf.environment`."""
+    """The record of a run with `rlhf.environment`; see `recorded_run`."""
 
     run: RunDirectory
     config: RlhfRunConfig
-    tasks: ShuffledPrompts[Task] = field(init=False)
-
-    def __post_init__(self) -> None:
-        """Refuses a run without conversations, and files of tasks and constraints that have changed.
-
-        Raises:
-            ArtefactError: names the file, and the way out.
-            ConfigError: a file of tasks is gone.
-        """
-        if not recorded_positions(self.run.conversations):
-            raise ArtefactError(f"{self.run.conversations}: no conversations are recorded there yet")
-        # Turns that are drawn again need no environment, so that its file may be edited meanwhile.
-        noted = {name: files for name, files in self.config.noted_files.items() if name.startswith("rlhf.")}
-        environment = f"rlhf.environment={self.config.rlhf.environment}"
-        self.run.require_files({name: files for name, files in noted.items() if name != environment})
-        object.__setattr__(self, "tasks", ShuffledPrompts(read_tasks(self.config.rlhf)[0], self.config.seed))
+    tasks: ShuffledPrompts[Task]
 
     def require_environment(self) -> None:
         """Refuses a file of the environment's class that has changed.
@@ -249,11 +257,15 @@ class ConversationRecord:
 
         if self.config.stage.init_from == "none":
             return None
-        named = checkpoint_files.find_checkpoint(Path(self.config.stage.init_from))
-        # The run may have been given a path that leads to another checkpoint by now; its own checkpoints name it.
+        try:
+            named = checkpoint_files.find_checkpoint(Path(self.config.stage.init_from))
+        except ArtefactError:  # it is gone, which the caller says
+            named = None
+
+        # The path may lead to another checkpoint by now; those of the run name the one that it began with.
         for checkpoint in reversed(checkpoint_files.steps_in(self.run.checkpoints)):
             if start := (frozen_models(checkpoint) or {}).get(START):
-                candidates = [path for path in (Path(start["base"]), named) if path.is_dir()]
+                candidates = [path for path in (Path(start["base"]), named) if path and path.is_dir()]
                 digests = {checkpoint_files.fingerprint(path): path for path in candidates}
                 return digests.get(start["base_sha256"])
         return named

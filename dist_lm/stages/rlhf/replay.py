@@ -22,12 +22,10 @@ from dist_lm.rlhf.episodes import Episode
 from dist_lm.rlhf.replay import OF_ROUNDING, Difference, Outcome, drawn_again, executed_again
 from dist_lm.rlhf.request_feed import Ask
 from dist_lm.rlhf.rollouts import EngineRollouts
-from dist_lm.stages.rlhf.config import RlhfRunConfig
 from dist_lm.stages.rlhf.engine import local_engine, rollout_spec
 from dist_lm.stages.rlhf.environment import turn_constraint
 from dist_lm.stages.rlhf.record import ConversationRecord, RecordedIteration
 from dist_lm.storage import process
-from dist_lm.storage.run_directory import RunDirectory
 from dist_lm.tokenizer.tokenizer import Tokenizer
 from dist_lm.training import checkpoint_files
 from dist_lm.training.checkpoint_tensors import model_weights
@@ -92,25 +90,13 @@ class Chosen:
         return [numbered[self.rollout - 1]]
 
 
-def recorded_run(run: RunDirectory, config: RlhfRunConfig) -> ConversationRecord:
-    """Returns the record of a run.
-
-    Raises:
-        ArtefactError: the run keeps no conversations, has recorded none yet, or a file of its tasks has changed.
-        ConfigError: a file of its tasks is gone.
-    """
-    if not config.rlhf.environment:
-        raise ArtefactError(
-            f"{run.path}: a run without rlhf.environment keeps some rollouts as text (samples/) and none as tokens, so "
-            "there is nothing to replay; give a run with rlhf.environment"
-        )
-    return ConversationRecord(run, config)
-
-
 def no_weights(record: ConversationRecord, version: int) -> str:
     """Says that weights are not kept, and what keeps them."""
+    init_from = record.config.stage.init_from
+    if version == 0 and init_from == "none":
+        return "no checkpoint holds the random weights that the run began with (stage.init_from=none)"
     if version == 0:
-        return f"the weights that the run began with are gone: restore stage.init_from={record.config.stage.init_from}"
+        return f"the weights that the run began with are gone: restore stage.init_from={init_from}"
     return (
         f"the weights after iteration {version} are in no checkpoint: start runs with stage.checkpoint_every=1 "
         f"stage.keep_checkpoints={record.config.stage.steps}, which keep all"
@@ -178,7 +164,7 @@ class _Drawing:
 
     @property
     def threads(self) -> int | None:
-        """The threads that gave the recorded bits, or the last ones tried; None where bits are not compared."""
+        """The number of threads with which bits were compared; None where they are not."""
         return torch.get_num_threads() if self._is_exact else None
 
     def outcomes(self, checkpoint: Path, version: int, episodes: Sequence[Episode]) -> list[Outcome]:
@@ -194,8 +180,8 @@ class _Drawing:
             return outcomes
 
         # On a CPU the last bits depend on the number of threads, which differs between ranks, actors and this process.
-        began_with = torch.get_num_threads()
-        for threads in _shares_of_cores():
+        recorded_with = torch.get_num_threads()
+        for threads in _shares_of_cores(besides=recorded_with):
             rounded = [
                 index
                 for index, outcome in enumerate(outcomes)
@@ -203,24 +189,28 @@ class _Drawing:
             ]
             if not rounded:
                 break
-            if threads == began_with:
-                continue
 
             torch.set_num_threads(threads)
             again = self._drawn(weights, version, [episodes[index] for index in rounded])
             for index, outcome in zip(rounded, again, strict=True):
+                if outcome.difference is None:
+                    recorded_with = threads
                 if outcome.difference is None or outcome.n_equal > outcomes[index].n_equal:
                     outcomes[index] = outcome
+
+        # The next iteration was probably drawn with as many.
+        torch.set_num_threads(recorded_with)
         return outcomes
 
     def _drawn(self, weights: Mapping[str, torch.Tensor], version: int, episodes: Sequence[Episode]) -> list[Outcome]:
         """Returns the outcomes with the present number of threads."""
         config = self._record.config
-        # Matrices are laid out for a number of threads.
+        # Loading lays matrices out for the present number of threads.
         if self._source is None:
             spec = rollout_spec(config, self._tokenizer, self._dtype, self._device)
             self._source = EngineRollouts(local_engine(config, spec, self._tokenizer, weights, self._device))
-        self._source.load_weights(weights, version)
+        else:
+            self._source.load_weights(weights, version)
         outcomes: dict[int, Outcome] = {}
 
         async def hold(index: int, ask: Ask) -> None:
@@ -250,10 +240,10 @@ def _own_threads() -> Iterator[None]:
         torch.set_num_threads(threads)
 
 
-def _shares_of_cores() -> list[int]:
-    """Returns the numbers of threads that a rank or an actor may have on this machine: an equal share of its cores."""
+def _shares_of_cores(besides: int) -> list[int]:
+    """Returns the numbers of threads that a rank or an actor may have on this machine: equal shares of its cores."""
     n_cores = process.cores()
-    return sorted({n_cores // n_processes for n_processes in range(1, n_cores + 1)})
+    return sorted({n_cores // n_processes for n_processes in range(1, n_cores + 1)} - {besides})
 
 
 # --- executed again ---
