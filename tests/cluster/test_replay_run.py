@@ -152,6 +152,27 @@ def test_iterations_whose_weights_are_gone_are_named(run):
     assert "no conversation was compared: the weights after iteration 1" in str(alone.exception)
 
 
+def test_a_run_that_keeps_no_old_conversations_keeps_those_that_a_restart_needs(started_work, tmp_path):
+    """Finds conversations that are removed though a checkpoint may be continued that needs them, or none at all."""
+    settings = ("stage.checkpoint_every=1", "stage.keep_checkpoints=2", "rlhf.keep_conversations=false")
+    run = prepared(started_work, tmp_path, "run_id=short", *settings)
+    train(run, ranks=1)
+    oldest, *_ = checkpoint_files.steps_in(run.checkpoints)
+    first = checkpoint_files.step_of(oldest) + 1
+    assert 1 < first <= ITERATIONS
+
+    lines = results(run)
+    assert [line["iteration"] for line in lines][-1] == ITERATIONS
+    # A save in a thread removes the oldest checkpoint after the conversations were looked through.
+    assert first - 1 <= lines[0]["iteration"] <= first
+    assert all(line["equal"] for line in lines)
+    assert lines[-1]["weights"] is not None
+    (path, *_) = sorted(run.conversations.iterdir())
+    path.unlink()
+    with pytest.raises(UserError, match="missing"):
+        raise replay(run, "--iteration", str(lines[0]["iteration"])).exception or AssertionError
+
+
 def test_damage_is_one_line(run):
     """Finds a damaged checkpoint, line or environment that ends in a traceback or in a comparison."""
     path = run.conversations / file_name(0)

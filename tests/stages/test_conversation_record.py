@@ -1,6 +1,7 @@
 """The record of conversations as `dist-lm replay` reads it: what is not the run's is named with the way out."""
 
 import json
+import shutil
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -17,9 +18,13 @@ from dist_lm.rlhf.rollouts import ShuffledPrompts
 from dist_lm.rlhf.transcript import Sample
 from dist_lm.stages.rlhf.config import RlhfRunConfig
 from dist_lm.stages.rlhf.environment_tasks import read_tasks
-from dist_lm.stages.rlhf.record import recorded_run
+from dist_lm.stages.rlhf.models import FROZEN, START, base_record
+from dist_lm.stages.rlhf.record import recorded_run, remove_old_conversations
 from dist_lm.stages.rlhf.replay import Chosen
+from dist_lm.storage import durable
 from dist_lm.storage.run_directory import RunDirectory
+from dist_lm.training import checkpoint_files
+from dist_lm.training.state import TrainState
 from tests.conftest import TINY_MODEL
 
 TASKS, PROMPTS, SAMPLES = 12, 2, 2
@@ -124,6 +129,50 @@ def test_tasks_that_were_replaced_belong_to_their_iteration(tmp_path):
     assert first.scored.rollouts.position_B.tolist() == [0, 0, 2, 2]
     assert [e.position for e in second.episodes] == [3, 3, 4, 4]
     assert second.version == 1
+
+
+def write_checkpoint(folder: Path, step: int, position: int) -> Path:
+    """Writes a checkpoint without tensors."""
+    checkpoint = folder / checkpoint_files.step_name(step)
+    checkpoint.mkdir(parents=True)
+    checkpoint_files.write_state(checkpoint, TrainState(step, position=position), {})
+    digest = durable.sha256_of(checkpoint / checkpoint_files.STATE)
+    checkpoint_files.write_manifest(checkpoint, {checkpoint_files.STATE: digest})
+    return checkpoint
+
+
+def test_conversations_before_the_oldest_checkpoint_are_removed_and_the_others_keep_their_numbers(composed, run):
+    """Finds conversations that are removed though a restart needs them, and iterations that count from a new first."""
+    remove_old_conversations(run)
+    assert len([*run.conversations.iterdir()]) == 3
+    for step in (1, 2):
+        write_checkpoint(run.checkpoints, step, step * PROMPTS)
+    remove_old_conversations(run)
+    assert [path.name for path in sorted(run.conversations.iterdir())] == [file_name(2), file_name(4)]
+    config = replace(composed, rlhf=replace(composed.rlhf, keep_conversations=False))
+    assert [(i.number, i.version) for i in recorded_run(run, config).iterations()] == [(2, 1), (3, 2)]
+    with pytest.raises(ArtefactError, match="conversations of iteration 1 are missing"):
+        list(recorded_run(run, composed).iterations())
+
+
+def test_the_weights_that_a_run_began_with_are_those_that_its_checkpoints_name(composed, run, tmp_path):
+    """Finds a replay with the newest weights of a run that has gone on since, and weights of another one."""
+    started = tmp_path / "start" / "checkpoints"
+    first, newer = write_checkpoint(started, 5, 0), write_checkpoint(started, 9, 0)
+    config = replace(composed, stage=replace(composed.stage, init_from=str(started.parent)))
+    record = recorded_run(run, config)
+    assert record.weights_of(0) == newer
+
+    checkpoint = write_checkpoint(run.checkpoints, 1, PROMPTS)
+    names = {START: base_record(first)}
+    checkpoint_files.attach(checkpoint, {FROZEN: json.dumps(names).encode()})
+    assert record.weights_of(0) == first
+    assert record.weights_of(1) == checkpoint
+    assert record.weights_of(2) is None
+    shutil.rmtree(first)
+    assert record.weights_of(0) is None
+    shutil.rmtree(started)
+    assert record.weights_of(0) is None
 
 
 def edited(change: Callable[[list[str]], list[str]]) -> Callable[[Path], None]:

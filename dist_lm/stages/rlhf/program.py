@@ -50,6 +50,7 @@ from dist_lm.stages.rlhf.environment_tasks import read_tasks
 from dist_lm.stages.rlhf.evaluations import HeldOut, tasks_of_iterations
 from dist_lm.stages.rlhf.models import LoadedRun, load_run, saved_files, train_state
 from dist_lm.stages.rlhf.prompts import Prompts, check_columns, forms_of, read_all, request_reader, tasks_of
+from dist_lm.stages.rlhf.record import remove_old_conversations
 from dist_lm.stages.training.program import (
     RankStart,
     check_corpora,
@@ -534,6 +535,8 @@ class Saving:
         )
         if self.reporter.metrics:
             self.reporter.metrics.write(state.iteration, {"checkpoint/stall_s": time.perf_counter() - began})
+        if self.is_first and not self.reporter.config.rlhf.keep_conversations:
+            remove_old_conversations(self.reporter.run)
 
 
 def last_figures(run: RunDirectory, iteration: int) -> dict[str, float]:

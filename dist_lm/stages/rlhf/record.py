@@ -38,6 +38,28 @@ class _UnfinishedError(Exception):
     """Raised where the run is still drawing the conversations of an iteration."""
 
 
+def remove_old_conversations(run: RunDirectory) -> None:
+    """Removes the conversations of iterations before the oldest checkpoint of a run, which no restart needs.
+
+    Raises:
+        ArtefactError: that checkpoint is damaged.
+        OSError: a file cannot be removed.
+    """
+    oldest, *_ = checkpoint_files.steps_in(run.checkpoints) or [None]
+    if oldest is None:
+        return
+    try:
+        position = checkpoint_files.read_state(oldest)[0].position
+    except ArtefactError:
+        # A save in a thread removes old checkpoints meanwhile; the next one calls this again.
+        if oldest.is_dir():
+            raise
+        return
+    for recorded in recorded_positions(run.conversations):
+        if recorded < position:
+            (run.conversations / file_name(recorded)).unlink(missing_ok=True)
+
+
 def recorded_run(run: RunDirectory, config: RlhfRunConfig) -> "ConversationRecord":
     """Returns the record of a run.
 
@@ -89,7 +111,7 @@ class ConversationRecord:
                 other settings, weights or tasks.
         """
         group = self.config.rlhf
-        position, number = 0, 1
+        position, number = self._first()
         # Without tasks that are replaced, each iteration has the same number of them.
         if only is not None and not group.sampling_rounds:
             position, number = (only - 1) * group.prompts, only
@@ -105,6 +127,28 @@ class ConversationRecord:
             position, number = position + n_tasks, number + 1
         if only is not None:
             raise ArtefactError(f"{self.run.conversations}: no conversations of iteration {only} are recorded there")
+
+    def _first(self) -> tuple[int, int]:
+        """Returns (position of the first task, number) of the first iteration that is recorded.
+
+        Raises:
+            ArtefactError: a line is damaged, or the iteration cannot be told.
+        """
+        position, group = recorded_positions(self.run.conversations)[0], self.config.rlhf
+        # Nothing removes conversations then: earlier ones are missing.
+        if group.keep_conversations or position == 0:
+            return 0, 1
+        if not group.sampling_rounds:
+            return position, position // group.prompts + 1
+
+        path = self.run.conversations / file_name(position)
+        version = next((line.episode.version for line in recorded_lines(path)), 0)
+        if version == 0:
+            raise ArtefactError(
+                f"{path}: earlier conversations were removed (rlhf.keep_conversations=false), and the weights that the "
+                "run began with draw several iterations: wait for the next checkpoint"
+            )
+        return position, version + 1 + group.max_staleness
 
     def _is_recorded(self, position: int, number: int) -> bool:
         """Returns whether there is a record of the iteration whose first task is at this position.
