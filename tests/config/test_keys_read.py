@@ -53,7 +53,6 @@ READ_BY: Mapping[str, tuple[str, ...]] = {
     "tests/rlhf/test_online_algorithms.py": ("rlhf.clip_high", "rlhf.overlong_tokens"),
     "tests/rlhf/test_rewards.py": ("rlhf.rewards.",),
     "tests/cluster/test_environment_run.py": ("rlhf.environment_limits.", "rlhf.environments_at_once"),
-    "tests/cluster/test_replay_run.py": ("rlhf.keep_conversations",),
     "tests/stages/test_rlhf_reporter.py": ("stage.log_every",),
     "tests/training/test_optimizer.py": ("stage.decay", "stage.decay_share", "stage.decay_steps"),
     "tests/stages/test_eval_tasks.py": ("stage.eval_new_tokens",),
