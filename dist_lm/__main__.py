@@ -19,6 +19,7 @@ from dist_lm.verbs.arguments import CheckpointPath, DeviceName, TokenizerPath
 from dist_lm.verbs.checkpoint import checkpoint
 from dist_lm.verbs.generate import generate
 from dist_lm.verbs.lm_eval import lm_eval
+from dist_lm.verbs.replay import replay
 from dist_lm.verbs.serve import serve
 
 app = typer.Typer(
@@ -45,6 +46,7 @@ app.add_typer(gpu, name="gpu")
 app.command("bench")(bench)
 app.command("generate")(generate)
 app.command("lm-eval")(lm_eval)
+app.command("replay")(replay)
 app.command("serve")(serve)
 
 

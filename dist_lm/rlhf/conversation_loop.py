@@ -6,16 +6,17 @@ from collections import deque
 from collections.abc import Awaitable, Callable, Coroutine, Sequence
 from concurrent.futures import Future
 from contextlib import AbstractAsyncContextManager
-from typing import Any, Self
+from typing import Any, Generic, Self, TypeVar
 
-from dist_lm.rlhf.conversing import EpisodeHost
 from dist_lm.rlhf.request_feed import RequestFeed
 
+Host_co = TypeVar("Host_co", covariant=True)
 
-class ConversationLoop:
+
+class ConversationLoop(Generic[Host_co]):
     """An event loop in a thread of its own, with the host of environments. A context manager."""
 
-    def __init__(self, open_host: Callable[[], AbstractAsyncContextManager[EpisodeHost]]) -> None:
+    def __init__(self, open_host: Callable[[], AbstractAsyncContextManager[Host_co]]) -> None:
         self._open_host = open_host
         self._loop = asyncio.new_event_loop()
         self._thread = threading.Thread(target=self._loop.run_forever, name="conversations")
@@ -43,6 +44,19 @@ class ConversationLoop:
         The first error cancels the others, and is the result's.
         """
         return self._run(_hold_all(deque(holding), at_once, feed))
+
+    def run_all(self, running: Sequence[Callable[[], Awaitable[None]]], at_once: int) -> None:
+        """Calls coroutine functions that ask no model, in their order, some at a time, until all are done.
+
+        Raises:
+            Exception: what one of them raises first; the others are cancelled.
+        """
+        ended = self.hold_all(running, at_once, RequestFeed(lambda: None))
+        try:
+            ended.result()
+        except BaseException:
+            ended.cancel()
+            raise
 
     def _run(self, work: Coroutine[Any, Any, Any]) -> Future:
         return asyncio.run_coroutine_threadsafe(work, self._loop)

@@ -15,7 +15,7 @@ Dimensions: B conversations.
 import hashlib
 import json
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Awaitable, Callable, Iterable, Iterator, Sequence
 from concurrent.futures import wait
 from dataclasses import asdict, dataclass
 from functools import partial
@@ -40,9 +40,9 @@ from dist_lm.generation.request import (
 )
 from dist_lm.rlhf.config import LARGEST_REWARD, RlhfConfig
 from dist_lm.rlhf.conversation_loop import ConversationLoop
-from dist_lm.rlhf.conversing import ConstraintOf, Conversing
+from dist_lm.rlhf.conversing import ConstraintOf, Conversing, EpisodeHost
 from dist_lm.rlhf.episodes import Episode, EpisodeFile, rollouts_of_episodes
-from dist_lm.rlhf.request_feed import RequestFeed
+from dist_lm.rlhf.request_feed import Ask, RequestFeed
 from dist_lm.rlhf.rewards import RewardError
 from dist_lm.rlhf.rollouts import Rollouts, RolloutSource, ScoredRollouts
 from dist_lm.tokenizer.tokenizer import Tokenizer
@@ -107,7 +107,7 @@ class EnvironmentSupply:
     prompts: Callable[[int, int], Sequence[Task]]  # (first position, count) -> the tasks there
     judge: EnvironmentJudge
     tokenizer: Tokenizer
-    conversations: ConversationLoop
+    conversations: ConversationLoop[EpisodeHost]
     limits: Limits
     context: int  # model.max_seq_len
     at_once: int  # most conversations at a time
@@ -131,27 +131,12 @@ class EnvironmentSupply:
             UserError, PoolFailure: of the source, see `RolloutSource`.
             OSError: the file of conversations cannot be written.
         """
-        params = SamplingParams(
-            max_new_tokens=config.max_new_tokens,
-            temperature=config.temperature,
-            top_k=config.top_k,
-            top_p=config.top_p,
-            stop_tokens=stop_tokens(self.tokenizer),
-        )
-        how = Conversing(
-            self.tokenizer,
-            self.limits,
-            params,
-            self.context,
-            seed,
-            LARGEST_REWARD / 2 / max(1.0, abs(self.weight)),  # so that the weighted sum is a number in fp32
-            self.constraint_of,
-        )
-
+        how = conversing(config, seed, self.tokenizer, self.limits, self.context, self.weight, self.constraint_of)
         if self.folder is None:
             return rollouts_of_episodes(self._held(how, tasks, position, samples, None))
-        path = self.folder / f"tasks_{position:08d}.jsonl"
-        with EpisodeFile(path, self._digest(config, seed), self.source.version) as file:
+
+        settings = settings_digest(config, seed, self.limits, self.judge.name)
+        with EpisodeFile(self.folder / file_name(position), settings, self.source.version) as file:
             return rollouts_of_episodes(self._held(how, tasks, position, samples, file))
 
     def _held(
@@ -173,32 +158,98 @@ class EnvironmentSupply:
                 else:
                     todo.append((number, sample))
 
-        feed = RequestFeed(self.alive)
-
-        async def hold(number: int, sample: int) -> None:
+        async def hold(number: int, sample: int, ask: Ask) -> None:
             host = self.conversations.host
-            episode = await how.hold(host, tasks[number], position + number, sample, feed.ask)
+            episode = await how.hold(host, tasks[number], position + number, sample, ask)
             episodes[number, sample] = episode
             if file:
                 file.add(episode)
 
-        holding = self.conversations.hold_all([partial(hold, *pair) for pair in todo], self.at_once, feed)
-        try:
-            for result in self.source.results(feed):
-                if isinstance(result, Refusal):
-                    raise RequestError(result.request, result.error)
-                feed.deliver(result)
-        except BaseException:
-            # Nobody answers any more, so the conversations end before the error goes on.
-            feed.abort()
-            wait([holding])
-            raise
-        holding.result()
+        hold_together(
+            self.source, self.conversations, [partial(hold, *pair) for pair in todo], self.at_once, self.alive
+        )
         return [episodes[key] for key in sorted(episodes)]
 
-    def _digest(self, config: RlhfConfig, seed: int) -> str:
-        """Returns a hash of the settings that conversations depend on."""
-        names = ("prompts", "max_new_tokens", "temperature", "top_k", "top_p", "constraint", "max_staleness")
-        values = {name: getattr(config, name) for name in names}
-        values |= {"seed": seed, "limits": asdict(self.limits), "environment": self.judge.name}
-        return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()
+
+def hold_together(
+    source: RolloutSource,
+    conversations: ConversationLoop[Any],
+    holding: Sequence[Callable[[Ask], Awaitable[None]]],
+    at_once: int,
+    alive: Callable[[], None] = lambda: None,
+) -> None:
+    """Holds conversations in their order, some at a time, with the answers of a source, until all have ended.
+
+    Args:
+        holding: coroutine functions that hold one conversation each; their argument returns answers.
+        at_once: most conversations at a time.
+        alive: called regularly.
+
+    Raises:
+        RequestError: the engines refuse a request.
+        UserError, PoolFailure: of the source, see `RolloutSource`.
+        Exception: what a conversation raises first; the others are cancelled.
+    """
+    feed = RequestFeed(alive)
+    ended = conversations.hold_all([partial(hold, feed.ask) for hold in holding], at_once, feed)
+    try:
+        for result in source.results(feed):
+            if isinstance(result, Refusal):
+                raise RequestError(result.request, result.error)
+            feed.deliver(result)
+    except BaseException:
+        # Nobody answers any more, so the conversations end before the error goes on.
+        feed.abort()
+        wait([ended])
+        raise
+    ended.result()
+
+
+def conversing(
+    config: RlhfConfig,
+    seed: int,
+    tokenizer: Tokenizer,
+    limits: Limits,
+    context: int,
+    weight: float = 1.0,
+    constraint_of: ConstraintOf | None = None,
+) -> Conversing:
+    """Returns how the conversations of a run are held.
+
+    Args:
+        seed: of the run.
+        context: model.max_seq_len.
+        weight: factor of the reward.
+    """
+    params = SamplingParams(
+        max_new_tokens=config.max_new_tokens,
+        temperature=config.temperature,
+        top_k=config.top_k,
+        top_p=config.top_p,
+        stop_tokens=stop_tokens(tokenizer),
+    )
+    largest_reward = LARGEST_REWARD / 2 / max(1.0, abs(weight))  # so that the weighted sum is a number in fp32
+    return Conversing(tokenizer, limits, params, context, seed, largest_reward, constraint_of)
+
+
+def file_name(position: int) -> str:
+    """Returns the name of the file of the conversations that are drawn together.
+
+    Args:
+        position: position of their first task in the order of tasks.
+    """
+    return f"tasks_{position:08d}.jsonl"
+
+
+def recorded_positions(folder: Path) -> list[int]:
+    """Returns the positions of which a folder has files of conversations, ascending."""
+    names = [path.stem.removeprefix("tasks_") for path in folder.glob("tasks_*.jsonl")]
+    return sorted(int(name) for name in names if name.isdecimal())
+
+
+def settings_digest(config: RlhfConfig, seed: int, limits: Limits, environment: str) -> str:
+    """Returns a hash of the settings that conversations depend on."""
+    names = ("prompts", "max_new_tokens", "temperature", "top_k", "top_p", "constraint", "max_staleness")
+    values = {name: getattr(config, name) for name in names}
+    values |= {"seed": seed, "limits": asdict(limits), "environment": environment}
+    return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()

@@ -8,7 +8,7 @@ import base64
 import json
 import logging
 import zlib
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import IO, Any, Self
@@ -17,6 +17,7 @@ import numpy as np
 
 from dist_lm.chat.messages import Json
 from dist_lm.environments.protocol import FAILURES, Verdict
+from dist_lm.errors import ArtefactError, one_line
 from dist_lm.rlhf.rollouts import CUTS, FINISHES, Rollouts
 from dist_lm.rlhf.transcript import Sample
 from dist_lm.storage import durable
@@ -24,6 +25,8 @@ from dist_lm.storage import durable
 log = logging.getLogger(__name__)
 
 NO_FAILURE = -1
+DAMAGES = (ValueError, KeyError, TypeError, AttributeError, OverflowError, RecursionError)
+"""What reading a damaged line raises."""
 
 
 @dataclass(frozen=True)
@@ -147,14 +150,11 @@ class EpisodeFile:
     def _episode_of(self, line: str, number: int) -> Episode | None:
         """Returns the conversation of a line; None if it is not to be used."""
         try:
-            content = json.loads(line)
-            if content["crc32"] != _checksum(content["episode"]):
-                raise ValueError("its checksum differs")
-            episode = _episode_of(content["episode"])
-        except (ValueError, KeyError, TypeError, RecursionError) as error:
+            settings, episode = _parsed(line)
+        except DAMAGES as error:
             log.warning("%s: line %d is damaged (%s); its conversation is held again", self.path, number, error)
             return None
-        is_of_run = self.settings in (None, content["settings"]) and self.version in (None, episode.version)
+        is_of_run = self.settings in (None, settings) and self.version in (None, episode.version)
         return episode if is_of_run else None
 
 
@@ -169,6 +169,74 @@ def read_episodes(path: Path) -> list[Episode]:
     reader = EpisodeFile(path, settings=None)
     episodes = [reader._episode_of(line, number) for number, line in enumerate(lines, 1)]
     return sorted((e for e in episodes if e is not None), key=lambda episode: (episode.position, episode.sample))
+
+
+@dataclass(frozen=True)
+class RecordedLine:
+    """A conversation in a file of conversations."""
+
+    number: int  # of the line, from 1
+    settings: str  # see `EpisodeFile`
+    episode: Episode
+
+
+def recorded_lines(path: Path) -> Iterator[RecordedLine]:
+    """Yields all conversations of a file, in the order of its lines. A last line without its end is not there yet.
+
+    Raises:
+        ArtefactError: a line is damaged.
+        OSError: the file cannot be read.
+    """
+    with path.open(encoding="utf-8", errors="replace") as file:
+        for number, line in enumerate(file, 1):
+            if not line.endswith("\n"):
+                return
+            try:
+                settings, episode = _parsed(line)
+            except DAMAGES as error:
+                raise ArtefactError(
+                    f"{path}: line {number} is damaged ({one_line(str(error))}): restore the file from a copy, or "
+                    "replay other iterations by --iteration"
+                ) from error
+            yield RecordedLine(number, settings, episode)
+
+
+def _parsed(line: str) -> tuple[str, Episode]:
+    """Returns (settings, conversation) of a line.
+
+    Raises:
+        ValueError, KeyError, TypeError, AttributeError, OverflowError, RecursionError: it is damaged.
+    """
+    content = json.loads(line)
+    if content["crc32"] != _checksum(content["episode"]):
+        raise ValueError("its checksum differs")
+    episode = _episode_of(content["episode"])
+    _check(episode)
+    return content["settings"], episode
+
+
+def _check(episode: Episode) -> None:
+    """Refuses a conversation whose numbers do not fit together.
+
+    Raises:
+        ValueError, TypeError: they do not.
+    """
+    counts = [episode.position, episode.sample, episode.version, *(turn.new_tokens for turn in episode.turns)]
+    ids = [token for sample in episode.samples for token in sample.ids]
+    if not all(type(number) is int and number >= 0 for number in (*counts, *ids)):
+        raise ValueError("a number is no integer from 0 on")
+    if not all(isinstance(turn.reward, int | float) for turn in episode.turns) or not isinstance(episode.task, str):
+        raise ValueError("a reward is no number, or the digest of the task no text")
+    if episode.cut not in CUTS:
+        raise ValueError(f"cut by {episode.cut!r:.40}")
+    if any(len(sample.drawn) != len(sample.ids) for sample in episode.samples):
+        raise ValueError("ids and their marks differ in number")
+
+    n_drawn = sum(sum(sample.drawn) for sample in episode.samples)
+    # Of a conversation without a verdict no ids are recorded.
+    n_of_turns = sum(turn.new_tokens for turn in episode.turns) if episode.verdict.valid else 0
+    if not n_drawn == n_of_turns == len(episode.logprobs) or len(episode.sets) not in (0, n_drawn):
+        raise ValueError("tokens of turns, log-probabilities and sets differ in number")
 
 
 def _checksum(value: Json) -> int:

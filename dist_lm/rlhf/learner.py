@@ -586,31 +586,14 @@ def iteration_metrics(
     """
     experience, mask_BT = collected.experience, collected.experience.mask_BT
     rollouts = usable.rollouts
-    score = float(experience.score_B.double().mean())
-    metrics = {
-        "rlhf/score_mean": score,
+    metrics = score_metrics(state.version, rollouts, experience.score_B, experience.prompt_B)
+    score = metrics["rlhf/score_mean"]
+    metrics |= {
         "rlhf/reward_mean": score,
         "rlhf/entropy": float(mean_and_std(collected.entropy_BT, mask_BT)[0]),
-        "rlhf/truncated_rate": 1 - float(rollouts.ended.mean()),
-        "rlhf/new_tokens_mean": float(rollouts.new_tokens_B.mean()),
-        "rlhf/new_tokens_min": float(rollouts.new_tokens_B.min()),
-        "rlhf/new_tokens_max": float(rollouts.new_tokens_B.max()),
         "rlhf/updates": float(len(updates.metrics)),
         "rollout/prompts": float(usable.prompts),
-        "rollout/staleness": float((state.version - rollouts.version_B).mean()),
     }
-    for percent, quantile in zip(QUANTILES, np.percentile(experience.score_B.cpu().double(), QUANTILES), strict=True):
-        metrics[f"rlhf/score_p{percent}"] = float(quantile)
-
-    has_groups = int(np.unique(rollouts.position_B).size) < len(rollouts)
-    if has_groups:
-        groups = groups_of(experience.score_B, experience.prompt_B)
-        # A mean over groups: each rollout weighs the inverse of its group's size.
-        group_weight_B = 1 / groups.size_B.double()
-        metrics["rlhf/group_std_mean"] = float((groups.std_B * group_weight_B).sum() / group_weight_B.sum())
-        metrics["rlhf/groups_without_signal"] = float(
-            ((groups.std_B == 0) * group_weight_B).sum() / group_weight_B.sum()
-        )
 
     if experience.reference_logprob_BT is not None:
         kl_BT = k1(experience.logprob_BT, experience.reference_logprob_BT) * mask_BT
@@ -639,6 +622,38 @@ def iteration_metrics(
     metrics |= {f"rlhf/{name}": number for name, number in prepared.metrics.items()}
     for name in updates.metrics[0]:
         metrics[f"rlhf/{name}"] = sum(means[name] for means in updates.metrics) / len(updates.metrics)
+    return metrics
+
+
+def score_metrics(version: int, rollouts: Rollouts, score_B: torch.Tensor, prompt_B: torch.Tensor) -> dict[str, float]:
+    """Returns what follows from the rollouts of an iteration and their scores, without a model.
+
+    Args:
+        version: of the policy, before the iteration.
+        rollouts: those with a score.
+        score_B: the weighted sum of all parts, penalty included.
+        prompt_B: equal for rollouts of one prompt.
+    """
+    metrics = {
+        "rlhf/score_mean": float(score_B.double().mean()),
+        "rlhf/truncated_rate": 1 - float(rollouts.ended.mean()),
+        "rlhf/new_tokens_mean": float(rollouts.new_tokens_B.mean()),
+        "rlhf/new_tokens_min": float(rollouts.new_tokens_B.min()),
+        "rlhf/new_tokens_max": float(rollouts.new_tokens_B.max()),
+        "rollout/staleness": float((version - rollouts.version_B).mean()),
+    }
+    for percent, quantile in zip(QUANTILES, np.percentile(score_B.cpu().double(), QUANTILES), strict=True):
+        metrics[f"rlhf/score_p{percent}"] = float(quantile)
+
+    has_groups = int(np.unique(rollouts.position_B).size) < len(rollouts)
+    if has_groups:
+        groups = groups_of(score_B, prompt_B)
+        # A mean over groups: each rollout weighs the inverse of its group's size.
+        group_weight_B = 1 / groups.size_B.double()
+        metrics["rlhf/group_std_mean"] = float((groups.std_B * group_weight_B).sum() / group_weight_B.sum())
+        metrics["rlhf/groups_without_signal"] = float(
+            ((groups.std_B == 0) * group_weight_B).sum() / group_weight_B.sum()
+        )
     return metrics
 
 

@@ -356,24 +356,32 @@ def share_usable(judged: ScoredRollouts | None, some: bool = True, has_reward_mo
     Raises:
         RewardError: on every rank, if `some` and no rollout has a score.
     """
-    shared = broadcast(cast(ScoredRollouts, judged), ScoredRollouts)
-    drawn, scores = shared.rollouts, shared.scores
+    return usable_of(broadcast(cast(ScoredRollouts, judged), ScoredRollouts), some, has_reward_model)
+
+
+def usable_of(judged: ScoredRollouts, some: bool = True, has_reward_model: bool = False) -> UsableRollouts:
+    """Returns the rollouts with a score under every rule, as `share_usable` does, on this rank alone.
+
+    Raises:
+        RewardError: if `some` and no rollout has a score.
+    """
+    drawn, scores = judged.rollouts, judged.scores
 
     # A rollout needs the score of every rule: a sum without one part would compare unequal things.
     kept_D = np.ones(len(drawn), bool)
     for score_D in scores.values():
         kept_D &= np.abs(score_D) <= LARGEST_REWARD  # rollouts of older releases are pending with larger ones
     if not has_reward_model:
-        kept_D &= shared.applicable
+        kept_D &= judged.applicable
     if some and not kept_D.any():
         raise RewardError(f"none of the {len(drawn)} completions of an iteration has a score (rlhf.rewards)")
     return UsableRollouts(
         rollouts=drawn if kept_D.all() else drawn.chosen(kept_D),
         rule_score_B={name: torch.from_numpy(score_D[kept_D]).float() for name, score_D in scores.items()},
         kept_D=kept_D,
-        prompts=shared.prompts,
+        prompts=judged.prompts,
         failed={name: int((~(np.abs(score_D) <= LARGEST_REWARD)).sum()) for name, score_D in scores.items()},
-        marked={name: int(mark_D.sum()) for name, mark_D in shared.marks.items()},
-        skipped={name: int(skipped_D.sum()) for name, skipped_D in shared.skipped.items()},
-        skipped_B={name: torch.from_numpy(skipped_D[kept_D]) for name, skipped_D in shared.skipped.items()},
+        marked={name: int(mark_D.sum()) for name, mark_D in judged.marks.items()},
+        skipped={name: int(skipped_D.sum()) for name, skipped_D in judged.skipped.items()},
+        skipped_B={name: torch.from_numpy(skipped_D[kept_D]) for name, skipped_D in judged.skipped.items()},
     )

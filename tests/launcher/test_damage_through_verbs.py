@@ -243,6 +243,7 @@ CASES: dict[str, tuple[Case, ...]] = {
 NOT_DAMAGED = {
     "bench": "makes its own data and models, and reads no run",
     "metrics": "prints the registry of the package",
+    "replay": "reads a model as generate does; tests/stages/test_conversation_record.py damages the conversations",
     "serve": "reads a model as generate does, before it listens",
     "recipe new": "reads a model as import does, and data as data new does",
     "tools bfcl": "reads a model as generate does, after questions that another package brings",

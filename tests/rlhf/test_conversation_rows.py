@@ -1,5 +1,7 @@
 """Conversations of several samples in rows: each token that was drawn is seen once, in its own text."""
 
+import json
+import zlib
 from random import Random
 
 import numpy as np
@@ -7,7 +9,8 @@ import pytest
 import torch
 
 from dist_lm.environments.protocol import Verdict
-from dist_lm.rlhf.episodes import Episode, EpisodeFile, Turn, read_episodes, rollouts_of_episodes
+from dist_lm.errors import ArtefactError
+from dist_lm.rlhf.episodes import Episode, EpisodeFile, Turn, read_episodes, recorded_lines, rollouts_of_episodes
 from dist_lm.rlhf.experience import token_logprobs
 from dist_lm.rlhf.packed_rollouts import Dealing, completion_mask, rollout_batches
 from dist_lm.rlhf.transcript import Sample
@@ -96,3 +99,32 @@ def test_a_file_gives_back_what_was_added_and_drops_what_is_damaged(tmp_path, ca
         copy.write_text(path.read_text())
         with EpisodeFile(copy, settings, version) as file:
             assert not file.finished
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda episode: episode["logprobs"].append(-1.0),
+        lambda episode: episode["samples"][0]["ids"].append(7),
+        lambda episode: episode["samples"][0]["ids"].__setitem__(0, "7"),
+        lambda episode: episode.update(position=-1),
+        lambda episode: episode.update(cut="boredom"),
+        lambda episode: episode["turns"][0].update(new_tokens=10**9),
+        lambda episode: episode["turns"][0].update(reward="1"),
+        lambda episode: episode.update(turns=None),
+    ],
+)
+def test_a_line_whose_numbers_do_not_fit_together_is_damaged(change, tmp_path, caplog):
+    """Finds a record with a right checksum whose arrays would have different lengths, or hold no numbers."""
+    path = tmp_path / "tasks.jsonl"
+    with EpisodeFile(path, "settings", 3) as file:
+        file.add(episodes()[0])
+    content = json.loads(path.read_text())
+    change(content["episode"])
+    content["crc32"] = zlib.crc32(json.dumps(content["episode"]).encode())
+    path.write_text(json.dumps(content) + "\n")
+
+    with pytest.raises(ArtefactError, match=r"tasks.jsonl: line 1 is damaged"):
+        next(recorded_lines(path))
+    assert read_episodes(path) == []
+    assert "line 1 is damaged" in caplog.text

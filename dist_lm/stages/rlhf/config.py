@@ -61,6 +61,8 @@ class RlhfRunGroup(RlhfConfig):
     environment: str = ""
     environment_limits: EnvironmentLimitsConfig = field(default_factory=EnvironmentLimitsConfig)
     environments_at_once: int = 64  # most conversations at a time
+    # false: each save removes the recorded conversations of iterations before the oldest kept checkpoint
+    keep_conversations: bool = True
     held_out_from: str = ""  # file of held-out prompts; empty: one in 16 of prompts_from by hash, or the val split
     # run of stage reward; auto: the run with the same run_id; none: without the parts of kind reward_model
     reward_model: str = AUTO

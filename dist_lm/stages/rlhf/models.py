@@ -140,12 +140,11 @@ def check_frozen(resume_from: Path, frozen: Bases) -> None:
     Raises:
         ArtefactError: names the checkpoint, the key and both models.
     """
-    # Old releases did not record them.
-    if not (resume_from / checkpoint_files.STAGE / FROZEN).exists():
+    saved = frozen_models(resume_from)
+    if saved is None:
         return
 
     none = {"base": "none", "base_sha256": ""}
-    saved: Bases = json.loads(checkpoint_files.read_attached(resume_from, FROZEN))
     for key in (START, REWARD_MODEL):
         was, now = (records.get(key, none) for records in (saved, frozen))
         if was["base_sha256"] != now["base_sha256"]:
@@ -153,6 +152,22 @@ def check_frozen(resume_from: Path, frozen: Bases) -> None:
                 f"checkpoint {resume_from}: {key} was {was['base']} (manifest {was['base_sha256'][:12]}), found "
                 f"{now['base']} ({now['base_sha256'][:12]}): name that checkpoint (RUN@STEP), or choose another run_id"
             )
+
+
+def frozen_models(directory: Path) -> Bases | None:
+    """Returns the records of the frozen models of the run that wrote a checkpoint; None: an old release, which recorded
+    none.
+
+    Raises:
+        ArtefactError: they cannot be read.
+    """
+    if not (directory / checkpoint_files.STAGE / FROZEN).exists():
+        return None
+    try:
+        records = json.loads(checkpoint_files.read_attached(directory, FROZEN))
+        return {key: {"base": str(r["base"]), "base_sha256": str(r["base_sha256"])} for key, r in records.items()}
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise ArtefactError(f"checkpoint {directory}: {FROZEN} is not what stage rlhf writes ({error})") from error
 
 
 def check_critic(resume_from: Path, base: Mapping[str, str]) -> None:

@@ -28,9 +28,7 @@ from dist_lm.data.token_corpus import TokenCorpus
 from dist_lm.environments.protocol import Task
 from dist_lm.errors import ArtefactError
 from dist_lm.generation.decoder import WeightStream
-from dist_lm.generation.engine import Engine
 from dist_lm.generation.grammar import Grammars
-from dist_lm.generation.paged_cache import BLOCK
 from dist_lm.parallel.mesh import World, data_mesh
 from dist_lm.parallel.sharding import compute_dtype
 from dist_lm.rlhf.algorithms.registry import ALGORITHMS
@@ -42,15 +40,17 @@ from dist_lm.rlhf.models import own_threads, sent_weights
 from dist_lm.rlhf.rewards import Judge, Tasks
 from dist_lm.rlhf.rollouts import EngineRollouts, RolloutSource, ShuffledPrompts, read_to_end
 from dist_lm.rlhf.state import RlhfState
-from dist_lm.stages.pool_start import PoolStarter, engine_spec, pool_starter
+from dist_lm.stages.pool_start import PoolStarter, pool_starter
 from dist_lm.stages.registry import load_config
 from dist_lm.stages.rlhf.config import RlhfRunConfig
 from dist_lm.stages.rlhf.constraint import NO_TOOLS, constraint_of_index
+from dist_lm.stages.rlhf.engine import local_engine, rollout_spec
 from dist_lm.stages.rlhf.environment import open_environment_supply
 from dist_lm.stages.rlhf.environment_tasks import read_tasks
 from dist_lm.stages.rlhf.evaluations import HeldOut, tasks_of_iterations
 from dist_lm.stages.rlhf.models import LoadedRun, load_run, saved_files, train_state
 from dist_lm.stages.rlhf.prompts import Prompts, check_columns, forms_of, read_all, request_reader, tasks_of
+from dist_lm.stages.rlhf.record import remove_old_conversations
 from dist_lm.stages.training.program import (
     RankStart,
     check_corpora,
@@ -306,29 +306,12 @@ def rollout_source(
         alive()
         return True
 
-    needs_texts = bool(config.stage.eval_tasks)
-    spec = engine_spec(config, config.pool, tokenizer, compute_dtype(config.parallel, device), device, needs_texts)
-    if config.rlhf.constraint:
-        spec = replace(spec, tokenizer_file=tokenizer.file_content)
-    if config.rlhf.environment and spec.options.page_tokens % BLOCK == 0 and spec.options.piece_tokens % BLOCK == 0:
-        # A turn begins on the pages of the turns before.
-        spec = replace(spec, options=replace(spec.options, prefix_cache=True))
+    spec = rollout_spec(config, tokenizer, compute_dtype(config.parallel, device), device)
     if pool is not None:
         with pool.start(spec, weights, FIRST_WEIGHTS, keep_going, _sender(config, spec, device)) as actors:
             yield PoolRollouts(actors, sleeps=config.in_turns)
         return
-
-    engine = Engine(
-        spec.model,
-        weights,
-        eot_id=spec.eot_id,
-        vocabulary=spec.vocabulary,
-        options=spec.options,
-        dtype=spec.dtype,
-        device=device,
-        grammars=Grammars(lambda: tokenizer) if config.rlhf.constraint else None,
-    )
-    yield EngineRollouts(engine, sleeps=config.in_turns)
+    yield EngineRollouts(local_engine(config, spec, tokenizer, weights, device), sleeps=config.in_turns)
 
 
 def _sender(config: RlhfRunConfig, spec: "EngineSpec", device: torch.device) -> "Sender | None":
@@ -552,6 +535,8 @@ class Saving:
         )
         if self.reporter.metrics:
             self.reporter.metrics.write(state.iteration, {"checkpoint/stall_s": time.perf_counter() - began})
+        if self.is_first and not self.reporter.config.rlhf.keep_conversations:
+            remove_old_conversations(self.reporter.run)
 
 
 def last_figures(run: RunDirectory, iteration: int) -> dict[str, float]:
