@@ -12,7 +12,7 @@ import torch
 from omegaconf import OmegaConf
 
 from dist_lm.config.model import ModelConfig
-from dist_lm.config.yaml_file import load_yaml
+from dist_lm.config.root import load_yaml
 from dist_lm.data.manifest import manifest_path, read_manifest
 from dist_lm.errors import ArtefactError, UserError
 from dist_lm.interop.foreign_files import pieces_in

@@ -22,8 +22,7 @@ from omegaconf.errors import ConfigKeyError, OmegaConfBaseException, ValidationE
 
 from dist_lm.config.corpus import HF, TRAIN, check_sources
 from dist_lm.config.renamed import present_key
-from dist_lm.config.root import Config
-from dist_lm.config.yaml_file import load_yaml
+from dist_lm.config.root import Config, load_yaml
 from dist_lm.errors import ConfigError, did_you_mean, require
 from dist_lm.prepare.command_file import command_file
 from dist_lm.prepare.conf_folders import (

@@ -17,7 +17,7 @@ from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.errors import HydraException
 from omegaconf import OmegaConf
 
-from dist_lm.config.yaml_file import load_yaml
+from dist_lm.config.root import load_yaml
 from dist_lm.errors import ConfigError
 from dist_lm.stages.registry import OWN, added_conf, stage_names
 

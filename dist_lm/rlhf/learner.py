@@ -55,13 +55,12 @@ from dist_lm.rlhf.rollouts import (
 )
 from dist_lm.rlhf.schedule import Drawn, RolloutSchedule, SamplingAgain, draws_rollouts
 from dist_lm.rlhf.state import RlhfState
-from dist_lm.training.garbage import without_collection
 from dist_lm.training.heartbeat import StopRequest
 from dist_lm.training.objective import LossSum, Objective, next_token
 from dist_lm.training.optimizer import learning_rate, set_learning_rate
 from dist_lm.training.step import StepResult, accumulate_gradients, update
 from dist_lm.training.step_meter import WallLaps
-from dist_lm.training.trainer import NonFiniteGradientsError, is_due
+from dist_lm.training.trainer import NonFiniteGradientsError, is_due, without_collection
 
 Columns = Mapping[str, torch.Tensor]
 Pretraining = Callable[[int], Sequence[Batch]]

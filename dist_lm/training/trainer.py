@@ -1,14 +1,16 @@
 """The training loop: data, step, evaluation, checkpoint, metrics. It depends on no stage and no layout."""
 
+import gc
 import logging
 import math
 import time
-from collections.abc import Callable, Sequence
-from contextlib import nullcontext
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import Protocol
+from types import TracebackType
+from typing import Protocol, Self
 
 from dist_lm.config.root import Config
 from dist_lm.data.batch import Batch
@@ -22,7 +24,6 @@ from dist_lm.parallel.sharding import reshard
 from dist_lm.tracking.metrics import MetricsWriter
 from dist_lm.training import averages, checkpoint_files
 from dist_lm.training.checkpoint_saver import CheckpointSaver
-from dist_lm.training.garbage import ScheduledCollection
 from dist_lm.training.heartbeat import Heartbeat, Phase, StopRequest
 from dist_lm.training.objective import Objective, Prepare
 from dist_lm.training.optimizer import ShardedAdamW, muon_momentum, set_learning_rate, set_momentum, stage_rate
@@ -33,6 +34,9 @@ from dist_lm.training.step_profiler import StepProfiler
 
 log = logging.getLogger(__name__)
 
+# Python collects garbage whenever enough objects have been made, so on many ranks some rank pauses in almost every
+# step, and all others wait for it. Here all ranks pause after the same steps, and scan only what training has made.
+COLLECT_EVERY = 50  # steps between collections of garbage
 DETAILED_EVERY = 10  # at least so many steps lie between two lines with details
 
 Evaluate = Callable[[Transformer, bool, Callable[[], None]], dict[str, float]]
@@ -183,7 +187,7 @@ class Trainer:
         )
 
     def _report(
-        self, state: TrainState, outcome: StepResult, rate: float, meter: StepMeter, garbage: ScheduledCollection
+        self, state: TrainState, outcome: StepResult, rate: float, meter: StepMeter, garbage: "ScheduledCollection"
     ) -> float | None:
         """Measures and writes the metrics of a step if they are due (collective); after the last step they are due,
         with the loss on all held-out data.
@@ -362,3 +366,66 @@ def detailed_every(log_every: int) -> int:
 def is_due(step: int, every: int) -> bool:
     """Returns whether `step` is a multiple of `every`; never if `every` is 0."""
     return every > 0 and step % every == 0
+
+
+@contextmanager
+def without_collection() -> Iterator[None]:
+    """Turns automatic collection off inside the block, for the whole process."""
+    was_enabled = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if was_enabled:
+            gc.enable()
+
+
+class ScheduledCollection:
+    """A context manager that turns automatic collection off inside its block, for the whole process.
+
+    Afterwards the collector is as it was before, also after an error: other stages may run in the process.
+    """
+
+    def __init__(self) -> None:
+        self._was_enabled = False
+        self._froze = False
+        self._is_cost_known = False
+
+    def __enter__(self) -> Self:
+        self._was_enabled = gc.isenabled()
+        gc.disable()
+        gc.collect()
+
+        # Collections scan what set-up has left no more. What somebody else has frozen could not be told apart later.
+        self._froze = gc.get_freeze_count() == 0
+        if self._froze:
+            gc.freeze()
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None):
+        if self._froze:
+            gc.unfreeze()
+        if self._was_enabled:
+            gc.enable()
+
+    def after_step(self, step: int) -> None:
+        """Collects if it is due after `step` completed steps; the first time, logs what that costs."""
+        if step % COLLECT_EVERY:
+            return
+        started = time.perf_counter()
+        gc.collect()
+
+        if not self._is_cost_known:
+            self._is_cost_known = True
+            elapsed_ms = 1000 * (time.perf_counter() - started)
+            log.info("garbage is collected every %d steps: the first time took %.1f ms", COLLECT_EVERY, elapsed_ms)
+
+    @contextmanager
+    def automatic(self) -> Iterator[None]:
+        """Lets Python collect as before inside the block: for long work between steps, such as an evaluation."""
+        if self._was_enabled:
+            gc.enable()
+        try:
+            yield
+        finally:
+            gc.disable()

@@ -9,7 +9,7 @@ import yaml
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from dist_lm.config.yaml_file import load_yaml
+from dist_lm.config.root import load_yaml
 from dist_lm.prepare.conf_folders import conf_directory
 
 FAULTS = (OSError, ValueError, RecursionError, yaml.YAMLError, OmegaConfBaseException)

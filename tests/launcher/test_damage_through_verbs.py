@@ -22,8 +22,7 @@ import typer
 from dist_lm import __main__ as program
 from dist_lm import launch
 from dist_lm.chat.documents import encode_document
-from dist_lm.config.root import Config
-from dist_lm.config.yaml_file import load_yaml
+from dist_lm.config.root import Config, load_yaml
 from dist_lm.data import new
 from dist_lm.data.manifest import read_manifest
 from dist_lm.data.shard_writer import CorpusWriter

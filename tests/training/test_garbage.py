@@ -14,10 +14,10 @@ from dist_lm.dry_run.rehearsal import trainer_of_steps
 from dist_lm.model.transformer import Transformer
 from dist_lm.prepare.compose import compose_config
 from dist_lm.training import garbage
-from dist_lm.training.garbage import COLLECT_EVERY, ScheduledCollection, without_collection
 from dist_lm.training.objective import next_token
 from dist_lm.training.optimizer import build_optimizer
 from dist_lm.training.state import TrainState
+from dist_lm.training.trainer import COLLECT_EVERY, ScheduledCollection, without_collection
 from tests.conftest import TINY
 
 
