@@ -13,7 +13,7 @@ from dist_lm.data.stream import StepData
 from dist_lm.dry_run.rehearsal import trainer_of_steps
 from dist_lm.model.transformer import Transformer
 from dist_lm.prepare.compose import compose_config
-from dist_lm.training import garbage
+from dist_lm.training import trainer as trainer_module
 from dist_lm.training.objective import next_token
 from dist_lm.training.optimizer import build_optimizer
 from dist_lm.training.state import TrainState
@@ -82,7 +82,7 @@ def test_what_somebody_else_has_frozen_stays_frozen():
 @pytest.mark.heavy
 def test_a_collection_at_the_end_of_the_schedule_alone_and_its_cost_once(collections, caplog):
     """Collections inside steps hold up all ranks; without the scheduled ones memory grows."""
-    caplog.set_level(logging.INFO, garbage.__name__)
+    caplog.set_level(logging.INFO, trainer_module.__name__)
     with ScheduledCollection() as schedule:
         collections.clear()
         for step in range(1, 2 * COLLECT_EVERY + 1):
@@ -111,7 +111,7 @@ def test_long_work_between_steps_collects_by_itself(collections):
 @pytest.mark.heavy
 def test_no_collection_inside_a_step(one_rank, tmp_path, collections, monkeypatch):
     """The trainer's own loop: passes, update and data without a collection, one after each second step."""
-    monkeypatch.setattr(garbage, "COLLECT_EVERY", 2)
+    monkeypatch.setattr(trainer_module, "COLLECT_EVERY", 2)
     config = compose_config(["stage=language", *TINY, "stage.steps=4", "stage.eval_every=3"])
     model = Transformer(config.model)
     tokens = torch.zeros(config.stage.global_batch, config.stage.seq_len, dtype=torch.int64)
