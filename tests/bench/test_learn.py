@@ -91,7 +91,9 @@ def test_a_seed_changes_the_model_and_the_order_and_gpt_neox_learns_beside_it(ti
 
 @pytest.mark.heavy
 def test_a_budget_of_seconds_is_divided_by_the_speed_that_is_found(tiny_work, tmp_path):
-    (curve,) = learn(tiny_work, tmp_path, "stage.warmup_steps=0", budget="0.2s")
+    (curve,) = learn(
+        tiny_work, tmp_path, "stage.warmup_steps=0", budget="2s"
+    )  # a step takes half a second on a busy machine
     assert curve.steps >= 1
     assert len(curve.points) <= 11
 
