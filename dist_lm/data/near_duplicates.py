@@ -2,18 +2,19 @@
 
 The similarity of two texts is the Jaccard index of their sets of five-word windows: the windows that both have, among
 those that either has. A word is one of `data.containment`. Texts are taken in order, and a text is dropped if a text
-before it, which was not dropped itself, is at least as similar as asked. So what is left holds no two similar texts,
-each dropped text resembles one that is left, and chains of slightly changed texts do not drag each other out.
+before it, which was not dropped itself, is found to be at least as similar as asked. So each dropped text resembles one
+that is left, and chains of slightly changed texts do not drag each other out.
 
 Comparing all pairs would take too long. A signature has 120 numbers: the smallest hash of the text's windows under each
 of 120 hash functions, which two texts share with the probability of their similarity (Broder, "On the resemblance and
 containment of documents", 1997). Its 20 bands of 6 numbers are compared as a whole: a pair with similarity s has a band
-in common with probability 1 - (1 - s^6)^20, which is 0.998 at 0.8 (Leskovec et al., "Mining of Massive Datasets", 3.4).
+in common with probability 1 - (1 - s^6)^20, which is 0.998 at 0.8 (Leskovec et al., "Mining of Massive Datasets", 3.4);
+the other 2 of 1,000 pairs at 0.8 both stay.
 
 Texts are read twice. The first reading writes the bands of all texts to a temporary file, 160 bytes a text; the second
 one writes the windows of texts that have a band in common with another one. In memory are four bytes a text, one band
-of all texts, and the hashes of bands that several texts have. Nothing depends on the process: the same texts in the
-same order always give the same result.
+of all texts, and about 200 bytes for each band that several texts have. Nothing depends on the process: the same texts
+in the same order always give the same result.
 
 Many texts that are half alike, such as filled-in forms, share bands and are all kept. So that they cost no square of
 their number, a text is compared with at most `COMPARED` others, those with most bands in common.
