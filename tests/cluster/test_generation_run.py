@@ -346,7 +346,7 @@ def test_several_processes_can_share_the_model_of_an_engine(trained, tmp_path):
 @pytest.mark.parametrize(
     ("count", "new_tokens"),
     [
-        pytest.param(1_000, 24, marks=pytest.mark.heavy),
+        pytest.param(500, 24, marks=pytest.mark.heavy),
         pytest.param(3_000, 24, marks=pytest.mark.bars),
         pytest.param(10_000, 4, marks=pytest.mark.bars),
     ],

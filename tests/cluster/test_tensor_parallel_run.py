@@ -55,7 +55,7 @@ def assert_same_curve(run: RunDirectory, reference: RunDirectory) -> None:
 @pytest.mark.parametrize(
     ("tp", "switches"),
     [
-        (1, ()),
+        pytest.param(1, (), marks=pytest.mark.bars),
         pytest.param(2, ("parallel.activation_checkpointing=selective",), marks=pytest.mark.bars),
         (4, ("parallel.sp=true", "parallel.activation_checkpointing=full")),
         pytest.param(8, (), marks=pytest.mark.bars),

@@ -80,7 +80,7 @@ def reference(tiny_work: WorkDirectory, tmp_path_factory: pytest.TempPathFactory
         (1, ("stage.micro_batch=8",)),
         pytest.param(2, ("parallel=ddp",), marks=pytest.mark.bars),
         pytest.param(2, ("parallel.reshard_after_forward=false",), marks=pytest.mark.bars),
-        pytest.param(4, ("parallel.dp_replicate=2", "parallel.dp_shard=2"), marks=pytest.mark.heavy),
+        pytest.param(4, ("parallel.dp_replicate=2", "parallel.dp_shard=2"), marks=pytest.mark.bars),
     ],
     ids=["one rank", "ddp", "kept gathered", "hsdp on four"],
 )

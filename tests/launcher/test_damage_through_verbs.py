@@ -46,7 +46,7 @@ from tests.tracking.test_output import ATTACKS, harmful
 from tests.training.test_profile_summary import CPU_STEPS
 from tests.training_run import SAMPLED, SETTINGS, prepare, train
 
-AT_LENGTH, SHORTLY = 1000, 100
+AT_LENGTH, SHORTLY = 1000, 25
 STEPS = 4
 SHORT = (f"stage.steps={STEPS}", "stage.checkpoint_every=2", "stage.eval_every=2")
 FROM_NOTHING = "stage.init_from=none"

@@ -58,7 +58,7 @@ torchrun.main()
 
 @pytest.mark.heavy
 @pytest.mark.cluster
-@pytest.mark.parametrize("door", ["agent", pytest.param("plain", marks=pytest.mark.heavy)])
+@pytest.mark.parametrize("door", ["agent", pytest.param("plain", marks=pytest.mark.bars)])
 def test_ranks_meet_in_a_private_folder_and_anew_after_a_restart(tmp_path, door):
     """It would find a store that other users write to, or one that still holds keys of ranks that have failed."""
     script = tmp_path / "rank.py"

@@ -77,7 +77,7 @@ def metrics_of(
     return [{name: line[name] for name in line if "timing" not in name and "_per_s" not in name} for line in lines]
 
 
-SMALL = ("dp 2", "tp 2, sequence parallel")  # what the others add, they add to these two
+SMALL = ("dp 2",)  # tensor parallelism is in `test_online_layouts.py`, and in the others at length
 
 
 @pytest.mark.heavy

@@ -94,6 +94,7 @@ def test_micro_batches_change_nothing(ranks: RankGroups, expected: Found, micro_
         assert whole["rlhf/groups_without_signal"] < 1
 
 
+@pytest.mark.bars  # `test_layouts.py` has two data ranks
 def test_two_ranks_change_nothing(ranks: RankGroups, expected: Found):
     assert_same(ranks.run(2, trained, ParallelConfig(), ONLINE, 30), expected)
 

@@ -20,6 +20,7 @@ OWN = {
     "dapo": {"epochs": 4, "overlong_tokens": 0, "missing_eos_penalty": None},
     "gspo": {"epochs": 4, "clip": 0.05, "clip_high": 0.08},  # completions are short
 }
+AT_ONCE = ("grpo", "gspo")  # by tokens and by whole completions; `test_online_layouts.py` has the losses of all
 RATE = 2e-3
 LAST = 5  # iterations whose mean counts
 SEEDS = [pytest.param(0, marks=pytest.mark.heavy), *(pytest.param(s, marks=pytest.mark.bars) for s in (1, 2))]
@@ -46,7 +47,9 @@ def test_every_algorithm_has_its_setting():
 
 @pytest.mark.parametrize("seed", SEEDS)
 @pytest.mark.parametrize("name", [pytest.param(n, marks=pytest.mark.bars if i else ()) for i, n in enumerate(TOYS)])
-@pytest.mark.parametrize("algorithm", OWN)
+@pytest.mark.parametrize(
+    "algorithm", [pytest.param(name, marks=() if name in AT_ONCE else pytest.mark.bars) for name in OWN]
+)
 def test_a_toy_is_learned(algorithm: str, name: str, seed: int):
     learns(algorithm, name, seed)
 

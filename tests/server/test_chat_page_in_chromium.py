@@ -375,6 +375,23 @@ def test_the_key_is_asked_for_and_stays_in_the_tab(open_page, model, loaded):
         page.context.close()
 
 
+def test_models_that_come_late_disturb_no_writer(open_page, server: Running):
+    """Finds a redraw that takes the focus or the place in the text: what is typed next, and Enter, would go astray."""
+    page = ready(open_page(server.url))
+    held: list[Any] = []
+    page.route("**/v1/models", lambda route: held.append(route))
+    with page.expect_request("**/v1/models"):
+        page.reload()
+    page.fill("#composer", "Hel!")
+    page.keyboard.press("ArrowLeft")
+    held.pop().continue_()
+    ready(page)
+    page.keyboard.type("lo")
+    assert page.input_value("#composer") == "Hello!"
+    page.keyboard.press("Enter")
+    page.wait_for_selector(".turn.assistant:last-child footer")
+
+
 def test_errors_are_told_in_words(open_page, server: Running):
     """Finds an error that leaves an answer growing for ever, or says nothing that a reader understands."""
     page = ready(open_page(server.url))

@@ -74,13 +74,20 @@ export function dressButton(node, iconName, words) {
   node.title = words;
 }
 
-/** Redraws a part of the page. What had the focus gets it again, if something of its `data-focus` is still there. */
+/**
+ * Redraws a part of the page. What had the focus gets it again, if something of its `data-focus` or its id is still
+ * there, and a field of text its selection.
+ */
 export function redraw(container, draw) {
-  const key = container.contains(document.activeElement) ? document.activeElement.dataset.focus : undefined;
+  const before = container.contains(document.activeElement) ? document.activeElement : null;
   draw();
-  if (key && !container.contains(document.activeElement)) {
-    container.querySelector(`[data-focus="${CSS.escape(key)}"]`)?.focus({preventScroll: true});
-  }
+  if (!before || container.contains(document.activeElement)) return;
+
+  const {id, dataset: {focus: key}} = before;
+  const selector = key ? `[data-focus="${CSS.escape(key)}"]` : `#${CSS.escape(id)}`;
+  const after = key || id ? container.querySelector(selector) : null;
+  after?.focus({preventScroll: true});
+  if (after?.matches("textarea")) after.setSelectionRange(before.selectionStart, before.selectionEnd);
 }
 
 /** Says a text to a screen reader. */

@@ -3,7 +3,7 @@
 import {Api} from "./api.js";
 import {ChatView} from "./chat.js";
 import {CompareView} from "./compare.js";
-import {announce, button, dressButton, element, errorBox} from "./dom.js";
+import {announce, button, dressButton, element, errorBox, redraw} from "./dom.js";
 import {Drawer} from "./drawer.js";
 import {InfillView} from "./infill.js";
 import {drawSettings} from "./settings.js";
@@ -53,7 +53,6 @@ class App {
       this._drawList();
     });
     await this.loadModels();
-    document.documentElement.dataset.ready = "";
   }
 
   _dressFrame() {
@@ -148,7 +147,9 @@ class App {
     const options = this.models.map(({id}) => element("option", {value: id, selected: id === this.settings.model}, id));
     get("model").replaceChildren(...options);
     get("trouble")?.remove();
-    this._current.draw(get("view"));
+    // Somebody may be writing by now, as after a key was given.
+    redraw(get("view"), () => this._current.draw(get("view")));
+    document.documentElement.dataset.ready = "";
   }
 
   _announceTrouble(message) {
