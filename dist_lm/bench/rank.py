@@ -30,8 +30,7 @@ from dist_lm.bench.case import benchmark_at
 from dist_lm.config.root import Config
 from dist_lm.data.batch import Batch
 from dist_lm.model.transformer import Transformer
-from dist_lm.parallel.mesh import World, process_group
-from dist_lm.parallel.sharding import layout_of
+from dist_lm.parallel.mesh import World, data_place, process_group
 from dist_lm.stages.registry import load_config
 from dist_lm.storage.process import die_with_parent
 from dist_lm.training.heartbeat import StopRequest
@@ -74,9 +73,8 @@ def made_up_batch(config: Config, rows: slice, device: torch.device) -> Batch:
 
 def own_rows(config: Config, mesh: DeviceMesh) -> slice:
     """Returns the rows of the global batch that this rank's data-parallel coordinate trains on."""
-    layout = layout_of(mesh)
-    index = mesh.get_local_rank("dp_replicate") * layout.dp_shard + mesh.get_local_rank("dp_shard")
-    size = config.stage.global_batch // layout.dp
+    index, n_places = data_place(mesh)
+    size = config.stage.global_batch // n_places
     return slice(index * size, (index + 1) * size)
 
 

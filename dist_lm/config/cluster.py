@@ -72,6 +72,8 @@ class ParallelConfig:
     dp_replicate: int = 1  # replicas (DDP, or the outer axis of HSDP)
     dp_shard: int = -1  # ranks that share one copy of parameters, gradients and optimizer state (FSDP)
     tp: int = 1  # ranks that share the attention heads, the feed-forward width and the vocabulary of one layer
+    # ranks that share the tokens of each sequence (context parallelism): attention exchanges heads for tokens
+    cp: int = 1
     sp: bool = False  # norms, dropout and residuals hold 1/tp of the tokens of a sequence (sequence parallelism)
     # free gathered parameters before the backward pass (false: gather and cast them once a step); null: on GPUs if they
     # do not fit hardware.memory_gib for a whole step, elsewhere if over 64 MiB
@@ -93,6 +95,7 @@ class ParallelConfig:
             accepted = "a positive integer, or -1 for all remaining ranks"
             require(ranks == -1 or ranks > 0, f"parallel.{axis}", ranks, accepted)
 
+        require(self.cp > 0, "parallel.cp", self.cp, "a positive integer")
         for key, choices in (
             ("compute_dtype", ("auto", "fastest", "fp32", "bf16")),
             ("activation_checkpointing", ("none", "selective", "full")),

@@ -36,7 +36,7 @@ class Candidate:
 
     def in_nodes(self, devices: int) -> bool:
         """Returns whether each rank gathers parameters only from ranks of its own node."""
-        return devices % (self.layout.dp_shard * self.layout.tp) == 0
+        return devices % (self.layout.shards * self.layout.tp) == 0
 
 
 def fits(memory: int, memory_gib: float) -> bool:
@@ -59,7 +59,7 @@ def candidates(config: Config, world_size: int) -> list[Candidate]:
     config = _as_step(config)
     possible = []
     fixed = {axis: getattr(config.parallel, axis) for axis in AXES}
-    for layout in layouts_of(config.trained_shape, world_size):
+    for layout in layouts_of(config.trained_shape, world_size, config.parallel.cp):
         # Tensor parallelism between nodes is slow.
         if layout.tp > config.hardware.devices_per_node:
             continue
@@ -139,11 +139,12 @@ def inside_nodes(config: Config) -> ParallelConfig | None:
 
     is_open = parallel.dp_replicate == parallel.dp_shard == -1 and parallel.tp > 0
     planned = config.device in ("auto", hardware.device)
-    if not is_open or not planned or ranks % parallel.tp or ranks == parallel.tp:
+    sharing = parallel.tp * parallel.cp  # ranks that see the same data
+    if not is_open or not planned or ranks % sharing or ranks == parallel.tp:
         return None
 
-    layout = Layout(config.cluster.nodes, ranks // parallel.tp, parallel.tp)
-    if layout not in layouts_of(config.trained_shape, layout.world_size):
+    layout = Layout(config.cluster.nodes, ranks // sharing, parallel.tp, parallel.cp)
+    if layout not in layouts_of(config.trained_shape, layout.world_size, layout.cp):
         return None
 
     # A larger model needs FSDP between nodes, too.
@@ -161,7 +162,7 @@ def gathers_once(config: Config, layout: Layout) -> bool:
     parallel = config.parallel
     hardware = config.hardware
     # A single GPU gathers nothing, but would cast every block twice for each micro-batch.
-    gathers = layout.dp_shard > 1 or is_half(config)
+    gathers = layout.shards > 1 or is_half(config)
     is_open = parallel.reshard_after_forward is None and gathers and config.takes_sequences
     if not is_open or config.device not in ("auto", "cuda"):
         return False
@@ -255,11 +256,11 @@ def _variants(config: Config, layout: Layout) -> Iterator[ParallelConfig]:
     if configured.sp and layout.tp == 1:
         return
 
-    reduces = layout.dp > 1 and gradients_add_up(config, layout)
+    reduces = layout.reducing > 1 and gradients_add_up(config, layout)
     for checkpointing, sp, reshard, reduce in product(
         _open(configured.activation_checkpointing, "none", ("none", "selective", "full")),
         _open(configured.sp, False, (False, True), matters=layout.tp > 1),
-        _open(configured.reshard_after_forward, None, (True, False), matters=layout.dp_shard > 1),
+        _open(configured.reshard_after_forward, None, (True, False), matters=layout.shards > 1),
         _open(configured.reduce_every_micro_batch, False, (False, True), matters=reduces),
     ):
         yield resolved(

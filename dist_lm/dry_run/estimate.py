@@ -65,7 +65,7 @@ class Shapes:
     units: int  # groups of blocks that FSDP gathers together
     units_outside: int  # groups of parameters outside blocks that FSDP gathers together
     resharded: bool  # FSDP frees gathered blocks until the backward pass
-    tokens: int  # tokens of a micro-batch
+    tokens: int  # tokens of a micro-batch that this rank holds
     micro_batches: int  # micro-batches of a rank in a step
     width: int  # D
     attention: int  # H K
@@ -139,7 +139,7 @@ def shapes_of(config: Config, layout: Layout) -> Shapes:
         units=-(-model.n_layers // blocks_per_unit(model, layout, size)),
         units_outside=1 + has_units_outside(model, layout, size),
         resharded=reshards(config.parallel.reshard_after_forward, model, layout, size),
-        tokens=sequences * config.stage.seq_len,
+        tokens=sequences * config.stage.seq_len // layout.cp,
         micro_batches=micro_batches,
         width=model.d_model,
         attention=rank_slice(model.n_heads, layout.tp, 0).held * model.d_head,
@@ -163,7 +163,7 @@ def estimate_memory(config: Config, layout: Layout) -> StepMemory:
     shapes = shapes_of(config, layout)
     size = element_bytes(config)
 
-    sharded = layout.dp > 1 or size != FP32_BYTES
+    sharded = layout.reducing > 1 or size != FP32_BYTES
     # Gradients that add up over micro-batches stay unsharded until the last one.
     adds_up = gradients_add_up(config, layout)
     gradient_elements = shapes.own_trained
@@ -195,7 +195,7 @@ def estimate_memory(config: Config, layout: Layout) -> StepMemory:
     has_kernel = documents_apart(config.hardware.device, is_half(config), config.model.d_head)
     num_masks = len({*config.model.windows})  # layers with a window have another one
     mask = size * config.stage.seq_len * num_masks * (config.stage.document_mask and not has_kernel)
-    stream = 4 * size * shapes.tokens * shapes.width + mask * shapes.tokens
+    stream = 4 * size * shapes.tokens * shapes.width + mask * shapes.tokens * layout.cp
 
     # The peak is between forward and backward pass, or at the end, when the gradients outside blocks are reduced.
     turning_point = gathered + shapes.n_layers * kept_activations + max(loss, block) + stream
@@ -253,6 +253,8 @@ def _block_activations(config: Config, layout: Layout, shapes: Shapes, size: int
     # Queries, keys, values and the output of attention.
     attention = 2 * shapes.attention + 2 * shapes.keys
     needed = inputs * residual + 2 * shapes.width + shapes.attention + shapes.kept_hidden * shapes.hidden + attention
+    if layout.cp > 1:
+        needed += shapes.attention  # the output of attention before its exchange
     if config.model.qk_norm:
         # Queries and keys before their norm, and between norm and weight.
         needed += 2 * (shapes.attention + shapes.keys)
@@ -288,6 +290,7 @@ def estimate_work(config: Config, layout: Layout) -> Work:
     # Matrix products: each forward pass, its two products in the backward pass, and what is computed again.
     recomputed = {"none": 0, "selective": 0, "full": 1}[parallel.activation_checkpointing]
     attention = shapes.tokens * shapes.attention * attended_tokens(config.model, config.stage.seq_len)
+    attention *= _context_share(config, layout)
     # A loss in chunks computes its logits once more in the backward pass.
     head_passes = 3 + (_chunk(config, shapes) < shapes.tokens)
     # Weights of blocks without gradients.
@@ -313,6 +316,7 @@ def estimate_work(config: Config, layout: Layout) -> Work:
     micro_batch.operation(0, moved, hardware, half)
 
     _tensor_parallel_messages(micro_batch, config, layout, shapes, size)
+    _context_parallel_messages(micro_batch, config, layout, shapes, size)
 
     work = micro_batch * shapes.micro_batches
 
@@ -324,9 +328,9 @@ def estimate_work(config: Config, layout: Layout) -> Work:
     if shapes.quantised:
         elements = shapes.gathered_trained
     messages = gathers * shapes.units + shapes.units_outside
-    _spread(work, "all_gather", "dp_shard", layout.dp_shard, size * elements, messages)
+    _spread(work, "all_gather", "dp_shard", layout.shards, size * elements, messages)
     # Copies out of the gathered buffer.
-    if layout.dp > 1:
+    if layout.reducing > 1:
         work.operation(0, 2 * size * elements, hardware, half)
 
     # Gradients are reduced after the last micro-batch, or after each one.
@@ -335,7 +339,7 @@ def estimate_work(config: Config, layout: Layout) -> Work:
     units = shapes.units + shapes.units_outside
 
     for _ in range(reductions):
-        _spread(work, "reduce_scatter", "dp_shard", layout.dp_shard, gathered, units)
+        _spread(work, "reduce_scatter", "dp_shard", layout.shards, gathered, units)
         _spread(work, "all_reduce", "dp_replicate", layout.dp_replicate, FP32_BYTES * shapes.own_trained, units)
         work.operation(0, 2 * gathered, hardware, half)
 
@@ -351,6 +355,7 @@ def estimate_work(config: Config, layout: Layout) -> Work:
 
 def _muon(work: Work, config: Config, layout: Layout) -> None:
     """Adds to `work` what the busiest owner of matrices does, by the rules of `parallel.owners`."""
+    layout = layout.of_parameters
     is_gpu = config.hardware.device == "cuda"
     costs = message_costs(config.hardware.device)
     cuts = matrix_cuts(config.trained_shape, layout)
@@ -401,6 +406,32 @@ def _tensor_parallel_messages(work: Work, config: Config, layout: Layout, shapes
         work.collective("reduce_scatter", "tp", layout.tp, stream, regions)
     else:
         work.collective("all_reduce", "tp", layout.tp, stream, regions)
+
+
+def _context_share(config: Config, layout: Layout) -> float:
+    """Returns the attention that the rank of a cp group with most heads computes, per attention of an even share."""
+    heads = rank_slice(config.model.n_heads, layout.tp, 0).held
+    return -(-heads // layout.cp) * layout.cp / heads
+
+
+def _context_parallel_messages(work: Work, config: Config, layout: Layout, shapes: Shapes, size: int) -> None:
+    """Adds to `work` the exchanges of tokens for heads around attention of one micro-batch; none with cp 1.
+
+    Args:
+        size: bytes of a number in the forward and backward pass.
+    """
+    if layout.cp == 1:
+        return
+
+    # With fewer key heads than ranks, every rank gets one.
+    keys = max(shapes.keys, layout.cp * config.model.d_head)
+    passes = 2 + (config.parallel.activation_checkpointing == "full")
+    exchanged = [(2, shapes.attention), (2, keys)]  # queries and outputs, keys and values
+    for n_tensors, width in exchanged:
+        times = n_tensors * passes * shapes.n_layers
+        work.collective("all_to_all", "cp", layout.cp, size * shapes.tokens * width, times)
+        # Heads are copied to the front, and back.
+        work.operation(0, 4 * times * size * shapes.tokens * width, config.hardware, size != FP32_BYTES)
 
 
 def _spread(work: Work, kind: str, axis: str, ranks: int, size: float, messages: int) -> None:

@@ -50,7 +50,7 @@ def ranks_to_play(config: Config, layout: Layout) -> list[int]:
     padded = [rank for rank, heads in enumerate(slices) if heads.real < heads.held]
     busiest = []
     if config.stage.muon.is_on:
-        flops = plan_of_model(config.trained_shape, layout, config.hardware.device).flops()
+        flops = plan_of_model(config.trained_shape, layout.of_parameters, config.hardware.device).flops()
         busiest.append(flops.index(max(flops)))
     return sorted({0, *padded[:1], *busiest, layout.world_size - 1})
 

@@ -31,8 +31,8 @@ from dist_lm.dry_run.work import StepMemory, Work
 from dist_lm.model.quantised import quantised_matrices
 from dist_lm.model.size import documents_apart, flops_per_token
 from dist_lm.model.transformer import Transformer
-from dist_lm.parallel.layout import AXES, resolve_layout
-from dist_lm.parallel.mesh import World, build_mesh
+from dist_lm.parallel.layout import resolve_layout
+from dist_lm.parallel.mesh import World, adds_sums, axis_of_group, build_mesh
 from dist_lm.parallel.sharding import arrange_model, materialise
 from dist_lm.parallel.values import shard_of
 from dist_lm.stages.registry import load_config
@@ -75,7 +75,7 @@ def play(config: Config, rank: int, world_size: int) -> tuple[StepMemory, Work]:
     dist.init_process_group("fake", rank=rank, world_size=world_size, store=FakeStore())
     mesh = build_mesh(layout, cpu)
 
-    counter = WorkCounter(config.hardware, {mesh.get_group(axis).group_name: axis for axis in AXES})
+    counter = WorkCounter(config.hardware, axis_of_group(mesh))
 
     # The model is built outside the fake mode, because DeviceMesh reads the values of its tensors.
     model = arrange_model(config.trained_shape, config.parallel, mesh, cpu, exchange=config.hardware.device == "cpu")
@@ -185,9 +185,8 @@ def rehearse(
 
     hook = optimizer.register_step_pre_hook(lambda *_: live_bytes.append(memory.live))
 
-    adds_sums = mesh.get_local_rank("tp") == 0
     # The trainer is the real one, so that the played step cannot differ from a step of a run.
-    trainer = trainer_of_steps(config, world, model, optimizer, watched, adds_sums, prepare)
+    trainer = trainer_of_steps(config, world, model, optimizer, watched, adds_sums(mesh), prepare)
 
     memory.reset_peak()
     live_before = memory.live
@@ -217,7 +216,7 @@ def trainer_of_steps(
     Only its `step` may be called.
 
     Args:
-        adds_sums: whether this rank adds its loss and counts: one of the ranks of a tp group does.
+        adds_sums: whether this rank adds its loss and counts: one of the ranks that see the same data does.
         prepare: see `Trainer.prepare`.
     """
     return Trainer(

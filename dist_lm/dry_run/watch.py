@@ -49,6 +49,7 @@ COLLECTIVES: Mapping[Any, tuple[str, int]] = {
     c10d.broadcast_: ("broadcast", 0),
     functional.all_gather_into_tensor: ("all_gather", RESULT),
     functional.reduce_scatter_tensor: ("reduce_scatter", 0),
+    functional.all_to_all_single: ("all_to_all", 0),
     functional.all_reduce: ("all_reduce", 0),
     functional.all_reduce_: ("all_reduce", 0),
     functional.broadcast: ("broadcast", 0),

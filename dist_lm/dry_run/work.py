@@ -10,7 +10,7 @@ from collections import Counter
 from dataclasses import dataclass, field, replace
 
 from dist_lm.config.cluster import HardwareConfig
-from dist_lm.parallel.layout import AXES, Layout
+from dist_lm.parallel.layout import Layout
 from dist_lm.tracking.readable import gib
 
 CPU_RESIDENT = 1.14
@@ -112,7 +112,7 @@ def message_seconds(work: Work, axis: str, layout: Layout, hardware: HardwareCon
     """Returns the time in seconds of all messages of one axis, one after the other; 0 without messages.
 
     Args:
-        axis: of AXES, or WORLD.
+        axis: of `layout.AXES`, or WORLD.
     """
     if not work.messages[axis]:
         return 0.0
@@ -147,7 +147,7 @@ def share_of_device(memory: int, hardware: HardwareConfig) -> str:
 def step_seconds(work: Work, layout: Layout, hardware: HardwareConfig) -> float:
     """Returns the time of a step in seconds."""
     data_s = sum(message_seconds(work, axis, layout, hardware) for axis in ("dp_shard", "dp_replicate"))
-    waited_s = sum(message_seconds(work, axis, layout, hardware) for axis in ("tp", WORLD))
+    waited_s = sum(message_seconds(work, axis, layout, hardware) for axis in ("cp", "tp", WORLD))
     return work.device_s + waited_s + data_s - hardware.overlap * min(data_s, work.device_s)
 
 
@@ -156,6 +156,10 @@ def _extent(axis: str, layout: Layout) -> tuple[int, int]:
     if axis == WORLD:
         return layout.world_size, 1
 
-    sizes = (layout.dp_replicate, layout.dp_shard, layout.tp)
-    index = AXES.index(axis)
-    return sizes[index], math.prod(sizes[index + 1 :])
+    # Parameters are split over the ranks of dp_shard and of cp.
+    return {
+        "dp_replicate": (layout.dp_replicate, layout.shards * layout.tp),
+        "dp_shard": (layout.shards, layout.tp),
+        "cp": (layout.cp, layout.tp),
+        "tp": (layout.tp, 1),
+    }[axis]

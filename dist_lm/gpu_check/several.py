@@ -78,7 +78,7 @@ def _parity(probe: Probe, *overrides: str) -> None:
     config = probe.config(*PARITY, *overrides, tiny=TINY)
     training = Training(probe, config)
     dp = training.layout.dp
-    index = probe.world.rank // training.layout.tp
+    index = probe.world.rank // (training.layout.cp * training.layout.tp)
     unsplit_step = _unsplit_steps(probe, config)
 
     name = " ".join(override.removeprefix("parallel.") for override in overrides)

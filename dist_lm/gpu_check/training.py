@@ -18,7 +18,7 @@ from dist_lm.model.keyed_random import initialise
 from dist_lm.model.size import flops_per_token
 from dist_lm.model.transformer import Transformer
 from dist_lm.parallel.layout import resolve_layout
-from dist_lm.parallel.mesh import build_mesh
+from dist_lm.parallel.mesh import adds_sums, build_mesh
 from dist_lm.parallel.sharding import build_model, compute_dtype
 from dist_lm.parallel.values import shard_of
 from dist_lm.training import checkpoint
@@ -50,8 +50,9 @@ class Training:
         self.optimizer = build_optimizer(self.model, config.stage, config.stage.muon)
 
         # A loss that several tensor-parallel ranks compute counts once.
-        adds_sums = mesh.get_local_rank("tp") == 0
-        self.trainer = trainer_of_steps(config, probe.world, self.model, self.optimizer, next_token(), adds_sums)
+        self.trainer = trainer_of_steps(
+            config, probe.world, self.model, self.optimizer, next_token(), adds_sums(mesh)
+        )
         self.state = TrainState()
 
     def step(self, batches: Sequence[Batch], laps: Laps | None = None) -> StepResult:

@@ -248,6 +248,10 @@ def per_document(
 PER_DOCUMENT = cast(Callable[..., torch.Tensor], torch.compiler.disable(per_document))
 
 
+Attend = Callable[[torch.Tensor, torch.Tensor, torch.Tensor, Visibility], torch.Tensor]
+"""A function like `attend`."""
+
+
 class Attention(nn.Module):
     """Multi-head attention; weights are (heads, d_head, d_model), so a slice of heads is a slice of dim 0."""
 
@@ -282,6 +286,7 @@ class Attention(nn.Module):
         if config.qk_norm:
             self.query_norm, self.key_norm = build_head_norms(config)
         self.adapters = build_adapters(config, "attention")
+        self.attend: Attend = attend  # another one where ranks share the tokens of a sequence
 
     def forward(
         self,
@@ -311,7 +316,7 @@ class Attention(nn.Module):
             q_BTHK = q_BTHK * self.query_scale
         if self.is_rotated:
             q_BTHK, k_BSGK = rotate(q_BTHK, rope), rotate(k_BSGK, rope)
-        o_BTHK = attend(q_BTHK, k_BSGK, v_BSGK, visibility)
+        o_BTHK = self.attend(q_BTHK, k_BSGK, v_BSGK, visibility)
         o_BTD = adapted(from_heads(o_BTHK, self.output, self.output_bias), o_BTHK, self.adapters, "output", dropout)
         return o_BTD, v1_BSGK
 

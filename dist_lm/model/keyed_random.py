@@ -163,14 +163,17 @@ def dropout_sites(
     return [SiteDropout(key.rate, state, channel_D, key.sequence_B, first_index) for state in state_S]
 
 
-def adapter_sites(key: DropoutKey | None, n_layers: int, width: int) -> list[dict[str, SiteDropout] | None]:
+def adapter_sites(
+    key: DropoutKey | None, n_layers: int, width: int, first_index: int = 0
+) -> list[dict[str, SiteDropout] | None]:
     """Returns the dropout of the inputs of a layer's adapters, by the name of the weight, for every layer. Every entry
     is None without a key or with rate 0.
 
-    The sites follow those of `dropout_sites`. An input has all tokens of its sequence on every rank.
+    The sites follow those of `dropout_sites`. Tensor-parallel ranks have the same tokens of an input.
 
     Args:
         width: channels of the widest input of an adapter.
+        first_index: index, in its sequence, of the first token of the input.
     """
     if key is None or key.adapter_rate == 0:
         return [None] * n_layers
@@ -184,7 +187,7 @@ def adapter_sites(key: DropoutKey | None, n_layers: int, width: int) -> list[dic
     channel_C = hash_words(key.seed, torch.arange(width, device=device))
     return [
         {
-            weight: SiteDropout(key.adapter_rate, state, channel_C, key.sequence_B, first_index=0)
+            weight: SiteDropout(key.adapter_rate, state, channel_C, key.sequence_B, first_index)
             for weight, state in zip(weights, state_W, strict=True)
         }
         for state_W in state_LW

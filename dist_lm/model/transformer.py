@@ -10,8 +10,10 @@ A new model has no values: build it on the meta device if it is large, and fill 
 Dimensions: B sequences, T tokens, D d_model, V vocabulary.
 """
 
+import math
 from dataclasses import replace
 from functools import partial
+from typing import Protocol
 
 import torch
 from torch import nn
@@ -97,6 +99,18 @@ class Block(nn.Module):
         return x_BTD + apply_dropout(f_BTD, dropout[1]), v1_BSGK
 
 
+class TokenAxis(Protocol):
+    """The ranks that share the tokens of their sequences (`parallel.context_axis`)."""
+
+    def held(self, n_tokens: int) -> slice:
+        """Returns which of the `n_tokens` tokens of a sequence this rank holds."""
+        ...
+
+    def whole(self, part_Bt: torch.Tensor) -> torch.Tensor:
+        """Returns the numbers of all tokens, (B, T), from the part of each rank (collective)."""
+        ...
+
+
 class Transformer(nn.Module):
     """The model as stages, objectives and evaluators see it.
 
@@ -113,6 +127,8 @@ class Transformer(nn.Module):
         self.dropout: DropoutKey | None = None  # dropout over a batch, with the sequence numbers of the batch
         # ids of the tokens whose rows of the embedding and the head are trained, (N,); None: those of all tokens
         self.trained_tokens: torch.Tensor | None = None
+        # The ranks that share the tokens of a batch, which is the same on all of them; None: this rank has all tokens.
+        self.token_axis: TokenAxis | None = None
 
         self.embedding = nn.Embedding(config.vocab_size, config.d_model)
         self.blocks = nn.ModuleList(Block(config, layer) for layer in range(config.n_layers))
@@ -159,18 +175,22 @@ class Transformer(nn.Module):
         """Returns the normalised residual stream (B, T, D), the input of `head`, in the dtype of the parameters; with a
         token head it is divided by `model.logit_divisor`. Other arguments as in `forward`.
 
+        If ranks share the tokens, T counts those of this rank in the result, and all of them in the arguments.
+
         Args:
             branch_BT, boundary: see `within_documents`; only with `document_BT`.
-            index_N: see `Block.forward`, for the last layer; the output is then (1, N, D). Not with dropout.
+            index_N: see `Block.forward`, for the last layer, of the tokens of this rank; the output is then (1, N, D).
+                Not with dropout.
         """
-        x_BTD = self.embedding(tokens_BT)
+        held = self._held(tokens_BT.shape[1])
+        x_BTD = self.embedding(tokens_BT[:, held])
         if self.config.embedding_scale != 1:
             x_BTD = x_BTD * self.config.embedding_scale
 
         # All layers share the rotation tables, and the attention mask of their kind.
         if position_BT is None:
             position_BT = torch.arange(tokens_BT.shape[1], device=tokens_BT.device)[None]
-        rope = rope_tables(position_BT, self.config, x_BTD.dtype)
+        rope = rope_tables(position_BT[:, held], self.config, x_BTD.dtype)
         visibility = CAUSAL
         if document_BT is not None:
             visibility = within_documents(document_BT, x_BTD.dtype, self.config.d_head, branch_BT, boundary)
@@ -181,11 +201,12 @@ class Transformer(nn.Module):
             )
 
         # Dropout is keyed by the index of a token in its sequence, also where a rank holds a part of the sequence.
-        first_index = self.first_held_index(tokens_BT.shape[1])
+        n_held = held.stop - held.start
+        first_index = held.start + self.first_held_index(n_held)
         sites = dropout_sites(dropout, self.config.n_layers, self.config.d_model, first_index)
         x_BTD = apply_dropout(x_BTD, sites[EMBEDDING_SITE])
         widest = max(self.config.d_model, self.config.n_heads * self.config.d_head, self.config.d_ff)
-        sites_of_adapters = adapter_sites(dropout, self.config.n_layers, widest)
+        sites_of_adapters = adapter_sites(dropout, self.config.n_layers, widest, held.start)
 
         v1_BSGK = None  # values of the first layer, with `model.value_residual`
         for layer, block in enumerate(self.blocks):
@@ -217,13 +238,14 @@ class Transformer(nn.Module):
 
         Arguments are those of `cross_entropy.token_losses`.
         """
-        x_ND = self._hidden_of_batch(batch, batch.logit_index_N)
-        targets_N = _select(batch.targets_BT.flatten(), batch.logit_index_N)
+        index_N = self._index_of_held(batch, batch.logit_index_N)
+        x_ND = self._hidden_of_batch(batch, index_N)
+        targets_N = self._targets(batch, index_N)
 
         loss_fn = partial(self.losses_of_logits, label_smoothing=label_smoothing, z_loss=z_loss)
         loss_fn = self._with_logit_cap(loss_fn)
         losses_N = losses_in_chunks(x_ND, self.head_weight, targets_N, loss_fn, self.chunk_bytes, self.head_product)
-        return _scatter(losses_N, batch.logit_index_N, batch)
+        return self._scatter(losses_N, index_N, batch)
 
     def logprobs(
         self, batch: Batch, temperature: float, entropy_gradient: bool = False, sets: TokenSets | None = None
@@ -235,8 +257,10 @@ class Transformer(nn.Module):
             entropy_gradient: whether the entropy has a gradient.
             sets: the tokens among which each of `batch.logit_index_N` was drawn; None: the whole vocabulary.
         """
-        x_ND = self._hidden_of_batch(batch, batch.logit_index_N)
-        targets_N = _select(batch.targets_BT.flatten(), batch.logit_index_N)
+        assert sets is None or self.token_axis is None, "sets are numbered by the tokens of whole sequences"
+        index_N = self._index_of_held(batch, batch.logit_index_N)
+        x_ND = self._hidden_of_batch(batch, index_N)
+        targets_N = self._targets(batch, index_N)
 
         # Logits are computed in chunks, so each target carries the index of its set with it.
         set_N = torch.arange(len(targets_N), device=targets_N.device)
@@ -253,7 +277,7 @@ class Transformer(nn.Module):
         columns_N2 = losses_in_chunks(
             x_ND, self.head_weight, target_and_set_N2, loss_fn, self.chunk_bytes, self.head_product
         )
-        return Logprobs(*(_scatter(column_N, batch.logit_index_N, batch) for column_N in columns_N2.unbind(-1)))
+        return Logprobs(*(self._scatter(column_N, index_N, batch) for column_N in columns_N2.unbind(-1)))
 
     def scores(self, batch: Batch, index_N: torch.Tensor | None = None, learns_offset: bool = True) -> torch.Tensor:
         """Returns a score of the text up to each token, fp32, (B, T); only with `model.head=scalar` (asserted).
@@ -264,6 +288,7 @@ class Transformer(nn.Module):
                 of scores, that gradient would be rounding, and Adam turns rounding into full steps.
         """
         assert self.scalar_head is not None, "model.head=tokens has no scores"
+        index_N = self._index_of_held(batch, index_N)
         x_ND = self._hidden_of_batch(batch, index_N).float()
 
         weight_D, bias_1 = self.scalar_weights
@@ -271,7 +296,7 @@ class Transformer(nn.Module):
             bias_1 = bias_1.detach() + 0 * bias_1  # a gradient of zero and not none, so that FSDP reduces it
 
         score_N = self.sum_over_ranks(x_ND @ weight_D.float()) + bias_1.float()
-        return _scatter(score_N, index_N, batch)
+        return self._scatter(score_N, index_N, batch)
 
     def _with_logit_cap(self, loss_fn: LossFn) -> LossFn:
         """Returns a function of uncapped logits that caps them and then calls `loss_fn`; without a cap, `loss_fn`."""
@@ -282,7 +307,7 @@ class Transformer(nn.Module):
 
     def _hidden_of_batch(self, batch: Batch, index_N: torch.Tensor | None) -> torch.Tensor:
         """Runs the model on a batch and returns the input of the head, (N, D), for the tokens at `index_N` of the
-        flattened batch (int64; None: all)."""
+        flattened tokens of this rank (int64; None: all)."""
         # Selecting before the last feed-forward network saves its work for the other tokens. This needs all tokens of a
         # sequence on this rank and no dropout, which is keyed by the position of a token.
         selects_early = index_N is not None and self.holds_all_tokens and self.dropout is None
@@ -304,6 +329,40 @@ class Transformer(nn.Module):
         if selects_early:
             return x_ND
         return _select(x_ND, index_N)
+
+    def _held(self, n_tokens: int) -> slice:
+        """Returns which of the `n_tokens` tokens of a sequence this rank holds."""
+        return slice(0, n_tokens) if self.token_axis is None else self.token_axis.held(n_tokens)
+
+    def _index_of_held(self, batch: Batch, index_N: torch.Tensor | None) -> torch.Tensor | None:
+        """Returns where the tokens at `index_N` of the flattened batch that this rank holds are in its flattened
+        tokens; None (all) stays None. If ranks share the tokens, a GPU waits to learn their number."""
+        if self.token_axis is None or index_N is None:
+            return index_N
+        n_tokens = batch.tokens_BT.shape[1]
+        held = self._held(n_tokens)
+
+        row_N, column_N = index_N // n_tokens, index_N % n_tokens
+        is_held_N = (column_N >= held.start) & (column_N < held.stop)
+        return (row_N * (held.stop - held.start) + column_N - held.start)[is_held_N]
+
+    def _targets(self, batch: Batch, index_N: torch.Tensor | None) -> torch.Tensor:
+        """Returns the targets (N,) at `index_N` of the flattened tokens of this rank."""
+        held = self._held(batch.targets_BT.shape[1])
+        return _select(batch.targets_BT[:, held].flatten(), index_N)
+
+    def _scatter(self, x_N: torch.Tensor, index_N: torch.Tensor | None, batch: Batch) -> torch.Tensor:
+        """Returns a (B, T) tensor with `x_N` at `index_N` of the flattened tokens of this rank (None: everywhere), 0
+        elsewhere, and the numbers of other ranks where they hold the tokens (collective if ranks share tokens)."""
+        n_sequences, n_tokens = batch.tokens_BT.shape
+        held = self._held(n_tokens)
+        shape = (n_sequences, held.stop - held.start)
+        if index_N is not None:
+            x_N = x_N.new_zeros(math.prod(shape)).index_put((index_N,), x_N)
+        x_Bt = x_N.view(shape)
+        if self.token_axis is not None:
+            x_Bt = self.token_axis.whole(x_Bt)
+        return x_Bt.clone()  # FSDP's hooks do not work on views
 
     # The tensor-parallel model, whose layers are split over several ranks, overrides everything below
     # (`dist_lm.parallel.tensor_parallel`).
@@ -351,10 +410,3 @@ class Transformer(nn.Module):
 def _select(x_N: torch.Tensor, index_N: torch.Tensor | None) -> torch.Tensor:
     return x_N if index_N is None else x_N[index_N]
 
-
-def _scatter(x_N: torch.Tensor, index_N: torch.Tensor | None, batch: Batch) -> torch.Tensor:
-    """Returns a (B, T) tensor with `x_N` at `index_N` of the flattened batch (None: everywhere) and 0 elsewhere."""
-    shape = batch.tokens_BT.shape
-    if index_N is not None:
-        x_N = x_N.new_zeros(shape.numel()).index_put((index_N,), x_N)
-    return x_N.view(shape).clone()  # FSDP's hooks do not work on views

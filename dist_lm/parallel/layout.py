@@ -17,18 +17,25 @@ from dist_lm.config.root import Config
 from dist_lm.errors import ConfigError
 from dist_lm.model.size import ADAPTERS, Shape, is_trained, parameter_shapes
 
-AXES = ("dp_replicate", "dp_shard", "tp")
+AXES = ("dp_replicate", "dp_shard", "tp", "cp")
+PARAMETER_AXES = ("dp_replicate", "dp_shard", "tp")
+"""The axes of meshes of parameters: their dp_shard has the ranks of cp, too."""
+
 LISTED_LAYOUTS = 12  # most layouts listed in an error message
 MAX_HEAD_PADDING = 1.25  # with more `head_padding`, replicas are better than shards
 
 
 @dataclass(frozen=True)
 class Layout:
-    """Number of ranks on each axis of the mesh, outermost axis first."""
+    """Number of ranks on each axis of the mesh. From the outermost axis they are dp_replicate, dp_shard, cp and tp.
+
+    Ranks of a cp group share parameters, gradients and optimizer state as those of dp_shard do, but see the same data.
+    """
 
     dp_replicate: int
     dp_shard: int
     tp: int
+    cp: int = 1
 
     @property
     def dp(self) -> int:
@@ -36,18 +43,34 @@ class Layout:
         return self.dp_replicate * self.dp_shard
 
     @property
+    def shards(self) -> int:
+        """Number of ranks among which FSDP splits a parameter, or its tensor-parallel part."""
+        return self.dp_shard * self.cp
+
+    @property
+    def reducing(self) -> int:
+        """Number of ranks that add up their gradients of a parameter, or of its tensor-parallel part."""
+        return self.dp * self.cp
+
+    @property
+    def of_parameters(self) -> "Layout":
+        """The same ranks as parameters see them: those of a cp group are among those of dp_shard."""
+        return Layout(self.dp_replicate, self.shards, self.tp)
+
+    @property
     def world_size(self) -> int:
-        return self.dp * self.tp
+        return self.dp * self.cp * self.tp
 
     @classmethod
     def recorded(cls, parallel: ParallelConfig) -> "Layout":
         """The layout of a resolved `parallel` group, in which no axis is -1."""
-        layout = cls(parallel.dp_replicate, parallel.dp_shard, parallel.tp)
+        layout = cls(parallel.dp_replicate, parallel.dp_shard, parallel.tp, parallel.cp)
         assert min(layout.dp_replicate, layout.dp_shard, layout.tp) > 0, f"{layout} is not resolved"
         return layout
 
     def __str__(self) -> str:
-        return f"dp_replicate={self.dp_replicate} dp_shard={self.dp_shard} tp={self.tp}"
+        axes = f"dp_replicate={self.dp_replicate} dp_shard={self.dp_shard} tp={self.tp}"
+        return axes if self.cp == 1 else f"{axes} cp={self.cp}"
 
 
 def started_layout(config: Config) -> Layout | None:
@@ -69,19 +92,20 @@ def resolve_layout(parallel: ParallelConfig, model: ModelConfig, world_size: int
         ConfigError: the product of the axes is not `world_size`, the model cannot be cut that way (the message lists
             layouts that fit), tp and another axis are -1, or parallel.sp without tensor parallelism.
     """
-    requested = " ".join(f"parallel.{name}={getattr(parallel, name)}" for name in AXES)
+    asked = [name for name in AXES if name != "cp" or parallel.cp > 1]
+    requested = " ".join(f"parallel.{name}={getattr(parallel, name)}" for name in asked)
     layout = _fill_open_axes(parallel, model, world_size)
     if layout is None:
         raise ConfigError(
             f"{requested}: the product is not {world_size} ranks (cluster.nodes x cluster.ranks_per_node); "
-            f"(dp_replicate, dp_shard, tp) that fit: {_list_layouts(model, world_size)}"
+            f"({', '.join(asked)}) that fit: {_list_layouts(model, world_size, parallel.cp)}"
         )
 
     # The product fits the ranks, but the model may not be split that way.
     reason = misfit(layout, model)
     if reason:
-        fitting = _list_layouts(model, world_size)
-        raise ConfigError(f"{requested}: {reason}; (dp_replicate, dp_shard, tp) that fit {world_size} ranks: {fitting}")
+        fitting = _list_layouts(model, world_size, parallel.cp)
+        raise ConfigError(f"{requested}: {reason}; ({', '.join(asked)}) that fit {world_size} ranks: {fitting}")
     if parallel.sp and layout.tp == 1:
         raise ConfigError(f"parallel.sp=true: expected parallel.tp > 1 to split sequences over; the layout is {layout}")
     return layout
@@ -90,8 +114,9 @@ def resolve_layout(parallel: ParallelConfig, model: ModelConfig, world_size: int
 def misfit(layout: Layout, model: ModelConfig) -> str | None:
     """Returns the reason why `model` does not fit `layout`, as a part of a message; None if it fits."""
     # Blocks of 64 entries share a scale, across the dimensions that ranks would cut.
-    if model.is_in_4bit and (layout.tp > 1 or layout.dp_shard > 1):
-        axis = f"tp={layout.tp}" if layout.tp > 1 else f"dp_shard={layout.dp_shard}"
+    if model.is_in_4bit and layout.shards * layout.tp > 1:
+        axis = next(name for name in ("tp", "dp_shard", "cp") if getattr(layout, name) > 1)
+        axis += f"={getattr(layout, axis)}"
         return (
             f"stage.lora.load_in_4bit=true keeps the whole base on every rank, so {axis} must be 1 (use dp_replicate)"
         )
@@ -101,33 +126,41 @@ def misfit(layout: Layout, model: ModelConfig) -> str | None:
     if -(-model.vocab_size // layout.tp) * (layout.tp - 1) >= model.vocab_size:
         return f"tp={layout.tp} leaves a rank without a part of model.vocab_size={model.vocab_size}"
     # FSDP splits unevenly on dimension 0 only, and there tensor parallelism has split already.
-    if layout.tp > 1 and model.d_model % layout.dp_shard:
+    if layout.tp > 1 and model.d_model % layout.shards:
+        shards = f"dp_shard={layout.dp_shard}" if layout.cp == 1 else f"dp_shard x cp={layout.shards}"
         return (
-            f"with tensor parallelism dp_shard={layout.dp_shard} must divide model.d_model={model.d_model} "
+            f"with tensor parallelism {shards} must divide model.d_model={model.d_model} "
             "(use dp_replicate for the rest)"
         )
+    heads = rank_slice(model.n_heads, layout.tp, layout.tp - 1).held
+    if layout.cp > heads:
+        return f"cp={layout.cp} is more than the {heads} heads of a rank"
     return None
 
 
 def head_padding(layout: Layout, model: ModelConfig) -> float:
     """Returns the elements of attention weights that FSDP gathers, with padding, per element without padding.
 
-    FSDP cuts attention weights along d_model. If dp_shard does not divide d_model, it cuts along the heads, because it
+    FSDP cuts attention weights along d_model. If the number of shards does not divide d_model, it cuts along the heads, because it
     cuts unevenly on dimension 0 only: 25 heads over 128 ranks are padded to 128.
     """
-    if layout.tp > 1 or model.d_model % layout.dp_shard == 0:
+    if layout.tp > 1 or model.d_model % layout.shards == 0:
         return 1.0
     heads = (model.n_heads, model.kv_heads)
-    return sum(-(-count // layout.dp_shard) * layout.dp_shard for count in heads) / sum(heads)
+    return sum(-(-count // layout.shards) * layout.shards for count in heads) / sum(heads)
 
 
-def layouts_of(model: ModelConfig, world_size: int) -> list[Layout]:
-    """Lists all layouts of `world_size` ranks that fit the model with little padding, by tp, then by dp_replicate."""
+def layouts_of(model: ModelConfig, world_size: int, cp: int = 1) -> list[Layout]:
+    """Lists all layouts of `world_size` ranks with this `cp` that fit the model with little padding, by tp, then by
+    dp_replicate."""
+    if world_size % cp:
+        return []
+    n_groups = world_size // cp
     return [
         layout
-        for tp in divisors(world_size)
-        for replicate in divisors(world_size // tp)
-        if _splits_well(layout := Layout(replicate, world_size // tp // replicate, tp), model)
+        for tp in divisors(n_groups)
+        for replicate in divisors(n_groups // tp)
+        if _splits_well(layout := Layout(replicate, n_groups // tp // replicate, tp, cp), model)
     ]
 
 
@@ -149,10 +182,18 @@ def check_batch(config: Config, layout: Layout) -> None:
         raise ConfigError(
             f"{batch_key}={global_batch}: expected a multiple of the {layout.dp} data-parallel ranks, such as {near}"
         )
-    if config.parallel.sp and seq_len % layout.tp:
-        near = _nearest_multiples(seq_len, layout.tp)
+    # Ranks of a cp group have equal parts of the tokens, and with sp those of a tp group of that part.
+    splits = [("cp", "context parallelism", layout.cp)] * (layout.cp > 1)
+    splits += [("tp", "parallel.sp=true", layout.tp)] * config.parallel.sp
+    factor = math.prod(ranks for *_, ranks in splits)
+    if seq_len % factor:
+        reasons = " and ".join(reason for _, reason, _ in splits)
+        factors = " x ".join(f"{axis}={ranks}" for axis, _, ranks in splits)
+        near = _nearest_multiples(seq_len, factor)
+        raise ConfigError(f"{seq_len_key}={seq_len}: with {reasons} expected a multiple of {factors}, such as {near}")
+    if layout.cp > 1 and config.stage.name == "rlhf":
         raise ConfigError(
-            f"{seq_len_key}={seq_len}: with parallel.sp=true expected a multiple of tp={layout.tp}, such as {near}"
+            f"parallel.cp={layout.cp}: stage rlhf does not split sequences over ranks yet; expected 1"
         )
 
 
@@ -189,15 +230,18 @@ def _fill_open_axes(parallel: ParallelConfig, model: ModelConfig, world_size: in
         return Layout(**axes | dict.fromkeys(open_axes, open_ranks))
 
     # Shards need less memory than replicas, so shard as far as the model allows.
-    fitting = [d for d in divisors(open_ranks) if _splits_well(Layout(open_ranks // d, d, axes["tp"]), model)]
+    tp, cp = axes["tp"], axes["cp"]
+    fitting = [d for d in divisors(open_ranks) if _splits_well(Layout(open_ranks // d, d, tp, cp), model)]
     dp_shard = max(fitting, default=open_ranks)
-    return Layout(open_ranks // dp_shard, dp_shard, axes["tp"])
+    return Layout(open_ranks // dp_shard, dp_shard, tp, cp)
 
 
-def _list_layouts(model: ModelConfig, world_size: int) -> str:
-    layouts = layouts_of(model, world_size)
+def _list_layouts(model: ModelConfig, world_size: int, cp: int) -> str:
+    """Returns the layouts with this `cp` for people: (dp_replicate, dp_shard, tp), and cp if it is not 1."""
+    layouts = layouts_of(model, world_size, cp)
+    last_axis = "" if cp == 1 else f", {cp}"
     listed = ", ".join(
-        f"({layout.dp_replicate}, {layout.dp_shard}, {layout.tp})" for layout in layouts[:LISTED_LAYOUTS]
+        f"({layout.dp_replicate}, {layout.dp_shard}, {layout.tp}{last_axis})" for layout in layouts[:LISTED_LAYOUTS]
     )
     if len(layouts) > LISTED_LAYOUTS:
         listed += f" and {len(layouts) - LISTED_LAYOUTS} more"
@@ -231,7 +275,7 @@ class Placement:
     logical: Shape
     padded: Shape  # the tp dimension rounded up to a multiple of tp
     tp_dim: int | None  # split by tensor parallelism; None: replicated
-    fsdp_dim: int  # split by dp_shard
+    fsdp_dim: int  # split by FSDP
 
     def whole(self, layout: Layout) -> int:
         """Returns the number of elements that one tensor-parallel rank computes with."""
@@ -240,14 +284,14 @@ class Placement:
 
     def gathered(self, layout: Layout) -> int:
         """Returns the number of elements that FSDP gathers for the parameter, with the padding of FSDP."""
-        return math.prod(self.local(layout)) * layout.dp_shard
+        return math.prod(self.local(layout)) * layout.shards
 
     def local(self, layout: Layout) -> Shape:
         """Returns the shape of the largest shard."""
         shape = list(self.padded)
         if self.tp_dim is not None:
             shape[self.tp_dim] //= layout.tp
-        shape[self.fsdp_dim] = -(-shape[self.fsdp_dim] // layout.dp_shard)
+        shape[self.fsdp_dim] = -(-shape[self.fsdp_dim] // layout.shards)
         return tuple(shape)
 
 
@@ -398,7 +442,7 @@ def _placement(name: str, shape: Shape, model: ModelConfig, layout: Layout) -> P
     fsdp_dim = 2 if is_attention_weight else 0
     if layout.tp == 1:
         # FSDP splits unevenly on dimension 0 only, and usual numbers of ranks do not divide the number of heads.
-        if is_attention_weight and shape[2] % layout.dp_shard:
+        if is_attention_weight and shape[2] % layout.shards:
             fsdp_dim = 0
         return Placement(shape, shape, None, fsdp_dim)
 
@@ -427,9 +471,9 @@ def _factor_placement(name: str, shape: Shape, model: ModelConfig, layout: Layou
     is_replicated_key = weight in ("key", "value") and not shards_key_heads(model, layout.tp)
 
     if layout.tp == 1 or factor != split_factor or is_replicated_key:
-        return Placement(shape, shape, None, last if shape[last] % layout.dp_shard == 0 else 0)
+        return Placement(shape, shape, None, last if shape[last] % layout.shards == 0 else 0)
     padded = (shape[0], rank_slice(shape[1], layout.tp, 0).held * layout.tp, *shape[2:])
-    return Placement(shape, padded, 1, last if last > 1 and shape[last] % layout.dp_shard == 0 else 0)
+    return Placement(shape, padded, 1, last if last > 1 and shape[last] % layout.shards == 0 else 0)
 
 
 def resolved(parallel: ParallelConfig, layout: Layout, **changes: Any) -> ParallelConfig:

@@ -21,13 +21,12 @@ from torch.nn.attention import activate_flash_attention_impl
 
 from dist_lm.errors import ConfigError, require
 from dist_lm.parallel.guarded_gloo import guarded
-from dist_lm.parallel.layout import Layout
+from dist_lm.parallel.layout import PARAMETER_AXES, Layout
 from dist_lm.parallel.rendezvous import store_of_ranks
 from dist_lm.parallel.tensor_axis import TensorAxis
 
 log = logging.getLogger(__name__)
 
-DATA_AXES = ("dp_replicate", "dp_shard")
 LOOPBACK = "lo0" if sys.platform == "darwin" else "lo"
 LINK_BYTES = 4 << 20  # size of the all-reduce that is timed
 LINK_ROUNDS = 3
@@ -224,16 +223,20 @@ def leave_ranks(device: torch.device) -> None:
 
 
 def build_mesh(layout: Layout, device: torch.device) -> DeviceMesh:
-    """Returns the mesh (dp_replicate, dp_shard, tp) over all ranks (collective); fairscale's regions use its tp groups.
+    """Returns the mesh over all ranks (collective); fairscale's regions use its tp groups.
+
+    Its axes are dp_replicate, dp_shard and tp. With context parallelism they are dp_replicate, dp_data, cp and tp, and
+    dp_shard stands for dp_data and cp together: parameters are split over both.
 
     A second mesh in a process makes tensor-parallel models on the first one unusable, see `TensorAxis.check_current`.
     """
+    sizes = {"dp_replicate": layout.dp_replicate, "dp_shard": layout.dp_shard, "tp": layout.tp}
+    if layout.cp > 1:
+        sizes = {"dp_replicate": layout.dp_replicate, "dp_data": layout.dp_shard, "cp": layout.cp, "tp": layout.tp}
     with guarded():
-        mesh = init_device_mesh(
-            device.type,
-            (layout.dp_replicate, layout.dp_shard, layout.tp),
-            mesh_dim_names=(*DATA_AXES, "tp"),
-        )
+        mesh = init_device_mesh(device.type, tuple(sizes.values()), mesh_dim_names=tuple(sizes))
+        if layout.cp > 1:
+            mesh["dp_data", "cp"]._flatten("dp_shard")
 
     # fairscale has one group per process (`TensorAxis.check_current`). Its `initialize_model_parallel` would create a
     # second communicator for every group of the mesh.
@@ -243,8 +246,33 @@ def build_mesh(layout: Layout, device: torch.device) -> DeviceMesh:
 
 def data_mesh(mesh: DeviceMesh) -> DeviceMesh:
     """Returns both dp axes as one axis: the ranks that see different data and share gradients."""
+    axes = ("dp_replicate", "dp_data") if has_context_axis(mesh) else ("dp_replicate", "dp_shard")
     with guarded():
-        return mesh[DATA_AXES]._flatten("dp")
+        return mesh[axes]._flatten("dp")
+
+
+def has_context_axis(mesh: DeviceMesh) -> bool:
+    """Returns whether ranks of `mesh` share the tokens of a sequence."""
+    return "cp" in (mesh.mesh_dim_names or ())
+
+
+def axis_of_group(mesh: DeviceMesh) -> dict[str, str]:
+    """Returns the axis of each process group of the mesh, by the name of the group; dp_shard has the ranks of cp."""
+    axes = (*PARAMETER_AXES, "cp") if has_context_axis(mesh) else PARAMETER_AXES
+    return {mesh[axis].get_group().group_name: axis for axis in axes}
+
+
+def data_place(mesh: DeviceMesh) -> tuple[int, int]:
+    """Returns (this rank's number among the ranks that see different data, their number)."""
+    replicate, shard = mesh["dp_replicate"], mesh["dp_data" if has_context_axis(mesh) else "dp_shard"]
+    place = replicate.get_local_rank() * shard.size() + shard.get_local_rank()
+    return place, replicate.size() * shard.size()
+
+
+def adds_sums(mesh: DeviceMesh) -> bool:
+    """Returns whether this rank adds its sums over a batch: True on exactly one of the ranks that see the same data."""
+    axes = ("tp", "cp") if has_context_axis(mesh) else ("tp",)
+    return all(mesh.get_local_rank(axis) == 0 for axis in axes)
 
 
 @dataclass(frozen=True)

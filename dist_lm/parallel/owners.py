@@ -18,7 +18,7 @@ from functools import cache
 
 from dist_lm.config.model import ModelConfig
 from dist_lm.model.size import Shape, is_matrix, is_trained
-from dist_lm.parallel.layout import AXES, Layout, Placement, placements
+from dist_lm.parallel.layout import PARAMETER_AXES, Layout, Placement, placements
 
 ITERATIONS = 5  # of Newton-Schulz, in `training.muon`
 BUCKET_BYTES = 256 << 20  # most bytes of whole matrices that a rank owns in a bucket
@@ -38,7 +38,7 @@ class Cut:
     """How one parameter of padded `shape`, (I, J) or (N, I, J) for N matrices, is cut on the mesh."""
 
     shape: Shape
-    dims: tuple[int | None, int | None, int | None]  # dimension that each of AXES cuts; None: the axis has copies
+    dims: tuple[int | None, int | None, int | None]  # dimension that each of PARAMETER_AXES cuts; None: the axis has copies
 
     @property
     def n_matrices(self) -> int:
@@ -298,11 +298,11 @@ def size_of(box: Box) -> int:
 
 def _n_cuts(cut: Cut, layout: Layout) -> int:
     """Returns in how many pieces the mesh cuts a parameter; other ranks hold copies."""
-    return math.prod(getattr(layout, axis) for axis, dim in zip(AXES, cut.dims, strict=True) if dim is not None)
+    return math.prod(getattr(layout, axis) for axis, dim in zip(PARAMETER_AXES, cut.dims, strict=True) if dim is not None)
 
 
 def _coordinates(layout: Layout, rank: int) -> tuple[int, int, int]:
-    """Returns the position of a rank on each of AXES; a place is taken for a rank of the first replica."""
+    """Returns the position of a rank on each of PARAMETER_AXES; a place is taken for a rank of the first replica."""
     replica, place = divmod(rank, layout.dp_shard * layout.tp)
     return replica, *divmod(place, layout.tp)
 
@@ -318,7 +318,7 @@ def _copy(cut: Cut, layout: Layout, place: int) -> tuple[int, ...]:
 def _box(cut: Cut, layout: Layout, place: int) -> Box:
     """Returns the shard of a place, cut as `torch.chunk` cuts: shards of equal length, the last ones shorter."""
     box = [(0, size) for size in cut.shape]
-    for axis, index, dim in zip(AXES, _coordinates(layout, place), cut.dims, strict=True):
+    for axis, index, dim in zip(PARAMETER_AXES, _coordinates(layout, place), cut.dims, strict=True):
         if dim is None:
             continue
         size = cut.shape[dim]

@@ -20,6 +20,7 @@ at the last tensor that is needed, and one mechanism does both modes (`bench che
 from collections.abc import Callable
 from dataclasses import replace
 from types import MethodType
+from typing import cast
 
 import torch
 from torch import nn
@@ -40,7 +41,8 @@ from dist_lm.config.model import ModelConfig
 from dist_lm.errors import ConfigError
 from dist_lm.model.keyed_random import initial_value
 from dist_lm.model.size import is_trained
-from dist_lm.model.transformer import Transformer
+from dist_lm.model.transformer import Block, Transformer
+from dist_lm.parallel.context_axis import ContextAxis
 from dist_lm.parallel.gloo import exchange_messages
 from dist_lm.parallel.layout import (
     Layout,
@@ -51,7 +53,7 @@ from dist_lm.parallel.layout import (
     placements,
     reshards,
 )
-from dist_lm.parallel.mesh import lacks_bf16
+from dist_lm.parallel.mesh import has_context_axis, lacks_bf16
 from dist_lm.parallel.tensor_axis import TensorAxis
 from dist_lm.parallel.tensor_parallel import TensorParallelTransformer
 from dist_lm.parallel.values import fill
@@ -75,6 +77,7 @@ STORED_OPERATORS = (
     "aten::_scaled_dot_product_efficient_attention",
     "aten::_scaled_dot_product_cudnn_attention",
     "torch_attn::_varlen_attn",
+    "_c10d_functional::all_to_all_single",
     "_c10d_functional::all_reduce",
     "_c10d_functional::all_gather_into_tensor",
     "_c10d_functional::reduce_scatter_tensor",
@@ -171,6 +174,11 @@ def arrange_model(
         else:
             model = Transformer(model_config)
     model.chunk_bytes = parallel.loss_chunk_mib << 20
+    if has_context_axis(mesh):
+        axis = ContextAxis(mesh.get_group("cp"), mesh["cp"].size(), mesh.get_local_rank("cp"))
+        model.token_axis = axis
+        for block in model.blocks:
+            cast(Block, block).attention.attend = axis.attend
     dtype = compute_dtype(parallel, device)
     if model_config.lora is not None:
         for name, parameter in model.named_parameters():
@@ -239,7 +247,7 @@ def _policy(context, operator, *args, **kwargs) -> CheckpointPolicy:
 
 
 def layout_of(mesh: DeviceMesh) -> Layout:
-    """Returns the layout of a mesh."""
+    """Returns the layout of the parameters on a mesh: its dp_shard counts the ranks of a cp group, too."""
     return Layout(*(mesh[name].size() for name in ("dp_replicate", "dp_shard", "tp")))
 
 

@@ -20,7 +20,7 @@ from fairscale.nn.model_parallel.mappings import gather_from_model_parallel_regi
 from torch import nn
 
 from dist_lm.config.model import ModelConfig
-from dist_lm.model.attention import Attention, Visibility, attend, from_heads, to_heads
+from dist_lm.model.attention import Attention, Visibility, from_heads, to_heads
 from dist_lm.model.cross_entropy import tempered
 from dist_lm.model.layers import (
     AllHeadsNorm,
@@ -293,7 +293,7 @@ class HeadParallelAttention(Attention):
             v_BSGK = _repeat_heads(v_BSGK, self.queries_of_key)
 
         # Padded heads attend, too, but are cut off before the projection.
-        o_BTHK = attend(q_BTHK, k_BSGK, v_BSGK, visibility)
+        o_BTHK = self.attend(q_BTHK, k_BSGK, v_BSGK, visibility)
         o_BTHK = o_BTHK[:, :, : self.heads.real]
         part_BTD = from_heads(o_BTHK, local(self.output)[: self.heads.real], None)
         part_BTD = adapted(part_BTD, o_BTHK, self.adapters, "output", dropout)

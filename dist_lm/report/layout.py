@@ -142,7 +142,7 @@ def _sentences(model: ModelConfig, layout: Layout) -> str:
 
     if layout.dp_replicate > 1:
         sentences.append(f"Each of the {layout.dp_replicate} replicas holds the whole model.")
-    if layout.dp_shard * layout.tp > MOST_RANKS or layout.dp_replicate > MOST_REPLICAS:
+    if layout.shards * layout.tp > MOST_RANKS or layout.dp_replicate > MOST_REPLICAS:
         sentences.append("Not every rank is drawn; the others follow the same pattern.")
     if layout.world_size > 1:
         sentences.append("A column is a shard (dp_shard), a row a tensor-parallel rank, a colour a node.")
@@ -191,7 +191,7 @@ def _common_prefix_once(names: list[str]) -> str:
 
 def rank_of(layout: Layout, replica: int, shard: int, tp: int) -> int:
     """Returns the rank at a position of the mesh."""
-    return (replica * layout.dp_shard + shard) * layout.tp + tp
+    return (replica * layout.shards + shard) * layout.tp + tp
 
 
 def mesh_picture(layout: Layout, attempt: Mapping[str, Any]) -> Markup:
@@ -203,7 +203,7 @@ def mesh_picture(layout: Layout, attempt: Mapping[str, Any]) -> Markup:
     hosts = [str(node.get("host", "")) for node in attempt.get("nodes", [])]
 
     # Large meshes are drawn in part: all follow the same pattern.
-    shards = min(layout.dp_shard, max(1, MOST_RANKS // layout.tp))
+    shards = min(layout.shards, max(1, MOST_RANKS // layout.tp))
     tps = min(layout.tp, MOST_RANKS)
     replicas = min(layout.dp_replicate, MOST_REPLICAS, max(1, 4 * MOST_RANKS // (shards * tps)))
 
@@ -321,8 +321,9 @@ def facts_of(kind: Kind, layout: Layout) -> dict[str, str]:
         padded, size = placement.padded[placement.tp_dim], placement.logical[placement.tp_dim]
         padding = f" (padded from {size:,} to {padded:,})" if padded != size else ""
         splits.append(f"dim {placement.tp_dim} by tp\u00a0{layout.tp}{padding}")
-    if layout.dp_shard > 1:
-        splits.append(f"dim {placement.fsdp_dim} by dp_shard\u00a0{layout.dp_shard}")
+    if layout.shards > 1:
+        axes = "dp_shard" if layout.cp == 1 else "dp_shard\u00a0x\u00a0cp"
+        splits.append(f"dim {placement.fsdp_dim} by {axes}\u00a0{layout.shards}")
 
     number = f"{kind.count} of " if kind.count > 1 else ""
     return {
@@ -351,7 +352,7 @@ def _proportions(shape: tuple[int, int]) -> tuple[float, float]:
 
 
 def _cuts(dims: tuple[int, ...], placement: Placement, layout: Layout) -> int:
-    splits = ((placement.tp_dim, layout.tp), (placement.fsdp_dim, layout.dp_shard))
+    splits = ((placement.tp_dim, layout.tp), (placement.fsdp_dim, layout.shards))
     return math.prod(ranks for dim, ranks in splits if dim in dims)
 
 
@@ -370,7 +371,7 @@ def _holders(
     if placement.tp_dim is not None and layout.tp > 1:
         tps = [position_on[axis_of[placement.tp_dim]]]
     shard = 0
-    if layout.dp_shard > 1:
+    if layout.shards > 1:
         shard = position_on[axis_of[placement.fsdp_dim]]
 
     return [rank_of(layout, replica, shard, tp) for replica in range(layout.dp_replicate) for tp in tps]

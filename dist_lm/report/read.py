@@ -18,7 +18,7 @@ from dist_lm.config.model import ModelConfig
 from dist_lm.config.root import read_groups
 from dist_lm.data.manifest import Manifest, read_manifest
 from dist_lm.errors import ArtefactError
-from dist_lm.parallel.layout import AXES, Layout
+from dist_lm.parallel.layout import AXES, PARAMETER_AXES, Layout
 from dist_lm.report.facts import EMPTY, Checkpoint, Facts, RunFacts, Samples, Series, State, WorkFacts, newest_attempt
 from dist_lm.storage import durable
 from dist_lm.storage.durable import json_lines
@@ -289,8 +289,8 @@ def _layout(events: tuple[Mapping[str, Any], ...]) -> Layout | None:
     was lost or added."""
     text = str(newest_attempt(events).get("layout", ""))
     pairs = dict(part.split("=", 1) for part in text.split())
-    if set(AXES) <= pairs.keys():
-        return Layout(*(int(pairs[axis]) for axis in AXES))
+    if set(PARAMETER_AXES) <= pairs.keys():
+        return Layout(**{axis: int(pairs[axis]) for axis in AXES if axis in pairs})  # cp is there if it is not 1
     return None
 
 

@@ -37,7 +37,7 @@ FREE_KEYS = (
     *("work_dir", "prerequisites", "dry_run", "device", "sandbox", "hardware.", "cluster.", "tracking.", "profile."),
     *("tokenizer.source", "tokenizer.add_marks", "tokenizer.train_bytes", "tokenizer.workers"),
     "corpus.",  # the content of corpora is compared by its hash
-    *("parallel.auto", "parallel.dp_replicate", "parallel.dp_shard", "parallel.tp", "parallel.sp"),
+    *("parallel.auto", "parallel.dp_replicate", "parallel.dp_shard", "parallel.tp", "parallel.cp", "parallel.sp"),
     *("parallel.reshard_after_forward", "parallel.reduce_every_micro_batch", "parallel.activation_checkpointing"),
     *("parallel.compile", "parallel.cpu_offload", "parallel.loss_chunk_mib"),
     *("stage.init_from", "stage.branch_from", "stage.micro_batch", "stage.checkpoint_every", "stage.checkpoint_async"),

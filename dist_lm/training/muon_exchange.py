@@ -18,7 +18,7 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Shard
 
 from dist_lm.parallel.gloo import gather_by_exchange
-from dist_lm.parallel.layout import AXES, Layout
+from dist_lm.parallel.layout import PARAMETER_AXES, Layout
 from dist_lm.parallel.owners import Box, Cut, Unit, make_plan, pieces, size_of
 from dist_lm.parallel.values import shard_of
 from dist_lm.training.muon import GPU_WITHOUT_BF16, Arithmetic, Stepped, arithmetic_of, orthogonal
@@ -332,7 +332,7 @@ def agreed_arithmetic(arithmetic: Arithmetic, kind: str, device: torch.device) -
 def _layout(mesh: DeviceMesh) -> Layout:
     """Returns the layout of a mesh that may lack axes of one rank."""
     sizes = dict(zip(mesh.mesh_dim_names or (), mesh.shape, strict=True))
-    return Layout(*(sizes.get(axis, 1) for axis in AXES))
+    return Layout(*(sizes.get(axis, 1) for axis in PARAMETER_AXES))
 
 
 def _cut(parameter: torch.Tensor) -> Cut:
@@ -343,7 +343,7 @@ def _cut(parameter: torch.Tensor) -> Cut:
         for axis, placement in zip(parameter.device_mesh.mesh_dim_names or (), parameter.placements, strict=True)
         if isinstance(placement, Shard)
     }
-    replicate, shard, tp = (dims.get(axis) for axis in AXES)
+    replicate, shard, tp = (dims.get(axis) for axis in PARAMETER_AXES)
     return Cut(tuple(parameter.shape), (replicate, shard, tp))
 
 
@@ -351,7 +351,7 @@ def _group(mesh: DeviceMesh) -> dist.ProcessGroup:
     """Returns a group that has all ranks of this replica: that of a single axis if the other has one rank, else all
     ranks."""
     sizes = dict(zip(mesh.mesh_dim_names or (), mesh.shape, strict=True))
-    axes = [axis for axis in AXES[1:] if axis in sizes]
+    axes = [axis for axis in PARAMETER_AXES[1:] if axis in sizes]
     parted = [axis for axis in axes if sizes[axis] > 1]
     if len(parted) > 1:
         assert dist.group.WORLD is not None

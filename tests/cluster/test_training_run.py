@@ -78,11 +78,12 @@ def reference(tiny_work: WorkDirectory, tmp_path_factory: pytest.TempPathFactory
     ("ranks", "overrides"),
     [
         (1, ("stage.micro_batch=8",)),
+        (2, ("parallel.cp=2",)),
         pytest.param(2, ("parallel=ddp",), marks=pytest.mark.bars),
         pytest.param(2, ("parallel.reshard_after_forward=false",), marks=pytest.mark.bars),
         pytest.param(4, ("parallel.dp_replicate=2", "parallel.dp_shard=2"), marks=pytest.mark.bars),
     ],
-    ids=["one rank", "ddp", "kept gathered", "hsdp on four"],
+    ids=["one rank", "parts of sequences", "ddp", "kept gathered", "hsdp on four"],
 )
 def test_the_loss_curve_does_not_depend_on_the_layout(reference, tiny_work, tmp_path, ranks, overrides):
     run = prepare(linked(tiny_work, tmp_path), "other", *overrides)

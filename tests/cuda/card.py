@@ -24,8 +24,8 @@ from dist_lm.data.batch import Batch
 from dist_lm.data.stream import StepData
 from dist_lm.dry_run.rehearsal import trainer_of_steps
 from dist_lm.dry_run.watch import ANSWER, Watch, collective_of
-from dist_lm.parallel.layout import AXES, resolve_layout
-from dist_lm.parallel.mesh import World, build_mesh
+from dist_lm.parallel.layout import resolve_layout
+from dist_lm.parallel.mesh import World, axis_of_group, build_mesh
 from dist_lm.parallel.sharding import arrange_model, materialise
 from dist_lm.stages.training.stage import training_stage
 from dist_lm.training.muon import GPU
@@ -214,7 +214,7 @@ def played(config: Config, ranks: int) -> Iterator[Played]:
                 objective = training_stage(config.stage.name).objective(config)
                 world = World(0, ranks, 0, CARD)
                 trainer = trainer_of_steps(config, world, model, optimizer, objective, adds_sums=True)
-                yield Played(trainer, config, {mesh.get_group(axis).group_name: axis for axis in AXES})
+                yield Played(trainer, config, axis_of_group(mesh))
         finally:
             dist.destroy_process_group()
 

@@ -15,8 +15,8 @@ from torch.testing._internal.distributed.fake_pg import FakeStore
 
 from dist_lm.data.batch import Batch
 from dist_lm.dry_run.watch import ANSWER
-from dist_lm.parallel.layout import AXES, resolve_layout
-from dist_lm.parallel.mesh import build_mesh
+from dist_lm.parallel.layout import resolve_layout
+from dist_lm.parallel.mesh import axis_of_group, build_mesh
 from dist_lm.parallel.sharding import RECOMPILATIONS, arrange_model, materialise
 from dist_lm.parallel.values import shard_of
 from dist_lm.prepare.compose import compose_config
@@ -152,7 +152,7 @@ def run_of(*overrides: str) -> Iterator[Run]:
                     alive=lambda: None,
                     run_both=one_after_other,
                 )
-                yield Run(config, execution, {mesh.get_group(axis).group_name: axis for axis in AXES})
+                yield Run(config, execution, axis_of_group(mesh))
         finally:
             dist.destroy_process_group()
 

@@ -136,6 +136,15 @@ def test_the_ranks_played_are_the_first_a_padded_one_and_the_last():
         pytest.param(
             ("hardware=cpu", "stage.global_batch=16", "parallel.tp=4", "parallel.sp=true"), 8, id="fsdp_tp_sp"
         ),
+        pytest.param(
+            ("hardware=h100", "stage.global_batch=16", "parallel.cp=2", "parallel.dp_replicate=1"), 8, id="cp"
+        ),
+        pytest.param(
+            ("hardware=cpu", "stage.global_batch=16", "parallel.cp=2", "parallel.tp=2", "parallel.sp=true"),
+            8,
+            id="cp, tp, sp",
+            marks=pytest.mark.bars,
+        ),
         pytest.param(  # pads heads
             ("hardware=h100", "stage.global_batch=80", "parallel.dp_replicate=1", "model.n_heads=6"),
             20,
@@ -170,7 +179,7 @@ def test_the_estimate_agrees_with_the_played_step(overrides, world, monkeypatch)
     assert estimate_memory(config, layout).peak == pytest.approx(played.memory.peak, rel=0.1)
     assert work.flops == pytest.approx(played.work.flops, rel=0.1)
     assert work.device_s == pytest.approx(played.work.device_s, rel=0.25)
-    for axis in ("dp_shard", "tp"):
+    for axis in ("dp_shard", "tp", "cp"):
         assert work.sent[axis] == pytest.approx(played.work.sent[axis], rel=0.1)
 
 

@@ -13,7 +13,7 @@ from dist_lm.config.stage import MuonConfig
 from dist_lm.model.quantised import quantised_matrices
 from dist_lm.model.size import Shape, neuron_shape, parameter_shapes
 from dist_lm.parallel.layout import resolve_layout
-from dist_lm.parallel.mesh import World, build_mesh, data_mesh
+from dist_lm.parallel.mesh import World, adds_sums, build_mesh, data_mesh
 from dist_lm.parallel.sharding import build_model, reshard
 from dist_lm.parallel.values import fill, shard_of, unsharded_copy
 from dist_lm.training import checkpoint, checkpoint_saver
@@ -94,8 +94,9 @@ def rank_steps(
         model.dropout = dropout_key(step, model_config)
         micro_batches = [rows(own, slice(half)), rows(own, slice(half, None))]
         sums = accumulate_gradients(model, objective_of(model_config), micro_batches, parallel.reduce_every_micro_batch)
-        adds_sums = mesh.get_local_rank("tp") == 0
-        result = update(model, optimizer, sums, grad_clip=STAGE.grad_clip, adds_sums=adds_sums, stop=StopRequest())
+        result = update(
+            model, optimizer, sums, grad_clip=STAGE.grad_clip, adds_sums=adds_sums(mesh), stop=StopRequest()
+        )
         outcome.losses.append(result.loss)
         outcome.norms.append(result.grad_norm)
         if between:
@@ -133,8 +134,9 @@ def changed_by_a_skipped_step(
         if step == 1 and world.rank == world.size - 1:
             gradient = next(parameter.grad for parameter in model.parameters() if parameter.grad is not None)
             shard_of(gradient).view(-1)[-1] = float("inf")
-        adds_sums = mesh.get_local_rank("tp") == 0
-        result = update(model, optimizer, sums, grad_clip=STAGE.grad_clip, adds_sums=adds_sums, stop=StopRequest())
+        result = update(
+            model, optimizer, sums, grad_clip=STAGE.grad_clip, adds_sums=adds_sums(mesh), stop=StopRequest()
+        )
         applied.append(result.applied)
         state = {**dict(model.named_parameters()), **dict(named_state(model, optimizer))}
         bits.append({name: shard_of(value).detach().clone() for name, value in state.items()})

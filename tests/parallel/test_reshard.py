@@ -28,12 +28,14 @@ MODELS = {
     ),
 }
 SMALL_MOVES = [  # between them every axis is joined, cut and exchanged for another one
-    ("25 heads", "1x2x2", "1x1x1"),
+    ("25 heads", "1x1x2x2", "1x1x1"),
     ("25 heads", "1x4x1", "1x1x2+sp"),
     ("6 heads, 3 key heads", "1x1x4+sp", "2x2x1"),
 ]
 MOVES = [
     *SMALL_MOVES,
+    ("25 heads", "1x2x2", "1x1x1"),
+    ("25 heads", "1x1x1x2", "1x1x1x4"),
     ("25 heads", "1x2x2", "1x4x1"),
     ("25 heads", "1x2x2", "1x1x4"),
     ("25 heads", "1x1x1", "1x1x8"),

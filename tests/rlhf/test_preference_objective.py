@@ -15,7 +15,7 @@ from dist_lm.data.rankings.shards import RankingCorpus
 from dist_lm.data.rankings.stream import RankingBatches, RankingStream
 from dist_lm.model.size import parameter_shapes
 from dist_lm.parallel.layout import resolve_layout
-from dist_lm.parallel.mesh import World, build_mesh, data_mesh
+from dist_lm.parallel.mesh import World, adds_sums, build_mesh, data_mesh
 from dist_lm.parallel.sharding import build_model
 from dist_lm.parallel.values import fill
 from dist_lm.rlhf.preference import PreferenceLoss
@@ -133,8 +133,7 @@ def one_step(
         if prepare:
             batches = list(prepare(model, batches))
         sums = accumulate_gradients(model, preference_objective(loss), batches)
-    adds_sums = mesh.get_local_rank("tp") == 0
-    result = update(model, optimizer, sums, grad_clip=1e9, adds_sums=adds_sums, stop=StopRequest())
+    result = update(model, optimizer, sums, grad_clip=1e9, adds_sums=adds_sums(mesh), stop=StopRequest())
     held_out = RankingBatches(rankings=rankings, micro_batch=micro_batch, assemble=trees, **cut)
     seen, point = seen_rankings(model, held_out, world.device, data.get_group())
     return {
@@ -145,7 +144,7 @@ def one_step(
 
 
 CUTS = [(1, 4, ParallelConfig()), (1, 2, ParallelConfig()), (2, 4, ParallelConfig()), (2, 2, ParallelConfig())]
-TP = ParallelConfig(tp=2)
+MORE_CUTS = [(2, 4, ParallelConfig(tp=2)), (2, 4, ParallelConfig(cp=2))]
 
 
 @pytest.mark.heavy
@@ -158,7 +157,7 @@ def test_no_cut_changes_a_loss_a_metric_or_a_gradient(
     assert expected["numbers"]["norm"] > 0.01
     if name == "kto":
         assert expected["numbers"]["train/kl"] > 0.1
-    for size, micro_batch, parallel in [*CUTS, *([(2, 4, TP)] if name in ("dpo", "kto") else [])]:
+    for size, micro_batch, parallel in [*CUTS, *(MORE_CUTS if name in ("dpo", "kto") else [])]:
         found = ranks.run(size, one_step, *arguments, micro_batch, parallel)
         for part in ("numbers", "held out"):
             assert found[part] == pytest.approx(expected[part], rel=NEAR, abs=NEAR), (size, micro_batch, part)

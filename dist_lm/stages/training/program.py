@@ -32,7 +32,7 @@ from dist_lm.model.lora import without_adapters
 from dist_lm.model.size import flops_per_token, parameter_count, trained_count
 from dist_lm.model.transformer import Transformer
 from dist_lm.parallel.layout import Layout
-from dist_lm.parallel.mesh import World, build_mesh, data_mesh, measure_all_reduce, process_group
+from dist_lm.parallel.mesh import World, adds_sums, build_mesh, data_mesh, measure_all_reduce, process_group
 from dist_lm.parallel.sharding import build_model, compute_dtype, generation_dtype
 from dist_lm.parallel.values import unsharded_copy
 from dist_lm.stages.continuing import require_same_content
@@ -267,7 +267,7 @@ def run_rank(stage: "TrainingStage", run: RunDirectory, stop: StopRequest, heart
         trainer = Trainer(
             config=config,
             world=world,
-            adds_sums=mesh.get_local_rank("tp") == 0,
+            adds_sums=adds_sums(mesh),
             model=model,
             optimizer=optimizer,
             objective=stage.objective(config),
