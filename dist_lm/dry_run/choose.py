@@ -11,7 +11,7 @@ from dist_lm.config.root import Config
 from dist_lm.dry_run.estimate import estimate_memory, estimate_work, gradients_add_up, is_half, offloads
 from dist_lm.dry_run.work import step_seconds
 from dist_lm.errors import ConfigError
-from dist_lm.parallel.layout import AXES, Layout, check_batch, layouts_of, resolved
+from dist_lm.parallel.layout import PARAMETER_AXES, Layout, check_batch, divisors, layouts_of, resolved
 from dist_lm.tracking.readable import gib, span
 
 USABLE = 0.85
@@ -47,6 +47,9 @@ def fits(memory: int, memory_gib: float) -> bool:
 def candidates(config: Config, world_size: int) -> list[Candidate]:
     """Returns every possible layout with all open settings, fastest first; equally fast ones in order of simplicity.
 
+    Sequences are split over ranks (cp) as `config` says. If it leaves cp at 1 and nothing fits the memory or the batch,
+    the smallest cp with which something fits is tried, too.
+
     Raises:
         ConfigError: no layout of this many ranks fits the model and the batch, or parameters are offloaded.
     """
@@ -57,9 +60,32 @@ def candidates(config: Config, world_size: int) -> list[Candidate]:
         )
 
     config = _as_step(config)
+    possible = _candidates_with(config, world_size, config.parallel.cp)
+
+    # Messages of cp are waited for, so it is the last resort. Generation of stage rlhf has whole sequences.
+    is_open = config.parallel.cp == 1 and config.stage.name != "rlhf"
+    for cp in divisors(world_size)[1:]:
+        if not is_open or any(fits(candidate.memory, config.hardware.memory_gib) for candidate in possible):
+            break
+        possible += _candidates_with(config, world_size, cp)
+
+    if not possible:
+        fixed = {axis: getattr(config.parallel, axis) for axis in PARAMETER_AXES}
+        raise _nothing_to_try(config, world_size, {axis: size for axis, size in fixed.items() if size != -1})
+
+    # The sort is stable, so that variants with equal estimates stay in order of simplicity.
+    return sorted(possible, key=lambda candidate: float(f"{candidate.seconds:.3g}"))
+
+
+def _candidates_with(config: Config, world_size: int, cp: int) -> list[Candidate]:
+    """Returns every possible layout with this `cp` and all open settings, in order of simplicity.
+
+    Args:
+        config: as `_as_step` returns it.
+    """
     possible = []
-    fixed = {axis: getattr(config.parallel, axis) for axis in AXES}
-    for layout in layouts_of(config.trained_shape, world_size, config.parallel.cp):
+    fixed = {axis: getattr(config.parallel, axis) for axis in PARAMETER_AXES}
+    for layout in layouts_of(config.trained_shape, world_size, cp):
         # Tensor parallelism between nodes is slow.
         if layout.tp > config.hardware.devices_per_node:
             continue
@@ -75,12 +101,7 @@ def candidates(config: Config, world_size: int) -> list[Candidate]:
                 continue
             seconds = step_seconds(estimate_work(variant, layout), layout, config.hardware)
             possible.append(Candidate(parallel, layout, _peak(variant, layout), seconds))
-
-    if not possible:
-        raise _nothing_to_try(config, world_size, {axis: size for axis, size in fixed.items() if size != -1})
-
-    # The sort is stable, so that variants with equal estimates stay in order of simplicity.
-    return sorted(possible, key=lambda candidate: float(f"{candidate.seconds:.3g}"))
+    return possible
 
 
 def _as_step(config: Config) -> Config:

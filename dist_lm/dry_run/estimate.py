@@ -261,10 +261,17 @@ def _block_activations(config: Config, layout: Layout, shapes: Shapes, size: int
     if config.stage.dropout:
         needed += 2 * residual * (1 + 1 / size)
 
+    # Selective checkpointing keeps what messages brought, beside the outputs of matrix products that they carried.
+    messages = 0.0
+    if layout.tp > 1:
+        messages += 2 * shapes.width + 2 * shapes.width * parallel.sp
+    if layout.cp > 1:
+        messages += attention
+
     kept_elements = {
         "none": needed,
         # outputs of matrix products and attention
-        "selective": 3 * residual + attention + (shapes.kept_hidden // 2) * shapes.hidden,
+        "selective": 3 * residual + attention + (shapes.kept_hidden // 2) * shapes.hidden + messages,
         "full": residual,
     }[parallel.activation_checkpointing]
 

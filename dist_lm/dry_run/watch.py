@@ -3,7 +3,9 @@
 `Watch` reports every operation to observers; `LiveMemory` and `WorkCounter` are observers.
 """
 
+import itertools
 import weakref
+from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, cast
@@ -24,9 +26,10 @@ ANSWER = 2.0
 """The value of every fake tensor that a step reads: a gradient norm that is finite and clipped to 1."""
 COPIED_BY_GLOO = ("all_gather", "reduce_scatter")  # collectives for which gloo copies the full tensor
 aten = torch.ops.aten
+WAIT = torch.ops._c10d_functional.wait_tensor.default
 FREE = (  # allocations, and waiting for a message that is counted by itself
     *(aten.empty.memory_format, aten.empty_strided.default, aten.empty_like.default, aten.new_empty.default),
-    torch.ops._c10d_functional.wait_tensor.default,
+    WAIT,
 )
 ATTENTION = (  # kernels of fake tensors on the CPU
     aten._scaled_dot_product_flash_attention_for_cpu,
@@ -130,12 +133,19 @@ class LiveMemory:
         self.live = 0  # bytes that are live now
         self.peak = 0  # largest `live` since `reset_peak`
         self._gloo = gloo
-        self._sizes: dict[int, int] = {}  # id of a storage -> bytes
-        self._references: dict[int, weakref.ref] = {}  # id of a storage -> reference that reports its end
+        self._sizes: dict[int, int] = {}  # number of an allocation -> bytes
+        self._holders: Counter[int] = Counter()  # number of an allocation -> live storages that stand for it
+        self._allocation: dict[int, int] = {}  # id of a live storage -> number of its allocation
+        self._references: dict[int, weakref.ref] = {}  # id of a live storage -> reference that reports its end
+        self._numbers = itertools.count()
 
     def after(self, func: Any, args: Any, kwargs: Any, result: Any) -> None:
         """Counts the storages of an operation's result, except on `meta`; with gloo, also its copy in a collective,
         which only raises the peak."""
+        # What was waited for is the tensor of the message itself; only fake tensors have two storages for it.
+        if func is WAIT:
+            sent = _tensors(args)[0].untyped_storage()
+            self._hold(result.untyped_storage(), self._allocation.get(id(sent)))
         for tensor in _tensors(result):
             if tensor.device.type != "meta":
                 self.resized(tensor.untyped_storage())
@@ -145,26 +155,35 @@ class LiveMemory:
 
     def resized(self, storage: torch.UntypedStorage) -> None:
         """Counts a storage at its present size until it is freed, and raises the peak if need be."""
-        key = id(storage)
         # Operations on views return a storage that is counted already.
-        size = storage.nbytes()
+        self._hold(storage, None)
+        allocation, size = self._allocation[id(storage)], storage.nbytes()
+        self.live += size - self._sizes.get(allocation, 0)
+        self._sizes[allocation] = size
+        self.peak = max(self.peak, self.live)
 
-        before = self._sizes.get(key)
-        if before is None:
-            self._references[key] = weakref.ref(storage, lambda _, key=key: self._drop(key))
-
-        if size != before:
-            self._sizes[key] = size
-            self.live += size - (before or 0)
-            self.peak = max(self.peak, self.live)
+    def _hold(self, storage: torch.UntypedStorage, allocation: int | None) -> None:
+        """Notes that a storage stands for an allocation, None for a new one, until it is freed; a known one stays as it
+        is."""
+        key = id(storage)
+        if key in self._allocation:
+            return
+        allocation = next(self._numbers) if allocation is None else allocation
+        self._allocation[key] = allocation
+        self._holders[allocation] += 1
+        self._references[key] = weakref.ref(storage, lambda _: self._drop(key))
 
     def reset_peak(self) -> None:
         """Start a new peak at the bytes that are live now."""
         self.peak = self.live
 
     def _drop(self, key: int) -> None:
-        self.live -= self._sizes.pop(key)
         del self._references[key]
+        allocation = self._allocation.pop(key)
+        self._holders[allocation] -= 1
+        if self._holders[allocation] == 0:
+            del self._holders[allocation]
+            self.live -= self._sizes.pop(allocation, 0)
 
 
 class WorkCounter:

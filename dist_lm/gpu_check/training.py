@@ -50,9 +50,7 @@ class Training:
         self.optimizer = build_optimizer(self.model, config.stage, config.stage.muon)
 
         # A loss that several tensor-parallel ranks compute counts once.
-        self.trainer = trainer_of_steps(
-            config, probe.world, self.model, self.optimizer, next_token(), adds_sums(mesh)
-        )
+        self.trainer = trainer_of_steps(config, probe.world, self.model, self.optimizer, next_token(), adds_sums(mesh))
         self.state = TrainState()
 
     def step(self, batches: Sequence[Batch], laps: Laps | None = None) -> StepResult:

@@ -409,4 +409,3 @@ class Transformer(nn.Module):
 
 def _select(x_N: torch.Tensor, index_N: torch.Tensor | None) -> torch.Tensor:
     return x_N if index_N is None else x_N[index_N]
-

@@ -12,11 +12,11 @@ the exchange, h and g after it, K d_head.
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 
 import torch
-import torch.distributed as dist
 from torch.distributed import ProcessGroup
-from torch.distributed._functional_collectives import all_gather_tensor, all_to_all_single_autograd, wait_tensor
+from torch.distributed._functional_collectives import all_gather_single, all_to_all_single_autograd, wait_tensor
 
 from dist_lm.model.attention import Visibility, attend
 
@@ -111,7 +111,7 @@ class ContextAxis:
 def dealt_heads(n_heads: int, n_ranks: int) -> list[range]:
     """Returns the heads of each rank: consecutive ones, whose numbers differ by one at most."""
     borders = [rank * n_heads // n_ranks for rank in range(n_ranks + 1)]
-    return [range(start, stop) for start, stop in zip(borders, borders[1:], strict=False)]
+    return [range(start, stop) for start, stop in pairwise(borders)]
 
 
 class _Gather(torch.autograd.Function):
@@ -120,7 +120,7 @@ class _Gather(torch.autograd.Function):
     @staticmethod
     def forward(ctx, part_Bt: torch.Tensor, axis: ContextAxis) -> torch.Tensor:
         ctx.axis = axis
-        parts_RBt = wait_tensor(all_gather_tensor(part_Bt[None].contiguous(), 0, axis.group))
+        parts_RBt = wait_tensor(all_gather_single(part_Bt[None].contiguous(), 0, axis.group))
         return torch.cat(parts_RBt.unbind(), dim=1)
 
     @staticmethod

@@ -192,9 +192,7 @@ def check_batch(config: Config, layout: Layout) -> None:
         near = _nearest_multiples(seq_len, factor)
         raise ConfigError(f"{seq_len_key}={seq_len}: with {reasons} expected a multiple of {factors}, such as {near}")
     if layout.cp > 1 and config.stage.name == "rlhf":
-        raise ConfigError(
-            f"parallel.cp={layout.cp}: stage rlhf does not split sequences over ranks yet; expected 1"
-        )
+        raise ConfigError(f"parallel.cp={layout.cp}: stage rlhf does not split sequences over ranks yet; expected 1")
 
 
 def divisors(number: int) -> list[int]:

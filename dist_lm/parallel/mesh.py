@@ -6,6 +6,7 @@ import logging
 import os
 import sys
 import time
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -256,10 +257,20 @@ def has_context_axis(mesh: DeviceMesh) -> bool:
     return "cp" in (mesh.mesh_dim_names or ())
 
 
+def axes_of_parameters(mesh: DeviceMesh, *axes: str) -> DeviceMesh:
+    """Returns the part of `mesh` with the given ones of PARAMETER_AXES."""
+    # torch would have users keep a flattened axis themselves, beside its mesh.
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "Slicing a flattened dim", UserWarning)
+        return mesh[axes]
+
+
 def axis_of_group(mesh: DeviceMesh) -> dict[str, str]:
     """Returns the axis of each process group of the mesh, by the name of the group; dp_shard has the ranks of cp."""
-    axes = (*PARAMETER_AXES, "cp") if has_context_axis(mesh) else PARAMETER_AXES
-    return {mesh[axis].get_group().group_name: axis for axis in axes}
+    names = {str(axes_of_parameters(mesh, axis).get_group().group_name): axis for axis in PARAMETER_AXES}
+    if has_context_axis(mesh):
+        names[str(mesh.get_group("cp").group_name)] = "cp"
+    return names
 
 
 def data_place(mesh: DeviceMesh) -> tuple[int, int]:

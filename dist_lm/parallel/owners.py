@@ -38,7 +38,9 @@ class Cut:
     """How one parameter of padded `shape`, (I, J) or (N, I, J) for N matrices, is cut on the mesh."""
 
     shape: Shape
-    dims: tuple[int | None, int | None, int | None]  # dimension that each of PARAMETER_AXES cuts; None: the axis has copies
+    dims: tuple[
+        int | None, int | None, int | None
+    ]  # dimension that each of PARAMETER_AXES cuts; None: the axis has copies
 
     @property
     def n_matrices(self) -> int:
@@ -298,7 +300,9 @@ def size_of(box: Box) -> int:
 
 def _n_cuts(cut: Cut, layout: Layout) -> int:
     """Returns in how many pieces the mesh cuts a parameter; other ranks hold copies."""
-    return math.prod(getattr(layout, axis) for axis, dim in zip(PARAMETER_AXES, cut.dims, strict=True) if dim is not None)
+    return math.prod(
+        getattr(layout, axis) for axis, dim in zip(PARAMETER_AXES, cut.dims, strict=True) if dim is not None
+    )
 
 
 def _coordinates(layout: Layout, rank: int) -> tuple[int, int, int]:

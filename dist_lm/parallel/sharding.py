@@ -45,6 +45,7 @@ from dist_lm.model.transformer import Block, Transformer
 from dist_lm.parallel.context_axis import ContextAxis
 from dist_lm.parallel.gloo import exchange_messages
 from dist_lm.parallel.layout import (
+    PARAMETER_AXES,
     Layout,
     Placement,
     blocks_per_unit,
@@ -53,7 +54,7 @@ from dist_lm.parallel.layout import (
     placements,
     reshards,
 )
-from dist_lm.parallel.mesh import has_context_axis, lacks_bf16
+from dist_lm.parallel.mesh import axes_of_parameters, has_context_axis, lacks_bf16
 from dist_lm.parallel.tensor_axis import TensorAxis
 from dist_lm.parallel.tensor_parallel import TensorParallelTransformer
 from dist_lm.parallel.values import fill
@@ -248,7 +249,7 @@ def _policy(context, operator, *args, **kwargs) -> CheckpointPolicy:
 
 def layout_of(mesh: DeviceMesh) -> Layout:
     """Returns the layout of the parameters on a mesh: its dp_shard counts the ranks of a cp group, too."""
-    return Layout(*(mesh[name].size() for name in ("dp_replicate", "dp_shard", "tp")))
+    return Layout(*(axes_of_parameters(mesh, axis).size() for axis in PARAMETER_AXES))
 
 
 def _tensor_parallel(
@@ -300,7 +301,7 @@ def _fully_shard(
         exchange: whether messages are sent by exchange (`gloo`).
     """
     layout, element_bytes = layout_of(mesh), dtype.itemsize
-    axes = ("dp_replicate", "dp_shard") if layout.dp_replicate > 1 else "dp_shard"
+    axes = ("dp_replicate", "dp_shard") if layout.dp_replicate > 1 else ("dp_shard",)
     precision = MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32, cast_forward_inputs=False)
     offload = OffloadPolicy()  # keeps everything on the device
     if parallel.cpu_offload:
@@ -317,7 +318,7 @@ def _fully_shard(
         """Makes `unit` one unit of FSDP: its parameters are gathered in one message."""
         fully_shard(
             unit,
-            mesh=mesh[axes],
+            mesh=axes_of_parameters(mesh, *axes),
             mp_policy=precision,
             reshard_after_forward=reshard_after_forward,
             shard_placement_fn=lambda parameter: Shard(fsdp_dims[id(parameter)]),

@@ -150,7 +150,11 @@ def open_server(served_run: Path) -> dict[str, Any]:
     return serve(served_run, DIST_LM_API_KEY="")
 
 
-@pytest.fixture(params=["launched_run", "door_run", "pool_run", "keyed_server"])
+BY_LAUNCHER = ["launched_run", "keyed_server"]
+OTHERS = [pytest.param(name, marks=pytest.mark.bars) for name in ("door_run", "pool_run")]
+
+
+@pytest.fixture(params=[*BY_LAUNCHER, *OTHERS])
 def report(request: pytest.FixtureRequest) -> dict[str, Any]:
     return request.getfixturevalue(request.param)
 

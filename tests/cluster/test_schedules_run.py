@@ -74,7 +74,9 @@ def test_more_steps_a_branch_and_a_resume_are_the_run_that_was_never_interrupted
 
 
 @pytest.mark.heavy
-@pytest.mark.parametrize("layout", ["parallel.tp=2", pytest.param("parallel.dp_shard=2", marks=pytest.mark.bars)])
+@pytest.mark.parametrize(
+    "layout", [pytest.param(layout, marks=pytest.mark.bars) for layout in ("parallel.tp=2", "parallel.dp_shard=2")]
+)
 def test_averages_are_those_computed_by_hand(tiny_work: WorkDirectory, tmp_path: Path, layout: str) -> None:
     decay, steps = 0.8, 6
     run = prepare(

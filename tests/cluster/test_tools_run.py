@@ -56,7 +56,7 @@ def test_the_model_is_asked_before_the_first_step_and_after_the_last(reference):
     assert json.loads(reference.result.read_text())["before"].keys() >= asked
 
 
-@pytest.mark.heavy
+@pytest.mark.bars  # `test_training_run.py` has it of text, `test_sft.py` of conversations in one process
 def test_the_loss_curve_does_not_depend_on_the_layout(reference, tiny_work, tmp_path):
     run = prepare(linked(tiny_work, tmp_path), "two", *MIXED, "stage.micro_batch=3", stage="tools")
     train(run, ranks=2)

@@ -22,6 +22,7 @@ pytestmark = pytest.mark.cuda
         ("fsdp-8", "full", 0.1),
         ("tp-2", "none", 0.0),
         ("tp-2-sp", "selective", 0.1),
+        ("cp-4", "selective", 0.1),
     ],
 )
 def test_a_block_is_one_graph_for_any_documents(graphs, layout, mode, dropout):

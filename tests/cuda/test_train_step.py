@@ -29,6 +29,7 @@ LAYOUTS = {
     "hsdp-64": (64, ("parallel=hsdp", "parallel.dp_shard=8")),
     "tp-2": (8, ("parallel=fsdp_tp", "parallel.tp=2")),
     "tp-2-sp": (8, ("parallel=fsdp_tp", "parallel.tp=2", "parallel.sp=true")),
+    "cp-4": (8, ("parallel=fsdp", "parallel.cp=4")),
 }
 
 
@@ -67,7 +68,10 @@ def test_messages_of_two_micro_batches(explicit, layout, kept):
     assert messages["reduce_scatter", "dp_shard"] == UNITS
     assert sent["reduce_scatter", "dp_shard"] == 4 * gathered
     assert messages["all_reduce", "dp_replicate"] == (UNITS if shape.dp_replicate > 1 else 0)
-    assert messages["all_reduce", "dp_shard" if layout == "fsdp-8" else "world"] == 1  # what ranks must agree on
+    one_axis = layout in ("fsdp-8", "cp-4")  # which has all ranks
+    assert messages["all_reduce", "dp_shard" if one_axis else "world"] == 1  # what ranks must agree on
+    # queries, keys, values and outputs of each block, forward and backward, in two micro-batches
+    assert messages["all_to_all", "cp"] == (2 * LAYERS * 8 if shape.cp > 1 else 0)
     in_blocks = {"tp-2": {"all_reduce": 36}, "tp-2-sp": {"all_gather": 52, "reduce_scatter": 36}}.get(layout, {})
     for kind, count in in_blocks.items():
         assert messages[kind, "tp"] == count + (layout == "tp-2")  # one for partial gradients

@@ -99,5 +99,6 @@ def test_two_ranks_change_nothing(ranks: RankGroups, expected: Found):
     assert_same(ranks.run(2, trained, ParallelConfig(), ONLINE, 30), expected)
 
 
+@pytest.mark.bars  # `tests/parallel` cuts every model by tp
 def test_tensor_parallelism_changes_nothing(ranks: RankGroups, expected: Found):
     assert_same(ranks.run(2, trained, ParallelConfig(tp=2), ["grpo", "gspo", *OF_SETS], 30), expected)

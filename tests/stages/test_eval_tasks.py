@@ -62,7 +62,7 @@ def trained(tiny_work: WorkDirectory, tmp_path_factory: pytest.TempPathFactory) 
     return run, train(run, 2)
 
 
-@pytest.mark.heavy
+@pytest.mark.bars  # `test_eval_tasks_of_iterations.py` has the same of stage rlhf
 def test_tasks_change_nothing_of_the_training(trained):
     run, result = trained
     plain = prepare(run.work, "plain", *SETTINGS)

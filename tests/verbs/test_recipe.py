@@ -142,7 +142,7 @@ def test_a_run_may_be_the_model(tiny_work, chats, tmp_path):
     assert plan.stages[-1].action is Action.BUILD
 
 
-@pytest.mark.heavy
+@pytest.mark.bars
 def test_adapters_are_trained_where_the_whole_model_does_not_fit(model, chats, tmp_path, monkeypatch):
     out = tmp_path / "lab" / "experiment" / "small.yaml"
     monkeypatch.setattr(recipe, "fits", lambda folder, name, start, keys: "lora" in keys)
