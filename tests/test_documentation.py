@@ -407,6 +407,7 @@ WORDS_OF_A_PAGE["finetune.md"] = 980  # from a model and conversations to a mode
 WORDS_OF_A_PAGE["data_files.md"] = 550  # formats, compression and splits of sources
 WORDS_OF_A_PAGE["environments.md"] = 900  # an environment of your own; those of the project
 WORDS_OF_A_PAGE["agents.md"] = 650  # training with an environment
+WORDS_OF_A_PAGE["scale.md"] = 850  # costs by number of ranks, and what breaks at 10,000
 WORDS_OF_A_PAGE["mixtures.md"] = 750  # phases: what they read, what may change
 
 
