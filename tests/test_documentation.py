@@ -28,8 +28,8 @@ from dist_lm.generation.request import Answer
 from dist_lm.gpu_check import results
 from dist_lm.launch import check_stage_prefixes, ranks_planned
 from dist_lm.model.size import parameter_shapes
-from dist_lm.parallel.connections import connections_of
 from dist_lm.parallel.layout import Layout
+from dist_lm.parallel.rendezvous import connections_of
 from dist_lm.prepare.compose import choices, compose_config, overrides_of, target_stage
 from dist_lm.prepare.layout import with_layout
 from dist_lm.prepare.plan import may_need

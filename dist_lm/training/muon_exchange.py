@@ -92,7 +92,8 @@ class Owners:
             _layout(mesh),
             arithmetic.bucket_bytes // self.dtype.itemsize,
             arithmetic.flops_per_byte * self.dtype.itemsize,
-            hands_on=not arithmetic.by_squares,
+            # GPUs of several kinds share all work whatever a message costs (0), which says nothing of handing on.
+            hands_on=not arithmetic.by_squares and arithmetic.flops_per_byte > 0,
         )
 
         self.replica, self.place = divmod(dist.get_rank(), self.plan.n_places)

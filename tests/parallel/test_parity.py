@@ -202,7 +202,7 @@ def test_matrices_that_ranks_hand_on_take_the_steps_of_one_process(ranks: RankGr
     assert any(unit.start for unit in make_plan(cuts, layout_of(layout), 2_000, 0.0, hands_on=True).units)
 
     muon = MuonConfig(lr=0.02, variance_beta=0.9)
-    arithmetic = Arithmetic(None, by_squares=False, flops_per_byte=0.0, bucket_bytes=8_000)
+    arithmetic = Arithmetic(None, by_squares=False, flops_per_byte=1e-6, bucket_bytes=8_000)
     found: MeshTrajectory = ranks.run(
         layout_of(layout).world_size,
         rank_steps,

@@ -31,9 +31,9 @@ from dist_lm.errors import ArtefactError, require
 from dist_lm.model.lora import without_adapters
 from dist_lm.model.size import flops_per_token, parameter_count, trained_count
 from dist_lm.model.transformer import Transformer
-from dist_lm.parallel.connections import allow_connections
 from dist_lm.parallel.layout import Layout
 from dist_lm.parallel.mesh import World, build_mesh, data_mesh, measure_all_reduce, process_group
+from dist_lm.parallel.rendezvous import allow_connections
 from dist_lm.parallel.sharding import build_model, compute_dtype, generation_dtype
 from dist_lm.parallel.values import unsharded_copy
 from dist_lm.stages.continuing import require_same_content
