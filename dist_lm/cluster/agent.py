@@ -28,7 +28,7 @@ from dist_lm.cluster.heartbeat import VARIABLE, HeartbeatBoard, Pulse
 from dist_lm.cluster.node_facts import LinkServer, NodeFacts, NodeUsage, UsageMeter
 from dist_lm.cluster.ray_cluster import access_variables
 from dist_lm.cluster.torchrun import interface_of, rank_environment
-from dist_lm.parallel.rendezvous import BACKEND, NODES_BACKEND
+from dist_lm.parallel.rendezvous import BACKEND, NODES_BACKEND, allow_store
 from dist_lm.storage import process
 from dist_lm.storage.run_directory import RunDirectory
 
@@ -176,10 +176,13 @@ class NodeAgent:
 
         Raises:
             OSError: torchrun or its log cannot be opened.
+            ConfigError: this process may have too few open files for so many ranks.
         """
         assert self._torchrun is None
         self._close_links()
 
+        if assignment.node == 0:
+            allow_store(assignment.nodes * assignment.ranks_per_node)
         self._assignment = assignment
         self._board = HeartbeatBoard(assignment.ranks_per_node)
         self._sockets = tempfile.TemporaryDirectory(prefix="dlm-")

@@ -371,12 +371,13 @@ def _muon(work: Work, config: Config, layout: Layout) -> None:
 
     shares_replicas = sharing_pays(cuts, layout, costs.flops_per_entry)
     n_places = layout.dp_shard * layout.tp
-    busiest = heaviest_load(cuts, layout.world_size if shares_replicas else n_places)
+    handing_on = costs.flops_per_entry if costs.hands_on else math.inf
+    busiest = heaviest_load(cuts, layout.world_size if shares_replicas else n_places, handing_on)
     flops = busiest.flops if is_gpu else busiest.flops_of_squares
     work.operation(flops, OWNER_PASSES * costs.item_bytes * busiest.entries, config.hardware, is_gpu)
 
     # First stage, inside a replica: shards go to owners, and steps come back.
-    n_buckets = math.ceil(busiest.entries / costs.bucket_entries)
+    n_buckets = math.ceil(busiest.entries / costs.bucket_entries) + busiest.n_more_buckets
     shard_entries = sum(cut.n_matrices * cut.matrix_size for cut in cuts) // n_places
     owners_here = layout.dp_replicate if shares_replicas else 1
     sent_bytes = costs.item_bytes * (shard_entries // owners_here + busiest.entries)

@@ -7,12 +7,16 @@ of its own; heads of one parameter stay together as long as they cost no more th
 Replicas (dp_replicate) hold the same shards. Either each of them has its own owners, and nothing is sent between them.
 Or they share the work: an owner serves its replica, and every rank gives the parts that it got to its copies in the
 other replicas. That pays where arithmetic is dear beside a message.
+
+Equal matrices that owners do not divide evenly would leave some owners with one more. There, on GPUs, a rank with less
+to do takes the first iterations of a matrix and hands it on to its owner (McNaughton 1959, "Scheduling with deadlines
+and loss functions": work that may change hands is balanced as evenly as its longest piece allows).
 """
 
 import heapq
 import math
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cache
 
@@ -22,6 +26,7 @@ from dist_lm.parallel.layout import PARAMETER_AXES, Layout, Placement, placement
 
 ITERATIONS = 5  # of Newton-Schulz, in `training.muon`
 BUCKET_BYTES = 256 << 20  # most bytes of whole matrices that a rank owns in a bucket
+LEVEL = 1.1  # the busiest rank is relieved until it has this many times the mean load, or the costliest matrix
 
 # FLOPs of a GPU in the time that one byte takes to come from another replica: 0.7 of 989 TFLOP/s beside 50 GB/s (H100).
 GPU_FLOPS_PER_BYTE = 14_000.0
@@ -71,6 +76,14 @@ def cut_of(placement: Placement) -> Cut:
 
 
 @dataclass(frozen=True)
+class Start:
+    """The first iterations of a unit, in bucket 0, by a rank that has less to do than the owner."""
+
+    place: int  # in the owner's replica
+    n_iterations: int  # from 1 to ITERATIONS - 1
+
+
+@dataclass(frozen=True)
 class Unit:
     """Consecutive matrices of one parameter, which have one owner."""
 
@@ -80,11 +93,17 @@ class Unit:
     owner: int  # place in a replica, see `Plan`
     replica: int | None  # that of the owner; None: each replica has an owner at this place
     bucket: int  # units of one bucket are sent together
+    start: Start | None = None  # None: the owner does all iterations
 
     @property
     def n_matrices(self) -> int:
         """Number of matrices."""
         return self.end - self.first
+
+    @property
+    def gatherer(self) -> int:
+        """The place that gets the shards."""
+        return self.owner if self.start is None else self.start.place
 
 
 @dataclass(frozen=True)
@@ -115,15 +134,28 @@ class Plan:
         return _piece(self.cuts[unit.parameter], unit.first, unit.end, self.layout, place)
 
     def is_source(self, unit: Unit, place: int) -> bool:
-        """Returns whether the owner gets this place's piece: of copies on tp ranks, the one that lies with it."""
+        """Returns whether the gatherer gets this place's piece: of copies on tp ranks, the one that lies with it."""
         cut = self.cuts[unit.parameter]
-        return _copy(cut, self.layout, place) == _copy(cut, self.layout, unit.owner)
+        return _copy(cut, self.layout, place) == _copy(cut, self.layout, unit.gatherer)
+
+    def whole(self, unit: Unit) -> Box:
+        """Returns all entries of a unit, in coordinates of the parameter."""
+        shape = self.cuts[unit.parameter].shape
+        if len(shape) == 2:
+            return tuple((0, size) for size in shape)
+        return ((unit.first, unit.end), *((0, size) for size in shape[1:]))
 
     def flops(self) -> list[int]:
         """Returns the FLOPs of each rank, or of the first replica if all replicas do the same."""
         loads: Counter[int] = Counter()
         for unit in self.units:
-            loads[(unit.replica or 0) * self.n_places + unit.owner] += unit.n_matrices * self.matrix_flops(unit)
+            first_rank = (unit.replica or 0) * self.n_places
+            flops = unit.n_matrices * self.matrix_flops(unit)
+            if unit.start is not None:
+                started = flops // ITERATIONS * unit.start.n_iterations
+                loads[first_rank + unit.start.place] += started
+                flops -= started
+            loads[first_rank + unit.owner] += flops
         n_ranks = self.n_places * (self.layout.dp_replicate if self.shares_replicas else 1)
         return [loads[rank] for rank in range(n_ranks)]
 
@@ -141,11 +173,13 @@ class Plan:
             n_given[unit.bucket, unit.replica] += n_own
             if unit.replica not in (None, replica):
                 continue
-            if unit.owner != place:
+            if unit.gatherer != place:
                 n_sent += n_own * self.is_source(unit, place)
-                continue
-            cut = self.cuts[unit.parameter]
-            n_sent += unit.n_matrices * cut.matrix_size * self.n_places // _n_cuts(cut, self.layout) - n_own
+            if unit.start is not None and unit.start.place == place:
+                n_sent += size_of(self.whole(unit))
+            if unit.owner == place:
+                cut = self.cuts[unit.parameter]
+                n_sent += size_of(self.whole(unit)) * self.n_places // _n_cuts(cut, self.layout) - n_own
 
         if self.shares_replicas:
             # All-gather of equal parts over the replicas: the largest part decides.
@@ -161,6 +195,7 @@ class MessageCosts:
 
     item_bytes: int
     flops_per_byte: float  # FLOPs in the time that one byte takes to come from another replica
+    hands_on: bool  # whether a rank may hand on a matrix after some iterations; not by the way of CPUs
 
     @property
     def bucket_entries(self) -> int:
@@ -176,8 +211,8 @@ class MessageCosts:
 def message_costs(device: str) -> MessageCosts:
     """Returns the costs on `cuda`, where messages are bf16, or `cpu`."""
     if device == "cuda":
-        return MessageCosts(2, GPU_FLOPS_PER_BYTE)
-    return MessageCosts(4, CPU_FLOPS_PER_BYTE)
+        return MessageCosts(2, GPU_FLOPS_PER_BYTE, hands_on=True)
+    return MessageCosts(4, CPU_FLOPS_PER_BYTE, hands_on=False)
 
 
 def matrix_cuts(model: ModelConfig, layout: Layout) -> tuple[Cut, ...]:
@@ -196,18 +231,23 @@ def plan_of_model(model: ModelConfig, layout: Layout, device: str) -> Plan:
         device: cuda | cpu.
     """
     costs = message_costs(device)
-    return make_plan(matrix_cuts(model, layout), layout, costs.bucket_entries, costs.flops_per_entry)
+    cuts = matrix_cuts(model, layout)
+    return make_plan(cuts, layout, costs.bucket_entries, costs.flops_per_entry, hands_on=costs.hands_on)
 
 
-def make_plan(cuts: Sequence[Cut], layout: Layout, bucket_entries: int, flops_per_entry: float) -> Plan:
+def make_plan(
+    cuts: Sequence[Cut], layout: Layout, bucket_entries: int, flops_per_entry: float, *, hands_on: bool = False
+) -> Plan:
     """Returns the plan for parameters that are cut in these ways; the same on every rank.
 
     Args:
         bucket_entries: most entries of the units that one rank owns in a bucket (at least one unit).
         flops_per_entry: see `sharing_pays`.
+        hands_on: whether ranks may hand on matrices after some iterations, where that saves more than it costs.
     """
     cuts = tuple(cuts)
-    return _plan(cuts, layout, bucket_entries, sharing_pays(cuts, layout, flops_per_entry))
+    shares_replicas = sharing_pays(cuts, layout, flops_per_entry)
+    return _plan(cuts, layout, bucket_entries, shares_replicas, flops_per_entry if hands_on else math.inf)
 
 
 def sharing_pays(cuts: tuple[Cut, ...], layout: Layout, flops_per_entry: float) -> bool:
@@ -233,45 +273,146 @@ class Load:
     flops: int
     flops_of_squares: int  # by the way of CPUs
     entries: int  # of its matrices
+    n_more_buckets: int  # 2 if matrices are handed on: those of starts and of what owners finish
 
 
 @cache
-def heaviest_load(cuts: tuple[Cut, ...], n_ranks: int) -> Load:
+def heaviest_load(cuts: tuple[Cut, ...], n_ranks: int, handing_on: float = math.inf) -> Load:
     """Returns the work of the busiest of `n_ranks` owners that all hold a part of every matrix: as `_plan` shares it,
-    but without its holders, in microseconds a unit."""
+    but without its holders and replicas, in microseconds a unit.
+
+    Args:
+        handing_on: FLOPs that handing on an entry costs; infinite: nothing is handed on.
+    """
     units = [(end - first, cuts[number]) for number, first, end in _units(cuts)]
-    loads = [(0, 0, 0)] * n_ranks
-    for n_matrices, cut in sorted(units, key=lambda unit: -unit[0] * unit[1].matrix_flops):
-        flops, flops_of_squares, entries = loads[0]
-        flops += n_matrices * cut.matrix_flops
+    cost_of = [n_matrices * cut.matrix_flops for n_matrices, cut in units]
+    size_of_unit = [n_matrices * cut.matrix_size for n_matrices, cut in units]
+
+    loads = [(0, 0, 0, rank) for rank in range(n_ranks)]
+    owned: list[list[int]] = [[] for _ in range(n_ranks)]
+    for index in sorted(range(len(units)), key=lambda index: -cost_of[index]):
+        n_matrices, cut = units[index]
+        flops, flops_of_squares, entries, rank = loads[0]
+        flops += cost_of[index]
         flops_of_squares += n_matrices * cut.matrix_flops_of_squares
-        heapq.heapreplace(loads, (flops, flops_of_squares, entries + n_matrices * cut.matrix_size))
-    return Load(*max(loads))
+        heapq.heapreplace(loads, (flops, flops_of_squares, entries + size_of_unit[index], rank))
+        owned[rank].append(index)
+
+    flops_of = {rank: flops for flops, _, _, rank in loads}
+    flops_of_ranks = [flops_of[rank] for rank in range(n_ranks)]
+    starts, flops = _starts(flops_of_ranks, owned, cost_of, size_of_unit, lambda _: range(n_ranks), n_ranks, handing_on)
+    _, flops_of_squares, entries, _ = max(loads)
+    return Load(flops, flops_of_squares, entries, 2 if starts else 0)
 
 
-def _plan(cuts: tuple[Cut, ...], layout: Layout, bucket_entries: int, shares_replicas: bool) -> Plan:
-    """Balances FLOPs: the costliest unit first, each to the least loaded of its holders (Graham 1969, LPT)."""
+def _plan(
+    cuts: tuple[Cut, ...], layout: Layout, bucket_entries: int, shares_replicas: bool, flops_per_entry: float
+) -> Plan:
+    """Balances FLOPs: the costliest unit first, each to the least loaded of its holders (Graham 1969, LPT).
+
+    Args:
+        flops_per_entry: FLOPs that handing on an entry costs; infinite: nothing is handed on.
+    """
     units = _units(cuts)
     cost_of = [(end - first) * cuts[number].matrix_flops for number, first, end in units]
+    size_of_unit = [(end - first) * cuts[number].matrix_size for number, first, end in units]
     n_places = layout.dp_shard * layout.tp
     n_ranks = layout.world_size if shares_replicas else n_places
+
+    def holders_of(index: int) -> Sequence[int]:
+        number, first, end = units[index]
+        return _holders(cuts[number], first, end, layout, n_ranks)
 
     loads = [0] * n_ranks
     entries = [0] * n_ranks
     # A replica gives all that it owns to the others, so replicas are balanced too.
     replica_entries = [0] * layout.dp_replicate
-    planned: dict[int, Unit] = {}
+    owned: list[list[int]] = [[] for _ in range(n_ranks)]  # units of each rank, the costliest first
     for index in sorted(range(len(units)), key=lambda index: (-cost_of[index], index)):
-        number, first, end = units[index]
-        holders = _holders(cuts[number], first, end, layout, n_ranks)
-        rank = min(holders, key=lambda rank: (loads[rank], replica_entries[rank // n_places], entries[rank], rank))
-        replica, place = divmod(rank, n_places)
-        bucket = entries[rank] // bucket_entries
-        planned[index] = Unit(number, first, end, place, replica if shares_replicas else None, bucket)
+        rank = min(
+            holders_of(index),
+            key=lambda rank: (loads[rank], replica_entries[rank // n_places], entries[rank], rank),
+        )
+        owned[rank].append(index)
         loads[rank] += cost_of[index]
-        entries[rank] += (end - first) * cuts[number].matrix_size
-        replica_entries[replica] += (end - first) * cuts[number].matrix_size
+        entries[rank] += size_of_unit[index]
+        replica_entries[rank // n_places] += size_of_unit[index]
+
+    starts, _ = _starts(loads, owned, cost_of, size_of_unit, holders_of, n_places, flops_per_entry)
+
+    # Bucket 0 has all starts. Owners finish these units after their other ones, when they have come.
+    first_bucket = 1 if starts else 0
+    bucket_of: dict[int, int] = {}
+    for indices in owned:
+        n_before = 0
+        for index in indices:
+            if index not in starts:
+                bucket_of[index] = first_bucket + n_before // bucket_entries
+                n_before += size_of_unit[index]
+    last_bucket = 1 + max(bucket_of.values(), default=first_bucket)
+
+    planned: dict[int, Unit] = {}
+    for rank, indices in enumerate(owned):
+        replica, place = divmod(rank, n_places)
+        for index in indices:
+            bucket = bucket_of.get(index, last_bucket)
+            owner_replica = replica if shares_replicas else None
+            planned[index] = Unit(*units[index], place, owner_replica, bucket, starts.get(index))
     return Plan(layout, cuts, shares_replicas, tuple(planned[index] for index in range(len(units))))
+
+
+def _starts(
+    loads: Sequence[int],
+    owned: Sequence[Sequence[int]],
+    cost_of: Sequence[int],
+    size_of_unit: Sequence[int],
+    holders_of: Callable[[int], Sequence[int]],
+    n_places: int,
+    flops_per_entry: float,
+) -> tuple[dict[int, Start], int]:
+    """Returns which units another rank of the owner's replica starts, and the largest load with them. They bring the
+    largest load to LEVEL times the mean or the costliest unit, or as near as whole iterations allow. None if that saves
+    less than the messages cost.
+
+    Args:
+        loads: FLOPs of each rank.
+        owned: units of each rank, the costliest first.
+        cost_of: FLOPs of each unit.
+        size_of_unit: entries of each unit.
+        holders_of: returns the ranks that hold a part of a unit.
+        n_places: ranks of a replica.
+        flops_per_entry: FLOPs that handing on an entry costs; infinite: nothing is handed on.
+    """
+    enough = LEVEL * max(sum(loads) / len(loads), max(cost_of, default=0))
+    eased = list(loads)
+    starts: dict[int, Start] = {}
+    handed_on: Counter[int] = Counter()  # entries by rank
+    for first in range(0, len(loads), n_places):
+        replica = range(first, first + n_places)
+        while True:
+            busiest = max(replica, key=eased.__getitem__)
+            whole_units = [index for index in owned[busiest] if index not in starts]
+            if eased[busiest] <= enough or not whole_units:
+                break
+
+            index = whole_units[0]
+            idlest = min((rank for rank in holders_of(index) if rank in replica), key=eased.__getitem__)
+            iteration = cost_of[index] // ITERATIONS
+            # The fewest iterations that leave the busier of the two with least.
+            busier = [max(eased[busiest] - n * iteration, eased[idlest] + n * iteration) for n in range(ITERATIONS)]
+            n_iterations = busier.index(min(busier))
+            if n_iterations == 0 or n_iterations * iteration < flops_per_entry * size_of_unit[index]:
+                break
+            starts[index] = Start(idlest - first, n_iterations)
+            eased[busiest] -= n_iterations * iteration
+            eased[idlest] += n_iterations * iteration
+            handed_on[idlest] += size_of_unit[index]
+
+    # Other replicas may have a rank that nobody can relieve.
+    saved = max(loads) - max(eased)
+    if not saved or saved < flops_per_entry * max(handed_on.values()):
+        return {}, max(loads)
+    return starts, max(eased)
 
 
 def _units(cuts: Sequence[Cut]) -> list[tuple[int, int, int]]:

@@ -4,9 +4,12 @@ On one machine it is a file in a folder that only the user of the run can enter.
 addresses and asks nobody for a token: another user of the machine could write its keys, and with them have a rank
 connect to a socket of his. Ranks on several nodes have no file in common and use the TCPStore of torchrun; under the
 launcher it listens on the address of the first node alone. Whoever reaches that address can write its keys.
+
+Having met, ranks connect. Connections grow with the ranks. Each takes one of the files that a process may have open.
 """
 
 import os
+import resource
 import socket
 import stat
 import tempfile
@@ -17,6 +20,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from dist_lm.errors import ConfigError
+from dist_lm.parallel.layout import Layout
 
 if TYPE_CHECKING:
     from torch.distributed import Store
@@ -26,6 +30,8 @@ VARIABLE = "DIST_LM_STORE"  # environment variable of a rank: file of the store,
 ERROR_FILE = "TORCHELASTIC_ERROR_FILE"  # torchrun's own: FOLDER/attempt_N/LOCAL_RANK/error.json
 BACKEND = "private"  # a name for `torchrun --rdzv-backend`, on one node
 NODES_BACKEND = "address"  # the same, on several
+OTHER_FILES = 512  # tars, logs and pipes of a process, with room to spare
+STORES_OF_RANK = 4  # connections of a rank to the store: one until the run is prepared, one of its groups, and room
 
 
 def store_of_ranks(timeout_s: float, environ: Mapping[str, str] = os.environ) -> "Store":
@@ -170,3 +176,47 @@ def address_handler() -> "Callable[[RendezvousParameters], RendezvousHandler]":
         return AddressRendezvous(*place, rank, static.world_size, static.run_id, timeout_s)
 
     return create
+
+
+# --- connections ---
+
+
+def connections_of(layout: Layout) -> int:
+    """Returns how many connections of gloo a rank has: gloo connects every two ranks of a group. On GPUs it has them
+    beside those of NCCL."""
+    n_ranks = layout.world_size
+    sizes = (layout.dp_replicate * layout.dp_shard, layout.dp_replicate, layout.dp_shard, layout.tp)
+    # An axis of all ranks uses the first group. Saving of checkpoints has a group of its own, in a thread.
+    of_axes = sum(size - 1 for size in sizes if size < n_ranks)
+    return 2 * (n_ranks - 1) + of_axes
+
+
+def allow_connections(layout: Layout) -> None:
+    """Raises the limit of open files of this rank if its connections need that.
+
+    Raises:
+        ConfigError: the limit may not be raised that far.
+    """
+    _allow(connections_of(layout) + OTHER_FILES, f"a rank of {layout.world_size:,}")
+
+
+def allow_store(n_ranks: int) -> None:
+    """Raises the limit of open files of this process, and of torchrun that it starts and that holds the store of
+    `n_ranks` ranks, if that is needed.
+
+    Raises:
+        ConfigError: the limit may not be raised that far.
+    """
+    _allow(STORES_OF_RANK * n_ranks + OTHER_FILES, f"the store of {n_ranks:,} ranks")
+
+
+def _allow(needed: int, whose: str) -> None:
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    if soft == resource.RLIM_INFINITY or soft >= needed:
+        return
+    if hard != resource.RLIM_INFINITY and hard < needed:
+        raise ConfigError(
+            f"open files of {whose}: at most {hard:,} here, expected {needed:,} for its connections: raise the hard "
+            "limit on all nodes (ulimit -Hn; LimitNOFILE= of slurmd)"
+        )
+    resource.setrlimit(resource.RLIMIT_NOFILE, (needed, hard))

@@ -22,6 +22,7 @@ from dist_lm.parallel.owners import BUCKET_BYTES, CPU_FLOPS_PER_BYTE, GPU_FLOPS_
 from dist_lm.parallel.values import shard_of
 
 NEWTON_SCHULZ = (3.4445, -4.7750, 2.0315)  # steepest at 0: singular values from 0.01 to 1 become about 0.7 to 1.2
+ALL_ITERATIONS = range(ITERATIONS)
 EPSILON = 1e-7
 VARIANCE_EPSILON = 1e-8
 STACK_BYTES = 256 << 20  # most bytes of whole matrices that a single rank handles at once
@@ -49,12 +50,15 @@ def arithmetic_of(device: torch.device) -> Arithmetic:
     return GPU_WITHOUT_BF16 if lacks_bf16(device) else GPU
 
 
-def orthogonal(matrices_NIJ: torch.Tensor, arithmetic: Arithmetic | None = None) -> torch.Tensor:
+def orthogonal(
+    matrices_NIJ: torch.Tensor, arithmetic: Arithmetic | None = None, iterations: range = ALL_ITERATIONS
+) -> torch.Tensor:
     """Returns matrices with the same singular vectors and singular values of about 0.7 to 1.2, (N, I, J), in the same
     dtype. The input stays as it is.
 
     Args:
         arithmetic: None: that of the device of the matrices.
+        iterations: fewer than all: another call goes on with the result of the one before. Not by squares.
     """
     arithmetic = arithmetic or arithmetic_of(matrices_NIJ.device)
     x_NIJ = matrices_NIJ.to(arithmetic.dtype or matrices_NIJ.dtype)
@@ -64,19 +68,24 @@ def orthogonal(matrices_NIJ: torch.Tensor, arithmetic: Arithmetic | None = None)
     if is_tall:
         x_NIJ = x_NIJ.mT
 
-    x_NIJ = x_NIJ / (x_NIJ.norm(dim=(-2, -1), keepdim=True) + EPSILON)
-    x_NIJ = newton_schulz_of_squares(x_NIJ) if arithmetic.by_squares else newton_schulz(x_NIJ)
+    if iterations.start == 0:
+        x_NIJ = x_NIJ / (x_NIJ.norm(dim=(-2, -1), keepdim=True) + EPSILON)
+    if arithmetic.by_squares:
+        assert iterations == ALL_ITERATIONS, "squares are taken once for all iterations"
+        x_NIJ = newton_schulz_of_squares(x_NIJ)
+    else:
+        x_NIJ = newton_schulz(x_NIJ, len(iterations))
 
     if is_tall:
         x_NIJ = x_NIJ.mT
     return x_NIJ.to(matrices_NIJ.dtype)
 
 
-def newton_schulz(x_NIJ: torch.Tensor) -> torch.Tensor:
-    """Returns x after ITERATIONS times x <- (a + b s + c s^2) x with s = x x^T; the Frobenius norm of x must be at most
-    1."""
+def newton_schulz(x_NIJ: torch.Tensor, n_iterations: int = ITERATIONS) -> torch.Tensor:
+    """Returns x after n_iterations times x <- (a + b s + c s^2) x with s = x x^T; the Frobenius norm of x must be at
+    most 1 before the first one."""
     a, b, c = NEWTON_SCHULZ
-    for _ in range(ITERATIONS):
+    for _ in range(n_iterations):
         # Sums inside products: fewer passes over the matrices, and fewer roundings in bf16.
         square_NII = x_NIJ @ x_NIJ.mT
         factor_NII = torch.baddbmm(square_NII, square_NII, square_NII, beta=b, alpha=c)

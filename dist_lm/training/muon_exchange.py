@@ -1,14 +1,15 @@
 """Muon on several ranks: shards of matrices travel to their owners, and steps travel back.
 
 `parallel.owners` plans which rank owns which matrix; `training.muon` has the arithmetic. A rank sends its shards to
-owners in buckets: while one bucket is computed, the next one is under way.
+owners in buckets: while one bucket is computed, the next one is under way. Some matrices are started by another rank,
+in a bucket of their own, which hands them on to their owners in place of steps.
 
 Dimensions: N matrices of one shape, I rows, J columns.
 """
 
 import math
 import zlib
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -21,7 +22,14 @@ from dist_lm.parallel.gloo import gather_by_exchange
 from dist_lm.parallel.layout import PARAMETER_AXES, Layout
 from dist_lm.parallel.owners import Box, Cut, Unit, make_plan, pieces, size_of
 from dist_lm.parallel.values import shard_of
-from dist_lm.training.muon import GPU_WITHOUT_BF16, Arithmetic, Stepped, arithmetic_of, orthogonal
+from dist_lm.training.muon import (
+    ALL_ITERATIONS,
+    GPU_WITHOUT_BF16,
+    Arithmetic,
+    Stepped,
+    arithmetic_of,
+    orthogonal,
+)
 
 Pieces = list[list[tuple[Unit, Box]]]
 """Pieces of units, for each rank of a group."""
@@ -46,12 +54,21 @@ class Message:
 class Bucket:
     """The units that are sent together, as this rank sees them; pieces are listed by rank of the replica."""
 
-    owned: list[Unit]  # by this rank
+    owned: list[Unit]  # by this rank; in the bucket of starts: those that it starts
     given: Pieces  # this rank's pieces that an owner needs
     taken: Pieces  # pieces of this rank's own units
-    returned: Pieces  # pieces of the steps of this rank's own units
-    received: Pieces  # pieces of the steps that an owner returns to this rank
+    returned: Pieces  # pieces of the steps of this rank's own units; of starts: the units, for their owners
+    received: Pieces  # pieces of the steps that an owner returns to this rank; of starts: the units that it owns
     shared: Pieces  # this rank's pieces of all steps, by replica of the owner; empty if replicas share no work
+    is_starts: bool = False  # units in it are started and handed on to their owners
+
+    def iterations(self, unit: Unit) -> range:
+        """Returns which iterations a unit of this bucket goes through here."""
+        if unit.start is None:
+            return ALL_ITERATIONS
+        if self.is_starts:
+            return ALL_ITERATIONS[: unit.start.n_iterations]
+        return ALL_ITERATIONS[unit.start.n_iterations :]
 
 
 class Owners:
@@ -75,6 +92,8 @@ class Owners:
             _layout(mesh),
             arithmetic.bucket_bytes // self.dtype.itemsize,
             arithmetic.flops_per_byte * self.dtype.itemsize,
+            # GPUs of several kinds share all work whatever a message costs (0), which says nothing of handing on.
+            hands_on=not arithmetic.by_squares and arithmetic.flops_per_byte > 0,
         )
 
         self.replica, self.place = divmod(dist.get_rank(), self.plan.n_places)
@@ -90,27 +109,48 @@ class Owners:
         n_replicas = self.plan.layout.dp_replicate if self.plan.shares_replicas else 0
 
         bucket = Bucket([], *([[] for _ in ranks] for _ in range(4)), shared=[[] for _ in range(n_replicas)])
+        bucket.is_starts = number == 0 and any(unit.start for unit in self.plan.units)
         for unit in self.plan.units:
-            if unit.bucket != number:
+            is_here = unit.replica in (None, self.replica)
+            if is_here and bucket.is_starts and unit.start is not None:
+                self._add_shards(bucket, unit, peer_at)
+                self._add_start(bucket, unit, peer_at)
+            if number != unit.bucket:
                 continue
+
             box = self.plan.piece(unit, self.place)
             if unit.replica is not None and size_of(box):
                 bucket.shared[unit.replica].append((unit, box))
-            if unit.replica not in (None, self.replica):
+            if not is_here:
                 continue
-
-            owner = peer_at[unit.owner]
+            if unit.start is None:
+                self._add_shards(bucket, unit, peer_at)
             if size_of(box):
-                bucket.received[owner].append((unit, box))
-                if self.plan.is_source(unit, self.place):
-                    bucket.given[owner].append((unit, box))
+                bucket.received[peer_at[unit.owner]].append((unit, box))
             if unit.owner == self.place:
                 bucket.owned.append(unit)
                 for place, piece in pieces(self.plan, unit):
                     bucket.returned[peer_at[place]].append((unit, piece))
-                    if self.plan.is_source(unit, place):
-                        bucket.taken[peer_at[place]].append((unit, piece))
         return bucket
+
+    def _add_shards(self, bucket: Bucket, unit: Unit, peer_at: Mapping[int, int]) -> None:
+        """Adds the way of a unit's shards to the rank that gathers them."""
+        box = self.plan.piece(unit, self.place)
+        if size_of(box) and self.plan.is_source(unit, self.place):
+            bucket.given[peer_at[unit.gatherer]].append((unit, box))
+        if unit.gatherer == self.place:
+            for place, piece in pieces(self.plan, unit):
+                if self.plan.is_source(unit, place):
+                    bucket.taken[peer_at[place]].append((unit, piece))
+
+    def _add_start(self, bucket: Bucket, unit: Unit, peer_at: Mapping[int, int]) -> None:
+        """Adds the way of a unit from the rank that starts it to its owner."""
+        assert unit.start is not None
+        if unit.start.place == self.place:
+            bucket.owned.append(unit)
+            bucket.returned[peer_at[unit.owner]].append((unit, self.plan.whole(unit)))
+        if unit.owner == self.place:
+            bucket.received[peer_at[unit.start.place]].append((unit, self.plan.whole(unit)))
 
     def _is_in_replica(self, rank: int) -> bool:
         return rank // self.plan.n_places == self.replica
@@ -124,15 +164,20 @@ class Owners:
         """
         gathering = self._gather(stepped, self.buckets[0])
         returning: tuple[Bucket, Message] | None = None
+        started: dict[Unit, torch.Tensor] = {}
         for bucket, following in zip(self.buckets, [*self.buckets[1:], None], strict=True):
             # All ranks send in the same order: the next bucket before the steps of this one.
             gathered = gathering.wait()
             if following is not None:
                 gathering = self._gather(stepped, following)
-            steps = self._orthogonal(stepped, bucket, gathered)
+            steps = self._orthogonal(stepped, bucket, gathered, started)
             del gathered
             message = self._send_back(bucket, steps)
-            if returning is not None:
+
+            # The units of bucket 0 come while bucket 1 is computed. Their owners finish them in the last one.
+            if returning is not None and returning[0].is_starts:
+                started = {unit: part for (unit, _), part in _parts(returning[0].received, returning[1].wait())}
+            elif returning is not None:
                 yield from self._received(stepped, *returning)
             returning = (bucket, message)
         assert returning is not None, "there is a bucket"
@@ -148,25 +193,38 @@ class Owners:
         return self._exchange(directions, bucket.given, bucket.taken, stepped[0].gradient.device)
 
     def _orthogonal(
-        self, stepped: Sequence[Stepped], bucket: Bucket, gathered: torch.Tensor
+        self, stepped: Sequence[Stepped], bucket: Bucket, gathered: torch.Tensor, started: dict[Unit, torch.Tensor]
     ) -> dict[Unit, torch.Tensor]:
-        """Returns the steps of the units that this rank owns, each (n, I, J) or (I, J)."""
+        """Returns the steps of the units that this rank owns, each (n, I, J) or (I, J); in the bucket of starts, the
+        units after their first iterations.
+
+        Args:
+            started: units that other ranks have started; those of this bucket are taken out.
+        """
         # Matrices of one shape are computed together.
-        alike: dict[tuple[int, ...], list[Unit]] = {}
+        alike: dict[tuple[range, tuple[int, ...]], list[Unit]] = {}
         for unit in bucket.owned:
-            alike.setdefault(self.plan.cuts[unit.parameter].shape[-2:], []).append(unit)
-        stacks: dict[tuple[int, ...], torch.Tensor] = {}
+            shape = self.plan.cuts[unit.parameter].shape[-2:]
+            alike.setdefault((bucket.iterations(unit), shape), []).append(unit)
+        stacks: dict[tuple[range, tuple[int, ...]], torch.Tensor] = {}
         wholes: dict[Unit, torch.Tensor] = {}
-        for shape, units in alike.items():
-            stacks[shape] = gathered.new_empty(sum(unit.n_matrices for unit in units), *shape)
-            wholes |= self._units(stacks[shape], units)
+        for (iterations, shape), units in alike.items():
+            stack_NIJ = gathered.new_empty(sum(unit.n_matrices for unit in units), *shape)
+            stacks[iterations, shape] = stack_NIJ
+            wholes |= self._units(stack_NIJ, units)
         for (unit, box), part in _parts(bucket.taken, gathered):
             wholes[unit][_within(unit, box)] = part
+        for unit in wholes.keys() & started.keys():
+            wholes[unit].copy_(started.pop(unit))
         del wholes
 
         steps: dict[Unit, torch.Tensor] = {}
-        for shape, units in alike.items():
-            steps |= self._units(orthogonal(stacks.pop(shape), self.arithmetic), units)
+        for (iterations, shape), units in alike.items():
+            stack_NIJ = orthogonal(stacks.pop((iterations, shape)), self.arithmetic, iterations)
+            steps |= self._units(stack_NIJ, units)
+        if bucket.is_starts:
+            return steps
+
         for unit, step in steps.items():
             if (variance := stepped[unit.parameter].variance) is not None:
                 neuron_sq = variance.neuron_sq

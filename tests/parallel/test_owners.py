@@ -62,6 +62,8 @@ def test_every_entry_goes_once_to_a_holder_and_comes_back_to_every_holder(layout
         ("large", Layout(8, 8, 8)),
         ("xlarge", Layout(64, 8, 1)),
         ("xlarge", Layout(8, 64, 1)),
+        ("llama_8b", Layout(8, 8, 1)),
+        ("llama_8b", Layout(1, 64, 1)),
         ("llama_8b", Layout(64, 8, 1)),
         ("llama_8b", Layout(8, 64, 1)),
     ],
@@ -103,8 +105,39 @@ def test_replicas_share_work_where_arithmetic_is_dearer_than_a_message():
     assert not plan_of(model, Layout(1, 2, 1), 0.0).shares_replicas
 
 
-def test_equal_matrices_that_ranks_do_not_divide_leave_some_owners_with_one_more():
-    """Finds a balance worse than whole matrices allow: 96 of `llama_8b` on 64 ranks give 32 of them a second one."""
-    plan = plan_of_model(compose_config(["model=llama_8b", "stage=language"]).model, Layout(8, 8, 1), "cuda")
-    costliest = max(cut.matrix_flops for cut in plan.cuts)
-    assert max(plan.flops()) <= 1.02 * 2 * costliest
+def uneven(n_matrices: int, layout: Layout, flops_per_entry: float = 0.0) -> Plan:
+    """A plan for equal matrices, which ranks may hand on."""
+    cuts = [Cut((16, 40), (None, 0, None))] * n_matrices
+    return make_plan(cuts, layout, 1 << 20, flops_per_entry, hands_on=True)
+
+
+@pytest.mark.parametrize(
+    ("n_matrices", "layout", "iterations"),
+    [(6, Layout(1, 4, 1), 8), (11, Layout(1, 8, 1), 7), (12, Layout(2, 4, 1), 8), (8, Layout(1, 4, 1), 10)],
+    ids=str,
+)
+def test_a_rank_with_less_to_do_starts_a_matrix_of_its_replica(n_matrices, layout, iterations):
+    """Finds owners with one matrix more than others, which wait for them."""
+    plan = uneven(n_matrices, layout)
+    cost = plan.cuts[0].matrix_flops
+    assert max(plan.flops()) == iterations * cost // 5
+    assert sum(plan.flops()) == n_matrices * cost
+    started = [unit for unit in plan.units if unit.start]
+    assert bool(started) == (n_matrices % layout.world_size > 0)
+    for unit in plan.units:
+        if unit.start:
+            assert unit.start.place != unit.owner
+        # Starts are sent with the steps of bucket 0, which come while bucket 1 is computed.
+        assert unit.bucket >= (2 if unit.start else 1 if started else 0)
+
+    sent = sum(plan.sent(rank) for rank in range(layout.dp_shard))
+    if layout.dp_replicate == 1:
+        # Shards to the rank that gathers them, but its own; the same for steps; a matrix for each start.
+        assert sent == 2 * n_matrices * 640 * (layout.dp_shard - 1) // layout.dp_shard + len(started) * 640
+
+
+def test_a_matrix_is_handed_on_only_where_that_saves_more_than_the_message_costs():
+    cut = uneven(6, Layout(1, 4, 1)).cuts[0]
+    saved_per_entry = 2 * cut.matrix_flops / 5 / cut.matrix_size
+    assert any(unit.start for unit in uneven(6, Layout(1, 4, 1), 0.99 * saved_per_entry).units)
+    assert not any(unit.start for unit in uneven(6, Layout(1, 4, 1), 1.01 * saved_per_entry).units)

@@ -4,12 +4,14 @@ The reference computes in float64, so all differences are rounding. fp32 in one 
 tensor's largest entry itself (key biases, whose parts cancel); a wrong factor or a forgotten sum by more than 1e-3.
 """
 
+from dataclasses import replace
 from itertools import combinations, product
 
 import pytest
 
 from dist_lm.config.model import ModelConfig
 from dist_lm.config.stage import MuonConfig
+from dist_lm.parallel.owners import make_plan, matrix_cuts
 from dist_lm.training.muon import Arithmetic
 from tests.model.option_rows import AFTER, ROWS, TOGETHER, OptionRow
 from tests.parallel.on_a_mesh import MeshTrajectory, rank_steps
@@ -178,6 +180,29 @@ def test_orthogonal_steps_in_many_messages_are_those_of_one_process(
 ):
     model, muon = model_of((6, 3)), MuonConfig(lr=0.02, variance_beta=0.9)
     arithmetic = Arithmetic(None, by_squares=True, flops_per_byte=flops_per_byte, bucket_bytes=8_000)
+    found: MeshTrajectory = ranks.run(
+        layout_of(layout).world_size,
+        rank_steps,
+        model,
+        parallel_of(layout),
+        range(2),
+        muon=muon,
+        arithmetic=arithmetic,
+    )
+    assert entries_off(found.end, expected_of(model, 2, muon).end, ORTHOGONAL_ENTRY) == {}
+    assert found.torn == found.dirty == set()
+
+
+@pytest.mark.heavy
+@pytest.mark.parametrize("layout", layouts("1x4x1", "2x2x1", "1x2x2+sp"))
+def test_matrices_that_ranks_hand_on_take_the_steps_of_one_process(ranks: RankGroups, layout: str):
+    """Finds a matrix that its owner normalises again, finishes with too few iterations, or takes for another."""
+    model = replace(model_of((6, 3)), n_layers=3)  # 6 costly matrices for 4 ranks
+    cuts = matrix_cuts(model, layout_of(layout))
+    assert any(unit.start for unit in make_plan(cuts, layout_of(layout), 2_000, 0.0, hands_on=True).units)
+
+    muon = MuonConfig(lr=0.02, variance_beta=0.9)
+    arithmetic = Arithmetic(None, by_squares=False, flops_per_byte=1e-6, bucket_bytes=8_000)
     found: MeshTrajectory = ranks.run(
         layout_of(layout).world_size,
         rank_steps,

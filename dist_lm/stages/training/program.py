@@ -33,6 +33,7 @@ from dist_lm.model.size import flops_per_token, parameter_count, trained_count
 from dist_lm.model.transformer import Transformer
 from dist_lm.parallel.layout import Layout
 from dist_lm.parallel.mesh import World, adds_sums, build_mesh, data_mesh, measure_all_reduce, process_group
+from dist_lm.parallel.rendezvous import allow_connections
 from dist_lm.parallel.sharding import build_model, compute_dtype, generation_dtype
 from dist_lm.parallel.values import unsharded_copy
 from dist_lm.stages.continuing import require_same_content
@@ -75,13 +76,14 @@ def joined(run: RunDirectory, config: Config, heartbeat: Heartbeat) -> Iterator[
 
     Raises:
         ArtefactError: the tokenizer is missing or damaged.
-        ConfigError: this rank should have a GPU and its node has too few.
+        ConfigError: this rank should have a GPU and its node has too few, or may open too few files.
     """
     # Heartbeats detect hangs, not this timeout. It is long because the other ranks of stage rlhf wait in one collective
     # while the first rank generates: a shorter one would end a healthy run.
     patience = max(config.cluster.hang_otherwise_s, config.cluster.hang_min_s, COLLECTIVE_S) + COLLECTIVE_MARGIN_S
+    layout = Layout.recorded(config.parallel)
+    allow_connections(layout)
     with process_group(config.device, patience) as world:
-        layout = Layout.recorded(config.parallel)
         assert layout.world_size == world.size, f"{layout} was not resolved for {world.size} ranks"
         mesh = build_mesh(layout, world.device)
 
