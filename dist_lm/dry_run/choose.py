@@ -47,8 +47,8 @@ def fits(memory: int, memory_gib: float) -> bool:
 def candidates(config: Config, world_size: int) -> list[Candidate]:
     """Returns every possible layout with all open settings, fastest first; equally fast ones in order of simplicity.
 
-    Sequences are split over ranks (cp) as `config` says. If it leaves cp at 1 and nothing fits the memory or the batch,
-    the smallest cp with which something fits is tried, too.
+    Sequences are split over ranks (cp) as `config` says. If it leaves cp at 1 and nothing fits the memory, the smallest
+    cp with which something fits is tried, too.
 
     Raises:
         ConfigError: no layout of this many ranks fits the model and the batch, or parameters are offloaded.
@@ -65,7 +65,11 @@ def candidates(config: Config, world_size: int) -> list[Candidate]:
     # Messages of cp are waited for, so it is the last resort. Generation of stage rlhf has whole sequences.
     is_open = config.parallel.cp == 1 and config.stage.name != "rlhf"
     for cp in divisors(world_size)[1:]:
-        if not is_open or any(fits(candidate.memory, config.hardware.memory_gib) for candidate in possible):
+        if (
+            not is_open
+            or not possible
+            or any(fits(candidate.memory, config.hardware.memory_gib) for candidate in possible)
+        ):
             break
         possible += _candidates_with(config, world_size, cp)
 

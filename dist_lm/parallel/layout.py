@@ -141,8 +141,8 @@ def misfit(layout: Layout, model: ModelConfig) -> str | None:
 def head_padding(layout: Layout, model: ModelConfig) -> float:
     """Returns the elements of attention weights that FSDP gathers, with padding, per element without padding.
 
-    FSDP cuts attention weights along d_model. If the number of shards does not divide d_model, it cuts along the heads, because it
-    cuts unevenly on dimension 0 only: 25 heads over 128 ranks are padded to 128.
+    FSDP cuts attention weights along d_model. If the number of shards does not divide d_model, it cuts along the heads,
+    because it cuts unevenly on dimension 0 only: 25 heads over 128 ranks are padded to 128.
     """
     if layout.tp > 1 or model.d_model % layout.shards == 0:
         return 1.0

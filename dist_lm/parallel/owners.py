@@ -43,9 +43,8 @@ class Cut:
     """How one parameter of padded `shape`, (I, J) or (N, I, J) for N matrices, is cut on the mesh."""
 
     shape: Shape
-    dims: tuple[
-        int | None, int | None, int | None
-    ]  # dimension that each of PARAMETER_AXES cuts; None: the axis has copies
+    # the dimension that each of PARAMETER_AXES cuts; None: the axis has copies
+    dims: tuple[int | None, int | None, int | None]
 
     @property
     def n_matrices(self) -> int:

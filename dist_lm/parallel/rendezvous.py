@@ -185,7 +185,9 @@ def connections_of(layout: Layout) -> int:
     """Returns how many connections of gloo a rank has: gloo connects every two ranks of a group. On GPUs it has them
     beside those of NCCL."""
     n_ranks = layout.world_size
-    sizes = (layout.dp_replicate * layout.dp_shard, layout.dp_replicate, layout.dp_shard, layout.tp)
+    sizes = [layout.dp, layout.dp_replicate, layout.shards, layout.tp]
+    if layout.cp > 1:
+        sizes += [layout.dp_shard, layout.cp]
     # An axis of all ranks uses the first group. Saving of checkpoints has a group of its own, in a thread.
     of_axes = sum(size - 1 for size in sizes if size < n_ranks)
     return 2 * (n_ranks - 1) + of_axes

@@ -461,10 +461,17 @@ def require_intact(checkpoint: Path, damage_of: Callable[[Path], str | None] = f
     return checkpoint
 
 
+SCALED_POSITIONS = (
+    *("rope_base", "rope_scaling", "rope_factor", "rope_low_freq_factor", "rope_high_freq_factor"),
+    *("rope_original_len", "rope_beta_fast", "rope_beta_slow", "rope_truncate", "rope_attention_factor"),
+)
+
+
 def check_start(checkpoint: Path, saved: dict[str, Any], model_config: ModelConfig) -> None:
     """Refuses a checkpoint that a model cannot start from.
 
-    A model with a scalar head may start from one with a token head.
+    A model with a scalar head may start from one with a token head, and a model for longer contexts that scales its
+    positions from one that does not, or otherwise.
 
     Args:
         saved: configuration of the model in the checkpoint.
@@ -476,6 +483,8 @@ def check_start(checkpoint: Path, saved: dict[str, Any], model_config: ModelConf
     if model_config.head == "scalar" and saved["head"] == "tokens":
         # Without a token head, it does not matter whether the token head was tied.
         may_differ = ("head", "tie_embeddings")
+    if model_config.rope_scaling != "none" and model_config.max_seq_len > saved["max_seq_len"]:
+        may_differ += SCALED_POSITIONS
     check_same_model(checkpoint, saved, model_config, but=may_differ)
 
 

@@ -50,6 +50,19 @@ def test_there_is_a_layout_for_published_shapes_on_a_node_and_on_many(model, n_r
     assert chosen.layout.world_size == n_ranks
 
 
+def test_sequences_are_split_over_ranks_where_nothing_else_fits():
+    """Finds a long context for which there is no layout, and ranks that share a sequence without need."""
+    batch = ("stage.global_batch=8", "stage.micro_batch=1", "parallel.tp=1")
+    longest = ("model.max_seq_len=262144", "stage.seq_len=262144")
+    config = auto(*batch, *longest, "model.n_layers=4", "hardware.memory_gib=16")
+    chosen = best(config, candidates(config, 8))
+    assert chosen.layout.cp > 1
+    assert chosen.layout.world_size == 8
+    assert fits(chosen.memory, 16)
+    roomy = auto(*batch, *longest, "model.n_layers=4", "hardware.memory_gib=2000")
+    assert {candidate.layout.cp for candidate in candidates(roomy, 8)} == {1}
+
+
 @pytest.mark.heavy
 def test_little_memory_makes_it_shard_more():
     roomy = best(auto(), candidates(auto(), 8))

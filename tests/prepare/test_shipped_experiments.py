@@ -38,7 +38,20 @@ MODELS: dict[str, tuple[dict[str, Any], int, int, int, int, int, bool, float]] =
 
 
 def test_every_command_file_of_conf_has_its_shape_here():
-    assert {name for name in choices("experiment") if command_file(name)} == MODELS.keys()
+    assert {name for name in choices("experiment") if command_file(name)} == {*MODELS, "long_context"}
+
+
+def test_a_longer_context_composes_for_a_model_of_the_project():
+    """Finds a key that the stage lacks, and positions that are scaled otherwise than the context grows."""
+    command = with_command_file(["experiment=long_context", "model=large", "stage.init_from=work/runs/code/default"])
+    config, before = (
+        compose_config(overrides_of("code", "code", command)),
+        compose_config(["stage=code", "model=large"]),
+    )
+    assert config.stage.seq_len == config.model.max_seq_len == 32768
+    assert config.model.rope_original_len == before.model.max_seq_len
+    assert config.model.rope_factor == config.model.max_seq_len / before.model.max_seq_len
+    assert config.stage.seq_len % config.parallel.cp == 0
 
 
 @pytest.mark.parametrize("name", MODELS)

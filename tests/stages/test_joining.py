@@ -37,7 +37,7 @@ def test_ranks_wait_for_the_first_one_longer_than_it_generates(
         yield
 
     monkeypatch.setattr(program, "process_group", joined)
-    config = compose_config(["stage=language", *TINY, *overrides])
+    config = compose_config(["stage=language", *TINY, "parallel.dp_replicate=1", "parallel.dp_shard=1", *overrides])
     start = program.joined(RunDirectory(tmp_path), config, Unheard())
     with pytest.raises(JoinedError), start:
         pass

@@ -243,6 +243,17 @@ def test_checkpoints_of_the_format_before_are_refused_by_name(tmp_path):
         files.read_state(directory)
 
 
+def test_a_model_for_longer_contexts_starts_from_one_for_shorter_ones(tmp_path):
+    """Finds a context that cannot be extended, and positions that are scaled by mistake, in a context as long."""
+    short = compose_config(["stage=language", "model=nano"]).model
+    scaled = replace(short, rope_scaling="yarn", rope_factor=8.0, rope_original_len=short.max_seq_len)
+    files.check_start(tmp_path, asdict(short), replace(scaled, max_seq_len=8 * short.max_seq_len))
+    with pytest.raises(ArtefactError, match=r"model\.rope_scaling=yarn \(checkpoint: none\)"):
+        files.check_start(tmp_path, asdict(short), scaled)
+    with pytest.raises(ArtefactError, match=r"model\.rope_scaling=yarn"):
+        files.check_same_model(tmp_path, asdict(short), replace(scaled, max_seq_len=8 * short.max_seq_len))
+
+
 def test_a_model_of_scores_starts_from_one_of_tokens_and_not_the_other_way_round(tmp_path):
     tokens = replace(compose_config(["stage=language", "model=nano"]).model, tie_embeddings=False)
     scores = replace(tokens, head="scalar", tie_embeddings=True)
