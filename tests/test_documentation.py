@@ -427,7 +427,7 @@ WORDS_OF_A_PAGE["data_files.md"] = 550  # formats, compression and splits of sou
 WORDS_OF_A_PAGE["environments.md"] = 900  # an environment of your own; those of the project
 WORDS_OF_A_PAGE["agents.md"] = 650  # training with an environment
 WORDS_OF_A_PAGE["scale.md"] = 850  # costs by number of ranks, and what breaks at 10,000
-WORDS_OF_A_PAGE["tests.md"] = 710  # on which layout, dtype and length each equality was shown
+WORDS_OF_A_PAGE["tests.md"] = 720  # on which layout, dtype and length each equality was shown
 WORDS_OF_A_PAGE["mixtures.md"] = 750  # phases: what they read, what may change
 
 

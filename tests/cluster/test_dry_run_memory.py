@@ -26,15 +26,19 @@ SETTINGS = (
 )
 
 
+LONG = ("model=nano", "model.n_layers=4", "model.max_seq_len=8192", "stage.seq_len=8192", "stage.micro_batch=1")
+
+
 @pytest.mark.parametrize(
-    ("override", "global_batch"),
+    ("overrides", "global_batch"),
     [
-        pytest.param("parallel.dp_shard=2", 8, id="fsdp"),
-        pytest.param("parallel.tp=2", 4, id="tp", marks=pytest.mark.bars),
+        pytest.param(("parallel.dp_shard=2",), 8, id="fsdp"),
+        pytest.param(("parallel.tp=2",), 4, id="tp", marks=pytest.mark.bars),
+        pytest.param((*LONG, "parallel.cp=2"), 2, id="cp, long sequences", marks=pytest.mark.bars),
     ],
 )
-def test_measured_memory_is_what_the_dry_run_says(override, global_batch, tmp_path, monkeypatch):
-    config = compose_config([*SETTINGS, override, f"stage.global_batch={global_batch}"])
+def test_measured_memory_is_what_the_dry_run_says(overrides, global_batch, tmp_path, monkeypatch):
+    config = compose_config([*SETTINGS, *overrides, f"stage.global_batch={global_batch}"])
     save_config(config, tmp_path / "config.yaml")
     done = subprocess.run(
         [
@@ -51,5 +55,6 @@ def test_measured_memory_is_what_the_dry_run_says(override, global_batch, tmp_pa
     measured = json.loads(next(line for line in done.stdout.splitlines() if line.startswith("{")))
     monkeypatch.setattr("dist_lm.dry_run.play.ranks_to_play", lambda config, layout: [0])
     [played] = play_ranks(config, resolve_layout(config.parallel, config.model, 2))
+    print(f"{measured}; by the dry run {resident(played.memory, config.hardware)}, {played.memory.peak} of tensors")
     assert resident(played.memory, config.hardware) == pytest.approx(measured["resident"], rel=0.15)
     assert played.memory.peak == pytest.approx(measured["tensors"], rel=0.01)
