@@ -401,12 +401,13 @@ WORDS_OF_A_PAGE["security.md"] = 600  # what another user can do, and the ports 
 WORDS_OF_A_PAGE["rlhf.md"] = 1_520  # what a reward function is called with
 WORDS_OF_A_PAGE["reward.md"] = 900  # rows of other tools
 WORDS_OF_A_PAGE |= {"constraints.md": 720, "serve.md": 1_250, "editors.md": 400}
-WORDS_OF_A_PAGE["metrics.md"] = 2_620  # generated: it grows with the metrics
+WORDS_OF_A_PAGE["metrics.md"] = 2_680  # generated: it grows with the metrics
 WORDS_OF_A_PAGE |= {"lm_eval.md": 350, "evaluation.md": 870, "eval_tasks.md": 500, "hidden_tests.md": 450}
 WORDS_OF_A_PAGE["finetune.md"] = 980  # from a model and conversations to a model that answers
 WORDS_OF_A_PAGE["data_files.md"] = 550  # formats, compression and splits of sources
 WORDS_OF_A_PAGE["environments.md"] = 900  # an environment of your own; those of the project
 WORDS_OF_A_PAGE["agents.md"] = 880  # training with an environment, looking inside, forks
+WORDS_OF_A_PAGE["first_agent.md"] = 520  # an environment, a run and a fork, step by step
 WORDS_OF_A_PAGE["mixtures.md"] = 750  # phases: what they read, what may change
 
 
