@@ -90,16 +90,16 @@ def _shown_conversation(chosen: ChosenConversation, longest: int) -> ShownConver
     # Without an opening, the environment failed before the first turn.
     opening = Observation() if episode.opening is None else observation_of(episode.opening)
 
-    both_sides: list[Turn | Message] = [*opening.messages]
-    for turn in episode.turns:
-        both_sides.append(turn)
+    both_sides: list[Message | tuple[Turn, str]] = [*opening.messages]
+    for number, turn in enumerate(episode.turns):
+        both_sides.append((turn, chosen.thinking[number] if number < len(chosen.thinking) else ""))
         if turn.step is not None:
             both_sides += step_of(turn.step).observation.messages
 
     half, num_left_out = MOST_TURNS // 2, len(both_sides) - MOST_TURNS
     if num_left_out > 0:
         del both_sides[half : half + num_left_out]
-    turns = [_read_turn(t, longest) if isinstance(t, Message) else _model_turn(t, longest) for t in both_sides]
+    turns = [_read_turn(t, longest) if isinstance(t, Message) else _model_turn(*t, longest) for t in both_sides]
     if num_left_out > 0:
         turns.insert(half, ShownTurn("", f"{counted(num_left_out, 'turn')} left out"))
 
@@ -115,7 +115,7 @@ def _shown_conversation(chosen: ChosenConversation, longest: int) -> ShownConver
     return ShownConversation(chosen, ending, tools, tuple(turns))
 
 
-def _model_turn(turn: "Turn", longest: int) -> ShownTurn:
+def _model_turn(turn: "Turn", thinking: str, longest: int) -> ShownTurn:
     action = action_of(cast(Any, turn.action))
     notes = []
     if action.cut:
@@ -130,6 +130,7 @@ def _model_turn(turn: "Turn", longest: int) -> ShownTurn:
         role="model",
         text=_fitted(action.text, longest),
         parts=_parts(action.calls, (), longest),
+        thinking=_fitted(thinking, longest),
         reward=turn.reward,
         tokens=turn.new_tokens,
         notes=tuple(notes),

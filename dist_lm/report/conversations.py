@@ -9,16 +9,17 @@ Dimensions: B conversations of a task, T tokens of the longest.
 
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from dist_lm.errors import ArtefactError, ConfigError, one_line
+from dist_lm.errors import ArtefactError, ConfigError, UserError, one_line
 from dist_lm.storage.run_directory import RunDirectory
 
 if TYPE_CHECKING:
     from dist_lm.rlhf.episodes import Episode
     from dist_lm.stages.rlhf.config import RlhfRunConfig
+    from dist_lm.tokenizer.tokenizer import Tokenizer
 
 ITERATIONS = 3  # of a run
 MOST_REASONS = 2  # why conversations have no verdict, of an iteration
@@ -31,12 +32,14 @@ class ChosenConversation:
     """A recorded conversation that the page shows."""
 
     why: str  # "best", "worst", "cut", "no verdict"
-    number: int  # among those of its iteration, from 1, by task, then by sample: `dist-lm replay --rollout`
+    # among those of its iteration, from 1, by task, then by sample: `dist-lm replay --rollout`; None: not known
+    number: int | None
     episode: "Episode"
     group: int  # conversations of its task that have a verdict
     group_reward: float | None  # their mean reward
     advantage: float | None  # None: without a verdict, or the algorithm compares no group
     penalty: float = 0.0  # that it paid for being cut, before the advantage was computed
+    thinking: tuple[str, ...] = ()  # of the model's turns; empty: not known
 
 
 @dataclass(frozen=True)
@@ -96,11 +99,19 @@ def read_conversations(run: RunDirectory, most: int, is_finished: bool) -> tuple
     except (ArtefactError, ConfigError) as error:
         problem = f"advantages are not known: {one_line(str(error))}"
 
+    tokenizer = None
+    try:
+        tokenizer = _tokenizer(run)
+    except UserError as error:
+        problem = f"{problem}; " * bool(problem) + f"thinking is not shown: {one_line(str(error))}"
+
     iterations = []
     for position in sorted([*by_importance][:most]):
         path = run.conversations / file_name(position)
         try:
-            iterations.append(_read(path, position, config, problem))
+            iteration = _read(path, position, config, problem)
+            chosen = tuple(replace(c, thinking=thinking_of(c.episode, tokenizer)) for c in iteration.chosen)
+            iterations.append(replace(iteration, chosen=chosen))
         # One damaged file must not hide what the others show.
         except (ArtefactError, OSError) as error:
             iterations.append(IterationConversations(path.name, None, problem=one_line(str(error))))
@@ -116,6 +127,41 @@ def _config(run: RunDirectory) -> "RlhfRunConfig":
     if not isinstance(config, RlhfRunConfig):
         raise ArtefactError(f"{run.config}: stage {config.stage.name} draws no conversations")
     return config
+
+
+def _tokenizer(run: RunDirectory) -> "Tokenizer | None":
+    """Returns the tokenizer of a run; None without a checkpoint, which alone says which one that is.
+
+    Raises:
+        UserError: the newest checkpoint or the tokenizer cannot be read, or they do not belong together.
+    """
+    from dist_lm.tokenizer.tokenizer import Tokenizer
+    from dist_lm.training import checkpoint_files
+
+    checkpoints = checkpoint_files.steps_in(run.checkpoints)
+    if not checkpoints:
+        return None
+    state = checkpoint_files.read_state(checkpoints[-1])[0]
+    tokenizer = Tokenizer.load(run.work.tokenizer_model)
+    checkpoint_files.check_tokenizer(checkpoints[-1], state, tokenizer.sha256)
+    return tokenizer
+
+
+def thinking_of(episode: "Episode", tokenizer: "Tokenizer | None") -> tuple[str, ...]:
+    """Returns what the model thought in each of its turns, which actions do not hold; empty where ids are not recorded,
+    or the tokenizer is not known.
+
+    Raises:
+        ArtefactError: the ids do not belong to the turns.
+    """
+    from dist_lm.rlhf.replay import RecordedTurns
+    from dist_lm.rlhf.transcript import read_turn
+
+    if tokenizer is None or not episode.samples:
+        return ()
+    recorded = RecordedTurns(episode)
+    drawn = [recorded.next(turn, number).tokens for number, turn in enumerate(episode.turns, 1) if turn.new_tokens]
+    return tuple(read_turn(tokens, tokenizer).message.thinking for tokens in drawn)
 
 
 def _read(path: Path, position: int, config: "RlhfRunConfig | None", problem: str) -> IterationConversations:
@@ -146,9 +192,11 @@ def _read(path: Path, position: int, config: "RlhfRunConfig | None", problem: st
             consider(reason, key, episode)
             continue
 
-        consider("best", (-reward, *key), episode)
-        consider("worst", (reward, *key), episode)
-        if episode.cut:
+        # A cut may cost a penalty, so of equal rewards that of a conversation that ended is the better one.
+        is_cut = bool(episode.cut)
+        consider("best", (-reward, is_cut, *key), episode)
+        consider("worst", (reward, not is_cut, *key), episode)
+        if is_cut:
             consider("cut", key, episode)
 
     # A conversation is shown once, under the first name that it has.
@@ -159,7 +207,9 @@ def _read(path: Path, position: int, config: "RlhfRunConfig | None", problem: st
         name = why if episode.verdict.valid else "no verdict"
         shown.setdefault((episode.position, episode.sample), (name, episode))
 
-    numbers = {key: number for number, key in enumerate(sorted(judged), 1)}
+    # Of an iteration with several draws, a file does not tell how many conversations stand before it.
+    is_whole = config is not None and not config.rlhf.sampling_rounds
+    numbers = {key: number if is_whole else None for number, key in enumerate(sorted(judged), 1)}
     chosen = tuple(_in_its_group(why, numbers[key], episode, judged, config) for key, (why, episode) in shown.items())
     rewards = [conversation.reward for conversation in judged.values() if conversation.reward is not None]
     version = min((conversation.episode.version for conversation in chosen), default=0)
@@ -190,7 +240,7 @@ def _iteration_at(position: int, version: int, config: "RlhfRunConfig | None") -
 
 def _in_its_group(
     why: str,
-    number: int,
+    number: int | None,
     episode: "Episode",
     judged: Mapping[tuple[int, int], _Judged],
     config: "RlhfRunConfig | None",

@@ -2,6 +2,7 @@
 
 import base64
 import hashlib
+import shlex
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -117,6 +118,7 @@ def render(facts: Facts, created_at: str) -> str:
         still_values=still_values,
         counted=counted,
         four_digits=four_digits,
+        quoted=shlex.quote,
     )
 
 

@@ -18,12 +18,14 @@ from dist_lm.report.conversations import (
     IterationConversations,
     iterations_for,
     read_conversations,
+    thinking_of,
 )
 from dist_lm.report.page import write_report
 from dist_lm.rlhf.environment_rollouts import file_name
 from dist_lm.rlhf.episodes import Episode, EpisodeFile, Turn
 from dist_lm.rlhf.transcript import Sample
 from dist_lm.storage.run_directory import RunDirectory, WorkDirectory
+from dist_lm.tokenizer.tokenizer import Tokenizer, tokens_with_marks
 from tests.report.made_runs import HOSTILE, conversation_of, make_agent_run
 
 
@@ -65,6 +67,32 @@ def test_an_algorithm_without_groups_gives_no_advantage(tmp_path):
     assert [c.advantage for c in iteration.chosen] == [None] * 4
 
 
+def test_of_equal_rewards_a_cut_one_is_the_worse(tmp_path):
+    """Finds a best conversation whose advantage is below that of another one."""
+    run = make_agent_run(WorkDirectory(tmp_path), iterations=0)
+    with EpisodeFile(run.conversations / file_name(0), "settings") as file:
+        for sample, cut in enumerate(("turns", "", "turns")):
+            file.add(replace(conversation_of(0, 1, 0), sample=sample, cut=cut))
+    (iteration,) = read_conversations(run, ITERATIONS, is_finished=True)
+    assert [(c.why, c.episode.sample) for c in iteration.chosen] == [("best", 1), ("worst", 0)]
+    best, worst = (c.advantage for c in iteration.chosen)
+    assert best is not None
+    assert worst is not None
+    assert best > 0 > worst
+
+
+def test_numbers_of_rollouts_are_those_of_replay_or_none(tmp_path):
+    """Finds a number that `--rollout` takes for another conversation, where an iteration has several draws."""
+    settings = ("rlhf.algorithm=dapo", "rlhf.sampling_rounds=2")
+    run = make_agent_run(WorkDirectory(tmp_path), iterations=2, overrides=settings)
+    first, second = read_conversations(run, ITERATIONS, is_finished=True)
+    assert (first.number, second.number) == (1, 2)
+    assert {c.number for c in (*first.chosen, *second.chosen)} == {None}
+    page = write_report([run.path], None, None)[0].read_text(encoding="utf-8")
+    assert "--rollout" not in page
+    assert "Iteration 2" in page
+
+
 def test_what_is_still_drawn_waits_for_its_iteration(run, iterations):
     """Finds extremes of half an iteration, and a live run that shows nothing."""
     assert [i.number for i in read_conversations(run, ITERATIONS, is_finished=False)] == [1, 3, 4]
@@ -93,6 +121,7 @@ def test_nothing_of_a_conversation_becomes_markup_or_a_control_character(run, tm
     for sign in ("\x1b", "\x07", "\u202e"):
         assert sign not in page
     assert "\u241b]0;taken\u2407 \ufffdtxt.exe" in page
+    assert f"dist-lm replay {run.path} --iteration 5 --rollout 1 --fork 1" in page
     for words in ("advantage", "penalty 1", "timeout: no step in 30 s &lt;/script&gt;", "reward +0.1", "1 error"):
         assert words in page
 
@@ -147,6 +176,25 @@ def test_a_record_of_another_form_is_named(run):
     shown = shown_conversation(chosen(replace(conversation_of(0, 1, 0), opening={"messages": 3})))
     assert shown.turns == ()
     assert shown.ending.startswith("the record cannot be read")
+
+
+def test_thinking_is_read_from_the_drawn_ids(tiny_work):
+    """Finds thinking that is lost, as actions do not hold it, or that stands at another turn."""
+    tokenizer = Tokenizer.load(tiny_work.tokenizer_model)
+    texts = ("I compute it.<|im_end|>", "<think>\nIt is two.\n</think>\n\nThe sum is\n2<|im_end|>")
+    turns, sample = [], Sample([])
+    for turn, text in zip(conversation_of(1, 1, 0).turns, texts, strict=True):
+        ids = tokens_with_marks(text, tokenizer)
+        sample.append([3], drawn=False)
+        sample.append(ids, drawn=True)
+        turns.append(replace(turn, new_tokens=len(ids)))
+    logprobs = (-1.0,) * sum(sample.drawn)
+    episode = replace(conversation_of(1, 1, 0), turns=tuple(turns), samples=(sample,), logprobs=logprobs)
+    thinking = thinking_of(episode, tokenizer)
+    assert thinking == ("", "It is two.")
+    shown = shown_conversation(replace(chosen(episode), thinking=thinking))
+    assert [turn.thinking for turn in shown.turns if turn.role == "model"] == ["", "It is two."]
+    assert thinking_of(replace(episode, samples=()), tokenizer) == thinking_of(episode, None) == ()
 
 
 def test_objects_are_read_field_by_field():
