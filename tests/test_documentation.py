@@ -406,7 +406,7 @@ WORDS_OF_A_PAGE |= {"lm_eval.md": 350, "evaluation.md": 870, "eval_tasks.md": 50
 WORDS_OF_A_PAGE["finetune.md"] = 980  # from a model and conversations to a model that answers
 WORDS_OF_A_PAGE["data_files.md"] = 550  # formats, compression and splits of sources
 WORDS_OF_A_PAGE["environments.md"] = 900  # an environment of your own; those of the project
-WORDS_OF_A_PAGE["agents.md"] = 880  # training with an environment, looking inside, forks
+WORDS_OF_A_PAGE["agents.md"] = 900  # training with an environment, looking inside, forks
 WORDS_OF_A_PAGE["first_agent.md"] = 520  # an environment, a run and a fork, step by step
 WORDS_OF_A_PAGE["mixtures.md"] = 750  # phases: what they read, what may change
 
