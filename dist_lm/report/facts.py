@@ -11,6 +11,7 @@ from dist_lm.config.model import ModelConfig
 from dist_lm.config.phases import phased_corpora
 from dist_lm.data.manifest import Manifest
 from dist_lm.parallel.layout import Layout
+from dist_lm.report.conversations import IterationConversations
 
 State = Literal["finished", "running", "unfinished"]
 
@@ -88,6 +89,7 @@ class RunFacts:
     links: Mapping[str, Any]
     checkpoints: tuple[Checkpoint, ...]
     samples: Samples
+    conversations: tuple[IterationConversations, ...] = ()  # of some iterations, with an environment
 
     @property
     def attempt(self) -> Mapping[str, Any]:

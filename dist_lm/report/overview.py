@@ -9,7 +9,7 @@ import numpy as np
 from dist_lm.evaluation.comparison import comparison_text, rows_of
 from dist_lm.report.charts import HEADLINES, NUM_VISIBLE, registered_metric
 from dist_lm.report.facts import EMPTY, RunFacts
-from dist_lm.tracking.readable import counted, duration, four_digits, passes_in_words, readable_count
+from dist_lm.tracking.readable import counted, duration, four_digits, passes_in_words, readable_count, visible
 
 LONGEST = 1600  # most characters of a text
 EPOCHS = "train/epochs"
@@ -170,8 +170,9 @@ def _facts(row: Mapping[str, Any]) -> list[tuple[str, str]]:
 
 
 def _cut(text: str, tail: bool = False) -> str:
-    """Returns a text of at most LONGEST characters unchanged; of a longer one the beginning, or with `tail` the end,
-    and a line with the number of missing characters."""
+    """Returns a text of at most LONGEST characters, control characters as symbols; of a longer one the beginning, or
+    with `tail` the end, and a line with the number of missing characters."""
+    text = visible(text)
     if len(text) <= LONGEST:
         return text
 

@@ -2,6 +2,7 @@
 
 import base64
 import hashlib
+import shlex
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -12,14 +13,16 @@ from markupsafe import Markup
 from dist_lm.errors import ArtefactError
 from dist_lm.report.charts import Chart, as_data, charts_of, readable_title, still_values
 from dist_lm.report.conditions import differences, flat, from_defaults, hardware_of
-from dist_lm.report.facts import Facts
+from dist_lm.report.conversation_page import ShownConversation, shown_conversation
+from dist_lm.report.conversations import IterationConversations
+from dist_lm.report.facts import Facts, RunFacts
 from dist_lm.report.layout import panels
 from dist_lm.report.mixture import corpus_rows, mixtures, tokenizer_words
 from dist_lm.report.overview import card_of, sample_of, scores_of
 from dist_lm.report.read import read_facts, require_paths
 from dist_lm.report.timeline import timeline_of
 from dist_lm.storage import durable
-from dist_lm.tracking.readable import counted
+from dist_lm.tracking.readable import counted, four_digits
 
 FILE = "report.html"
 HERE = Path(__file__).parent
@@ -95,6 +98,10 @@ def render(facts: Facts, created_at: str) -> str:
             ]
             for stage, runs in by_stage.items()
         },
+        stage_conversations={
+            stage: [(run, shown_iterations(run)) for run in runs if run.conversations]
+            for stage, runs in by_stage.items()
+        },
         stage_scores={
             stage: [(run, scores) for run in runs if (scores := scores_of(run))] for stage, runs in by_stage.items()
         },
@@ -110,7 +117,14 @@ def render(facts: Facts, created_at: str) -> str:
         readable_title=readable_title,
         still_values=still_values,
         counted=counted,
+        four_digits=four_digits,
+        quoted=shlex.quote,
     )
+
+
+def shown_iterations(run: RunFacts) -> list[tuple[IterationConversations, list[ShownConversation]]]:
+    """Returns the iterations of a run whose conversations were read, each with those that are shown."""
+    return [(of, [shown_conversation(chosen) for chosen in of.chosen]) for of in run.conversations]
 
 
 def notes_of(chart: Chart) -> list[tuple[str, str]]:

@@ -19,6 +19,7 @@ from dist_lm.config.root import read_groups
 from dist_lm.data.manifest import Manifest, read_manifest
 from dist_lm.errors import ArtefactError
 from dist_lm.parallel.layout import AXES, PARAMETER_AXES, Layout
+from dist_lm.report.conversations import iterations_for, read_conversations
 from dist_lm.report.facts import EMPTY, Checkpoint, Facts, RunFacts, Samples, Series, State, WorkFacts, newest_attempt
 from dist_lm.storage import durable
 from dist_lm.storage.durable import json_lines
@@ -56,7 +57,8 @@ def read_facts(paths: Sequence[Path], run_id: str | None = None) -> Facts:
 
     # A run may be named twice: by its path and by its work directory.
     runs = list(dict.fromkeys(runs))
-    facts = tuple(read_run(run, label) for run, label in zip(runs, labels(runs), strict=True))
+    iterations = iterations_for(len(runs))
+    facts = tuple(read_run(run, label, iterations) for run, label in zip(runs, labels(runs), strict=True))
 
     work_facts = []
     for work_path in dict.fromkeys([*pipelines, *(run.work.path for run in runs)]):
@@ -187,11 +189,12 @@ def _tokenizer_report(path: Path) -> dict[str, Any]:
     return report
 
 
-def read_run(run: RunDirectory, label: str) -> RunFacts:
+def read_run(run: RunDirectory, label: str, iterations: int = 1) -> RunFacts:
     """Returns the facts of one run, without secrets; missing files but config.yaml count as empty.
 
     Args:
         label: its name in the report.
+        iterations: most iterations whose conversations are read.
 
     Raises:
         ArtefactError: not a run, or one of its files is damaged.
@@ -202,13 +205,14 @@ def read_run(run: RunDirectory, label: str) -> RunFacts:
     config = _config(run.config)
     events = tuple(redact(event) for event in read_events(run.events))
     series, clock = read_series(run.metrics)
+    state = _state(run)
 
     return RunFacts(
         path=run.path,
         label=label,
         stage=str(config.get("stage", {}).get("name") or run.path.parent.name),
         run_id=str(config.get("run_id") or run.path.name),
-        state=_state(run),
+        state=state,
         config=config,
         folders=run.corpus_folders(),
         model=_model(config),
@@ -220,6 +224,7 @@ def read_run(run: RunDirectory, label: str) -> RunFacts:
         links=durable.read_json(run.links),
         checkpoints=tuple(_checkpoints(run, series.get(STALL, EMPTY).by_step(), clock.by_step())),
         samples=_samples(run),
+        conversations=read_conversations(run, iterations, is_finished=state == "finished"),
     )
 
 

@@ -17,7 +17,7 @@ import json
 from collections import Counter
 from collections.abc import Awaitable, Callable, Iterable, Iterator, Sequence
 from concurrent.futures import wait
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -45,6 +45,7 @@ from dist_lm.rlhf.episodes import Episode, EpisodeFile, rollouts_of_episodes
 from dist_lm.rlhf.request_feed import Ask, RequestFeed
 from dist_lm.rlhf.rewards import RewardError
 from dist_lm.rlhf.rollouts import Rollouts, RolloutSource, ScoredRollouts
+from dist_lm.rlhf.waiting_times import WaitingTimes
 from dist_lm.tokenizer.tokenizer import Tokenizer
 
 
@@ -115,6 +116,11 @@ class EnvironmentSupply:
     constraint_of: ConstraintOf | None = None
     folder: Path | None = None  # for the files of finished conversations; None: they are not kept
     alive: Callable[[], None] = lambda: None
+    waiting: WaitingTimes = field(default_factory=WaitingTimes)
+
+    def times(self) -> dict[str, float]:
+        """Returns how long conversations have waited since the last call, as metrics."""
+        return self.waiting.take()
 
     def draw(self, tasks: Sequence[Task], position: int, samples: int, config: RlhfConfig, seed: int) -> Rollouts:
         """Returns `samples` conversations of each task, held by the weights that the source has.
@@ -159,8 +165,8 @@ class EnvironmentSupply:
                     todo.append((number, sample))
 
         async def hold(number: int, sample: int, ask: Ask) -> None:
-            host = self.conversations.host
-            episode = await how.hold(host, tasks[number], position + number, sample, ask)
+            host = self.waiting.host(self.conversations.host)
+            episode = await how.hold(host, tasks[number], position + number, sample, self.waiting.ask(ask))
             episodes[number, sample] = episode
             if file:
                 file.add(episode)

@@ -121,6 +121,10 @@ class RolloutSupply:
         # Rules that run programs start on each answer as soon as it is there, while the engines draw the others.
         return rollouts_of(requests, self.source.generate(requests, self.judge.begin))
 
+    def times(self) -> dict[str, float]:
+        """Completions of one turn wait for the engines alone, whose time is measured as a whole."""
+        return {}
+
 
 class Supply(Protocol):
     """A `RolloutSupply`, or one of conversations (`environment_rollouts.EnvironmentSupply`)."""
@@ -137,6 +141,8 @@ class Supply(Protocol):
     def draw(
         self, prompts: Sequence[Any], /, position: int, samples: int, config: RlhfConfig, seed: int
     ) -> Rollouts: ...
+
+    def times(self) -> dict[str, float]: ...
 
 
 class IterationTasks(Protocol):
@@ -332,6 +338,8 @@ class Learner:
 
         laps = {f"timing/{name}_s": seconds for name, seconds in clock.take().items()}
         metrics |= laps | {"timing/iteration_s": sum(laps.values())}
+        if self.supply:
+            metrics |= self.supply.times()
         score_B = collected.experience.score_B
         report = IterationReport(
             state.iteration, metrics, updates.metrics, rollouts, collected.part_B, score_B, usable.skipped_B

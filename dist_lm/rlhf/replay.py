@@ -9,6 +9,7 @@ Both end at the first difference of a conversation: what follows it belongs to a
 import json
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from itertools import zip_longest
 from typing import Any, NoReturn, TypeVar
 
 import numpy as np
@@ -21,7 +22,7 @@ from dist_lm.generation.request import Answer, Request
 from dist_lm.rlhf.conversing import Conversing, EpisodeHost
 from dist_lm.rlhf.episodes import Episode, Turn
 from dist_lm.rlhf.request_feed import Ask
-from dist_lm.tokenizer.tokenizer import text_with_marks
+from dist_lm.tokenizer.tokenizer import Tokenizer, text_with_marks
 
 OF_THE_MACHINE: tuple[Failure, ...] = ("timeout", "infrastructure")
 """Failures that need not happen again: how a conversation ended by one of them is not compared."""
@@ -58,7 +59,7 @@ class Outcome:
     is_complete: bool = True  # False: the end was not compared (`OF_THE_MACHINE`)
 
 
-class _DifferenceError(Exception):
+class DifferenceError(Exception):
     """Ends a conversation at its first difference."""
 
     def __init__(self, difference: Difference) -> None:
@@ -66,8 +67,8 @@ class _DifferenceError(Exception):
         self.difference = difference
 
 
-def _differ(what: str, recorded: Json, now: Json, turn: int | None = None, token: int | None = None) -> NoReturn:
-    raise _DifferenceError(Difference(what, recorded, now, turn, token))
+def differ(what: str, recorded: Json, now: Json, turn: int | None = None, token: int | None = None) -> NoReturn:
+    raise DifferenceError(Difference(what, recorded, now, turn, token))
 
 
 # --- drawn again ---
@@ -88,10 +89,51 @@ async def drawn_again(how: Conversing, recorded: Episode, task: Task, ask: Ask, 
     conversation = _RecordedEnvironment(how, recorded, ask, is_exact)
     try:
         episode = await how.hold(conversation, task, recorded.position, recorded.sample, conversation.ask)
-        _compare_ends(recorded, episode)
-    except _DifferenceError as error:
+        compare_ends(recorded, episode)
+    except DifferenceError as error:
         return Outcome(error.difference, conversation.largest_gap, conversation.n_equal)
     return Outcome(None, conversation.largest_gap, conversation.n_equal)
+
+
+@dataclass(frozen=True)
+class RecordedTurn:
+    """What the model read and drew in a recorded turn."""
+
+    prompt: list[int]
+    tokens: list[int]
+    logprobs: tuple[float, ...]  # nats, of each token
+    sets: tuple[bytes, ...]  # with filters or a constraint: the tokens among which each was drawn
+
+
+class RecordedTurns:
+    """Finds the ids of the turns of a recorded conversation with a verdict, in their order."""
+
+    def __init__(self, recorded: Episode) -> None:
+        self._recorded = recorded
+        self._sample, self._begin = 0, 0  # where in the samples the search for the next turn begins
+        self._place = 0  # of its first token among all drawn ones
+
+    def next(self, turn: Turn, number: int) -> RecordedTurn:
+        """Returns the next turn.
+
+        Raises:
+            ArtefactError: its tokens are not one piece of its sample.
+        """
+        recorded, samples = self._recorded, self._recorded.samples
+        while self._sample < len(samples) and True not in samples[self._sample].drawn[self._begin :]:
+            self._sample, self._begin = self._sample + 1, 0
+        if self._sample == len(samples):
+            raise unreadable(recorded, f"turn {number} has no tokens")
+
+        sample = samples[self._sample]
+        begin = sample.drawn.index(True, self._begin)
+        end = begin + turn.new_tokens
+        if not all(sample.drawn[begin:end]) or end > len(sample.ids):
+            raise unreadable(recorded, f"turn {number} is not one piece of its sample")
+
+        place, self._place, self._begin = self._place, self._place + turn.new_tokens, end
+        drawn = slice(place, self._place)
+        return RecordedTurn(sample.ids[:begin], sample.ids[begin:end], recorded.logprobs[drawn], recorded.sets[drawn])
 
 
 class _RecordedEnvironment:
@@ -100,8 +142,7 @@ class _RecordedEnvironment:
     def __init__(self, how: Conversing, recorded: Episode, ask: Ask, is_exact: bool) -> None:
         self._how, self._recorded, self._ask, self._is_exact = how, recorded, ask, is_exact
         self._turn = 0  # index of the turn that is drawn next
-        self._sample, self._begin = 0, 0  # where in the samples the search for that turn begins
-        self._place = 0  # of its first token among all drawn ones
+        self._recorded_turns = RecordedTurns(recorded)
         self.largest_gap, self.n_equal = 0.0, 0  # as of `Outcome`
 
     def episode(self, task: Task) -> "_RecordedEnvironment":
@@ -111,17 +152,17 @@ class _RecordedEnvironment:
         recorded = self._recorded
         if recorded.opening is None:
             return Step(Observation(), True, recorded.verdict)
-        return Step(_read(observation_of, recorded.opening, recorded), False)
+        return Step(read_recorded(observation_of, recorded.opening, recorded), False)
 
     async def step(self, action: Action) -> Step:
         number, turn = self._turn + 1, self._recorded_turn()
         if (value := action_value(action)) != turn.action:
-            _differ("action", turn.action, value, number)
+            differ("action", turn.action, value, number)
 
         self._turn += 1
         if turn.step is None:
             return Step(Observation(), True, self._recorded.verdict)
-        return _read(step_of, turn.step, self._recorded)
+        return read_recorded(step_of, turn.step, self._recorded)
 
     async def close(self) -> None:
         """There is nothing to end."""
@@ -130,103 +171,81 @@ class _RecordedEnvironment:
         """Returns the model's answer, which is that of the record.
 
         Raises:
-            _DifferenceError: it is another one, or another prompt.
+            DifferenceError: it is another one, or another prompt.
             AbortedError: the engines have failed.
         """
         number, turn = self._turn + 1, self._recorded_turn()
         if turn.new_tokens == 0:
-            _differ("turn", "none is drawn", "one is drawn", number)
+            differ("turn", "none is drawn", "one is drawn", number)
         # The ids of a conversation without a verdict are not recorded, only their number.
         if not self._recorded.samples:
             answer = await self._ask(request)
             if len(answer.tokens) != turn.new_tokens:
-                _differ("number of tokens", turn.new_tokens, len(answer.tokens), number)
+                differ("number of tokens", turn.new_tokens, len(answer.tokens), number)
             return answer
 
-        prompt, tokens = self._ids_of(turn, number)
-        if token := _first_difference(prompt, request.prompt):
-            self._differ_in_ids("prompt", prompt, request.prompt, number, token)
+        drawn = self._recorded_turns.next(turn, number)
+        compare_ids("prompt", drawn.prompt, request.prompt, number, self._how.tokenizer)
         answer = await self._ask(request)
-        self._compare(tokens, answer, number)
+        self._compare(drawn, answer, number)
         return answer
 
     def _recorded_turn(self) -> Turn:
         if self._turn >= len(self._recorded.turns):
-            _differ("turn", "the conversation has ended", "another turn", self._turn + 1)
+            differ("turn", "the conversation has ended", "another turn", self._turn + 1)
         return self._recorded.turns[self._turn]
 
-    def _ids_of(self, turn: Turn, number: int) -> tuple[list[int], list[int]]:
-        """Returns the prompt of a turn, and its tokens; the next call goes on behind them."""
-        samples = self._recorded.samples
-        while True not in samples[self._sample].drawn[self._begin :]:
-            self._sample, self._begin = self._sample + 1, 0
-        sample = samples[self._sample]
-        begin = sample.drawn.index(True, self._begin)
-        self._begin = begin + turn.new_tokens
-        if not all(sample.drawn[begin : self._begin]) or self._begin > len(sample.ids):
-            raise _unreadable(self._recorded, f"turn {number} is not one piece of its sample")
-        return sample.ids[:begin], sample.ids[begin : self._begin]
-
-    def _compare(self, tokens: list[int], answer: Answer, number: int) -> None:
+    def _compare(self, recorded: RecordedTurn, answer: Answer, number: int) -> None:
         """Compares the tokens of a turn with the record, and what they were drawn with."""
-        recorded, place = self._recorded, self._place
-        self._place += len(tokens)
-        logprobs = recorded.logprobs[place : self._place]
-        sets = recorded.sets[place : self._place]
-
-        pairs = zip(tokens, logprobs, answer.tokens, answer.logprobs, strict=False)
+        tokenizer, sets = self._how.tokenizer, recorded.sets
+        pairs = zip(recorded.tokens, recorded.logprobs, answer.tokens, answer.logprobs, strict=False)
         for index, (token, logprob, token_now, logprob_now) in enumerate(pairs):
             logprob_now = float(np.float32(logprob_now))
             gap = abs(logprob - logprob_now)
             if token != token_now or (self._is_exact and gap > 0):
                 what = "token" if token != token_now else "log-probability"
-                before, now = self._named(token, logprob), self._named(token_now, logprob_now)
-                _differ(what, before, now, number, index + 1)
+                before, now = named(token, tokenizer, logprob), named(token_now, tokenizer, logprob_now)
+                differ(what, before, now, number, index + 1)
 
             self.largest_gap = max(self.largest_gap, gap)
             if sets and index < len(answer.sets) and sets[index] != answer.sets[index]:
-                _differ("tokens allowed", sets[index].hex(), answer.sets[index].hex(), number, index + 1)
+                differ("tokens allowed", sets[index].hex(), answer.sets[index].hex(), number, index + 1)
             self.n_equal += 1
 
-        if len(tokens) != len(answer.tokens):
-            self._differ_in_ids("token", tokens, answer.tokens, number, _first_difference(tokens, answer.tokens))
+        compare_ids("token", recorded.tokens, answer.tokens, number, tokenizer)
         if len(sets) != len(answer.sets):
-            _differ("sets of tokens", len(sets), len(answer.sets), number)
-
-    def _differ_in_ids(self, what: str, recorded: Sequence[int], now: Sequence[int], turn: int, token: int) -> NoReturn:
-        before, after = (self._named(ids[token - 1]) if token <= len(ids) else "the end" for ids in (recorded, now))
-        _differ(what, before, after, turn, token)
-
-    def _named(self, token: int, logprob: float | None = None) -> str:
-        """Returns a token for people: its id, its text, and its log-probability."""
-        has_text = token < self._how.tokenizer.vocab_size
-        text = f" {text_with_marks([token], self._how.tokenizer)!r}" if has_text else ""
-        return f"{token}{text}" + (f" ({np.float32(logprob)})" if logprob is not None else "")
+            differ("sets of tokens", len(sets), len(answer.sets), number)
 
 
-def _compare_ends(recorded: Episode, now: Episode) -> None:
+def compare_ids(what: str, recorded: Sequence[int], now: Sequence[int], turn: int, tokenizer: Tokenizer) -> None:
+    """Raises DifferenceError: the ids differ; it names the first one that does."""
+    for index, (token, token_now) in enumerate(zip_longest(recorded, now), 1):
+        if token != token_now:
+            before, after = ("the end" if t is None else named(t, tokenizer) for t in (token, token_now))
+            differ(what, before, after, turn, index)
+
+
+def named(token: int, tokenizer: Tokenizer, logprob: float | None = None) -> str:
+    """Returns a token for people: its id, its text, and its log-probability."""
+    text = f" {text_with_marks([token], tokenizer)!r}" if token < tokenizer.vocab_size else ""
+    return f"{token}{text}" + (f" ({np.float32(logprob)})" if logprob is not None else "")
+
+
+def compare_ends(recorded: Episode, now: Episode) -> None:
     """Compares what a record says of its conversation as a whole, and of each turn beside its tokens."""
     for number, (turn, turn_now) in enumerate(zip(recorded.turns, now.turns, strict=False), 1):
         for name, value in vars(turn).items():
             # An environment that failed has no step in older records.
             if name != "step" or value is not None:
-                _compare(name, value, getattr(turn_now, name), number)
-    _compare("number of turns", len(recorded.turns), len(now.turns))
-    _compare("limit", recorded.cut, now.cut)
-    _compare("verdict", _judged(recorded.verdict), _judged(now.verdict))
+                compare(name, value, getattr(turn_now, name), number)
+    compare("number of turns", len(recorded.turns), len(now.turns))
+    compare("limit", recorded.cut, now.cut)
+    compare("verdict", judged(recorded.verdict), judged(now.verdict))
 
     # Log-probabilities and drawn ids are compared by turn.
     ids, ids_now = ([[s.ids, s.drawn] for s in episode.samples] for episode in (recorded, now))
     if ids != ids_now:
-        _differ("samples", f"{len(ids)} samples", f"{len(ids_now)} samples with other ids")
-
-
-def _first_difference(recorded: Sequence[int], now: Sequence[int]) -> int:
-    """Returns the number of the first id that differs, from 1; 0 if none does."""
-    for index, (token, token_now) in enumerate(zip(recorded, now, strict=False), 1):
-        if token != token_now:
-            return index
-    return 0 if len(recorded) == len(now) else min(len(recorded), len(now)) + 1
+        differ("samples", f"{len(ids)} samples", f"{len(ids_now)} samples with other ids")
 
 
 # --- executed again ---
@@ -244,61 +263,63 @@ async def executed_again(host: EpisodeHost, recorded: Episode, task: Task) -> Ou
         if recorded.opening is None:
             if recorded.verdict.failure_reason in OF_THE_MACHINE:
                 return Outcome(None, is_complete=False)
-            now: Json = _judged(opening.verdict) if opening.verdict else observation_value(opening.observation)
-            _compare("reset", _judged(recorded.verdict), now)
+            now: Json = judged(opening.verdict) if opening.verdict else observation_value(opening.observation)
+            compare("reset", judged(recorded.verdict), now)
             return Outcome(None)
         if opening.verdict is not None:
-            _differ("reset", recorded.opening, _judged(opening.verdict))
-        _compare("reset", recorded.opening, observation_value(opening.observation))
+            differ("reset", recorded.opening, judged(opening.verdict))
+        compare("reset", recorded.opening, observation_value(opening.observation))
 
         last: Verdict | None = None
         for number, turn in enumerate(recorded.turns, 1):
-            step = await hosted.step(_read(action_of, turn.action, recorded))
-            recorded_step = _read(step_of, turn.step, recorded)
+            step = await hosted.step(read_recorded(action_of, turn.action, recorded))
+            recorded_step = read_recorded(step_of, turn.step, recorded)
             if recorded_step.verdict and recorded_step.verdict.failure_reason in OF_THE_MACHINE:
                 return Outcome(None, is_complete=False)
-            _compare_steps(recorded_step, step, number)
+            compare_steps(recorded_step, step, number)
             last = step.verdict
         if recorded.verdict.valid:
-            _compare("verdict", _judged(recorded.verdict), _judged(last) if last else None, len(recorded.turns))
-    except _DifferenceError as error:
+            compare("verdict", judged(recorded.verdict), judged(last) if last else None, len(recorded.turns))
+    except DifferenceError as error:
         return Outcome(error.difference)
     finally:
         await hosted.close()
     return Outcome(None)
 
 
-def _compare_steps(recorded: Step, now: Step, turn: int) -> None:
+def compare_steps(recorded: Step, now: Step, turn: int) -> None:
     """Compares two steps, the text that explains a failure excepted."""
-    recorded_verdict, verdict = (_judged(step.verdict) if step.verdict else None for step in (recorded, now))
+    recorded_verdict, verdict = (judged(step.verdict) if step.verdict else None for step in (recorded, now))
     recorded_turns, turns = (observation_value(step.observation) for step in (recorded, now))
 
     # A verdict in place of the turns says more than that they lack.
     if recorded_verdict is None and verdict is not None:
-        _differ("step", recorded_turns, verdict, turn)
+        differ("step", recorded_turns, verdict, turn)
     if recorded_verdict is not None and verdict is None:
-        _differ("step", recorded_verdict, turns, turn)
+        differ("step", recorded_verdict, turns, turn)
 
-    _compare("observation", recorded_turns, turns, turn)
-    _compare("verdict", recorded_verdict, verdict, turn)
-    _compare("reward", recorded.turn_reward, now.turn_reward, turn)
+    compare("observation", recorded_turns, turns, turn)
+    compare("verdict", recorded_verdict, verdict, turn)
+    compare("reward", recorded.turn_reward, now.turn_reward, turn)
 
 
 # --- values ---
 
 
-def _compare(what: str, recorded: Json, now: Json, turn: int | None = None) -> None:
+def compare(what: str, recorded: Json, now: Json, turn: int | None = None) -> None:
+    """Raises DifferenceError: the values differ as JSON."""
     # What was written to a file has lists in place of tuples.
     now = json.loads(json.dumps(now))
     if recorded != now:
-        _differ(what, recorded, now, turn)
+        differ(what, recorded, now, turn)
 
 
-def _judged(verdict: Verdict) -> list[Json]:
+def judged(verdict: Verdict) -> list[Json]:
+    """Returns what is compared of a verdict: all but the text for people."""
     return [verdict.reward, verdict.valid, verdict.failure_reason]
 
 
-def _read(read: Callable[[Any], Value], value: Json, recorded: Episode) -> Value:
+def read_recorded(read: Callable[[Any], Value], value: Json, recorded: Episode) -> Value:
     """Returns the value of the protocol that a record holds.
 
     Raises:
@@ -307,10 +328,10 @@ def _read(read: Callable[[Any], Value], value: Json, recorded: Episode) -> Value
     try:
         return read(value)
     except (EnvironmentFailedError, KeyError, TypeError, ValueError, AttributeError) as error:
-        raise _unreadable(recorded, str(error)) from error
+        raise unreadable(recorded, str(error)) from error
 
 
-def _unreadable(recorded: Episode, why: str) -> ArtefactError:
+def unreadable(recorded: Episode, why: str) -> ArtefactError:
     place = f"task {recorded.position}, sample {recorded.sample}"
     return ArtefactError(f"the record of {place} cannot be replayed ({why}): restore its file from a copy")
 

@@ -5,6 +5,7 @@ Hugging Face. Its hash names it in corpora and checkpoints.
 """
 
 import hashlib
+import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -386,6 +387,26 @@ def text_with_marks(tokens: Sequence[int], tokenizer: Tokenizer) -> str:
         else:
             text_ids.append(token)
     return "".join([*parts, tokenizer.decode(text_ids)])
+
+
+def tokens_with_marks(text: str, tokenizer: Tokenizer) -> list[int]:
+    """Returns the token ids of a text that a trusted person wrote: the name of a special token in it is that token.
+
+    The inverse of `text_with_marks`, except that a text has several ways to be cut into tokens.
+    """
+    ids = tokenizer.special_ids
+    if not ids:
+        return tokenizer.encode(text)
+
+    # Of two names that begin alike, the longer one is meant.
+    any_name = "|".join(re.escape(name) for name in sorted(ids, key=len, reverse=True))
+    tokens: list[int] = []
+    for part in re.split(f"({any_name})", text):
+        if part in ids:
+            tokens.append(ids[part])
+        elif part:
+            tokens += tokenizer.encode(part)
+    return tokens
 
 
 def read_vocabulary(content: bytes, name: str) -> Vocabulary:

@@ -31,6 +31,7 @@ SHARED_PANELS = {
         "timing/push_s",
         "timing/iteration_s",
     ),
+    "Where the time of a conversation goes": ("timing/environment_s", "timing/model_s"),
     "Tokens a second": ("perf/tokens_per_s", "rollout/tokens_per_s"),
     "Steps that went wrong": ("train/skipped_steps", "train/loss_spikes"),
     "Score and reward": ("rlhf/reward_mean", "rlhf/score_mean"),
@@ -64,6 +65,7 @@ OVERVIEW_SECTIONS = {
     "preference": ("preference/accuracy", "preference/margin"),
     "reward": ("reward/accuracy", "reward/kendall_tau"),
     "rlhf": ("rlhf/reward_mean", "rlhf/score_mean", "rlhf/kl", "rlhf/win_rate"),
+    "agents": ("rollout/turns", "rollout/tool_errors", "rollout/unreadable_turns", "rollout/invalid_{reason}"),
     "generate": ("generate/tokens_per_s", "generate/prompts"),
 }
 

@@ -405,7 +405,7 @@ REINFORCEMENT = (
         only="with rlhf.constraint",
     ),
     *_table(
-        "rlhf",
+        "agents",
         RLHF,
         ("rollout/turns", "turns", "", "Mean number of the model's turns in a conversation."),
         ("rollout/turn_tokens", "tokens", "", "Mean length of a turn of the model."),
@@ -414,6 +414,8 @@ REINFORCEMENT = (
         ("rollout/broken_prefixes", "samples", "", "Samples begun because the chat template rewrote earlier turns."),
         ("rollout/cut_{limit}", "", "lower", "Share of conversations that this limit ended."),
         ("rollout/invalid_{reason}", "rollouts", "lower", "Conversations without a verdict for this reason."),
+        ("timing/environment_s", "s", "lower", "Mean time that a conversation waited for its environment."),
+        ("timing/model_s", "s", "lower", "Mean time that a conversation waited for turns of the model."),
         only="with rlhf.environment",
     ),
     *_table(

@@ -163,14 +163,19 @@ def test_a_task_cannot_be_changed_and_its_digest_is_that_of_its_data():
     assert task.digest != Task.of("a", {"x": [1], "y": 2.0}).digest
 
 
-def test_the_environment_of_the_page_is_played(tmp_path, monkeypatch):
+@pytest.mark.parametrize(("page", "reward"), [("environments.md", 1.0), ("first_agent.md", 1 / 3)])
+def test_the_environment_of_a_page_is_played(tmp_path, monkeypatch, page, reward):
     """Finds a page whose class or whose calls do not work as they stand there."""
-    page = Path(__file__).parents[2] / "docs" / "environments.md"
-    blocks = re.findall(r"^```python\n(.*?)^```$", page.read_text(), re.DOTALL | re.MULTILINE)
+
+    def blocks(name: str) -> list[str]:
+        text = (Path(__file__).parents[2] / "docs" / name).read_text()
+        return re.findall(r"^```python\n(.*?)^```$", text, re.DOTALL | re.MULTILINE)
+
     monkeypatch.chdir(tmp_path)
-    Path("guess.py").write_text(blocks[0])
+    Path("guess.py").write_text(blocks(page)[0])
     steps: list[Step] = []
-    exec(compile(blocks[1].replace("print(step)", "steps.append(step)"), "page", "exec"), {"steps": steps})
+    play = blocks("environments.md")[1]
+    exec(compile(play.replace("print(step)", "steps.append(step)"), "page", "exec"), {"steps": steps})
     assert [step.done for step in steps] == [False, False, True]
     assert [step.observation.messages[0].content for step in steps[:2]] == ["Too low.", "Too high."]
-    assert steps[-1].verdict == Verdict.of(1.0)
+    assert steps[-1].verdict == Verdict.of(reward)

@@ -7,9 +7,15 @@ from typing import Any
 
 import numpy as np
 
+from dist_lm.chat.messages import Call, Message, Tool
 from dist_lm.config.corpus import SPLITS
 from dist_lm.config.root import save_config
 from dist_lm.data.manifest import Counts, Manifest, Recipe, Shard, Split, shard_name, write_manifest
+from dist_lm.environments.protocol import Action, Observation, Step, Verdict
+from dist_lm.environments.values import action_value, observation_value, step_value
+from dist_lm.rlhf.environment_rollouts import file_name
+from dist_lm.rlhf.episodes import Episode, EpisodeFile, Turn
+from dist_lm.rlhf.transcript import Sample
 from dist_lm.storage import durable
 from dist_lm.storage.run_directory import RunDirectory, WorkDirectory
 from tests.conftest import composed
@@ -170,3 +176,53 @@ def samples_of(stage: str) -> list[Mapping[str, Any]]:
 
 def write_lines(path: Any, lines: Any) -> None:
     path.write_text("".join(json.dumps(line) + "\n" for line in lines))
+
+
+def make_agent_run(
+    work: WorkDirectory, run_id: str = "agent", *, iterations: int = 5, overrides: Sequence[str] = ()
+) -> RunDirectory:
+    """A run with an environment: two tasks an iteration, four conversations each, a cut and a failed one among them."""
+    tasks = work_file(work.path / "tasks" / "train.jsonl")
+    write_lines(tasks, ({"prompt": f"Add {n} and {n}", "answer": str(2 * n)} for n in range(64)))
+    settings = ("rlhf.environment=python", f"rlhf.prompts_from={tasks}", "rlhf.prompts=2", "rlhf.samples=4")
+    algorithm = ("rlhf.algorithm=grpo", "rlhf.reward_model=none", "stage.init_from=none")
+    run = make_run(work, "rlhf", run_id, steps=20, overrides=[*settings, *algorithm, *overrides])
+    for iteration in range(iterations):
+        with EpisodeFile(run.conversations / file_name(2 * iteration), "settings") as file:
+            # Conversations end in any order.
+            for number in (5, 2, 7, 0, 3, 6, 1, 4):
+                file.add(conversation_of(2 * iteration + number // 4, number % 4, iteration))
+    return run
+
+
+TOOL = Tool("python", "Runs code and returns what it prints.", {"type": "object", "properties": {}})
+VERDICTS = (Verdict.of(0.0), Verdict.of(1.0), Verdict.of(0.25), Verdict.failed("timeout", f"no step in 30 s {HOSTILE}"))
+
+
+def conversation_of(position: int, sample: int, version: int) -> Episode:
+    """A recorded conversation; of each task, sample 0 is bad, 1 good, 2 cut and hostile, 3 without a verdict."""
+    code, result = f"total = {position} + {position}\nprint(total)", {"output": f"{2 * position}\n"}
+    answer, cut = f"The sum is\n{2 * position}", ""
+    if sample == 0:
+        code, result = "print(totl)", {"error": "NameError: name 'totl' is not defined\n  File <turn>, line 1"}
+    if sample == 2:
+        answer, cut = HOSTILE, "turns"
+        result = {"output": f"{HOSTILE}\x1b]0;taken\x07 \u202etxt.exe"}
+
+    asked = Observation(
+        (Message("system", "Use the tool."), Message("user", f"Add {position} and {position}.")), (TOOL,)
+    )
+    call = Action("I compute it.", (Call("python", {"code": code}),))
+    step = Step(Observation.results(result), done=False, turn_reward=0.1)
+    verdict = VERDICTS[sample]
+    end = step_value(Step(Observation(), True, verdict)) if verdict.valid else None
+    turns = (
+        Turn(20, True, action_value(call), step_value(step), 0.1, int(sample == 0)),
+        Turn(12, True, action_value(Action(answer, (), cut or None)), end),
+    )
+    drawn = [False] * 8 + [True] * 20 + [False] * 6 + [True] * 12
+    return Episode(
+        *(position, sample, "digest", version, verdict, cut, observation_value(asked), turns),
+        samples=(Sample([3] * len(drawn), drawn),) if verdict.valid else (),
+        logprobs=(-1.0,) * 32 if verdict.valid else (),
+    )

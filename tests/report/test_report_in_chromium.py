@@ -1,6 +1,7 @@
 """The page in a real browser: drawn, quiet, not wider than a telephone, in the scheme that the reader prefers."""
 
 import math
+import re
 import shutil
 from collections.abc import Iterator
 from itertools import combinations
@@ -13,11 +14,12 @@ from dist_lm.report.page import write_report
 from dist_lm.storage.run_directory import WorkDirectory
 from dist_lm.tracking.readable import four_digits
 from tests.patience import patient
-from tests.report.made_runs import make_corpora, make_pipeline, make_run, write_lines
+from tests.report.made_runs import make_agent_run, make_corpora, make_pipeline, make_run, write_lines
 
 pytestmark = pytest.mark.heavy
 CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
 DEADLINE_MS = patient(120_000)
+LOOKS = ("color", "backgroundColor")
 # for every chart, the pixels of its canvas that have the colour of a curve of it
 DRAWN = """() => [...document.querySelectorAll("figure.chart")].map((figure) => {
   const name = figure.querySelector(".name").textContent, canvas = figure.querySelector("canvas");
@@ -82,6 +84,21 @@ def test_every_curve_is_drawn_in_silence_and_fits(browser, report, width, scheme
     light = page.evaluate("getComputedStyle(document.body).backgroundColor.match(/\\d+/g).map(Number)[0] > 127")
     assert light == (scheme == "light")
     assert page.title().endswith("dist_lm report"), "a sample has run as a script"
+    assert trouble == []
+    page.close()
+
+
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+def test_conversations_fit_a_telephone_and_stay_text(browser, tmp_path, scheme):
+    """Finds turns that are wider than the page, and text of a conversation that runs or loads something."""
+    run = make_agent_run(WorkDirectory(tmp_path), iterations=1)
+    page, trouble = opened(browser, write_report([run.path], None, None)[0], width=360, scheme=scheme)
+    assert page.locator("details.conversation .turn.model").count() == 8
+    assert page.evaluate("document.documentElement.scrollWidth") <= 360
+    assert page.title() == "rlhf / agent · dist_lm report"
+    colours = [page.locator(".turn pre").first.evaluate(f"(text) => getComputedStyle(text).{name}") for name in LOOKS]
+    ink, paper = (sum(map(int, re.findall(r"\d+", colour)[:3])) for colour in colours)
+    assert abs(ink - paper) > 300, "text is readable on its ground"
     assert trouble == []
     page.close()
 

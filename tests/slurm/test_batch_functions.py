@@ -351,7 +351,7 @@ mkdir -p {file.parent}; echo done >{file}; [ "$before" = "$(progress)" ] && echo
     assert shell.run(script) == [counts]
 
 
-@pytest.mark.parametrize("name", ["train_large", "rlhf_large", "generate", "serve"])
+@pytest.mark.parametrize("name", ["train_large", "rlhf_large", "agents_large", "generate", "serve"])
 def test_a_job_without_a_checkout_says_so_where_it_was_submitted(shell: BatchShell, name: str) -> None:
     shell.stub("scontrol", "exit 1")
     script = (CHECKOUT / "slurm" / f"{name}.sh").read_text()

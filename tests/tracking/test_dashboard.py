@@ -58,6 +58,23 @@ def test_loss_comes_first_and_speed_last() -> None:
     assert [section.name for section in board_of("rlhf").sections][-2:] == ["time", "system"]
 
 
+def test_agents_have_a_section_of_their_own() -> None:
+    """Finds figures of conversations that are spread over the board, or reasons that lack a panel."""
+    agents = next(section for section in board_of("rlhf").sections if section.name == "agents")
+    for name in (
+        "rollout/turns",
+        "rollout/tool_errors",
+        "rollout/cut_turns",
+        "rollout/invalid_timeout",
+        "timing/model_s",
+    ):
+        assert any(shows(panel, name) for panel in agents.panels), name
+    time = next(section for section in board_of("rlhf").sections if section.name == "time")
+    assert any(shows(panel, "timing/rollout_s") for panel in time.panels)
+    overview = next(section for section in board_of(OVERVIEW).sections if section.name == "agents")
+    assert any(shows(panel, "rollout/invalid_crashed") for panel in overview.panels)
+
+
 def test_the_overview_has_every_stage() -> None:
     shown = {stage for panel in board_of(OVERVIEW).panels for metric in panel.metrics for stage in metric.stages}
     assert shown == set(MEASURED_STAGES)

@@ -40,6 +40,7 @@ from dist_lm.rlhf.models import own_threads, sent_weights
 from dist_lm.rlhf.rewards import Judge, Tasks
 from dist_lm.rlhf.rollouts import EngineRollouts, RolloutSource, ShuffledPrompts, read_to_end
 from dist_lm.rlhf.state import RlhfState
+from dist_lm.rlhf.waiting_times import WaitingTimes
 from dist_lm.stages.pool_start import PoolStarter, pool_starter
 from dist_lm.stages.registry import load_config
 from dist_lm.stages.rlhf.config import RlhfRunConfig
@@ -138,7 +139,7 @@ def run_rank(run: RunDirectory, stop: StopRequest, heartbeat: Heartbeat) -> None
         evaluating = partial(reporter.alive, Phase.EVALUATING)
         compared = supply
         if isinstance(supply, EnvironmentSupply):
-            compared = replace(supply, folder=None)
+            compared = replace(supply, folder=None, waiting=WaitingTimes())
         elif isinstance(supply, RolloutSupply) and isinstance(held_out_prompts, Prompts):
             judge = supply.judge.for_prompts(held_out_prompts.row_of)
             compared = replace(supply, judge=judge, constraint_at=constraint_of_held_out)

@@ -3,11 +3,12 @@
 Nothing is written, so a run may go on meanwhile.
 """
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -116,8 +117,8 @@ def draw_again(record: ConversationRecord, chosen: Chosen) -> Iterator[Iteration
         UserError: the constraint of turns needs a package that is not installed.
         RequestError: the engine refuses a request.
     """
-    with _own_threads(), ConversationLoop(nullcontext) as conversations:
-        drawing = _Drawing(record, conversations)
+    with own_threads(), ConversationLoop(nullcontext) as conversations:
+        drawing = Drawing(record, conversations)
         for iteration in record.iterations(chosen.iteration):
             rollouts = chosen.rollouts_of(iteration)
             checkpoint = record.weights_of(iteration.version)
@@ -135,10 +136,10 @@ def draw_again(record: ConversationRecord, chosen: Chosen) -> Iterator[Iteration
             yield result
 
 
-class _Drawing:
+class Drawing:
     """Draws recorded conversations again, with one engine whose weights change."""
 
-    def __init__(self, record: ConversationRecord, conversations: ConversationLoop[None]) -> None:
+    def __init__(self, record: ConversationRecord, conversations: ConversationLoop[Any]) -> None:
         """
         Raises:
             ArtefactError: the tokenizer is missing or damaged.
@@ -150,8 +151,8 @@ class _Drawing:
         self._device = choose_device(config.device, 0)
         self._dtype = compute_dtype(config.parallel, self._device)
         # Elsewhere, sums are added in another order each time.
-        self._is_exact = self._device.type == "cpu" and self._dtype == torch.float32
-        self._how = conversing(
+        self.is_exact = self._device.type == "cpu" and self._dtype == torch.float32
+        self.how = conversing(
             config.rlhf,
             config.seed,
             self._tokenizer,
@@ -165,7 +166,7 @@ class _Drawing:
     @property
     def threads(self) -> int | None:
         """The number of threads with which bits were compared; None where they are not."""
-        return torch.get_num_threads() if self._is_exact else None
+        return torch.get_num_threads() if self.is_exact else None
 
     def outcomes(self, checkpoint: Path, version: int, episodes: Sequence[Episode]) -> list[Outcome]:
         """Returns how conversations compare with those that the weights of a checkpoint draw, in their order.
@@ -176,7 +177,7 @@ class _Drawing:
         """
         weights = self._weights(checkpoint)
         outcomes = self._drawn(weights, version, episodes)
-        if not self._is_exact:
+        if not self.is_exact:
             return outcomes
 
         # On a CPU the last bits depend on the number of threads, which differs between ranks, actors and this process.
@@ -204,6 +205,27 @@ class _Drawing:
 
     def _drawn(self, weights: Mapping[str, torch.Tensor], version: int, episodes: Sequence[Episode]) -> list[Outcome]:
         """Returns the outcomes with the present number of threads."""
+        source = self._loaded(weights, version)
+        outcomes: dict[int, Outcome] = {}
+
+        async def hold(index: int, ask: Ask) -> None:
+            episode = episodes[index]
+            (task,) = self._record.tasks(episode.position, 1)
+            outcomes[index] = await drawn_again(self.how, episode, task, ask, self.is_exact)
+
+        holding = [partial(hold, index) for index in range(len(episodes))]
+        hold_together(source, self._conversations, holding, self._record.config.rlhf.environments_at_once)
+        return [outcomes[index] for index in range(len(episodes))]
+
+    def source(self, checkpoint: Path, version: int) -> EngineRollouts:
+        """Returns the engine with the weights of a checkpoint, for the present number of threads.
+
+        Raises:
+            ArtefactError: as `outcomes`.
+        """
+        return self._loaded(self._weights(checkpoint), version)
+
+    def _loaded(self, weights: Mapping[str, torch.Tensor], version: int) -> EngineRollouts:
         config = self._record.config
         # Loading lays matrices out for the present number of threads.
         if self._source is None:
@@ -211,16 +233,7 @@ class _Drawing:
             self._source = EngineRollouts(local_engine(config, spec, self._tokenizer, weights, self._device))
         else:
             self._source.load_weights(weights, version)
-        outcomes: dict[int, Outcome] = {}
-
-        async def hold(index: int, ask: Ask) -> None:
-            episode = episodes[index]
-            (task,) = self._record.tasks(episode.position, 1)
-            outcomes[index] = await drawn_again(self._how, episode, task, ask, self._is_exact)
-
-        holding = [partial(hold, index) for index in range(len(episodes))]
-        hold_together(self._source, self._conversations, holding, config.rlhf.environments_at_once)
-        return [outcomes[index] for index in range(len(episodes))]
+        return self._source
 
     def _weights(self, checkpoint: Path) -> Mapping[str, torch.Tensor]:
         """Returns the weights of a checkpoint after verifying all of its files."""
@@ -231,7 +244,7 @@ class _Drawing:
 
 
 @contextmanager
-def _own_threads() -> Iterator[None]:
+def own_threads() -> Iterator[None]:
     """Gives torch the number of threads back that it has now."""
     threads = torch.get_num_threads()
     try:
@@ -257,11 +270,8 @@ def execute_again(record: ConversationRecord, chosen: Chosen) -> Iterator[Iterat
         ArtefactError, ConfigError: a file is missing, damaged or of something else, or what is chosen is not there.
         UserError: the environment cannot be opened: a class cannot be imported, or there is no sandbox (SandboxError).
     """
-    record.require_environment()
     group = record.config.rlhf
-    trust_me = record.config.sandbox == TRUST_ME
-    open_host = partial(Host, group.environment, group.environment_limits.limits, trust_me=trust_me)
-    with ConversationLoop(open_host) as conversations:
+    with ConversationLoop(fresh_environment(record)) as conversations:
         for iteration in record.iterations(chosen.iteration):
             rollouts = chosen.rollouts_of(iteration)
             outcomes: dict[int, Outcome] = {}
@@ -272,6 +282,18 @@ def execute_again(record: ConversationRecord, chosen: Chosen) -> Iterator[Iterat
 
             conversations.run_all([partial(execute, *rollout) for rollout in rollouts], group.environments_at_once)
             yield _result(iteration, rollouts, [outcomes[number] for number, _ in rollouts])
+
+
+def fresh_environment(record: ConversationRecord) -> Callable[[], Host]:
+    """Returns what opens the environment of a run.
+
+    Raises:
+        ArtefactError: the file of its class has changed.
+    """
+    record.require_environment()
+    group = record.config.rlhf
+    trust_me = record.config.sandbox == TRUST_ME
+    return partial(Host, group.environment, group.environment_limits.limits, trust_me=trust_me)
 
 
 # --- results ---
