@@ -19,6 +19,7 @@ from torch.distributed import ProcessGroup
 from torch.distributed._functional_collectives import all_gather_single, all_to_all_single_autograd, wait_tensor
 
 from dist_lm.model.attention import Visibility, attend
+from dist_lm.parallel.tensor_parallel import repeat_heads
 
 
 @dataclass(frozen=True)
@@ -70,11 +71,10 @@ class ContextAxis:
         v_BTgK = self._to_all_tokens(v_BtGK, keys_of_rank)
 
         # A kernel repeats every key head equally often; here the border between ranks may cut through a group.
-        key_of_query = [query // group_size - keys.start for query in queries]
-        n_repeats = len(queries) / len(keys)
-        if key_of_query != [int(place / n_repeats) for place in range(len(queries))] or n_repeats % 1:
-            index_h = torch.tensor(key_of_query, device=k_BTgK.device)
-            k_BTgK, v_BTgK = k_BTgK.index_select(2, index_h), v_BTgK.index_select(2, index_h)
+        key_of_query = [query // group_size for query in queries]
+        queries_of_key = [key_of_query.count(key) for key in keys]
+        if len(set(queries_of_key)) > 1:
+            k_BTgK, v_BTgK = repeat_heads(k_BTgK, queries_of_key), repeat_heads(v_BTgK, queries_of_key)
 
         o_BThK = attend(q_BThK, k_BTgK, v_BTgK, visibility)
         return self._to_all_heads(o_BThK, queries_of_rank)
@@ -88,8 +88,7 @@ class ContextAxis:
         # Heads come first, because an all-to-all cuts the first dimension.
         sent_HBtK = x_BtHK.permute(2, 0, 1, 3).contiguous()
         if sum(n_sent) > n_heads:  # some heads are sent to several ranks
-            index_H = torch.tensor([head for heads in heads_of_rank for head in heads], device=x_BtHK.device)
-            sent_HBtK = sent_HBtK.index_select(0, index_H)
+            sent_HBtK = torch.cat([sent_HBtK[heads.start : heads.stop] for heads in heads_of_rank])
         received = all_to_all_single_autograd(sent_HBtK, [n_received] * self.size, n_sent, self.group)
 
         # From each rank come the same heads of other tokens.

@@ -289,8 +289,8 @@ class HeadParallelAttention(Attention):
 
         # SDPA repeats every key head equally often; here the rank boundary cuts through a group of query heads.
         if self.queries_of_key:
-            k_BSGK = _repeat_heads(k_BSGK, self.queries_of_key)
-            v_BSGK = _repeat_heads(v_BSGK, self.queries_of_key)
+            k_BSGK = repeat_heads(k_BSGK, self.queries_of_key)
+            v_BSGK = repeat_heads(v_BSGK, self.queries_of_key)
 
         # Padded heads attend, too, but are cut off before the projection.
         o_BTHK = self.attend(q_BTHK, k_BSGK, v_BSGK, visibility)
@@ -355,7 +355,7 @@ class WidthParallelFeedForward(FeedForward):
         return F.linear(x_BTD, local(layer.weight)[: self.units.real], bias_F)
 
 
-def _repeat_heads(x_BSGK: torch.Tensor, times: list[int]) -> torch.Tensor:
+def repeat_heads(x_BSGK: torch.Tensor, times: list[int]) -> torch.Tensor:
     """Repeats key head g `times[g]` times: (B, S, H, K)."""
     return torch.cat([x_BSGK[:, :, g : g + 1].expand(-1, -1, n, -1) for g, n in enumerate(times)], dim=2)
 
