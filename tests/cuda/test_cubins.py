@@ -146,7 +146,7 @@ def forget_answers() -> None:
             function.cache_clear()
 
 
-@pytest.mark.parametrize(("mode", "dropout"), [("none", 0.0), ("selective", 0.1)])
+@pytest.mark.parametrize(("mode", "dropout"), [pytest.param("none", 0.0, marks=pytest.mark.bars), ("selective", 0.1)])
 def test_kernels_compile_to_machine_code(sources, monkeypatch, tmp_path, mode, dropout):
     monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
     config = config_of(layers=2)

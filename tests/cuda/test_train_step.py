@@ -184,7 +184,7 @@ def test_offloaded_matrices_are_stepped_on_the_card(explicit, layout):
     assert traffic.uploads["pageable"] == 1 + 1  # norms; directions
 
 
-@pytest.mark.parametrize("stage", ["tools", "preference", "reward"])
+@pytest.mark.parametrize("stage", ["tools", pytest.param("preference", marks=pytest.mark.bars), "reward"])
 def test_other_stages_wait_no_more(explicit, stage):
     with played(config_of(stage=stage), 8) as run:
         traffic = run.watched_step(2)
@@ -205,6 +205,7 @@ def test_an_evaluation_waits_for_nothing(explicit):
     assert (dict(traffic.waits), set(traffic.uploads), dict(explicit)) == ({}, {"pinned"}, {})
 
 
+@pytest.mark.bars  # blocks are alike
 def test_large_with_all_its_layers(explicit):
     """4 x 4096 tokens, two micro-batches, where the parameters fit: gathered once, one wait."""
     config = config_of("parallel.reshard_after_forward=false", layers=32)

@@ -74,8 +74,15 @@ def opened(browser, path: Path, width: int = 1280, scheme: str = "light"):
     return page, trouble
 
 
-@pytest.mark.parametrize("scheme", ["light", "dark"])
-@pytest.mark.parametrize("width", [1280, 400])
+@pytest.mark.parametrize(
+    ("width", "scheme"),
+    [
+        (1280, "light"),
+        (400, "dark"),
+        pytest.param(1280, "dark", marks=pytest.mark.bars),
+        pytest.param(400, "light", marks=pytest.mark.bars),
+    ],
+)
 def test_every_curve_is_drawn_in_silence_and_fits(browser, report, width, scheme):
     page, trouble = opened(browser, report, width, scheme)
     missing = [name for name, pixels in page.evaluate(DRAWN) if pixels < 20]

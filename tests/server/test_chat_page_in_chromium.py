@@ -611,8 +611,15 @@ def test_all_is_reached_by_keys(open_page, server: Running):
     page.wait_for_selector("#composer:focus")
 
 
-@pytest.mark.parametrize("scheme", ["light", "dark"])
-@pytest.mark.parametrize("width", [1280, 390])
+@pytest.mark.parametrize(
+    ("width", "scheme"),
+    [
+        (1280, "light"),
+        (390, "dark"),
+        pytest.param(1280, "dark", marks=pytest.mark.bars),
+        pytest.param(390, "light", marks=pytest.mark.bars),
+    ],
+)
 def test_every_view_fits_and_can_be_read(open_page, server: Running, tmp_path: Path, width: int, scheme: str):
     """Finds a view wider than the screen, and what axe finds: weak contrast, a control without a name, a wrong role."""
     axe = pytest.importorskip("axe_playwright_python", reason="axe is not there: pip install dist_lm[dev]")
