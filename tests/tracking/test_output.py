@@ -100,7 +100,7 @@ FOR_PROGRAMS = {
     "tracking/readable.py": 1,
     "verbs/data_step.py": 1,  # `--json`
     "verbs/data_where.py": 1,
-    "verbs/replay.py": 1,
+    "verbs/replay.py": 2,
 }
 
 
