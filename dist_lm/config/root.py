@@ -180,7 +180,7 @@ class Config:
         # The open axes that a layout may have are known with the number of ranks.
         if stage.lora.load_in_4bit:
             reason = "with stage.lora.load_in_4bit=true, whose base is whole on every rank"
-            for axis in ("dp_shard", "tp"):
+            for axis in ("dp_shard", "tp", "cp"):
                 size = getattr(self.parallel, axis)
                 require(size in (1, -1), f"parallel.{axis}", size, f"1 (parallel.dp_replicate has the ranks) {reason}")
             require(not self.parallel.cpu_offload, "parallel.cpu_offload", True, f"false {reason}")

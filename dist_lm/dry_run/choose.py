@@ -59,19 +59,17 @@ def candidates(config: Config, world_size: int) -> list[Candidate]:
             "or set parallel.dp_replicate, dp_shard and tp yourself"
         )
 
+    # Stage rlhf, which takes no sequences, does not split its rollouts over ranks.
+    may_split = config.takes_sequences and config.parallel.cp == 1
     config = _as_step(config)
     possible = _candidates_with(config, world_size, config.parallel.cp)
 
-    # Messages of cp are waited for, so it is the last resort. Generation of stage rlhf has whole sequences.
-    is_open = config.parallel.cp == 1 and config.stage.name != "rlhf"
-    for cp in divisors(world_size)[1:]:
-        if (
-            not is_open
-            or not possible
-            or any(fits(candidate.memory, config.hardware.memory_gib) for candidate in possible)
-        ):
-            break
-        possible += _candidates_with(config, world_size, cp)
+    # Messages of cp are waited for, so it is the last resort: for memory alone, not for a batch that nothing divides.
+    if possible and may_split:
+        for cp in divisors(world_size)[1:]:
+            if any(fits(candidate.memory, config.hardware.memory_gib) for candidate in possible):
+                break
+            possible += _candidates_with(config, world_size, cp)
 
     if not possible:
         fixed = {axis: getattr(config.parallel, axis) for axis in PARAMETER_AXES}

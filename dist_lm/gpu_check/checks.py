@@ -46,6 +46,7 @@ CHECKS = (
         "tensor parallelism, also with `parallel.sp`: the same losses; speed and memory",
         runs="all",
     ),
+    _check("cp", "several", 60, "sequences split over cards: the same losses; speed and memory", runs="all"),
     _check("kill", "launched", 150, "a rank is killed with SIGKILL: the run continues", runs="launcher", several=True),
     _check(
         "hang",

@@ -67,6 +67,12 @@ def tp(probe: Probe) -> None:
     _speed(probe, "parallel.dp_shard=1", f"parallel.tp={size}")
 
 
+def cp(probe: Probe) -> None:
+    """Checks sequences split over all ranks, which exchange tokens for heads around attention."""
+    _parity(probe, "parallel.dp_shard=1", f"parallel.cp={probe.world.size}")
+    _speed(probe, "parallel.dp_shard=1", f"parallel.cp={probe.world.size}")
+
+
 def _parity(probe: Probe, *overrides: str) -> None:
     """Compares losses of a few steps in fp32 with those of an unsplit model that takes the full batch on each rank.
 

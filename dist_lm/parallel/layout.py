@@ -120,11 +120,13 @@ def misfit(layout: Layout, model: ModelConfig) -> str | None:
         return (
             f"stage.lora.load_in_4bit=true keeps the whole base on every rank, so {axis} must be 1 (use dp_replicate)"
         )
+
     # A rank without a single head, or without a part of the vocabulary, would have an empty shard.
     if layout.tp > model.n_heads:
         return f"tp={layout.tp} is more than model.n_heads={model.n_heads}"
     if -(-model.vocab_size // layout.tp) * (layout.tp - 1) >= model.vocab_size:
         return f"tp={layout.tp} leaves a rank without a part of model.vocab_size={model.vocab_size}"
+
     # FSDP splits unevenly on dimension 0 only, and there tensor parallelism has split already.
     if layout.tp > 1 and model.d_model % layout.shards:
         shards = f"dp_shard={layout.dp_shard}" if layout.cp == 1 else f"dp_shard x cp={layout.shards}"
@@ -132,7 +134,9 @@ def misfit(layout: Layout, model: ModelConfig) -> str | None:
             f"with tensor parallelism {shards} must divide model.d_model={model.d_model} "
             "(use dp_replicate for the rest)"
         )
-    heads = rank_slice(model.n_heads, layout.tp, layout.tp - 1).held
+
+    # The ranks of a cp group attend with some of the heads each; tp pads all its ranks to equally many.
+    heads = rank_slice(model.n_heads, layout.tp, 0).held
     if layout.cp > heads:
         return f"cp={layout.cp} is more than the {heads} heads of a rank"
     return None
@@ -191,8 +195,6 @@ def check_batch(config: Config, layout: Layout) -> None:
         factors = " x ".join(f"{axis}={ranks}" for axis, _, ranks in splits)
         near = _nearest_multiples(seq_len, factor)
         raise ConfigError(f"{seq_len_key}={seq_len}: with {reasons} expected a multiple of {factors}, such as {near}")
-    if layout.cp > 1 and config.stage.name == "rlhf":
-        raise ConfigError(f"parallel.cp={layout.cp}: stage rlhf does not split sequences over ranks yet; expected 1")
 
 
 def divisors(number: int) -> list[int]:
@@ -237,6 +239,8 @@ def _fill_open_axes(parallel: ParallelConfig, model: ModelConfig, world_size: in
 def _list_layouts(model: ModelConfig, world_size: int, cp: int) -> str:
     """Returns the layouts with this `cp` for people: (dp_replicate, dp_shard, tp), and cp if it is not 1."""
     layouts = layouts_of(model, world_size, cp)
+    if not layouts:
+        return "none"
     last_axis = "" if cp == 1 else f", {cp}"
     listed = ", ".join(
         f"({layout.dp_replicate}, {layout.dp_shard}, {layout.tp}{last_axis})" for layout in layouts[:LISTED_LAYOUTS]

@@ -247,9 +247,13 @@ def build_mesh(layout: Layout, device: torch.device) -> DeviceMesh:
 
 def data_mesh(mesh: DeviceMesh) -> DeviceMesh:
     """Returns both dp axes as one axis: the ranks that see different data and share gradients."""
-    axes = ("dp_replicate", "dp_data") if has_context_axis(mesh) else ("dp_replicate", "dp_shard")
     with guarded():
-        return mesh[axes]._flatten("dp")
+        return mesh[_data_axes(mesh)]._flatten("dp")
+
+
+def _data_axes(mesh: DeviceMesh) -> tuple[str, str]:
+    """Returns the axes along which ranks see different data."""
+    return ("dp_replicate", "dp_data") if has_context_axis(mesh) else ("dp_replicate", "dp_shard")
 
 
 def has_context_axis(mesh: DeviceMesh) -> bool:
@@ -275,7 +279,7 @@ def axis_of_group(mesh: DeviceMesh) -> dict[str, str]:
 
 def data_place(mesh: DeviceMesh) -> tuple[int, int]:
     """Returns (this rank's number among the ranks that see different data, their number)."""
-    replicate, shard = mesh["dp_replicate"], mesh["dp_data" if has_context_axis(mesh) else "dp_shard"]
+    replicate, shard = (mesh[axis] for axis in _data_axes(mesh))
     place = replicate.get_local_rank() * shard.size() + shard.get_local_rank()
     return place, replicate.size() * shard.size()
 

@@ -33,7 +33,7 @@ from dist_lm.errors import ConfigError
 from dist_lm.generation.decoder import WeightStream
 from dist_lm.generation.request import SamplingParams
 from dist_lm.model.transformer import Transformer
-from dist_lm.parallel.mesh import World
+from dist_lm.parallel.mesh import World, adds_sums
 from dist_lm.rlhf.algorithm import Algorithm, DrawnTokens, Prepared
 from dist_lm.rlhf.config import RlhfConfig, not_null
 from dist_lm.rlhf.constrained_rollouts import RolloutConstraints
@@ -254,7 +254,7 @@ class Learner:
             models=self.models,
             device=self.world.device,
             dealing=dealing(self.mesh, self.parallel, self.config.micro_batch_tokens),
-            adds_sums=self.mesh.get_local_rank("tp") == 0,
+            adds_sums=adds_sums(self.mesh),
             reduce_every_micro_batch=self.parallel.reduce_every_micro_batch,
             alive=self.alive,
             run_both=self.run_both,

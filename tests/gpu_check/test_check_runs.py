@@ -235,7 +235,7 @@ def test_checks_that_cannot_run_are_refused_by_name(only, gpus, words):
 
 def test_more_gpus_add_checks():
     one, two = chosen((), 1), chosen((), 2)
-    assert {check.name for check in two} - {check.name for check in one} == {"nccl", "fsdp", "tp", "kill", "hang"}
+    assert {check.name for check in two} - {check.name for check in one} == {"nccl", "fsdp", "tp", "cp", "kill", "hang"}
     assert two == list(CHECKS)
     assert [check.name for check in chosen(("smoke", "varlen"), 1)] == ["varlen", "smoke"]
 

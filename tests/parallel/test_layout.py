@@ -8,7 +8,7 @@ import torch
 from dist_lm.config.cluster import ParallelConfig
 from dist_lm.errors import ConfigError
 from dist_lm.parallel import sharding
-from dist_lm.parallel.layout import Layout, check_batch, layouts_of, misfit, placements, resolve_layout
+from dist_lm.parallel.layout import Layout, check_batch, layouts_of, misfit, placements, resolve_layout, resolved
 from dist_lm.prepare.compose import compose_config
 
 NANO = replace(compose_config(["model=nano"]).model, n_heads=5)  # d_model 160
@@ -152,6 +152,29 @@ def test_a_gpu_without_bf16_computes_in_fp32(monkeypatch, capability, shown, tra
     else:
         with pytest.raises(ConfigError, match=r"^parallel.compute_dtype=bf16: Tesla T4 has .* auto or fp32"):
             sharding.compute_dtype(asked, card)
+
+
+def test_ranks_of_a_sequence_are_part_of_the_layout_and_of_its_refusals():
+    """Finds a layout whose product leaves cp out, shards of another number, and parts of sequences that are unequal."""
+    config = compose_config(["stage=language", "model=nano", "model.n_heads=4", "stage.seq_len=126", "parallel.cp=4"])
+    layout = resolve_layout(config.parallel, config.model, 8)
+    assert (layout.cp, layout.dp, layout.shards, layout.world_size) == (4, 2, 8, 8)
+    assert Layout.recorded(resolved(config.parallel, layout)) == layout
+    assert str(layout) == "dp_replicate=1 dp_shard=2 tp=1 cp=4"
+    with pytest.raises(ConfigError, match=r"stage.seq_len=126: with context parallelism .* cp=4, such as 124 or 128"):
+        check_batch(config, layout)
+    with pytest.raises(ConfigError, match=r"parallel.cp=4: the product is not 6 ranks"):
+        resolve_layout(config.parallel, config.model, 6)
+    with pytest.raises(
+        ConfigError, match=r"cp=4 is more than the 2 heads of a rank; \(dp_replicate, .*, cp\) that fit"
+    ):
+        resolve_layout(replace(config.parallel, tp=2), config.model, 8)
+
+
+def test_stage_rlhf_splits_no_sequences():
+    """Finds a run that would take the parts of one sequence for whole rollouts, and parallel=auto that asks for it."""
+    with pytest.raises(ConfigError, match=r"^parallel\.cp=2: expected 1 in stage rlhf"):
+        compose_config(["stage=rlhf", "model=nano", "parallel.cp=2"])
 
 
 def test_a_batch_that_ranks_cannot_share_names_the_nearest_that_they_can():

@@ -182,6 +182,11 @@ class RlhfRunConfig(CorpusFormsConfig):
     stage: TrainingGroup = MISSING
     rlhf: RlhfRunGroup = MISSING
 
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        cp = self.parallel.cp
+        require(cp == 1, "parallel.cp", cp, "1 in stage rlhf, whose rollouts are not split over ranks")
+
     @property
     def pool(self) -> RolloutPoolConfig:
         return self.rlhf.pool

@@ -18,6 +18,7 @@ from dist_lm.cluster.ray_cluster import RayCluster
 from dist_lm.evaluation.in_loop import Round, loop_tasks
 from dist_lm.evaluation.tasks import Record
 from dist_lm.model.transformer import Transformer
+from dist_lm.parallel.mesh import adds_sums
 from dist_lm.rlhf.experience import add_up, end_scores, with_signs_of_life
 from dist_lm.rlhf.learner import Supply
 from dist_lm.rlhf.models import RlhfModels, as_reference, dealing, sent_weights
@@ -131,7 +132,7 @@ class HeldOut:
         mesh, device = self.start.mesh, self.start.world.device
         shares = dealing(mesh, self.config.parallel, self.config.rlhf.micro_batch_tokens)
         score_B = end_scores(reward, rollouts, shares, device, partial(with_signs_of_life, alive=self.alive))
-        return add_up([score_B], mesh.get_local_rank("tp") == 0)[0].cpu()
+        return add_up([score_B], adds_sums(mesh))[0].cpu()
 
 
 # --- tasks ---
