@@ -350,8 +350,11 @@ def _parts(peers: Pieces, flat: torch.Tensor) -> Iterator[tuple[tuple[Unit, Box]
 
 
 def owners_of(parameters: Sequence[torch.Tensor], arithmetic: Arithmetic) -> Owners | None:
-    """Returns the owners of these parameters; None if this rank is alone, and owns all of them."""
+    """Returns the owners of these parameters; None if this rank has all of them whole: it is alone, or the model is
+    split over no ranks."""
     if not parameters or not dist.is_initialized() or dist.get_world_size() == 1:
+        return None
+    if not isinstance(parameters[0], DTensor):
         return None
     return Owners(parameters, arithmetic)
 

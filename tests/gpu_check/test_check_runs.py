@@ -260,3 +260,12 @@ def test_a_check_of_several_cards_keeps_the_results_of_one(monkeypatch, tmp_path
     run.check_gpus(("nccl",), 8, tmp_path, page, rehearse=False, say=print)
     assert json.loads((tmp_path / run.RESULTS).read_text())["checks"].keys() == {"varlen", "nccl"}
     assert page.read_text().count("passed |") == 2
+
+
+@pytest.mark.bars
+@pytest.mark.cluster
+@pytest.mark.parametrize("name", ["fsdp", "tp", "cp"])
+def test_checks_of_several_cards_pass_in_a_rehearsal(tmp_path, name):
+    """Finds a check that fails on cards by itself, such as a whole model beside the split one that has no owners."""
+    said: list[str] = []
+    assert run.check_gpus((name,), 2, tmp_path, None, rehearse=True, say=said.append), said
