@@ -117,6 +117,7 @@ def _shown_conversation(chosen: ChosenConversation, longest: int) -> ShownConver
 
 def _model_turn(turn: "Turn", thinking: str, longest: int) -> ShownTurn:
     action = action_of(cast(Any, turn.action))
+
     notes = []
     if action.cut:
         notes.append(f"the last one ({action.cut})")
@@ -126,6 +127,7 @@ def _model_turn(turn: "Turn", thinking: str, longest: int) -> ShownTurn:
         notes.append(counted(turn.tool_errors, "error"))
     if turn.step is None:
         notes.append("no step followed")
+
     return ShownTurn(
         role="model",
         text=_fitted(action.text, longest),

@@ -142,10 +142,21 @@ def test_a_step_with_value_residuals_is_that_of_one_process(
 
 
 def assert_orthogonal_steps_are_those_of_one_process(
-    ranks: RankGroups, layout: str, model: ModelConfig, muon: MuonConfig, steps: int
+    ranks: RankGroups,
+    layout: str,
+    model: ModelConfig,
+    muon: MuonConfig,
+    steps: int,
+    arithmetic: Arithmetic | None = None,
 ) -> None:
     found: MeshTrajectory = ranks.run(
-        layout_of(layout).world_size, rank_steps, model, parallel_of(layout), range(steps), muon=muon
+        layout_of(layout).world_size,
+        rank_steps,
+        model,
+        parallel_of(layout),
+        range(steps),
+        muon=muon,
+        arithmetic=arithmetic,
     )
     expected = expected_of(model, steps, muon)
     assert found.losses == pytest.approx(expected.losses, rel=LOSS)
@@ -180,17 +191,7 @@ def test_orthogonal_steps_in_many_messages_are_those_of_one_process(
 ):
     model, muon = model_of((6, 3)), MuonConfig(lr=0.02, variance_beta=0.9)
     arithmetic = Arithmetic(None, by_squares=True, flops_per_byte=flops_per_byte, bucket_bytes=8_000)
-    found: MeshTrajectory = ranks.run(
-        layout_of(layout).world_size,
-        rank_steps,
-        model,
-        parallel_of(layout),
-        range(2),
-        muon=muon,
-        arithmetic=arithmetic,
-    )
-    assert entries_off(found.end, expected_of(model, 2, muon).end, ORTHOGONAL_ENTRY) == {}
-    assert found.torn == found.dirty == set()
+    assert_orthogonal_steps_are_those_of_one_process(ranks, layout, model, muon, 2, arithmetic)
 
 
 @pytest.mark.heavy
@@ -203,17 +204,7 @@ def test_matrices_that_ranks_hand_on_take_the_steps_of_one_process(ranks: RankGr
 
     muon = MuonConfig(lr=0.02, variance_beta=0.9)
     arithmetic = Arithmetic(None, by_squares=False, flops_per_byte=1e-6, bucket_bytes=8_000)
-    found: MeshTrajectory = ranks.run(
-        layout_of(layout).world_size,
-        rank_steps,
-        model,
-        parallel_of(layout),
-        range(2),
-        muon=muon,
-        arithmetic=arithmetic,
-    )
-    assert entries_off(found.end, expected_of(model, 2, muon).end, ORTHOGONAL_ENTRY) == {}
-    assert found.torn == found.dirty == set()
+    assert_orthogonal_steps_are_those_of_one_process(ranks, layout, model, muon, 2, arithmetic)
 
 
 def test_any_two_values_of_two_choices_meet_in_the_small_size():
