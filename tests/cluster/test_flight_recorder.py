@@ -80,6 +80,7 @@ def test_a_rank_in_which_no_python_runs_hands_out_its_collectives(tmp_path, monk
         assert json.loads(run.collectives(FIRST_RANK + 3).read_text())["gloo"]["entries"] == entries
         monkeypatch.setattr(flight_recorder, "ANSWER_S", 0.2)
         process.send_signal(signal.SIGSTOP)
+        os.waitid(os.P_PID, process.pid, os.WSTOPPED | os.WNOWAIT)  # until then, its other threads answer
         dump_collectives(Path(sockets.name), files)
         assert "timed out" in json.loads(files[3].read_text())["error"]
     finally:

@@ -186,7 +186,7 @@ def test_the_recorded_configuration_is_that_of_the_run_and_what_is_asked_that_of
     assert going_on.continued.asked == {"tp"}
     [with_group] = with_continued_runs(Plan((stages[1],)), ["parallel=hsdp"]).stages
     assert with_group.continued is not None
-    assert with_group.continued.asked == {"dp_replicate", "dp_shard", "tp"}
+    assert with_group.continued.asked == {"dp_replicate", "dp_shard", "cp", "tp"}
 
 
 # --- ranks that torchrun has started ---
