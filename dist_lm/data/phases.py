@@ -24,7 +24,7 @@ class MixPhase:
 
     begin: int  # steps before it
     until: int  # its last step
-    sequences: Mapping[str, int]  # by corpus, that of the stage first; 0 for those that it does not read
+    sequences: Mapping[str, int]  # corpus -> sequences, the stage's own first; 0 for those that it does not read
 
     def name(self, number: int) -> str:
         """Returns the phase for a message: `phase 2 (steps 801 to 1,000)`.

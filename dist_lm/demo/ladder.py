@@ -42,7 +42,7 @@ class TinyTask:
     prompt: str
     tests: tuple[str | dict[str, str], ...]
     solution: str
-    inputs: Mapping[str, Any]  # of the hidden tests, as `dist_lm.sandbox.inputs` reads them
+    inputs: Mapping[str, Any]  # inputs of the hidden tests, as `dist_lm.sandbox.inputs` reads them
 
     @property
     def fields(self) -> dict[str, Any]:

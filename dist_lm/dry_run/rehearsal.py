@@ -149,7 +149,7 @@ def as_played(config: Config, sequences: int) -> Config:
 
     if documents_apart(config.hardware.device, is_half(config), config.model.d_head):
         # Packed attention keeps the tensors of causal attention; fake tensors have no boundaries and would need a mask.
-        stage.document_mask = False  # of this copy, also where it is no key
+        stage.document_mask = False  # in this copy, also if it is no key of the stage
 
     # Offloading keeps the same tensors in another memory, which `play` accounts for.
     return replace(config, stage=stage, parallel=replace(parallel, compile="never", cpu_offload=False))

@@ -142,7 +142,7 @@ class LiveMemory:
     def after(self, func: Any, args: Any, kwargs: Any, result: Any) -> None:
         """Counts the storages of an operation's result, except on `meta`; with gloo, also its copy in a collective,
         which only raises the peak."""
-        # What was waited for is the tensor of the message itself; only fake tensors have two storages for it.
+        # A wait returns the tensor of the message itself; only fake tensors have two storages for it.
         if func is WAIT:
             sent = _tensors(args)[0].untyped_storage()
             self._hold(result.untyped_storage(), self._allocation.get(id(sent)))

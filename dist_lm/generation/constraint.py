@@ -17,7 +17,7 @@ from dist_lm.errors import ConfigError, require
 
 Kind = Literal["json_schema", "regex", "lark", "choice"]
 KINDS: tuple[Kind, ...] = get_args(Kind)
-MOST_BYTES = 256 << 10  # of a constraint, as JSON in UTF-8
+MOST_BYTES = 256 << 10  # size of a constraint, as JSON in UTF-8
 
 
 @dataclass(frozen=True)
@@ -59,7 +59,7 @@ class GrammarRecord(NamedTuple):
     """Identifies the grammar that an answer followed. Equal records allow the same tokens after the same tokens."""
 
     library: str  # version of llguidance
-    sha256: str  # of the grammar, the tokenizer and the tokens that end the answer, hexadecimal
+    sha256: str  # hash of the grammar, the tokenizer and the tokens that end the answer, hexadecimal
 
 
 def _are_texts(value: Any) -> bool:

@@ -598,7 +598,7 @@ class Engine:
         ):
             if sequence.finish:  # its request was cancelled or refused in this loop
                 continue
-            # Where every token is forbidden, the largest logit and the draw mean nothing.
+            # The largest logit and the draw mean nothing where every token is forbidden.
             if is_forbidden(token, sequence.request.params, allowed.get(row)):
                 self._refuse(sequence.request, NOTHING_ALLOWED)
                 continue

@@ -23,7 +23,7 @@ from dist_lm.generation.schema_keywords import bounded, check_schema
 from dist_lm.sandbox import limited
 from dist_lm.tokenizer.tokenizer import Tokenizer
 
-SHORT_BYTES, SHORT_TEXTS = 64, 4096  # of the forced texts whose tokens are remembered: their length and number
+SHORT_BYTES, SHORT_TEXTS = 64, 4096  # longest forced texts whose tokens are remembered, and how many
 KEPT = 64  # grammars that an engine keeps for the next request
 # Between items and behind keys, as `json.dumps` writes; no other white space, of which a model might write without end.
 JSON_OPTIONS: dict[str, Any] = {
@@ -49,7 +49,7 @@ class _Compiled(NamedTuple):
     """A constraint as llguidance follows it."""
 
     state: Any  # `LLMatcher` before the first token
-    grammar_sha256: str  # of the grammar that the library was given
+    grammar_sha256: str  # hash of the grammar that the library was given
 
 
 class Matcher:

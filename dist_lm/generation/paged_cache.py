@@ -267,7 +267,7 @@ class PlainDecodePlan:
     summed_slot_X: torch.Tensor  # slot_X with P rounded up to SUM_MULTIPLE; n (zeros) if there is no such page
     index_n: torch.Tensor  # index in `slot_X` of each slot of all reads
     bias_B1S: torch.Tensor  # fp32, 0 for visible keys, -inf for others
-    window: int | None  # of the layers with a window; None: no layer has one
+    window: int | None  # width of the window of layers that have one; None: no layer has
     window_bias_B1S: torch.Tensor  # the mask of those layers; without any, `bias_B1S`
 
     def advance(self) -> None:
@@ -289,7 +289,7 @@ class PlainPrefillPlan:
     in_one_call: bool
     lengths: Sequence[int]  # tokens of each piece
     pages_read: Sequence[torch.Tensor]  # int64, pages of each piece, in order; empty if no block reads the cache
-    blocks: Sequence[Sequence["Block"]]  # of each piece
+    blocks: Sequence[Sequence["Block"]]  # blocks of each piece
     windowed: "PlainPrefillPlan | None" = None  # the plan of layers with a window, if any piece is longer
 
 

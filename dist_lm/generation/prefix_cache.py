@@ -21,7 +21,7 @@ class PrefixCounts:
     """Tokens of admitted prompts since the engine was built."""
 
     looked_up: int = 0
-    reused: int = 0  # of these, the tokens that were found
+    reused: int = 0  # tokens of these that were found
 
 
 @dataclass(frozen=True)
@@ -31,7 +31,7 @@ class Prefix:
     pages: Sequence[int] = ()  # full pages, in order
     partial_page: int | None = None  # the page whose beginning continues them
     n_partial: int = 0  # tokens of `partial_page` that do
-    n_tokens: int = 0  # of all pages together
+    n_tokens: int = 0  # tokens of all pages together
 
 
 @dataclass
@@ -40,7 +40,7 @@ class PrefixCache:
 
     pool: PagePool
     page_tokens: int  # a multiple of BLOCK
-    _page_of: dict[bytes, int] = field(default_factory=dict)  # by digest: a page that holds the block and those before
+    _page_of: dict[bytes, int] = field(default_factory=dict)  # digest -> a page with that block and those before
     _blocks_of: dict[int, list[bytes]] = field(default_factory=dict)  # the digests that name a page
 
     def find(self, digests: Sequence[bytes], n_prompt: int) -> Prefix:

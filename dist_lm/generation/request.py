@@ -103,7 +103,7 @@ class Request:
     n: int = 1  # number of answers; they share the prompt's pages in the cache
     truncate: Literal["refuse", "left"] = "refuse"  # if a prompt fills the context: refuse it, or drop its beginning
     keep_sets: bool = False  # answers say from which tokens each token was drawn
-    constraint: Constraint | None = None  # what an answer must be; one that ends by itself fulfils it
+    constraint: Constraint | None = None  # the form of an answer; one that ends by itself has it
     cache_key: str = ""  # only requests with the same key share what the prefix cache holds
 
 
@@ -188,8 +188,8 @@ class Answer:
     sets: tuple[bytes, ...] = ()  # with keep_sets: the tokens among which each was drawn (`model.token_sets`)
     # with params.top_logprobs, for each token; empty for one that a constraint left no choice about
     top_logprobs: tuple[TopLogprobs, ...] = ()
-    reused_tokens: int = field(default=0, compare=False)  # of the prompt, those that the prefix cache held
-    grammar: GrammarRecord | None = None  # what the answer followed, with a constraint
+    reused_tokens: int = field(default=0, compare=False)  # tokens of the prompt that the prefix cache held
+    grammar: GrammarRecord | None = None  # the grammar that the answer followed, with a constraint
 
 
 @dataclass(frozen=True)
@@ -283,7 +283,7 @@ class AnswerSequence:
     tokens: list[int] = field(init=False)
     pages: list[int] = field(default_factory=list)
     cached: int = 0  # tokens whose keys and values are in the pages
-    digests: Sequence[bytes] = ()  # of the prompt's blocks, with a prefix cache
+    digests: Sequence[bytes] = ()  # digests of the prompt's blocks, with a prefix cache
     n_reused: int = 0  # tokens of the prompt that the prefix cache held
     has_nan: "torch.Tensor | None" = None  # bool: the last piece of the prompt has logits of nan, from keys of nan
     logprobs: list[float] = field(default_factory=list)
@@ -292,7 +292,7 @@ class AnswerSequence:
     top_logprobs: list[TopLogprobs] = field(default_factory=list)
     saved: Any = None  # content of the pages while the sequence is preempted
     matcher: "Matcher | None" = None  # the tokens that the constraint allows next
-    allowed: "np.ndarray | None" = None  # what `matcher.allowed` returns now; None: it was not asked
+    allowed: "np.ndarray | None" = None  # the answer of `matcher.allowed`; None: it was not asked
     finish: FinishReason | None = None
 
     def __post_init__(self) -> None:

@@ -42,7 +42,7 @@ class Share:
     units: RankSlice  # hidden units of the feed-forward network
     vocab: RankSlice  # vocabulary entries
     key_shares: tuple[float, ...]  # 1 / number of ranks' copies of each of `key_heads`
-    windows: tuple[int | None, ...]  # of each layer, see `model.window`
+    windows: tuple[int | None, ...]  # the window of each layer, see `model.window`
 
     @property
     def n_heads(self) -> int:

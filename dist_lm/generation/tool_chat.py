@@ -37,7 +37,7 @@ class ToolOptions:
     file: Path | None  # None: the model may call nothing
     max_rounds: int = 8  # turns with calls per request, at most
     limits: Limits = field(default_factory=Limits)
-    choice: ToolChoice = field(default_factory=ToolChoice)  # of the first turn that answers a request
+    choice: ToolChoice = field(default_factory=ToolChoice)  # for the first turn that answers a request
 
     def __post_init__(self) -> None:
         require(self.max_rounds > 0, "--max-rounds", self.max_rounds, "a positive integer")

@@ -23,7 +23,7 @@ from dist_lm.interop.snapshot_files import content_in, file_in, parsed, tensor_e
 WEIGHTS, CONFIG = "adapter_model.safetensors", "adapter_config.json"
 PREFIX = "base_model.model."  # begins the names in the file of weights
 FACTORS = {".lora_A.weight": "a", ".lora_B.weight": "b"}  # ends of the names of a weight's factors
-EMBEDDINGS, SCORE = ("model.embed_tokens.weight", "gpt_neox.embed_in.weight"), "score.weight"  # of transformers
+EMBEDDINGS, SCORE = ("model.embed_tokens.weight", "gpt_neox.embed_in.weight"), "score.weight"  # names in transformers
 # Keys that change what peft computes, in ways that our adapters lack.
 REFUSED = {
     "use_dora": "false: our adapters have no magnitudes (DoRA); merge it by peft (merge_and_unload), and import that",

@@ -65,7 +65,7 @@ class Family:
     has_scales: bool = False  # the factors of `SCALES`
     heads: tuple[str, ...] = ("tokens", "scalar")  # values of model.head
     rope_free_layers: bool = False  # layers may have no RoPE
-    rope_theta: float = 10000.0  # where config.json has none
+    rope_theta: float = 10000.0  # the default where config.json has none
 
 
 SCALES = {

@@ -24,7 +24,7 @@ from dist_lm.config.model import ModelConfig
 from dist_lm.model.size import Shape, is_matrix, is_trained
 from dist_lm.parallel.layout import PARAMETER_AXES, Layout, Placement, placements
 
-ITERATIONS = 5  # of Newton-Schulz, in `training.muon`
+ITERATIONS = 5  # iterations of Newton-Schulz in `training.muon`
 BUCKET_BYTES = 256 << 20  # most bytes of whole matrices that a rank owns in a bucket
 LEVEL = 1.1  # the busiest rank is relieved until it has this many times the mean load, or the costliest matrix
 
@@ -90,7 +90,7 @@ class Unit:
     first: int  # number of the first matrix in the parameter
     end: int
     owner: int  # place in a replica, see `Plan`
-    replica: int | None  # that of the owner; None: each replica has an owner at this place
+    replica: int | None  # the owner's replica; None: each replica has an owner at this place
     bucket: int  # units of one bucket are sent together
     start: Start | None = None  # None: the owner does all iterations
 
@@ -166,7 +166,7 @@ class Plan:
         """Returns how many entries of matrices and steps a rank sends in a step to other ranks."""
         replica, place = divmod(rank, self.n_places)
         n_sent = 0
-        n_given: Counter[tuple[int, int | None]] = Counter()  # by bucket and replica of the owner
+        n_given: Counter[tuple[int, int | None]] = Counter()  # (bucket, replica of the owner) -> entries
         for unit in self.units:
             n_own = size_of(self.piece(unit, place))
             n_given[unit.bucket, unit.replica] += n_own
@@ -270,8 +270,8 @@ class Load:
     """The work of one owner."""
 
     flops: int
-    flops_of_squares: int  # by the way of CPUs
-    entries: int  # of its matrices
+    flops_of_squares: int  # the same by the arithmetic of CPUs
+    entries: int  # entries of its matrices
     n_more_buckets: int  # 2 if matrices are handed on: those of starts and of what owners finish
 
 

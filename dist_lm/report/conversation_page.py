@@ -27,14 +27,14 @@ MOST_TURNS = 16  # turns of a conversation, of all roles
 MOST_PARTS = 4  # calls or results of a turn
 LONGEST = 1600  # characters of a text
 LONGEST_NAME = 50  # characters of the name of a tool
-BYTES = 24_000  # of the HTML of the texts of a conversation
+BYTES = 24_000  # most HTML for the texts of a conversation
 
 
 @dataclass(frozen=True)
 class Part:
     """A call of the model, or a result of one."""
 
-    name: str  # of the tool that is called; empty: a result
+    name: str  # the tool that is called; empty: a result
     text: str
     is_error: bool = False
 
@@ -47,9 +47,9 @@ class ShownTurn:
     text: str
     parts: tuple[Part, ...] = ()
     thinking: str = ""
-    reward: float = 0.0  # of a model's turn alone
-    tokens: int = 0  # that the model drew
-    notes: tuple[str, ...] = ()  # what is unusual
+    reward: float = 0.0  # reward of a model's turn alone
+    tokens: int = 0  # tokens that the model drew
+    notes: tuple[str, ...] = ()  # remarks on anything unusual
 
 
 @dataclass(frozen=True)

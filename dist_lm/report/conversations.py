@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from dist_lm.stages.rlhf.config import RlhfRunConfig
     from dist_lm.tokenizer.tokenizer import Tokenizer
 
-ITERATIONS = 3  # of a run
+ITERATIONS = 3  # shown of a run
 MOST_REASONS = 2  # why conversations have no verdict, of an iteration
 CHOSEN = 3 + MOST_REASONS  # most conversations of an iteration
 MOST = 30  # conversations of all runs of a report
@@ -38,8 +38,8 @@ class ChosenConversation:
     group: int  # conversations of its task that have a verdict
     group_reward: float | None  # their mean reward
     advantage: float | None  # None: without a verdict, or the algorithm compares no group
-    penalty: float = 0.0  # that it paid for being cut, before the advantage was computed
-    thinking: tuple[str, ...] = ()  # of the model's turns; empty: not known
+    penalty: float = 0.0  # its reward is smaller by this, because it was cut
+    thinking: tuple[str, ...] = ()  # thoughts by turn of the model; empty: not known
 
 
 @dataclass(frozen=True)
@@ -47,7 +47,7 @@ class IterationConversations:
     """The conversations of one file of a run: those of an iteration, or of one draw of it (`rlhf.sampling_rounds`)."""
 
     file: str
-    number: int | None  # of the iteration, from 1; None: not known
+    number: int | None  # number of the iteration, from 1; None: not known
     total: int = 0  # conversations
     cut: int = 0
     failures: Mapping[str, int] = field(default_factory=dict)  # conversations without a verdict, by reason
@@ -90,7 +90,7 @@ def read_conversations(run: RunDirectory, most: int, is_finished: bool) -> tuple
     if not positions:
         return ()
 
-    # Of fewer iterations than three, the last one says most about the model.
+    # The last iteration says most about the model, if there are fewer than three.
     by_importance = dict.fromkeys([positions[-1], positions[0], positions[len(positions) // 2]])
 
     config, problem = None, ""
@@ -207,7 +207,7 @@ def _read(path: Path, position: int, config: "RlhfRunConfig | None", problem: st
         name = why if episode.verdict.valid else "no verdict"
         shown.setdefault((episode.position, episode.sample), (name, episode))
 
-    # Of an iteration with several draws, a file does not tell how many conversations stand before it.
+    # With several draws in an iteration, a file does not tell how many conversations stand before it.
     is_whole = config is not None and not config.rlhf.sampling_rounds
     numbers = {key: number if is_whole else None for number, key in enumerate(sorted(judged), 1)}
     chosen = tuple(_in_its_group(why, numbers[key], episode, judged, config) for key, (why, episode) in shown.items())

@@ -89,7 +89,7 @@ class RunFacts:
     links: Mapping[str, Any]
     checkpoints: tuple[Checkpoint, ...]
     samples: Samples
-    conversations: tuple[IterationConversations, ...] = ()  # of some iterations, with an environment
+    conversations: tuple[IterationConversations, ...] = ()  # some iterations of a run with an environment
 
     @property
     def attempt(self) -> Mapping[str, Any]:

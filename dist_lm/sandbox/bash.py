@@ -444,7 +444,7 @@ def _judge(test: dict[str, str], channel: int) -> None:
     script = re.sub(b"|".join(filled), lambda match: filled[match[0]], _STUBS)
     script += b"".join(b'function %s { dist_lm_call %s "$@"; }\n' % (name, name) for name in stubs)
     script += os.fsencode(test["before"]) + b"\n"
-    # What the program did to files before its first call comes behind the same code before it.
+    # Changes that the program made to files before its first call come behind the same code before it.
     script += b"builtin printf 'files\\0' >&%d\ndist_lm_state 0\n" % _REQUESTS
     script += b"(exit %d) && :\n%s\n" % (status, code)
     script += b"[[ $? -eq 0 ]] && builtin printf 'passed\\0' >&%d\n" % _REQUESTS

@@ -201,7 +201,7 @@ class Peer:
             if not isinstance(error, Exception) and os.getpid() != process:
                 raise  # a process that the program forked ends in its own way
             kind, value = RAISED, error
-            if operation != "name":  # that a name is missing is no news
+            if operation != "name":  # a missing name is no news
                 self.last_error = error
         if os.getpid() != process:
             os._exit(0)

@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from typing import Any, NoReturn
 
 _WRITABLE = ("/dev/null",)
-_MOST_RUNS = 500  # that share rules: each run leaves rules for a /tmp and a /proc that are no more
+_MOST_RUNS = 500  # runs that share rules: each leaves rules for a /tmp and a /proc that are no more
 _ANY = {"cpu_s": 0, "memory_bytes": 0, "file_bytes": 0, "files": 0, "processes": 0}
 
 

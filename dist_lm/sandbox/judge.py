@@ -90,7 +90,7 @@ class Judge(Peer):
         """
 
         def checked(value: Any, *operands: Any) -> Any:
-            # By identity: a value from the program may say that it equals anything.
+            # Identity decides, because a value from the program may say that it equals anything.
             if id(value) not in self._number_of:
                 raise TypeError("expected an object that the test gave to the program")
             return operation(value, *operands)
@@ -304,7 +304,7 @@ def _skips_a_check(error: BaseException, texts: dict[str, str]) -> bool:
         if text and _leaves_a_check(ast.parse(text), trace.tb_lineno, scopes):
             return True
         trace = trace.tb_next
-        # What the `with` statement called; or a `with` around it, if the manager is used by one of the test.
+        # The function that the `with` statement called, or a `with` around it if a manager of the test uses this one.
         scopes = (ast.FunctionDef, ast.AsyncFunctionDef, ast.With, ast.AsyncWith)
     return False
 

@@ -247,9 +247,9 @@ class Judging:
         send_files(control, len(content).to_bytes(4, "big"), [tests])
         os.write(control, content)
         self._clocks: list[int] = []
-        self._ended_cpu_seconds = 0.0  # of processes that judged before the present one
-        self._earlier_cpu_seconds = 0.0  # of the present one, before it judged
-        self._earlier_waited_seconds = 0.0  # of the present one, before the test
+        self._ended_cpu_seconds = 0.0  # CPU time of processes that judged before the present one
+        self._earlier_cpu_seconds = 0.0  # CPU time of the present process, before it judged
+        self._earlier_waited_seconds = 0.0  # time that the present process waited, before the test
         self.last_cpu_seconds = 0.0
 
     def wait(self) -> None:

@@ -94,7 +94,7 @@ def _answer(names: dict[str, Any]) -> None:
     from dist_lm.sandbox.calls import Peer, program_operations
 
     peer = Peer(CHANNEL, program_operations(names))
-    # What a program has imported is no part of it.
+    # Imported names are no part of a program.
     defined = {name: value for name, value in names.items() if getattr(value, "__module__", "") == "__main__"}
     functions = {name: value for name, value in defined.items() if type(value) in (types.FunctionType, type)}
     if not peer.serve(dict([*functions.items()][:MAX_NAMES])):

@@ -28,7 +28,7 @@ from dist_lm.sandbox.limited_program import ANSWER_BYTES, MEMORY_BYTES, frames_o
 CPU_S = 8.0  # CPU time of a call; the largest tokenizers take 2
 ANSWER_S = 120.0  # time by the clock, for a machine that is busy; the process ends itself after CPU_S
 START_S = 60.0
-TRIES = 2  # of a call that ends its process: what else ends one, such as a lack of memory, does not do so twice
+TRIES = 2  # for a call that ends its process: other causes, such as a lack of memory, do not end it twice
 ONE_THREAD = {  # threads of libraries would each take address space, which is limited
     "OPENBLAS_NUM_THREADS": "1",
     "OMP_NUM_THREADS": "1",

@@ -27,7 +27,7 @@ from dist_lm.sandbox.environment import PATH
 from dist_lm.sandbox.limited_program import confine_process, most_memory
 from dist_lm.sandbox.sql import split_statements
 
-CPU_S = 0.5  # of a text, and for each of its characters:
+CPU_S = 0.5  # limit for a text, beside that for each of its characters:
 CPU_S_OF_CHARACTER = 1e-5  # a slow core needs a fifth
 BASH_CPU_S = 2  # whole seconds, as the kernel counts them for another program
 MEMORY_BYTES = 512 << 20  # address space of the process, and of bash

@@ -511,7 +511,7 @@ def _server_code() -> bytes:
     folder = Path(__file__).resolve().parent
     sources = {"dist_lm": b"", "dist_lm.sandbox": b""}
     sources |= {f"dist_lm.sandbox.{name}": (folder / f"{name}.py").read_bytes() for name in _MODULES}
-    # By these names `languages` leaves our frames out of the tracebacks of programs.
+    # These names let `languages` leave our frames out of the tracebacks of programs.
     code = [(name, compile(text, f"<{name}>", "exec", dont_inherit=True)) for name, text in sources.items()]
     return marshal.dumps(code)
 

@@ -152,7 +152,7 @@ def judge(test: dict[str, str], channel: int, verdict: int) -> NoReturn:
 
         names, tables = ({*_names(database, *kinds)} for kinds in ((), ("table",)))
         protected = names - _words(test["writes"])
-        # Of two tables, a program could make the one that a test compares with equal to the other one.
+        # With two tables, a program could make the one that a test compares with equal to the other one.
         if read <= names and len(read & tables) == 1:
             protected -= read & tables
         _refuse_changes(database, answer, protected)

@@ -19,7 +19,7 @@ log = logging.getLogger(__name__)
 
 ANSWER_S = 60.0  # wall time; a parser ends after its limit of CPU time
 START_S = 60.0
-TRIES = 2  # of a text that ends its process: what else ends one does not do so twice
+TRIES = 2  # for a text that ends its process: other causes do not end it twice
 
 
 class _Parser:

@@ -138,7 +138,7 @@ class Encoder:
         if self._num_values > MAX_VALUES or len(self.data) > MAX_BYTES:
             raise NotCarriedError(f"more than {MAX_VALUES} values or {MAX_BYTES} bytes")
 
-        # Of types and functions only built-in ones have names; those of the program are objects.
+        # Only built-in types and functions have names; those of the program are objects.
         write = _WRITERS.get(type(value)) or self._writer_of_base(type(value))
         if write is not None and not (write in _BY_NAME and id(value) not in _NAME_OF):
             write(self, value, depth)

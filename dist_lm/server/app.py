@@ -35,7 +35,7 @@ from dist_lm.server.serving import ServedModel, Serving
 from dist_lm.server.tokenizing import detokenized, tokenized
 from dist_lm.server.turns import remember
 
-RETRY_S = 1  # what `Retry-After` says
+RETRY_S = 1  # the value of `Retry-After`
 GONE = 499  # status of a request whose client has gone, for the counts alone
 
 

@@ -41,12 +41,12 @@ class ServeOptions:
     names: Sequence[str] = ()  # further names of the only model, or one for each model
     hosts: Sequence[str] = ()
     origins: Sequence[str] = ()
-    cache_tokens: int = 65536  # of all answers under way, prompts included
+    cache_tokens: int = 65536  # cache for all answers under way, prompts included
     most_requests: int = 256  # under way at a time
-    queue_s: float = 60.0  # that a request may wait for its first step
-    stop_s: float = 10.0  # that answers under way get when the server ends
+    queue_s: float = 60.0  # the longest wait of a request for its first step
+    stop_s: float = 10.0  # time for answers under way when the server ends
     follow: bool = False  # whether new checkpoints of the runs are loaded
-    actors: int = 0  # of each model, in a Ray cluster; -1: as many as fit; 0: engines in this process
+    actors: int = 0  # engines of each model in a Ray cluster; -1: as many as fit; 0: engines in this process
     ray: str | None = None  # host:port of the head of a running Ray; None: one of our own on this machine
     limits: ServeLimits = field(default_factory=ServeLimits)
 

@@ -42,7 +42,7 @@ class DoorRules:
     host: str  # the address that it listens on
     key: str = field(default="", repr=False)  # empty: none is needed
     hosts: Sequence[str] = ()  # names of the server beside its address, without a port
-    origins: Sequence[str] = ()  # of web pages that may call it, such as https://chat.example.org
+    origins: Sequence[str] = ()  # web pages that may call it, such as https://chat.example.org
 
     def __post_init__(self) -> None:
         is_local = is_loopback(self.host)
@@ -126,7 +126,7 @@ class Door:
         self._rules = rules
         self._body_bytes = body_bytes
         self._count = count
-        self._held_bytes = 0  # of bodies whose requests are under way
+        self._held_bytes = 0  # size of bodies whose requests are under way
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] == "lifespan":

@@ -41,7 +41,7 @@ class Grown:
     pieces: Sequence[tuple[int, str]]  # each token with the text that became final with it
     raw_logprobs: Sequence[float]
     logprobs: Sequence[float]
-    version: int  # of the weights
+    version: int  # the weights' version
     top_logprobs: Sequence[TopLogprobs] = ()
 
 
@@ -58,7 +58,7 @@ class Embedded:
 
     request: str
     vectors_SD: np.ndarray  # fp32, one row for each sequence
-    version: int  # of the weights
+    version: int  # the weights' version
 
 
 @dataclass(frozen=True)
@@ -160,7 +160,7 @@ class EngineThread:
         self._waiting: deque[_Order] = deque()
         self._running: dict[str, _Order] = {}
         self._embedding: deque[_Embedding] = deque()  # the first one may have begun
-        self._new_weights: _NewWeights | None = None  # what runs ends first, and nothing is admitted meanwhile
+        self._new_weights: _NewWeights | None = None  # requests under way end first, and none is admitted meanwhile
         self._is_stopping = False
         self._failure = ""
         self._turned_at = time.monotonic()  # when the thread last began another turn

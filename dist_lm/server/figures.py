@@ -5,7 +5,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dist_lm.server.backend import Backend
 
 QUANTILES = (0.5, 0.99)
-# Of each model: name, kind, meaning, and where the value comes from.
+# Figures of each model: name, kind, meaning, and where the value comes from.
 OF_MODELS: Sequence[tuple[str, str, str, Callable[[Backend], float]]] = (
     ("answers_total", "counter", "Complete answers.", lambda thread: thread.figures.answered),
     (

@@ -85,7 +85,7 @@ def _prompt(body: Mapping[str, Json], served: Served, n_new: int) -> list[int]:
     except UserError as error:
         raise ProtocolError(str(error), param="input_prefix") from error
 
-    # What is near the cursor comes first.
+    # Text near the cursor comes first.
     # The rest of the context is for the answer, the opening token, the marks and what is begun.
     room = max(1, served.context - max(1, n_new) - 1 - len(marks) - len(begun))
     # The text behind the cursor gets its share, or what the text before it leaves, if that is more.

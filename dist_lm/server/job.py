@@ -25,10 +25,10 @@ class Job:
     logprobs: bool = False
     return_token_ids: bool = False
     reads_calls: bool = False  # whether answers are turns that may have calls
-    conversation: Conversation | None = None  # of a chat
+    conversation: Conversation | None = None  # the chat, if it is one
     n_remembered: int = 0  # tokens of the prompt that are those of the conversation's last answer and all before it
     client: str = ""  # the key that the client has sent; what is remembered of others is not for it
-    asked: Mapping[str, Json] = field(default_factory=dict)  # what else the response repeats of the request
+    asked: Mapping[str, Json] = field(default_factory=dict)  # further fields of the request that the response repeats
 
     @property
     def prompt_tokens(self) -> int:

@@ -39,7 +39,7 @@ class ModelOptions:
 
     device: torch.device
     tp: int
-    cache_tokens: int  # of one model
+    cache_tokens: int  # for each model
     queue_s: float
     limits: ServeLimits
 
@@ -51,7 +51,7 @@ class ModelFiles:
     path: Path  # as the user has written it
     checkpoint: Path
     config: ModelConfig
-    name: str  # what its responses call it
+    name: str  # its name in responses
     aliases: tuple[str, ...] = ()
 
 
@@ -184,7 +184,7 @@ def load_over_pool(
             version=version_of(model.checkpoint),
             actors=actors,
             warn=say,
-            site=Site(among_others=True),  # of the pools of other models
+            site=Site(among_others=True),  # beside the pools of other models
         )
     except PoolFailure as failure:
         raise UserError(f"--actors={actors}: {failure}") from failure

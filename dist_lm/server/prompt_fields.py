@@ -10,7 +10,7 @@ from dist_lm.server.fields import Json, is_id, typed
 from dist_lm.tokenizer.symbols import FIM_MIDDLE, FIM_PREFIX, FIM_SUFFIX
 from dist_lm.tokenizer.tokenizer import Tokenizer
 
-MOST_PROMPTS = 64  # of one request
+MOST_PROMPTS = 64  # in one request
 
 
 def input_ids(body: Mapping[str, Json], tokenizer: Tokenizer, most: int) -> list[list[int]]:

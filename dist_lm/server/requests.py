@@ -28,7 +28,7 @@ SAMPLING = {
 }
 IGNORED = {
     *("user", "metadata", "store", "service_tier", "safety_identifier", "prompt_cache_key"),
-    # Of llama.cpp: its way of working, and details of what `DEFAULTS` has switched off.
+    # Fields of llama.cpp: its way of working, and details of what `DEFAULTS` has switched off.
     *("samplers", "cache_prompt", "timings_per_token", "repeat_last_n", "dynatemp_exponent", "xtc_threshold"),
     *("dry_base", "dry_allowed_length", "dry_penalty_last_n"),
 }
@@ -93,7 +93,7 @@ def job_of(endpoint: Endpoint, body: Mapping[str, Json], served: Served, client:
         endpoint=endpoint,
         served=served,
         requests=tuple(
-            # What one client has asked must not show in the times of another.
+            # A shared cache would show one client, by its times, which prompts another has sent.
             Request(f"{name}-{index}", ids, params, seed, n, constraint=constraint, cache_key=client)
             for index, ids in enumerate(prompts)
         ),

@@ -130,7 +130,7 @@ class ResponseEvents:
         """
         self._job = job
         self._created = created
-        self._number = 0  # of the next event
+        self._number = 0  # number of the next event
         self._visible = VisibleText(job.served.tokenizer) if job.reads_calls else None
         self._message_id = _new_id("msg")
         self._text = ""

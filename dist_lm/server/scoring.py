@@ -21,7 +21,7 @@ from dist_lm.server.fields import Json, check_fields, typed
 from dist_lm.server.prompt_fields import check_lengths, check_number, input_ids
 from dist_lm.server.served import Served
 
-MOST_INPUTS = 64  # of a request
+MOST_INPUTS = 64  # in a request
 BATCH = 8  # sequences that are computed together
 
 

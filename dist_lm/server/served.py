@@ -16,7 +16,7 @@ class ServeLimits:
     default_tokens: int = 512  # as `max_tokens`, of a request that names no number
     n: int = 16  # answers to a prompt
     prompt_tokens: int = 1 << 20  # the model's context is a limit of its own
-    schema_bytes: int = 64 << 10  # of a constraint or of all tools, as JSON
+    schema_bytes: int = 64 << 10  # size of a constraint or of all tools, as JSON
     body_bytes: int = 4 << 20
 
     @property

@@ -31,12 +31,12 @@ class Chunks:
         self._job = job
         self._tokenizer = job.served.tokenizer
         self._created = created
-        self._version = 0  # of the weights; that of the newest event
+        self._version = 0  # the weights' version in the newest event
         self._place = {request.id: number for number, request in enumerate(job.requests)}
         self._choices: dict[int, _Choice] = {}
         self._has_ids = job.return_token_ids  # whether the ids of the prompt are still to be sent
         self._n_new = 0
-        self._reused_tokens: dict[str, int] = {}  # by request
+        self._reused_tokens: dict[str, int] = {}  # request -> tokens of its prompt that the prefix cache held
 
     def of(self, event: Event) -> Iterator[dict[str, Json]]:
         """Yields the chunks of new tokens or of a complete answer."""

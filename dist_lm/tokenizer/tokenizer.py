@@ -398,7 +398,7 @@ def tokens_with_marks(text: str, tokenizer: Tokenizer) -> list[int]:
     if not ids:
         return tokenizer.encode(text)
 
-    # Of two names that begin alike, the longer one is meant.
+    # The longer of two names that begin alike is meant.
     any_name = "|".join(re.escape(name) for name in sorted(ids, key=len, reverse=True))
     tokens: list[int] = []
     for part in re.split(f"({any_name})", text):

@@ -74,7 +74,7 @@ class Figure:
     label: str  # first word of the row
     form: Callable[[float], str]
     unit: str = ""
-    floor: float | None = None  # where the vertical axis starts; None: at the curve's minimum
+    floor: float | None = None  # start of the vertical axis; None: the curve's minimum
     plain: str = ""  # format in a plain progress line; empty: not in it
     importance: int = 3  # 0: the last row that a small terminal drops
 

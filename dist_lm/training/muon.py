@@ -32,7 +32,7 @@ STACK_BYTES = 256 << 20  # most bytes of whole matrices that a single rank handl
 class Arithmetic:
     """How a kind of device orthogonalises, and how much at once."""
 
-    dtype: torch.dtype | None  # of matrices, also in messages; None: that of the gradients
+    dtype: torch.dtype | None  # dtype of matrices, also in messages; None: that of the gradients
     by_squares: bool  # whether it takes `newton_schulz_of_squares`
     flops_per_byte: float  # FLOPs in the time that one byte takes to come from another replica
     bucket_bytes: int = BUCKET_BYTES  # most bytes of matrices that a rank owns in one exchange

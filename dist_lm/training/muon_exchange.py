@@ -54,7 +54,7 @@ class Message:
 class Bucket:
     """The units that are sent together, as this rank sees them; pieces are listed by rank of the replica."""
 
-    owned: list[Unit]  # by this rank; in the bucket of starts: those that it starts
+    owned: list[Unit]  # matrices that this rank owns; in the bucket of starts: those that it starts
     given: Pieces  # this rank's pieces that an owner needs
     taken: Pieces  # pieces of this rank's own units
     returned: Pieces  # pieces of the steps of this rank's own units; of starts: the units, for their owners

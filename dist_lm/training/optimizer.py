@@ -61,9 +61,9 @@ class ShardedAdamW(torch.optim.AdamW):
     parameter, which takes seconds at the first step of a large model.
     """
 
-    arithmetic: Arithmetic | None = None  # of Muon; None: that of the devices of all ranks
-    _owners: Owners | None = None  # of the matrices, from the first step of Muon on
-    _skip: "_Skip | None" = None  # of the present step
+    arithmetic: Arithmetic | None = None  # Muon's; None: the one for the devices of all ranks
+    _owners: Owners | None = None  # owners of the matrices, from the first step of Muon on
+    _skip: "_Skip | None" = None  # the decision of the present step
 
     @torch.no_grad()
     def step(self, closure: None = None) -> None:

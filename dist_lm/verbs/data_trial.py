@@ -97,7 +97,7 @@ def _without_model(words: Sequence[str], folder: Path) -> list[str]:
 
     path = folder / "tokenizer.model"
     vocab_size = config.model.vocab_size
-    # Where the text is too short for a vocabulary, the error tells the largest that it fills.
+    # If the text is too short for a vocabulary, the error tells the largest that it fills.
     while not path.exists():
         try:
             train_tokenizer(texts, path, replace(config.tokenizer, vocab_size=vocab_size))

@@ -46,9 +46,9 @@ LORA_RATE_RATIO = 10
 LORA = {"rank": 16, "alpha": 32, "dropout": 0.05}
 WARMUP_SHARE, PREFERENCE_WARMUP_SHARE = 0.03, 0.1
 PREFERENCE_RATE, RL_RATE = 5e-7, 1e-6
-EPOCHS_OF_FEW_PAIRS = 3  # where one epoch has fewer than `STEPS_OF_EPOCH` steps
+EPOCHS_OF_FEW_PAIRS = 3  # epochs if one has fewer than `STEPS_OF_EPOCH` steps
 PREFERENCE_BATCH = 32  # largest global batch of stage preference
-SAMPLE_BYTES = 256 << 20  # of text that is read of the data
+SAMPLE_BYTES = 256 << 20  # most text that is read of the data
 USED_MEMORY = 0.8  # part of the free memory of a CPU's machine, for all ranks
 
 
@@ -130,7 +130,7 @@ def new_recipe(
     new_files: list[Path] = []
     new_folders = [path for path in (corpus_file.parent, model_file.parent, out.parent, folder) if not path.exists()]
     try:
-        # What cannot be read is refused before anything is built.
+        # Unreadable data is refused before anything is built.
         pairs = survey_of_preferences(preferences, pair) if preferences else None
         origin = Origin(words, command)
         start, surveys, measured = _look(
