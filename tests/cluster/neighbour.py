@@ -1,5 +1,5 @@
 # One system call in each try, so names are plain texts.
-# ruff: noqa: PTH103, PTH104, PTH108, PTH110, PTH112, PTH113, PTH116, PTH118, PTH120, PTH123, PTH207, PTH208, PTH211, SIM115
+# ruff: noqa: PTH103, PTH104, PTH108, PTH112, PTH113, PTH116, PTH118, PTH120, PTH123, PTH207, PTH208, PTH211, SIM115
 """`python -S neighbour.py FOLDER RUN`: another user of the machine (uid 65534), who tries what he can against a run.
 
 He knows what every user can see: processes of user 0, their command lines, the ports and sockets of the machine. He
@@ -352,8 +352,9 @@ def connects_to_unix_sockets() -> Outcome:
 
 def moves_into_a_cgroup() -> Outcome:
     groups = [name for name in glob.glob("/sys/fs/cgroup/**/cgroup.procs", recursive=True) if "dist_lm" in name]
-    groups.append("/sys/fs/cgroup/cgroup.procs")
-    return refusals((name, lambda name=name: open(name, "w").write("0")) for name in groups if os.path.exists(name))
+    # The root of the unified hierarchy, or those of the controllers where each has a hierarchy of its own.
+    groups += glob.glob("/sys/fs/cgroup/cgroup.procs") + glob.glob("/sys/fs/cgroup/*/cgroup.procs")
+    return refusals((name, lambda name=name: open(name, "w").write("0")) for name in groups)
 
 
 def fills_the_run_with_connections() -> Outcome:
