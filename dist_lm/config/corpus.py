@@ -19,8 +19,8 @@ class CleaningConfig:
     min_document_bytes: int = 0  # UTF-8; shorter documents are dropped (too_short)
     encoding: bool = True  # texts with many U+FFFD, the mark of bytes that were decoded wrongly (undecodable)
     across_corpora: bool = False  # a text that an earlier corpus of the configuration has (duplicate)
-    # share of five-word windows that a text has in common with an earlier one, from which on it is dropped
-    # (near_duplicate); 0: texts are only compared as a whole
+    # least similarity to an earlier text at which a text is dropped (near_duplicate): the Jaccard index of their
+    # five-word windows; 0: texts are only compared as a whole. Conversations are never compared
     near_duplicates: float = 0.0
     licences: list[str] = field(default_factory=list)  # documents with any other licence, or none (licence); []: all
     generated: bool = False  # files that a program wrote (generated)

@@ -237,13 +237,19 @@ def _fill_open_axes(parallel: ParallelConfig, model: ModelConfig, world_size: in
 
 
 def _list_layouts(model: ModelConfig, world_size: int, cp: int) -> str:
-    """Returns the layouts with this `cp` for people: (dp_replicate, dp_shard, tp), and cp if it is not 1."""
+    """Returns the layouts with this `cp` for people: (dp_replicate, dp_shard, tp), and cp if it is not 1. If there are
+    none, returns those with another cp."""
     layouts = layouts_of(model, world_size, cp)
+    prefix = ""
+    if not layouts and cp > 1:
+        layouts = [layout for other in divisors(world_size) for layout in layouts_of(model, world_size, other)]
+        prefix = f"none with cp={cp}, but "
     if not layouts:
         return "none"
-    last_axis = "" if cp == 1 else f", {cp}"
-    listed = ", ".join(
-        f"({layout.dp_replicate}, {layout.dp_shard}, {layout.tp}{last_axis})" for layout in layouts[:LISTED_LAYOUTS]
+
+    listed = prefix + ", ".join(
+        f"({layout.dp_replicate}, {layout.dp_shard}, {layout.tp}{'' if cp == 1 else f', {layout.cp}'})"
+        for layout in layouts[:LISTED_LAYOUTS]
     )
     if len(layouts) > LISTED_LAYOUTS:
         listed += f" and {len(layouts) - LISTED_LAYOUTS} more"

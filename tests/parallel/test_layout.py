@@ -1,5 +1,6 @@
 """The layout is arithmetic: what fits the world and the model, what is refused, and what the message offers."""
 
+import re
 from dataclasses import replace
 
 import pytest
@@ -169,6 +170,22 @@ def test_ranks_of_a_sequence_are_part_of_the_layout_and_of_its_refusals():
         ConfigError, match=r"cp=4 is more than the 2 heads of a rank; \(dp_replicate, .*, cp\) that fit"
     ):
         resolve_layout(replace(config.parallel, tp=2), config.model, 8)
+
+
+@pytest.mark.parametrize(("cp", "world"), [(3, 2), (8, 8)])  # three do not divide two ranks; NANO has five heads
+def test_a_cp_that_no_layout_has_is_answered_with_layouts_of_another_cp(cp, world):
+    """Finds a refusal that lists no way out, and one that lists a layout without saying its cp."""
+    with pytest.raises(ConfigError) as refused:
+        resolve_layout(ParallelConfig(dp_replicate=-1, dp_shard=-1, cp=cp), NANO, world)
+    message = str(refused.value)
+    assert f"none with cp={cp}, but " in message
+
+    listed = re.findall(r"\((\d+), (\d+), (\d+), (\d+)\)", message)
+    assert listed
+    for axes in listed:
+        layout = Layout(*map(int, axes))
+        assert layout.world_size == world
+        assert misfit(layout, NANO) is None
 
 
 def test_stage_rlhf_splits_no_sequences():
