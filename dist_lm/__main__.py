@@ -112,6 +112,28 @@ def data_where(
     print_places(RunDirectory(run), text, most, OutputConsole(), as_json=json)
 
 
+@data.command("without")
+def data_without(
+    run: Annotated[Path, typer.Argument(help="A run directory, such as work/runs/code/default.")],
+    documents: Annotated[
+        Path, typer.Option(help="A file of documents, CORPUS:NUMBER or a line of `data where --json` each.")
+    ],
+    near_duplicates: Annotated[
+        bool, typer.Option("--near-duplicates", help="Leave out documents that nearly equal one of these, too.")
+    ] = False,
+    yes: Annotated[bool, typer.Option("--yes", help="Do not ask.")] = False,
+) -> None:
+    """Train a run again without learning from some documents, from the last checkpoint before their first use.
+
+    Ancestors that have read them are trained again first. Prints the cost, and asks. Old runs stay as they are.
+    """
+    from dist_lm.storage.run_directory import RunDirectory
+    from dist_lm.verbs.data_without import train_without
+
+    if code := train_without(RunDirectory(run), documents, with_near_duplicates=near_duplicates, is_sure=yes):
+        raise typer.Exit(code)
+
+
 @data.command("new")
 def data_new(
     inputs: Annotated[list[str], typer.Argument(help="Files, folders, globs or URLs.", metavar="PATH...")],

@@ -275,12 +275,15 @@ def ranks_here(config: Config) -> int:
     return config.cluster.ranks_of_node(gpus)
 
 
-def carry_out(plan: Plan, console: Console) -> int:
+def carry_out(plan: Plan, console: Console, verb: Sequence[str] = ()) -> int:
     """Runs the missing stages of a plan in order and prints the outcome. Returns the exit code, see the module; 2 also
     if the target stage rejects its own result.
 
     The queue of the command is recorded in the work directory, and locked until the end. Failed ranks or actors,
     missing nodes and signals become exit codes; other errors are recorded and pass.
+
+    Args:
+        verb: words of the `dist-lm` verb that has made the plan; empty: it is that of a launch, with sys.argv.
 
     Raises:
         ArtefactError: the same command is already running, files do not fit or are damaged, or the disk is full.
@@ -302,7 +305,7 @@ def carry_out(plan: Plan, console: Console) -> int:
 
     def end(pipeline: Pipeline, state: Literal["done", "failed", "stopped"], error: str = "") -> None:
         pipeline.end(state, error)
-        print_outcome(plan, pipeline.stages, state, sys.argv, console)
+        print_outcome(plan, pipeline.stages, state, sys.argv, console, verb)
 
     with queue_of(plan, sys.argv, job, console.stage) as pipeline:
         try:
@@ -351,7 +354,7 @@ def carry_out(plan: Plan, console: Console) -> int:
 
     print_samples(plan, console)
     plan.target.stage.summarize(config, console)
-    print_outcome(plan, pipeline.stages, state, sys.argv, console)
+    print_outcome(plan, pipeline.stages, state, sys.argv, console, verb)
     if rejection:
         console.error(rejection)
         return 2

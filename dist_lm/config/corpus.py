@@ -22,6 +22,9 @@ class CleaningConfig:
     # least similarity to an earlier text at which a text is dropped (near_duplicate): the Jaccard index of their
     # five-word windows; 0: texts are only compared as a whole. Conversations are never compared
     near_duplicates: float = 0.0
+    # files of benchmarks, and `own` for the problems of dist_lm: texts with 13 consecutive words of one are dropped
+    # from train and val (benchmark FILE)
+    benchmarks: list[str] = field(default_factory=list)
     licences: list[str] = field(default_factory=list)  # documents with any other licence, or none (licence); []: all
     generated: bool = False  # files that a program wrote (generated)
     minified: bool = False  # code without line ends (minified)
@@ -42,6 +45,7 @@ class CleaningConfig:
             self.near_duplicates,
             "0 (off) or a similarity from 0.5 to 1, such as 0.8",
         )
+        require(all(self.benchmarks), "corpus.cleaning.benchmarks", self.benchmarks, "files such as [own, mbpp.jsonl]")
         require(all(self.licences), "corpus.cleaning.licences", self.licences, "names such as [MIT, Apache-2.0]")
 
 

@@ -125,10 +125,12 @@ class Config:
     @property
     def noted_files(self) -> dict[str, list[Path]]:
         """Files that a run reads whenever it starts, by `KEY=VALUE`. They must stay the same until it ends."""
-        tasks = self.stage.eval_tasks
-        if not tasks:
-            return {}
-        return {f"eval.{task}={path}": [path] for task, path in self.eval.files.items() if task in tasks}
+        noted: dict[str, list[Path]] = {}
+        if tasks := self.stage.eval_tasks:
+            noted |= {f"eval.{task}={path}": [path] for task, path in self.eval.files.items() if task in tasks}
+        if without := self.stage.without:
+            noted[f"stage.without={without}"] = [Path(without)]
+        return noted
 
     @property
     def trained_shape(self) -> ModelConfig:

@@ -194,6 +194,7 @@ class StageGroup:
 
     init_from: ClassVar[str] = "none"
     branch_from: ClassVar[str] = ""
+    without: ClassVar[str] = ""
     eval_tasks: ClassVar[Mapping[str, int]] = {}
 
     def sampled_by(self) -> dict[str, Any]:
@@ -329,6 +330,8 @@ class StageConfig(TrainerGroup):
     # conversations longer than seq_len: drop (left out) | truncate (their beginning) | split (pieces, which do not see
     # one another)
     too_long: str = "drop"
+    # file of documents whose loss does not count, CORPUS:NUMBER a line (docs/provenance.md); "": none
+    without: str = ""  # pyright: ignore[reportIncompatibleVariableOverride]
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -337,6 +340,8 @@ class StageConfig(TrainerGroup):
         require(
             self.too_long in ("drop", "truncate", "split"), "stage.too_long", self.too_long, "drop, truncate or split"
         )
+        accepted = "none with stage.document_mask=false: documents that see these learn from them"
+        require(self.document_mask or not self.without, "stage.without", self.without, accepted)
         # a file of one's own can take out what the file that it varies mixes in
         self.mix = {name: share for name, share in (self.mix or {}).items() if share}
         check_shares("stage.mix", self.mix, own="stage.corpus")

@@ -3,7 +3,7 @@
 Dimensions: B sequences, T tokens.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, fields, replace
 from typing import Any, Protocol, Self
 
@@ -149,6 +149,7 @@ class SequenceContent:
 
     corpus: Documents
     slices: Sequence[DocumentSlice]  # inputs and last target: at most `seq_len + 1` tokens in total
+    without: Collection[int] = ()  # documents whose loss does not count
 
 
 def assemble(
@@ -165,7 +166,8 @@ def assemble(
 
     Rows shorter than `seq_len + 1` tokens are padded with `pad_id`. Padding does not count in the loss or in
     `n_tokens`, and with `document_mask` it is a document of its own. The loss mask of the corpus decides which targets
-    count; without a mask all targets count. A longer row is an error of the caller (numpy's ValueError).
+    count; without a mask all targets count, except those that a row leaves out (`SequenceContent.without`). A longer
+    row is an error of the caller (numpy's ValueError).
 
     Args:
         rows: slices of documents, `seq_len + 1` tokens with the last target.
@@ -181,7 +183,8 @@ def assemble(
     # One token more than the inputs: the last target. Padding stays 0 in `learned`, so it never counts.
     shape = (len(rows), seq_len + 1)
     tokens = np.full(shape, pad_id, np.int64)
-    learned = np.zeros(shape, np.float32)
+    learned = np.zeros(shape, np.float32)  # whether a token counts as a target
+    is_left_out = np.zeros(shape, bool)  # whether a token is of a document of `without`
     document = np.zeros(shape, np.int64)
     position = np.tile(np.arange(seq_len + 1), (len(rows), 1))
     n_tokens = 0
@@ -193,6 +196,10 @@ def assemble(
             end = begin + stop - start
             tokens[b, begin:end] = corpus.tokens(document_number, start, stop)
             learned[b, begin:end] = corpus.mask(document_number, start, stop) if corpus.has_mask else 1
+            if document_number in row.without:
+                # The end-of-text that opens a document is a target of the one before, which counts.
+                learned[b, begin + (start == 0) : end] = 0
+                is_left_out[b, begin:end] = True
             # Only a slice from the beginning of its document has the end-of-text that opens it.
             if start == 0:
                 document_starts.append((b, begin))
@@ -206,6 +213,9 @@ def assemble(
         if document_mask:
             document[b, begin:] = len(row.slices)
 
+    # What follows the last token of such a document does not count either, because it is predicted from the document.
+    counts = np.where(is_left_out[:, :-1], 0, learned[:, 1:])
+
     inputs = tokens[:, :-1]
     if first_token:
         inputs = inputs.copy()  # targets stay as they are: a document ends with end-of-text
@@ -214,11 +224,11 @@ def assemble(
     return Batch(
         tokens_BT=_tensor(inputs),
         targets_BT=_tensor(tokens[:, 1:]),
-        loss_mask_BT=_tensor(learned[:, 1:]),
+        loss_mask_BT=_tensor(counts),
         document_BT=_tensor(document[:, :-1]),
         position_BT=_tensor(position[:, :-1]),
         sequence_B=torch.tensor(numbers, dtype=torch.int64),
-        logit_index_N=logit_indices(learned[:, 1:]),
+        logit_index_N=logit_indices(counts),
         n_tokens=n_tokens,
     )
 

@@ -72,7 +72,9 @@ class HeldOutIndex:
                 if 0 < size < WINDOW:  # larger ones are among the windows above
                     hashes = window_hashes(inner, {size})[size]
                     windows_by_size.setdefault(size, []).append((hashes, number))
-        self._tables = {size: _Table(windows, self._protected) for size, windows in sorted(windows_by_size.items())}
+        self._tables = {
+            size: WindowTable(windows, self._protected) for size, windows in sorted(windows_by_size.items())
+        }
 
     def compare(self, texts: Sequence[bytes]) -> np.ndarray:
         """Finds the windows of held-out texts that a batch of train texts in UTF-8 has, and remembers them in the
@@ -276,14 +278,15 @@ def window_hashes(words: np.ndarray, sizes: set[int]) -> dict[int, np.ndarray]:
     return hashes_by_size
 
 
-class _Table:
-    """The windows of one size of all held-out texts. A window has one id, in whatever texts it is."""
+class WindowTable:
+    """The windows of one size of all sought texts, such as held-out ones. A window has one id, in whatever texts it
+    is."""
 
     def __init__(self, windows: Sequence[tuple[np.ndarray, int]], protected: np.ndarray) -> None:
         """Sorts the windows by hash.
 
         Args:
-            windows: (hashes, number) of each text.
+            windows: (hashes, number) of each text, with one window at least in all.
             protected: (texts,) bool.
         """
         all_hashes = np.concatenate([hashes for hashes, _ in windows])
@@ -306,7 +309,7 @@ class _Table:
         self._filter[self._hashes >> self._shift] = True
 
     def find(self, windows: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """Finds the windows that held-out texts have: their indices in `windows`, and their ids here, (hits,) each.
+        """Finds the windows that the texts have: their indices in `windows`, and their ids here, (hits,) each.
 
         Args:
             windows: (n,) uint64 hashes.

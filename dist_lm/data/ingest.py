@@ -27,11 +27,12 @@ from functools import cached_property, partial
 from typing import NamedTuple, TextIO
 
 from dist_lm.config.corpus import BYTES_PER_TOKEN, CorpusConfig, SourceConfig
+from dist_lm.data.benchmarks import Benchmarks, Contamination
 from dist_lm.data.containment import Comparison, HeldOutIndex
 from dist_lm.data.earlier import EarlierCorpora, forms_of, has_placeholder
 from dist_lm.data.near_duplicates import near_duplicates
 from dist_lm.data.redaction import EMAIL, KEY, redacted, redacted_json
-from dist_lm.data.screening import IngestReport, Screened, SourceReader, screened, text_key
+from dist_lm.data.screening import IngestReport, Screened, SourceReader, note_dropped, screened, text_key
 from dist_lm.data.sources.reader import Candidate, corpus_sources, form_of, text_corpora
 from dist_lm.document import Document
 from dist_lm.errors import ArtefactError, ChangedInputError, ConfigError
@@ -107,6 +108,7 @@ class TextSplits:
         # corpus of texts -> bytes of the least part that hashes could hold out, if that exceeds `val_tokens`; 0: none
         self.least_val_bytes: dict[str, int] = {}
         self._compared_corpora: set[str] = set()
+        self._contaminated_of: dict[str, Mapping[bytes, Contamination]] = {}  # corpus -> texts with parts of benchmarks
         self._resembling_of: dict[str, Mapping[bytes, bytes]] = {}  # corpus -> see `_resembling`
 
     def screened(
@@ -115,29 +117,82 @@ class TextSplits:
         """Yields the documents of one corpus before they are divided, without duplicates.
 
         With `cleaning.across_corpora`, the corpora of texts before it are read first: a text of theirs is a duplicate.
-        With `cleaning.near_duplicates`, a text that resembles an earlier one is dropped, too.
+        With `cleaning.near_duplicates`, a text that resembles an earlier one is dropped, too, and with
+        `cleaning.benchmarks`, one with a part of a benchmark.
+
+        Args:
+            report, rejected: as for `screening.screened`; texts that these two drop are in `rejected`, too.
+
+        Raises:
+            ConfigError, ArtefactError: as `screening.screened`; or a file of benchmarks cannot be read.
+        """
+        cleaning, report = self.config.cleaning, report or IngestReport()
+        is_text = form_of(self.config, corpus_name) == "text"
+        resembling = self._resembling(corpus_name) if is_text and cleaning.near_duplicates else {}
+        records = self._without_near_duplicates(corpus_name, resembling, report, rejected)
+        if is_text and cleaning.benchmarks:
+            records = self._without_benchmarks(corpus_name, records, report, rejected)
+        yield from records
+
+    def _without_near_duplicates(
+        self, corpus_name: str, resembling: Mapping[bytes, bytes], report: IngestReport, rejected: TextIO | None
+    ) -> Iterator[Screened]:
+        """Yields the documents of `screened` that are in no near relation to an earlier one.
+
+        Args:
+            resembling: as `_resembling` returns it.
 
         Raises:
             ConfigError, ArtefactError: as `screening.screened`.
         """
         keys: set[bytes] = set()
+        resembled = {*resembling.values()}
+        source_of: dict[bytes, str] = {}  # key of a resembled text -> its source
         # Reading the earlier corpora fills `keys`, so that their texts are duplicates here.
         for earlier in self._corpora_before(corpus_name):
-            for _ in screened(self.config, earlier, self.reader, keys, IngestReport()):
-                pass
+            for record in screened(self.config, earlier, self.reader, keys, IngestReport()):
+                if record.key in resembled:
+                    source_of[record.key] = record.document.source
 
-        report = report or IngestReport()
-        records = screened(self.config, corpus_name, self.reader, keys, report, rejected)
-        if not self.config.cleaning.near_duplicates or form_of(self.config, corpus_name) != "text":
-            yield from records
-            return
-
-        resembling = self._resembling(corpus_name)
-        for record in records:
+        for record in screened(self.config, corpus_name, self.reader, keys, report, rejected):
             if record.key in resembling and not record.source_config.held_out:
+                # The resembled text stands before this one.
                 report.reject(record.document, record.source_config, "near_duplicate")
+                resembled_source = source_of[resembling[record.key]]
+                note_dropped(rejected, record.document, "near_duplicate", resembles=resembled_source)
+                continue
+            if record.key in resembled and not record.source_config.held_out:
+                source_of[record.key] = record.document.source
+            yield record
+
+    def _without_benchmarks(
+        self, corpus_name: str, records: Iterable[Screened], report: IngestReport, rejected: TextIO | None
+    ) -> Iterator[Screened]:
+        """Yields the texts that have no part of a benchmark. The first reading to the end decides, later ones look up.
+
+        Raises:
+            ConfigError: a file of benchmarks cannot be read.
+        """
+        earlier_reading = self._contaminated_of.get(corpus_name)
+        contaminated: dict[bytes, Contamination] = {}
+        for record in records:
+            if earlier_reading is None:
+                contamination = self._benchmarks.first_in(record.document.text)
             else:
+                contamination = earlier_reading.get(record.key)
+            if contamination is None:
                 yield record
+                continue
+
+            contaminated[record.key] = contamination
+            reason = f"benchmark {contamination.benchmark}"
+            report.reject(record.document, record.source_config, reason)
+            note_dropped(rejected, record.document, reason, words=contamination.words)
+        self._contaminated_of[corpus_name] = contaminated
+
+    @cached_property
+    def _benchmarks(self) -> Benchmarks:
+        return Benchmarks.read(self.config.cleaning.benchmarks)
 
     def _corpora_before(self, corpus_name: str) -> Sequence[str]:
         """Returns the corpora whose texts are duplicates in this one: none without `cleaning.across_corpora`."""

@@ -26,12 +26,12 @@ import itertools
 import tempfile
 from array import array
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import BinaryIO
 
 import numpy as np
 
-from dist_lm.data.containment import MARGIN, window_hashes, word_hashes
+from dist_lm.data.containment import MARGIN, WindowTable, window_hashes, word_hashes
 
 WINDOW = 5  # words
 BANDS, ROWS = 20, 6
@@ -79,6 +79,29 @@ def near_duplicates(texts: Texts, similarity: float) -> dict[bytes, bytes]:
                 if len(bucket) < HELD:
                     bucket.append(index)
     return dropped
+
+
+def resembling(texts: Iterable[str], sought: Sequence[str], similarity: float) -> Iterator[tuple[int, int]]:
+    """Yields (its number, number of the sought text that it resembles most) for each text that is similar enough to
+    one. No signature is needed, because the windows of the sought texts are in memory: all such texts are found.
+
+    Args:
+        sought: at least one.
+        similarity: the least Jaccard index of five-word windows, in (0, 1].
+    """
+    windows_of_sought = [text_windows(text) for text in sought]
+    table = WindowTable([(windows, i) for i, windows in enumerate(windows_of_sought)], np.zeros(len(sought), bool))
+    for number, text in enumerate(texts):
+        windows = text_windows(text)
+        _, ids = table.find(windows)
+        if not len(ids):
+            continue
+
+        n_common = np.bincount(table.texts_of(ids)[0], minlength=len(sought))
+        jaccard_indices = n_common / (len(windows) + table.n_windows - n_common)
+        best = int(jaccard_indices.argmax())
+        if jaccard_indices[best] >= similarity:
+            yield number, best
 
 
 def _candidates(buckets: Sequence[Sequence[int]]) -> list[int]:

@@ -42,9 +42,9 @@ class Tally:
 
     seen: int = 0  # kept and dropped
     kept: int = 0
-    # reason -> documents. Reasons: duplicate, near_duplicate, empty, too_long (`max_document_bytes`), not_unicode,
-    # overlapping (train documents contain the val document), contains_val (the train document contains one of
-    # `held_out`), and those of cleaning and readers.
+    # reason -> documents. Reasons: duplicate, near_duplicate, benchmark FILE, empty, too_long (`max_document_bytes`),
+    # not_unicode, overlapping (train documents contain the val document), contains_val (the train document contains one
+    # of `held_out`), and those of cleaning and readers.
     dropped: dict[str, int] = field(default_factory=dict)
     replaced: dict[str, int] = field(default_factory=dict)  # placeholder -> secrets or addresses in kept documents
     documents: dict[str, int] = field(default_factory=lambda: {"train": 0, "val": 0})
@@ -263,6 +263,18 @@ class RowErrors:
         if self._rejected:
             line = {"place": row.source, "reason": row.reason, "error": row.error, "language": row.language}
             self._rejected.write(json.dumps(line) + "\n")
+
+
+def note_dropped(rejected: TextIO | None, document: Document, reason: str, **more: str) -> None:
+    """Writes a line about a document that was dropped for what it holds.
+
+    Args:
+        rejected: the file; None: nothing is written.
+        more: further fields of the line.
+    """
+    if rejected:
+        line = {"place": document.source, "reason": reason, "error": "", "language": document.language}
+        rejected.write(json.dumps(line | more) + "\n")
 
 
 def share_above(share: float) -> float:

@@ -4,9 +4,9 @@ Both are pure functions of the number, so the state of a stream is one integer, 
 micro-batches changes nothing.
 """
 
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
-from typing import Generic, Protocol, TypeVar
+from collections.abc import Callable, Collection, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Generic, Protocol, TypeVar
 
 import numpy as np
 
@@ -17,6 +17,9 @@ from dist_lm.data.packing import DROP, SPLIT, TRUNCATE, PackedEpoch, Packing
 from dist_lm.data.phases import PhasedMix
 from dist_lm.data.token_corpus import TokenCorpus
 from dist_lm.errors import ArtefactError
+
+if TYPE_CHECKING:
+    from dist_lm.data.without import DocumentIds
 
 SEQ_LEN = "stage.seq_len"
 CACHED_EPOCHS = 2  # sequences are read in rising numbers, and a step may cross the end of an epoch
@@ -90,6 +93,7 @@ class CorpusSequences:
         seq_len_key: str = SEQ_LEN,
         infill: Infill | None = None,
         too_long: str = DROP,
+        without: Collection[int] = (),
     ) -> None:
         """Opens the sequences of a corpus.
 
@@ -97,11 +101,12 @@ class CorpusSequences:
             seq_len_key: the configuration key that `seq_len` comes from, for errors.
             infill: rearranges slices of documents of text; all epochs still have `n_sequences`.
             too_long: what becomes of conversations that are longer than a sequence (`packing.TOO_LONG`).
+            without: documents whose loss does not count. They keep their places, so the order of data stays.
 
         Raises:
             ArtefactError: the corpus does not fill a sequence.
         """
-        self.corpus = corpus
+        self.corpus, self._without = corpus, without
         self._seed, self._infill = seed, infill
 
         # Each sequence takes less text, which leaves space for the marks of the slices that may be rearranged.
@@ -130,8 +135,8 @@ class CorpusSequences:
         """
         order, i = self._epochs.locate(number)
         if isinstance(order, InfillEpoch):
-            return order.content(i)
-        return SequenceContent(self.corpus, order.sequence(i))
+            return replace(order.content(i), without=self._without)
+        return SequenceContent(self.corpus, order.sequence(i), self._without)
 
     def slices(self, number: int) -> list[DocumentSlice]:
         """Returns the slices of documents in sequence `number`, with the last target, as they stand in the corpus."""
@@ -227,12 +232,14 @@ class MixedSequences:
         seq_len_key: str = SEQ_LEN,
         infill: Infill | None = None,
         too_long: str = DROP,
+        without: "DocumentIds | None" = None,
     ) -> None:
         """Opens the sequences. Arguments that are not listed are those of `CorpusSequences`.
 
         Args:
             mix: further corpora with their shares of all sequences (`Mix`), or with phases (`PhasedMix`).
             infill: rearranges slices of documents of `corpus`; the corpora of `mix` stay as they are.
+            without: documents whose loss does not count, by the folders of their corpora.
 
         Raises:
             ArtefactError: a corpus fills no sequence.
@@ -240,9 +247,17 @@ class MixedSequences:
         """
         # The stage's own corpus is number 0, as in both kinds of mixes.
         others = mix.corpora if isinstance(mix, PhasedCorpora) else list(mix or {})
-        self.of_corpora = [CorpusSequences(corpus, seed, seq_len, seq_len_key, infill, too_long)]
-        self.of_corpora += [
-            CorpusSequences(mixed_corpus, seed, seq_len, seq_len_key, too_long=too_long) for mixed_corpus in others
+        self.of_corpora = [
+            CorpusSequences(
+                each,
+                seed,
+                seq_len,
+                seq_len_key,
+                infill if each is corpus else None,
+                too_long,
+                (without or {}).get(each.directory.name, ()),
+            )
+            for each in (corpus, *others)
         ]
 
         self._mix: Mix | PhasedMix

@@ -10,7 +10,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
 from types import TracebackType
-from typing import Self
+from typing import TYPE_CHECKING, Self
 
 import torch
 
@@ -21,6 +21,9 @@ from dist_lm.data.sequences import SEQ_LEN, MixedSequences, PhasedCorpora
 from dist_lm.data.token_corpus import TokenCorpus
 from dist_lm.errors import ConfigError
 from dist_lm.tokenizer.tokenizer import FirstToken
+
+if TYPE_CHECKING:
+    from dist_lm.data.without import DocumentIds
 
 PREFETCH = 2  # steps prepared ahead
 
@@ -137,11 +140,12 @@ class SequenceStream(StepStream):
         seq_len_key: str = SEQ_LEN,
         infill: Infill | None = None,
         too_long: str = DROP,
+        without: "DocumentIds | None" = None,
     ) -> None:
         """Opens the stream. Arguments that are not listed are those of `StepStream` and `assemble`.
 
         Args:
-            mix, seq_len_key, infill, too_long: as for `MixedSequences`.
+            mix, seq_len_key, infill, too_long, without: as for `MixedSequences`.
             pad_id: the token that fills rows up.
             first_token: of the tokenizer; None: documents begin with end-of-text.
 
@@ -150,7 +154,14 @@ class SequenceStream(StepStream):
             ArtefactError: a corpus fills no sequence.
         """
         self._sequences = MixedSequences(
-            corpus, seed=seed, seq_len=seq_len, mix=mix, seq_len_key=seq_len_key, infill=infill, too_long=too_long
+            corpus,
+            seed=seed,
+            seq_len=seq_len,
+            mix=mix,
+            seq_len_key=seq_len_key,
+            infill=infill,
+            too_long=too_long,
+            without=without,
         )
         self.corpora = self._sequences.of_corpora
         self.n_sequences = self.corpora[0].n_sequences  # an epoch

@@ -29,6 +29,7 @@ def print_outcome(
     state: Literal["done", "failed", "stopped"],
     command: Sequence[str],
     console: Console,
+    verb: Sequence[str] = (),
 ) -> None:
     """Prints the table and the next commands. Prints nothing if the command failed or stopped before its first stage
     began.
@@ -36,6 +37,7 @@ def print_outcome(
     Args:
         stages: the queue at the end of the command, one entry per stage of the plan.
         command: program and arguments.
+        verb: as for `next_commands`.
 
     Raises:
         ArtefactError: metrics or result of a run are damaged, or what an artefact stage left.
@@ -49,7 +51,7 @@ def print_outcome(
     rows = [row(planned, queued, ramp) for planned, queued in zip(plan.stages, stages, strict=True)]
     columns = ("stage", "", "steps", "time", *BELOW)
     console.table(f"stages, in {plan.stages[-1].config.work_dir}", columns, rows, below=BELOW)
-    if entries := dict(next_commands(plan.stages[-1], state, command)):
+    if entries := dict(next_commands(plan.stages[-1], state, command, verb)):
         console.summary("what next", entries)
 
 
@@ -168,7 +170,7 @@ def key_figures(run: RunDirectory, result: Mapping[str, Any], lines: Sequence[Se
 
 
 def next_commands(
-    stage: PlannedStage, state: Literal["done", "failed", "stopped"], command: Sequence[str]
+    stage: PlannedStage, state: Literal["done", "failed", "stopped"], command: Sequence[str], verb: Sequence[str] = ()
 ) -> Iterator[tuple[str, str]]:
     """Yields (purpose, shell command) of possible next steps, perhaps none; nothing is run.
 
@@ -179,6 +181,7 @@ def next_commands(
     Args:
         stage: the last stage of the command; its run directory is read.
         command: program, then overrides.
+        verb: words of the `dist-lm` verb that trained the stage, which has no overrides; empty: a launch did.
 
     Raises:
         ConfigError: the stage of another package cannot be imported.
@@ -186,7 +189,8 @@ def next_commands(
     config = stage.config
     work = str(config.work_dir)
     if state != "done":
-        yield "go on", shlex.join(["python", "-m", "dist_lm.launch", *command[1:]])
+        again = ["python", "-m", "dist_lm", *verb] if verb else ["python", "-m", "dist_lm.launch", *command[1:]]
+        yield "go on", shlex.join(again)
         yield "what happened", shlex.join(["python", "-m", "dist_lm", "cluster", "status", work])
 
     run = run_of(config)
@@ -203,7 +207,7 @@ def next_commands(
         if list(run.wandb.glob("offline-run-*")):
             yield "curves", shlex.join(["python", "-m", "dist_lm", "dashboard", "show", "--offline", path])
 
-    if state == "done" and trains:
+    if state == "done" and trains and not verb:
         followers = [later for later in all_stages() if later.starts_from == stage.name]
         # The follower's own length of sequences comes first; a model with a short context needs that of this command.
         launches = (

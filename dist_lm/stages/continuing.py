@@ -19,7 +19,8 @@ from typing import TYPE_CHECKING, Any
 from dist_lm.config.corpus import HF, STAGE_RUN
 from dist_lm.config.root import Config
 from dist_lm.config.stage import WSD, StageConfig
-from dist_lm.data.manifest import manifest_path, read_manifest, recorded_content
+from dist_lm.data.manifest import Split, manifest_path, read_manifest, recorded_content
+from dist_lm.data.order import DocumentSlice
 from dist_lm.data.phases import require_same_past
 from dist_lm.errors import ArtefactError, ConfigError, require
 from dist_lm.stages.registry import load_config
@@ -30,6 +31,8 @@ from dist_lm.training import checkpoint_files
 from dist_lm.training.state import TrainState
 
 if TYPE_CHECKING:
+    from dist_lm.data.without import DocumentIds
+    from dist_lm.stages.training.arguments import TrainingSequences
     from dist_lm.stages.training.stage import TrainingStage
 
 # Keys that do not change the result of any stage. A key that ends with a dot stands for its whole group.
@@ -69,8 +72,9 @@ SCHEDULE_KEYS = (
     *("stage.steps", "stage.epochs", "stage.schedule", "stage.decay", "stage.min_lr_ratio"),
     "stage.phases",
 )
-# Besides the schedule, a branch has its own name and its own measurements.
-BRANCH_KEYS = ("run_id", "stage.eval_", "stage.sampling.")
+# Besides the schedule, a branch has its own name and its own measurements, and may leave out documents that its start
+# has not read.
+BRANCH_KEYS = ("run_id", "stage.eval_", "stage.sampling.", "stage.without")
 
 
 def require_same_settings(
@@ -234,7 +238,8 @@ def check_phases_of_past(stage: "TrainingStage", config: Config, origin: Path, s
 
 
 def with_start(stage: Stage, config: Config) -> Config:
-    """Returns `config` with `stage.init_from` as `none` or an absolute path; ranks may run in another folder.
+    """Returns `config` with `stage.init_from` as `none` or an absolute path, and `stage.without` as an absolute path;
+    ranks may run in another folder.
 
     `auto` becomes the run of the previous stage with the same run_id, `stage:NAME` that of stage NAME, `hf:SOURCE` the
     run of its import. A branch has the start of the run that it continues. Nothing is checked to exist.
@@ -243,6 +248,9 @@ def with_start(stage: Stage, config: Config) -> Config:
         ConfigError: this version cannot read the configuration of the run of stage.branch_from.
     """
     init_from = config.stage.init_from
+    if config.stage.without:
+        without = str(Path(config.stage.without).expanduser().resolve())
+        config = replace(config, stage=replace(config.stage, without=without))
     if config.stage.branch_from:
         return with_branch(config)
     if init_from.startswith(HF):
@@ -275,7 +283,7 @@ def check_branch(stage: "TrainingStage", config: Config) -> Path:
     Raises:
         ArtefactError: there is no checkpoint, or it belongs to another model, tokenizer or content.
         ConfigError: the run belongs to another stage, differs in more than its schedule, has no fewer steps than
-            `config`, or a decay is longer than the steps that are left.
+            `config`, or a decay is longer than the steps that are left; or as `check_unread`.
     """
     branch_from = config.stage.branch_from
     start = checkpoint_files.find_checkpoint(Path(branch_from))
@@ -307,6 +315,8 @@ def check_branch(stage: "TrainingStage", config: Config) -> Path:
         )
 
     check_phases_of_past(stage, config, start, state)
+    if config.stage.without != origin_config.stage.without:
+        check_unread(stage, config, origin_config, start, state.position)
     # Steps that follow from epochs are compared when the corpus is there.
     if config.stage.epochs and not config.stage.steps:
         require_same_content(start, run, config.corpus_names, config.corpus.folders)
@@ -320,6 +330,81 @@ def check_branch(stage: "TrainingStage", config: Config) -> Path:
 
     require_same_content(start, run, config.corpus_names, config.corpus.folders)
     return start
+
+
+def left_out_by(config: Config, run: RunDirectory) -> "DocumentIds":
+    """Returns the documents of stage.without; none without that key.
+
+    Args:
+        run: that of the configuration.
+
+    Raises:
+        ArtefactError: the file has changed since the run began with it, cannot be read or has a line that is no id; or
+            there is no such corpus or document.
+    """
+    path = config.stage.without
+    if not path:
+        return {}
+    from dist_lm.data.without import read_ids
+
+    ids = read_ids(Path(path))
+    run.require_files({name: files for name, files in config.noted_files.items() if files == [Path(path)]})
+    for folder, numbers in ids.items():
+        train = read_manifest(run.work.corpus(folder)).splits.get("train", Split())
+        if (largest := max(numbers)) >= train.counts.documents:
+            raise ArtefactError(
+                f"{path}: {folder}:{largest}: corpus {folder} has {train.counts.documents:,} train documents"
+            )
+    return ids
+
+
+def check_unread(stage: "TrainingStage", config: Config, origin: Config, start: Path, position: int) -> None:
+    """Refuses a branch that leaves out documents which its start has learned from, or learns from documents which that
+    left out; passes if it has read none of them.
+
+    Args:
+        origin: the configuration of the run that is continued.
+        start: a checkpoint of that run.
+        position: sequences that the start has consumed.
+
+    Raises:
+        ConfigError: names stage.without and the verb that finds another start.
+        ArtefactError: as `left_out_by`, or a corpus is missing or damaged.
+    """
+    from dist_lm.data.without import differing
+
+    run, origin_run = run_of(config), _run_at(start)
+    assert origin_run is not None, f"{start} lies in no run"
+    changed = differing(left_out_by(config, run), left_out_by(origin, origin_run))
+    first = first_reading(stage.sequences(config, run), changed, position)
+    if first is not None:
+        raise ConfigError(
+            f"stage.without={config.stage.without or 'none'}: {start} has read documents of which this changes whether "
+            f"they count, the first one in step {first // config.stage.global_batch + 1:,}: `dist-lm data without` "
+            "goes on from an earlier checkpoint"
+        )
+
+
+def first_reading(sequences: "TrainingSequences", ids: "DocumentIds", end: int) -> int | None:
+    """Returns the number of the first sequence below `end` in which a token of these documents is an input whose target
+    may count; None: there is none.
+
+    Args:
+        ids: folders that the sequences do not read are passed over.
+    """
+    first: int | None = None
+    for corpus in sequences.corpora:
+        numbers = ids.get(corpus.directory.name, frozenset())
+        # The end-of-text that opens a document is the last target of the one before, which still counts.
+        parts = [
+            DocumentSlice(number, min(1, length - 1), length)
+            for number in sorted(numbers)
+            if (length := int(corpus.lengths[number]))
+        ]
+        for visits in sequences.numbers(corpus, parts, end).values():
+            if visits and (first is None or visits[0] < first):
+                first = visits[0]
+    return first
 
 
 def check_init(stage: Stage, config: Config, init_from: str, rebuilt: Collection[str]) -> Path | None:

@@ -898,7 +898,9 @@ def tokenizer_fingerprint(config: Config) -> dict[str, Any]:
         ConfigError: a source is invalid.
     """
     fingerprint = _fingerprint(config, tokenizer_corpora(config.corpus))
-    fingerprint["corpus"]["cleaning"].pop("near_duplicates", None)  # a tokenizer learns from near-duplicates, too
+    # A tokenizer learns from near-duplicates and from texts with parts of benchmarks, too.
+    for key in ("near_duplicates", "benchmarks"):
+        fingerprint["corpus"]["cleaning"].pop(key, None)
     return fingerprint
 
 
@@ -957,6 +959,11 @@ def _fingerprint(config: Config, names: list[str]) -> dict[str, Any]:
     # Corpora from before these keys have no such setting, and are as without it.
     if not corpus["cleaning"]["near_duplicates"]:
         corpus["cleaning"].pop("near_duplicates")
+    benchmarks = corpus["cleaning"].pop("benchmarks")
+    if benchmarks:
+        from dist_lm.data.benchmarks import fingerprints
+
+        corpus["cleaning"]["benchmarks"] = fingerprints(benchmarks)
     for source in chain.from_iterable(corpus["corpora"].values()):
         for key in LATER_KEYS:
             if not source[key]:

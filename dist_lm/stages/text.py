@@ -1,9 +1,10 @@
 """Stages that predict the next token of texts and conversations: their objective, data, evaluation and summary."""
 
 import logging
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from omegaconf import MISSING
@@ -18,10 +19,17 @@ from dist_lm.data.phases import MixPhase, PhasedMix, mix_of, mix_phases
 from dist_lm.data.sources.reader import form_of
 from dist_lm.data.token_corpus import TokenCorpus
 from dist_lm.errors import ConfigError, require
+from dist_lm.stages.continuing import left_out_by
 from dist_lm.stages.corpus_forms import CorpusFormsConfig
 from dist_lm.stages.stage import run_of
 from dist_lm.stages.training.arguments import DataArguments, StageData, TrainingSequences
-from dist_lm.stages.training.stage import TrainingStage, batch_options, print_before_and_after, sequence_limit
+from dist_lm.stages.training.stage import (
+    RunState,
+    TrainingStage,
+    batch_options,
+    print_before_and_after,
+    sequence_limit,
+)
 from dist_lm.storage.run_directory import RunDirectory
 from dist_lm.tracking.readable import change
 
@@ -99,6 +107,16 @@ class TextStage(TrainingStage):
                 raise ConfigError(f"{key}={name}: expected texts or conversations; stage=reward learns from rankings")
         if fim_rate_of(config) and form_of(config.corpus, stage.corpus) != "text":
             raise ConfigError(f"stage.fim_rate={fim_rate_of(config)}: stage.corpus={stage.corpus} holds no texts")
+
+    def verify(self, on_disk: RunState, config: Config, init_from: str, rebuilt: Collection[str]) -> Path | None:
+        """As `TrainingStage.verify`; also refuses documents of stage.without that are not there.
+
+        Raises:
+            ArtefactError: as `left_out_by`, or as `TrainingStage.verify`.
+        """
+        if not set(rebuilt) & set(self.needs):
+            left_out_by(config, on_disk.run)
+        return super().verify(on_disk, config, init_from, rebuilt)
 
     def objective(self, config: Config) -> "Objective":
         from dist_lm.training.objective import next_token
@@ -261,7 +279,7 @@ def sequence_options(config: Config, run: RunDirectory, tokenizer: "Tokenizer") 
     of `MixedSequences`.
 
     Raises:
-        ArtefactError: a corpus is missing or damaged.
+        ArtefactError: a corpus is missing or damaged, or as `left_out_by`.
         UserError: the tokenizer lacks a mark that stage.fim_rate needs.
     """
     from dist_lm.data.infill import Infill, InfillMarks
@@ -284,6 +302,7 @@ def sequence_options(config: Config, run: RunDirectory, tokenizer: "Tokenizer") 
         "mix": mix,
         "infill": infill,
         "too_long": stage.too_long,
+        "without": left_out_by(config, run),
     }
 
 

@@ -79,7 +79,7 @@ def slices_of_step(run: RunDirectory, step: int, with_text: bool = False) -> lis
         documents_of.setdefault(corpus, set()).add(part.document)
     origins = {corpus: origins_of(corpus, documents) for corpus, documents in documents_of.items()}
 
-    tokenizer = tokenizer_of(run, sequences) if with_text else None
+    tokenizer = tokenizer_of(run, sequences.corpora) if with_text else None
 
     def text_of(corpus: TokenCorpus, part: DocumentSlice) -> str:
         if tokenizer is None:
@@ -156,8 +156,8 @@ def stage_with_corpus(config: Config) -> TrainingStage | None:
     return stage if isinstance(stage, TrainingStage) and stage.has_sequences else None
 
 
-def tokenizer_of(run: RunDirectory, sequences: TrainingSequences) -> "Tokenizer":
-    """Returns the tokenizer of a run's work directory.
+def tokenizer_of(run: RunDirectory, corpora: Iterable[TokenCorpus]) -> "Tokenizer":
+    """Returns the tokenizer of a run's work directory, with which `corpora` were written.
 
     Raises:
         ArtefactError: it cannot be read, or a corpus was written with another one: its tokens would be other text.
@@ -166,7 +166,7 @@ def tokenizer_of(run: RunDirectory, sequences: TrainingSequences) -> "Tokenizer"
     from dist_lm.tokenizer.tokenizer import Tokenizer
 
     tokenizer = Tokenizer.load(run.work.tokenizer_model)
-    for corpus in sequences.corpora:
+    for corpus in corpora:
         if read_manifest(corpus.directory).recipe.tokenizer_sha256 != tokenizer.sha256:
             raise ArtefactError(
                 f"corpus {corpus.directory} was written with another tokenizer than {run.work.tokenizer_model}: "

@@ -2,7 +2,8 @@
 
 import json
 import logging
-from collections.abc import Sequence
+import re
+from collections.abc import Collection, Sequence
 from dataclasses import asdict, dataclass
 from itertools import islice
 from pathlib import Path
@@ -11,10 +12,13 @@ from rich.console import Console
 from rich.text import Text
 
 from dist_lm.config.root import Config
+from dist_lm.data.journal import REJECTED
 from dist_lm.data.order import DocumentSlice
 from dist_lm.data.text_search import ByteTable, find_text
 from dist_lm.data.token_corpus import TokenCorpus
 from dist_lm.errors import ArtefactError
+from dist_lm.stages.continuing import left_out_by
+from dist_lm.storage import durable
 from dist_lm.storage.run_directory import RunDirectory
 from dist_lm.tracking.readable import counted
 from dist_lm.training import checkpoint_files
@@ -30,6 +34,7 @@ from dist_lm.verbs.data_step import (
 
 log = logging.getLogger(__name__)
 
+STEP_OF_RUN = re.compile(r"@\d+$")  # end of a start that names a step of a run
 NAMED_STEPS = 8  # that a line names
 
 
@@ -46,6 +51,8 @@ class Place:
     source: str
     licence: str
     steps: tuple[int, ...]  # of the run that read it, rising; from 1
+    left_out: bool = False  # whether its loss does not count (stage.without)
+    near_duplicates: tuple[str, ...] = ()  # sources of texts that the build dropped because they resemble the document
 
 
 def places_of_text(config: Config, run: RunDirectory, text: str, most: int) -> tuple[list[Place], bool]:
@@ -61,7 +68,8 @@ def places_of_text(config: Config, run: RunDirectory, text: str, most: int) -> t
     sequences = training_sequences(config, run)
     # Sequences behind the newest checkpoint have not been trained on yet.
     end = trained_steps(config, run) * config.stage.global_batch
-    table = ByteTable(tokenizer_of(run, sequences).vocabulary())
+    table = ByteTable(tokenizer_of(run, sequences.corpora).vocabulary())
+    left_out = left_out_by(config, run)
 
     places, has_more = [], False
     for corpus in sequences.corpora:
@@ -70,7 +78,8 @@ def places_of_text(config: Config, run: RunDirectory, text: str, most: int) -> t
         has_more |= len(parts) > most
         parts = parts[:most]
         numbers = sequences.numbers(corpus, parts, end)
-        places += _places(run, corpus, parts, [_steps(numbers[part], config) for part in parts])
+        steps = [_steps(numbers[part], config) for part in parts]
+        places += _places(run, corpus, parts, steps, left_out.get(corpus.directory.name, frozenset()))
     return places, has_more
 
 
@@ -80,9 +89,14 @@ def _steps(numbers: Sequence[int], config: Config) -> tuple[int, ...]:
 
 
 def _places(
-    run: RunDirectory, corpus: TokenCorpus, parts: Sequence[DocumentSlice], steps: Sequence[tuple[int, ...]]
+    run: RunDirectory,
+    corpus: TokenCorpus,
+    parts: Sequence[DocumentSlice],
+    steps: Sequence[tuple[int, ...]],
+    left_out: Collection[int],
 ) -> list[Place]:
     origins = origins_of(corpus, {part.document for part in parts})
+    dropped = _near_duplicates(corpus.directory, {origin.source for origin in origins.values()})
     return [
         Place(
             run=str(run.path),
@@ -94,9 +108,30 @@ def _places(
             source=origins[part.document].source,
             licence=origins[part.document].licence,
             steps=steps_of_part,
+            left_out=part.document in left_out,
+            near_duplicates=tuple(dropped.get(origins[part.document].source, ())),
         )
         for part, steps_of_part in zip(parts, steps, strict=True)
     ]
+
+
+def _near_duplicates(directory: Path, sources: Collection[str]) -> dict[str, list[str]]:
+    """Returns the near-duplicates of documents that the build of a corpus dropped: source -> their sources.
+
+    Raises:
+        ArtefactError: the list of dropped documents is damaged.
+    """
+    dropped: dict[str, list[str]] = {}
+    path = directory / REJECTED
+    if not path.is_file():
+        return dropped
+    try:
+        for line in durable.json_lines(path):
+            if (source := line.get("resembles", "")) in sources:
+                dropped.setdefault(source, []).append(str(line["place"]))
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise ArtefactError(f"{path}: cannot be read ({error})") from error
+    return dropped
 
 
 def trained_steps(config: Config, run: RunDirectory) -> int:
@@ -119,8 +154,8 @@ def with_ancestors(run: RunDirectory) -> list[tuple[RunDirectory, Config | None]
     config = config_of(run)
     runs: list[tuple[RunDirectory, Config | None]] = [(run, config)]
     while True:
-        start = Path(config.stage.init_from)
-        # A start names a run, its folder of checkpoints, or one of them.
+        # A start names a run, RUN@STEP, its folder of checkpoints, or one of them.
+        start = Path(STEP_OF_RUN.sub("", config.stage.init_from))
         folders = [folder for folder in (start, *start.parents) if RunDirectory(folder).config.is_file()]
         if not start.is_absolute() or not folders:
             return runs
@@ -159,7 +194,10 @@ def print_places(run: RunDirectory, text: str, most: int, console: Console, *, a
         for place in places:
             console.print(Text(f"  {place.source}  ({place.licence or 'licence not given'})"), soft_wrap=True)
             where = f"document {place.document:,} of {place.corpus}, tokens {place.start:,} to {place.stop:,}"
-            console.print(Text(f"    {where}: {_in_words(place.steps)}"), soft_wrap=True)
+            left_out = ", without its loss" if place.left_out else ""
+            console.print(Text(f"    {where}: {_in_words(place.steps)}{left_out}"), soft_wrap=True)
+            for source in place.near_duplicates:
+                console.print(Text(f"    {source} was dropped as its near-duplicate"), soft_wrap=True)
 
 
 def _in_words(steps: Sequence[int]) -> str:

@@ -62,8 +62,8 @@ def test_a_step_drops_what_its_rule_names_and_nothing_when_it_is_off(step, value
 
 
 def test_every_step_that_drops_has_a_case():
-    of_several_texts = {"across_corpora", "near_duplicates"}
-    steps = {field.name for field in fields(CleaningConfig)} - {"secrets", "emails"} - of_several_texts
+    by_other_texts = {"across_corpora", "near_duplicates", "benchmarks"}
+    steps = {field.name for field in fields(CleaningConfig)} - {"secrets", "emails"} - by_other_texts
     assert steps == {step for step, _ in CASES}
 
 

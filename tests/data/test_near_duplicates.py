@@ -1,5 +1,7 @@
 """Texts that are nearly those of earlier ones are found, and no others."""
 
+import io
+import json
 import random
 import time
 from collections.abc import Sequence
@@ -11,6 +13,7 @@ import pytest
 
 from dist_lm.config.corpus import CorpusConfig
 from dist_lm.data import near_duplicates as search
+from dist_lm.data.ingest import split_documents
 from dist_lm.data.near_duplicates import (
     BANDS,
     ROWS,
@@ -21,6 +24,7 @@ from dist_lm.data.near_duplicates import (
     text_windows,
 )
 from dist_lm.data.screening import IngestReport, source_name
+from tests.data.own_readers import read_stories
 from tests.data.reading import read_corpus
 from tests.data.test_ingest import stories
 
@@ -162,6 +166,18 @@ def test_chains_of_changed_texts_do_not_drag_each_other_out() -> None:
     assert 2 not in dropped
 
 
+def test_texts_like_sought_ones_are_all_found(planted: list[str]) -> None:
+    """Finds one that is missed, a less similar one, and one that is said to resemble another than the nearest."""
+    texts = [*planted[:30], *planted[400:415]]
+    sought = texts[:30:2]
+    found = dict(search.resembling(texts, sought, LEAST))
+    assert len(found) > len(sought)
+    for number, text in enumerate(texts):
+        likeness = [similarity(text, each) for each in sought]
+        assert (number in found) == (max(likeness) >= LEAST)
+        assert number not in found or likeness[found[number]] == max(likeness)
+
+
 def test_many_texts_that_are_half_alike_cost_no_square_of_their_number(monkeypatch: pytest.MonkeyPatch) -> None:
     """Finds a source of filled-in forms that keeps a build busy for days."""
     generator, n_compared = random.Random(5), 0
@@ -195,7 +211,8 @@ def test_odd_texts(texts: list[str], dropped: dict[int, int]) -> None:
 
 
 def test_a_corpus_drops_them_and_counts_them_but_none_that_is_held_out_by_hand() -> None:
-    """Finds near-duplicates that are dropped from one split alone, or in another build of the same corpus."""
+    """Finds near-duplicates that are dropped from one split alone, or in another build of the same corpus, and a line
+    that names another text than the one that stays."""
     generator = random.Random(3)
     texts = [words(generator, 120) for _ in range(40)]
     copies = [" ".join(changed(generator, text, 2)) for text in texts[:10]]
@@ -204,9 +221,17 @@ def test_a_corpus_drops_them_and_counts_them_but_none_that_is_held_out_by_hand()
     config = CorpusConfig("t", {"c": [source]}, 0.3)
     config.cleaning.near_duplicates = LEAST
 
-    report = IngestReport()
-    assert sorted(document.text for _, document in read_corpus(config, "c", 0, report)) == sorted(originals)
+    report, rejected = IngestReport(), io.StringIO()
+    kept = [document.text for _, document, _ in split_documents(config, "c", 0, report, None, rejected)]
+    assert sorted(kept) == sorted(originals)
     assert report.sources[source_name(source)].dropped == {"near_duplicate": 10}
+
+    # Each line names the text that stays.
+    place_of = {document.text: document.source for document in read_stories(source, 0)}
+    lines = [json.loads(line) for line in rejected.getvalue().splitlines()]
+    assert [(line["place"], line["reason"], line["resembles"]) for line in lines] == [
+        (place_of[copy], "near_duplicate", place_of[originals[n]]) for n, copy in enumerate(copies)
+    ]
 
     held_out = replace(stories("b", copies), held_out=True)
     config = replace(config, corpora={"c": [stories("a", originals), held_out]})

@@ -31,12 +31,10 @@ from dist_lm.gpu_check import results as gpu_results
 from dist_lm.gpu_check import run as gpu_check
 from dist_lm.gpu_check.results import Result, Results
 from dist_lm.prepare import plan
-from dist_lm.prepare.plan import Plan
 from dist_lm.stages.exporting.files import RECORD, export
 from dist_lm.storage import durable
 from dist_lm.storage.run_directory import RunDirectory, WorkDirectory
 from dist_lm.tokenizer.tokenizer import Tokenizer
-from dist_lm.tracking.console import Console
 from dist_lm.training import checkpoint_files
 from dist_lm.verbs import data_trial
 from tests.conftest import texts
@@ -193,6 +191,12 @@ CASES: dict[str, tuple[Case, ...]] = {
     ),
     "data step": (Case(lambda world: ["data", "step", world.run.path, 1, "--text"], of_documents),),
     "data where": (Case(lambda world: ["data", "where", world.run.path, "def"], of_documents),),
+    "data without": (
+        Case(
+            lambda world: ["data", "without", world.run.path, "--documents", world.outside / "ids.txt", "--yes"],
+            lambda world: [world.outside / "ids.txt", *of_documents(world)],
+        ),
+    ),
     "data new": (
         Case(
             lambda world: ["data", "new", world.outside / "own.jsonl", "--out", world.outside / "conf/corpus/own.yaml"],
@@ -304,6 +308,7 @@ def world(tiny_work: WorkDirectory, tmp_path_factory: pytest.TempPathFactory) ->
     results.write(world.outside / "gpu" / gpu_check.RESULTS)
     (world.outside / "gpu" / "page.md").write_text(f"{gpu_results.BEGIN}\n{gpu_results.END}\n")
     write_tasks(world.outside / "tasks")
+    (world.outside / "ids.txt").write_text("".join(f"code:{number}\n" for number in range(3)))
     return world
 
 
@@ -367,14 +372,16 @@ def clear(world: World) -> None:
     for name in ("imported", "conf"):
         shutil.rmtree(world.outside / name, ignore_errors=True)
     (world.outside / "all.safetensors").unlink(missing_ok=True)
+    for directory in world.run.path.parent.glob("*-without-*"):
+        shutil.rmtree(directory)
 
 
-CarryOut = Callable[[Plan, Console], int]
+CarryOut = Callable[..., int]
 
 
 def plan_alone(carry_out: CarryOut) -> CarryOut:
     """Returns a `launch.carry_out` that shows what is finished, and builds nothing that is missing."""
-    return lambda planned, console: 0 if planned.missing else carry_out(planned, console)
+    return lambda planned, console, verb=(): 0 if planned.missing else carry_out(planned, console, verb)
 
 
 def composed_once(compose: Callable[[Sequence[str]], Config]) -> Callable[[Sequence[str]], Config]:

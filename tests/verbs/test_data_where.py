@@ -4,9 +4,11 @@ import io
 import json
 import random
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 
+from dist_lm.data.journal import REJECTED
 from dist_lm.data.order import DocumentSlice
 from dist_lm.data.text_search import ByteTable, find_text
 from dist_lm.data.token_corpus import TokenCorpus
@@ -148,6 +150,38 @@ def test_a_text_of_special_meaning_is_text_and_a_cut_list_says_so(
     lines = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
     assert len(lines) == 5 * len({line["corpus"] for line in lines})
     assert "more places than --most 5" in caplog.text
+
+
+@pytest.mark.heavy
+def test_a_document_tells_what_was_dropped_for_it_and_that_it_is_left_out(work: WorkDirectory, tmp_path: Path):
+    """Finds a near-duplicate that is told of another document, and a loss that is said to count."""
+    path = tmp_path / "ids.txt"
+    path.write_text("code:0\n")
+    keys = ("stage.steps=4", "stage.init_from=none", f"stage.without={path}")
+    run = prepare(work, "told", *keys, stage="code")
+    corpus = TokenCorpus.open(work.corpus("code"), "train")
+    text = contents(corpus, Tokenizer.load(work.tokenizer_model))[0].decode()
+    (place, *_), _ = places_of_text(config_of(run), run, text, 5)
+    assert (place.document, place.left_out, place.near_duplicates) == (0, True, ())
+
+    lines = [
+        {"place": f"copy {n}", "reason": "near_duplicate", "resembles": source}
+        for n, source in enumerate((place.source, "another", place.source))
+    ]
+    rejected = corpus.directory / REJECTED
+    rejected.write_text("".join(json.dumps(line) + "\n" for line in [{"place": "x", "reason": "null"}, *lines]))
+    (place, *others), _ = places_of_text(config_of(run), run, text, 5)
+    assert place.near_duplicates == ("copy 0", "copy 2")
+    assert not any(other.left_out for other in others if other.document)
+
+    console = OutputConsole(file=io.StringIO(), width=300)
+    print_places(run, text, 1, console, as_json=False)
+    shown = console.file.getvalue()  # pyright: ignore[reportAttributeAccessIssue]
+    assert "without its loss" in shown
+    assert "copy 2 was dropped as its near-duplicate" in shown
+    rejected.write_text("[1]\n")
+    with pytest.raises(ArtefactError, match=r"rejected\.jsonl: cannot be read"):
+        places_of_text(config_of(run), run, text, 5)
 
 
 @pytest.mark.heavy
