@@ -80,12 +80,13 @@ class JsonProcess:
         except TimeoutError:
             raise TimeoutError(f"did not read a request within {seconds:g} s and was ended") from None
 
-    def receive(self, seconds: float, interrupted: Callable[[], bool] = lambda: False) -> dict[str, Any]:
+    def receive(self, seconds: float, interrupted: Callable[[], bool] | None = None) -> dict[str, Any]:
         """Returns the next message. The process is not ended on an error: the caller calls `end`.
 
         Args:
             seconds: time limit.
-            interrupted: called at least every `LOOK_S` seconds; true ends the wait.
+            interrupted: called at least every `LOOK_S` seconds; true ends the wait. None: this thread sleeps
+                until a message comes.
 
         Raises:
             TimeoutError (an OSError): the time limit has passed, or `interrupted` returned true; the message says
@@ -94,14 +95,15 @@ class JsonProcess:
         """
         deadline = time.monotonic() + seconds
         while b"\n" not in self._received:
-            if interrupted():
+            if interrupted and interrupted():
                 raise TimeoutError("was stopped")
 
-            # Short waits, so that `interrupted` is called often.
             remaining = deadline - time.monotonic()
             if remaining <= 0:
                 raise TimeoutError(f"took longer than {seconds:g} s and was ended")
-            if select.select([self._connection], [], [], min(LOOK_S, remaining))[0]:
+            # Short waits, so that `interrupted` is called often.
+            wait_s = min(LOOK_S, remaining) if interrupted else remaining
+            if select.select([self._connection], [], [], wait_s)[0]:
                 received = self._connection.recv(1 << 16)
                 if not received:
                     raise EOFError

@@ -4,8 +4,8 @@ Every rank writes its shards as safetensors. Which rank writes which of them fol
 to plan a save, and a plan is kept between saves. A thread of the rank speaks with the other ranks and with the process;
 the process does what would take turns with training: files, hashes, index and manifest.
 
-One save is in flight at most. The next save waits for it, so a crash loses less than two intervals. All ranks learn of
-a failure at their next save or wait.
+One save is in flight at most. The next save waits for it, so a crash loses less than two intervals. A failure is raised
+on all ranks at their next save or wait; `has_failed` tells before.
 """
 
 import heapq
@@ -251,6 +251,12 @@ class CheckpointSaver:
         in_flight, self.in_flight = self.in_flight, None
         if in_flight is not None:
             in_flight.result()
+
+    @property
+    def has_failed(self) -> bool:
+        """Whether the save in flight has failed; some ranks may see it earlier than others."""
+        in_flight = self.in_flight
+        return in_flight is not None and in_flight.done() and in_flight.exception() is not None
 
     def _writer(self, tensors: dict[str, torch.Tensor]) -> Writer:
         """Returns what writes the present values of the tensors; if asynchronous, from a copy that it makes here."""
