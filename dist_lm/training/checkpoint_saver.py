@@ -96,19 +96,19 @@ class TensorWriter:
         return shard.cpu().contiguous().flatten().view(torch.uint8).numpy()
 
 
-class SharedCopy:
-    """A copy of the shards that this rank writes, in memory that a process can map; pinned if they are on CUDA."""
+class ShardCopy:
+    """A copy of the shards that this rank writes, pinned if they are on CUDA; another process can map a large one."""
 
     def __init__(self, plan: Plan, device: torch.device) -> None:
         self.plan = plan
         self.parts = [part for file in plan for part in file.parts]
         self.bytes = max((part.begin + part.bytes for part in self.parts), default=1)
-        self.descriptor = -1
+        self.descriptor = -1  # of the memory; -1: no other process can map it
         self.is_pinned = False
         self._copied: torch.cuda.Event | None = None
 
         # Memory without a name in a file system: the size of /dev/shm does not limit it, and a kill leaves none.
-        if sys.platform == "linux":
+        if sys.platform == "linux" and self.bytes >= PROCESS_BYTES:
             self.descriptor = os.memfd_create("checkpoint")
             os.ftruncate(self.descriptor, self.bytes)
         self._memory = torch.frombuffer(mmap.mmap(self.descriptor, self.bytes), dtype=torch.uint8)
@@ -185,7 +185,7 @@ class CheckpointSaver:
         self.in_flight: Future[Path] | None = None
 
         # Kept between saves; made by the first one.
-        self.copy: SharedCopy | None = None
+        self.copy: ShardCopy | None = None
         self.process: WriterProcess | None = None
         self._plan: Plan = ()
         self._planned_for: list[tuple[str, torch.Size, torch.dtype]] = []
@@ -269,9 +269,9 @@ class CheckpointSaver:
 
         # Training changes the tensors in place, so a copy is written.
         if self.copy is None:
-            self.copy = SharedCopy(self._plan, self.world.device)
+            self.copy = ShardCopy(self._plan, self.world.device)
         self.copy.take(tensors)
-        if self.copy.descriptor < 0 or self.copy.bytes < PROCESS_BYTES:
+        if self.copy.descriptor < 0:
             return TensorWriter(self._plan, {part.name: self.copy.values(part) for part in self.copy.parts})
 
         if self.process is None or self.process.has_ended:
