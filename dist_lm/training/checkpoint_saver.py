@@ -21,7 +21,7 @@ from dataclasses import asdict
 from datetime import timedelta
 from pathlib import Path
 from types import MappingProxyType, TracebackType
-from typing import Any, Protocol
+from typing import Protocol
 
 import numpy as np
 import torch
@@ -39,7 +39,7 @@ from dist_lm.training import checkpoint_files as files
 from dist_lm.training import checkpoint_writer
 from dist_lm.training.adapters import record_of
 from dist_lm.training.checkpoint import DTYPES, Companion, tensors_of
-from dist_lm.training.checkpoint_writer import SAVE_S, Plan, PlannedFile, PlannedPart, WriterProcess
+from dist_lm.training.checkpoint_writer import SAVE_S, Plan, PlannedFile, PlannedPart, Publication, WriterProcess
 from dist_lm.training.optimizer import ShardedAdamW
 from dist_lm.training.state import TrainState
 
@@ -65,15 +65,7 @@ class Writer(Protocol):
         """Does `checkpoint_writer.write_files`."""
         ...
 
-    def publish(
-        self,
-        temporary: Path,
-        target: Path,
-        digests: Mapping[str, str],
-        state: TrainState,
-        model: dict[str, Any],
-        adapters: Mapping[str, Any] | None,
-    ) -> None:
+    def publish(self, checkpoint: Publication) -> None:
         """Does `checkpoint_writer.publish`."""
         ...
 
@@ -89,9 +81,10 @@ class TensorWriter:
 
     def write(self, directory: Path) -> dict[str, str]:
         """Writes what the tensors hold now; of each, a copy is in host memory if it lies elsewhere or in pieces."""
-        return checkpoint_writer.write_files(directory, self._plan, self._bytes_of)
+        return checkpoint_writer.write_files(directory, self._plan, self.bytes_of)
 
-    def _bytes_of(self, part: PlannedPart) -> np.ndarray:
+    def bytes_of(self, part: PlannedPart) -> np.ndarray:
+        """Returns the bytes of a part in row-major order: (bytes,) uint8."""
         shard = shard_of(self._tensors[part.name]).detach()
         return shard.cpu().contiguous().flatten().view(torch.uint8).numpy()
 
@@ -100,7 +93,6 @@ class ShardCopy:
     """A copy of the shards that this rank writes, pinned if they are on CUDA; another process can map a large one."""
 
     def __init__(self, plan: Plan, device: torch.device) -> None:
-        self.plan = plan
         self.parts = [part for file in plan for part in file.parts]
         self.bytes = max((part.begin + part.bytes for part in self.parts), default=1)
         self.descriptor = -1  # of the memory; -1: no other process can map it
@@ -364,7 +356,7 @@ def _write(
             digests = {name: digest for rank_digests, _ in written for name, digest in rank_digests.items()}
             digests |= files.attach(temporary, attached)
             adapters = record_of(model_config, target) if isinstance(model_config, AdaptedModelConfig) else None
-            writer.publish(temporary, target, digests, state, asdict(model_config.plain), adapters)
+            writer.publish(Publication(temporary, target, digests, state, asdict(model_config.plain), adapters))
         except (OSError, ArtefactError) as error:
             failure = str(error)
     failure = broadcast(failure, str | None, group)

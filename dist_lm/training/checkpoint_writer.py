@@ -85,32 +85,44 @@ def write_files(directory: Path, plan: Plan, bytes_of: Callable[[PlannedPart], n
     return digests
 
 
-def publish(
-    temporary: Path,
-    target: Path,
-    digests: Mapping[str, str],
-    state: TrainState,
-    model: dict[str, Any],
-    adapters: Mapping[str, Any] | None,
-) -> None:
-    """Adds index, state and manifest to the files of all ranks, renames the folder `temporary` to `target`, which it
-    replaces, and points LATEST at it.
+@dataclass(frozen=True)
+class Publication:
+    """What makes a checkpoint of the files of all ranks."""
 
-    Args:
-        digests: SHA-256 by name of the files that are there.
-        model: configuration of the model.
-        adapters: settings and base of the adapters, if the checkpoint holds adapters alone.
+    temporary: Path  # the folder with the files
+    target: Path  # its name from then on
+    digests: dict[str, str]  # SHA-256 by name of the files that are there
+    state: TrainState
+    model: dict[str, Any]  # configuration of the model
+    adapters: dict[str, Any] | None  # settings and base of the adapters, if the checkpoint holds adapters alone
+
+    def to_json(self) -> dict[str, Any]:
+        """Returns the values that `from_json` reads."""
+        return {**asdict(self), "temporary": str(self.temporary), "target": str(self.target)}
+
+    @classmethod
+    def from_json(cls, values: Mapping[str, Any]) -> "Publication":
+        """Inverts `to_json`, after JSON."""
+        paths = {name: Path(values[name]) for name in ("temporary", "target")}
+        return cls(**{**values, **paths, "state": TrainState.from_json(values["state"])})
+
+
+def publish(checkpoint: Publication) -> None:
+    """Adds index, state and manifest to the files, renames their folder to the target, which it replaces, and points
+    LATEST at it.
 
     Raises:
         OSError: a file or the folder cannot be written.
         ArtefactError: the shards of the ranks do not make up all tensors.
     """
+    temporary, target, digests = checkpoint.temporary, checkpoint.target, checkpoint.digests
+
     # A rank that continues reads one index instead of the header of every file. This refuses missing parts, too. Files
     # are opened by the names that ranks sent: a network file system may list a folder as it was before they wrote.
     shards = [name for name in digests if not name.startswith(f"{files.STAGE}/")]
     index = index_of(stored_tensors(temporary, names=shards))
     durable.write_text(temporary / files.INDEX, json.dumps(index, separators=(",", ":")))
-    files.write_state(temporary, state, model, adapters)
+    files.write_state(temporary, checkpoint.state, checkpoint.model, checkpoint.adapters)
     added = {name: durable.sha256_of(temporary / name) for name in (files.INDEX, files.STATE)}
     files.write_manifest(temporary, {**digests, **added})
 
@@ -161,24 +173,14 @@ class WriterProcess:
             self._plan = None
         return self._ask({"write": str(directory)})
 
-    def publish(
-        self,
-        temporary: Path,
-        target: Path,
-        digests: Mapping[str, str],
-        state: TrainState,
-        model: dict[str, Any],
-        adapters: Mapping[str, Any] | None,
-    ) -> None:
+    def publish(self, checkpoint: Publication) -> None:
         """Does `publish` in the process.
 
         Raises:
             OSError: as `publish`, or the process has ended.
             ArtefactError: as `publish`.
         """
-        paths = {"temporary": str(temporary), "target": str(target)}
-        record = {"state": asdict(state), "model": model, "adapters": adapters}
-        self._ask({"publish": {**paths, **record, "digests": dict(digests)}})
+        self._ask({"publish": checkpoint.to_json()})
 
     def _ask(self, request: Mapping[str, Any]) -> Any:
         """Sends a request and returns the answer; raises the error that the process has met."""
@@ -222,7 +224,8 @@ def main() -> None:
                     directory = Path(request["write"])
                     done = write_files(directory, plan, lambda part: shards[part.begin : part.begin + part.bytes])
                 else:
-                    done = _publish_from_json(request["publish"])
+                    publish(Publication.from_json(request["publish"]))
+                    done = None
                 send({"done": done})
             except ArtefactError as error:
                 send({"refused": str(error)})
@@ -242,12 +245,6 @@ def plan_from_json(content: Sequence[Mapping[str, Any]]) -> Plan:
         )
         for file in content
     )
-
-
-def _publish_from_json(record: Mapping[str, Any]) -> None:
-    state = TrainState.from_json(record["state"])
-    temporary, target = Path(record["temporary"]), Path(record["target"])
-    publish(temporary, target, record["digests"], state, record["model"], record["adapters"])
 
 
 if __name__ == "__main__":

@@ -148,13 +148,13 @@ def kill_processes_at_work(world: World, checkpoints: Path) -> list[str]:
                     outcomes.append("complete")
                 except CheckpointWriteError:
                     outcomes.append("failed")
+                complete = max([1, *(n for n, outcome in enumerate(outcomes, start=2) if outcome == "complete")])
                 newest = checkpoint_files.newest_intact(checkpoint_files.steps_in(checkpoints))
                 assert newest is not None
-                complete = 1 + max(
-                    (n for n, outcome in enumerate(outcomes, start=1) if outcome == "complete"), default=0
-                )
-                assert newest.name == checkpoint_files.step_name(complete)
-                assert values(checkpoints, complete) == {float(complete)}
+                # A process killed between the rename and its answer leaves a whole checkpoint of a save that failed.
+                newest_step = checkpoint_files.step_of(newest)
+                assert newest_step in (complete, step)
+                assert values(checkpoints, newest_step) == {float(newest_step)}
     return outcomes
 
 

@@ -65,7 +65,7 @@ def test_torch_reads_the_files(tmp_path):
         "optimizer.a.step": torch.tensor(4.0),
     }
     plan = plan_of(tensors, World(0, 1, 0, CPU))
-    write_files(tmp_path, plan, TensorWriter(plan, tensors)._bytes_of)
+    write_files(tmp_path, plan, TensorWriter(plan, tensors).bytes_of)
 
     loaded = {name: torch.zeros_like(tensor) for name, tensor in tensors.items()}
     load(loaded, storage_reader=HuggingFaceStorageReader(str(tmp_path)), no_dist=True)
