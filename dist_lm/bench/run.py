@@ -38,6 +38,7 @@ BENCHMARKS = {
     "rlhf": "dist_lm.bench.rlhf",
     "data": "dist_lm.bench.data",
     "metrics": "dist_lm.bench.metrics",
+    "saving": "dist_lm.bench.saving",
     "tracking": "dist_lm.bench.tracking",
     "sandbox": "dist_lm.bench.sandbox",
 }

@@ -16,7 +16,7 @@ import sys
 import threading
 import time
 import traceback
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -24,12 +24,13 @@ LOOK_S = 0.05  # interval between calls of `interrupted`
 
 
 def start_json_process(
-    module: str, *arguments: str, environment: Mapping[str, str] | None = None
+    module: str, *arguments: str, environment: Mapping[str, str] | None = None, pass_fds: Sequence[int] = ()
 ) -> tuple["subprocess.Popen[bytes]", socket.socket]:
     """Starts `python -m module SOCKET arguments`; returns the process, which leads a group, and our end of the socket.
 
     Args:
         environment: variables of the new process; None: those of this process.
+        pass_fds: file descriptors that the new process gets, under the same numbers.
     """
     # A socket of its own, because functions of a user may read and write the standard streams.
     connection, child_socket = socket.socketpair()
@@ -37,7 +38,7 @@ def start_json_process(
         process = subprocess.Popen(
             [sys.executable, "-m", module, str(child_socket.fileno()), *arguments],
             stdin=subprocess.DEVNULL,
-            pass_fds=(child_socket.fileno(),),
+            pass_fds=(child_socket.fileno(), *pass_fds),
             start_new_session=True,  # Ctrl-C reaches only the parent; killing the group ends its processes, too
             env=environment,
         )
@@ -47,13 +48,17 @@ def start_json_process(
 class JsonProcess:
     """The parent's side of the connection: the process and its socket."""
 
-    def __init__(self, module: str, *arguments: str, environment: Mapping[str, str] | None = None) -> None:
-        """Starts `python -m module SOCKET arguments`.
-
-        Args:
-            environment: variables of the new process; None: those of this process.
-        """
-        self._process, self._connection = start_json_process(module, *arguments, environment=environment)
+    def __init__(
+        self,
+        module: str,
+        *arguments: str,
+        environment: Mapping[str, str] | None = None,
+        pass_fds: Sequence[int] = (),
+    ) -> None:
+        """Starts `python -m module SOCKET arguments`; the arguments are those of `start_json_process`."""
+        self._process, self._connection = start_json_process(
+            module, *arguments, environment=environment, pass_fds=pass_fds
+        )
         self._received = b""
 
     @property
@@ -75,12 +80,13 @@ class JsonProcess:
         except TimeoutError:
             raise TimeoutError(f"did not read a request within {seconds:g} s and was ended") from None
 
-    def receive(self, seconds: float, interrupted: Callable[[], bool] = lambda: False) -> dict[str, Any]:
+    def receive(self, seconds: float, interrupted: Callable[[], bool] | None = None) -> dict[str, Any]:
         """Returns the next message. The process is not ended on an error: the caller calls `end`.
 
         Args:
             seconds: time limit.
-            interrupted: called at least every `LOOK_S` seconds; true ends the wait.
+            interrupted: called at least every `LOOK_S` seconds; true ends the wait. None: this thread sleeps
+                until a message comes.
 
         Raises:
             TimeoutError (an OSError): the time limit has passed, or `interrupted` returned true; the message says
@@ -89,14 +95,15 @@ class JsonProcess:
         """
         deadline = time.monotonic() + seconds
         while b"\n" not in self._received:
-            if interrupted():
+            if interrupted and interrupted():
                 raise TimeoutError("was stopped")
 
-            # Short waits, so that `interrupted` is called often.
             remaining = deadline - time.monotonic()
             if remaining <= 0:
                 raise TimeoutError(f"took longer than {seconds:g} s and was ended")
-            if select.select([self._connection], [], [], min(LOOK_S, remaining))[0]:
+            # Short waits, so that `interrupted` is called often.
+            wait_s = min(LOOK_S, remaining) if interrupted else remaining
+            if select.select([self._connection], [], [], wait_s)[0]:
                 received = self._connection.recv(1 << 16)
                 if not received:
                     raise EOFError

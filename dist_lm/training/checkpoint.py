@@ -337,16 +337,6 @@ def read_contents(checkpoint: Path) -> Contents:
         raise ArtefactError(f"checkpoint {checkpoint}: {files.INDEX} cannot be read ({error})") from error
 
 
-def index_of(contents: Contents) -> dict[str, object]:
-    """Returns the JSON that `read_contents` reads: for each part of a tensor, the number of its file, the byte offset
-    there, the indices of its first entry in the tensor and its shape, one after the other."""
-    tensors = {}
-    for name, parts in contents.tensors.items():
-        table = np.column_stack([parts.file_P, parts.start_P, parts.offset_PD, parts.size_PD])
-        tensors[name] = {"dtype": parts.dtype, "shape": parts.shape, "parts": table.tolist()}
-    return {"files": contents.files, "tensors": tensors}
-
-
 def contents_of(stored: Mapping[str, StoredTensor]) -> Contents:
     """Returns where the parts of tensors lie as arrays, which are short to send and fast to search."""
     names = sorted({part.file.name for tensor in stored.values() for part in tensor.parts})

@@ -1,14 +1,19 @@
-"""Saving while training continues: a copy in host memory, and a thread that writes it.
+"""Saving while training continues: a copy in host memory, and a process that writes it.
 
-Every rank writes its shards as safetensors, through torch's distributed checkpoint. Nothing is pickled into a file.
+Every rank writes its shards as safetensors. Which rank writes which of them follows from the layout, so nothing is sent
+to plan a save, and a plan is kept between saves. A thread of the rank speaks with the other ranks and with the process;
+the process does what would take turns with training: files, hashes, index and manifest.
 
-One save is in flight at most. The next save waits for it, so a crash loses less than two intervals. All ranks learn of
-a failure at their next save or wait.
+One save is in flight at most. The next save waits for it, so a crash loses less than two intervals. A failure is raised
+on all ranks at their next save or wait; `has_failed` tells before.
 """
 
-import json
+import heapq
 import logging
+import mmap
+import os
 import shutil
+import sys
 import time
 from collections.abc import Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -16,43 +21,133 @@ from dataclasses import asdict
 from datetime import timedelta
 from pathlib import Path
 from types import MappingProxyType, TracebackType
+from typing import Protocol
 
+import numpy as np
 import torch
 import torch.distributed as dist
-import torch.distributed.checkpoint as dcp
 from torch import nn
-from torch.distributed.checkpoint.api import CheckpointException
-from torch.distributed.checkpoint.staging import DefaultStager, StagingOptions
+from torch.distributed.tensor import DTensor
 
 from dist_lm.config.model import AdaptedModelConfig, ModelConfig
 from dist_lm.errors import ArtefactError, UserError
 from dist_lm.parallel.guarded_gloo import guarded
 from dist_lm.parallel.mesh import World
 from dist_lm.parallel.messages import all_gather, broadcast
-from dist_lm.parallel.values import shard_of
-from dist_lm.storage import durable
+from dist_lm.parallel.values import shard_box, shard_of
 from dist_lm.training import checkpoint_files as files
+from dist_lm.training import checkpoint_writer
 from dist_lm.training.adapters import record_of
-from dist_lm.training.checkpoint import Companion, contents_of, index_of, tensors_of
-from dist_lm.training.checkpoint_tensors import stored_tensors
+from dist_lm.training.checkpoint import DTYPES, Companion, tensors_of
+from dist_lm.training.checkpoint_writer import SAVE_S, Plan, PlannedFile, PlannedPart, Publication, WriterProcess
 from dist_lm.training.optimizer import ShardedAdamW
 from dist_lm.training.state import TrainState
 
 log = logging.getLogger(__name__)
 
-SAVE_S = 6 * 3600.0  # timeout of a message between savers: a slow disk is no hang, and heartbeats tell of those
-FILE_BYTES = 1 << 30  # approximate size of one file, which is assembled in memory before it is written
+FILE_BYTES = 1 << 30  # approximate size of one file
+REPLICA_BYTES = 64 << 20  # at least so much is written by each of the ranks that hold the same shards: fewer files
+ALIGNMENT = 64  # bytes; a multiple of the size of every entry
+# A smaller copy is written by the thread: that is over before a process has started.
+PROCESS_BYTES = 64 << 20
+
+DTYPE_NAMES = {dtype: name for name, dtype in DTYPES.items()}
 
 
 class CheckpointWriteError(UserError):
     """A checkpoint could not be written; earlier checkpoints are intact."""
 
 
+class Writer(Protocol):
+    """Writes the files of this rank: `TensorWriter` or `WriterProcess`."""
+
+    def write(self, directory: Path) -> dict[str, str]:
+        """Does `checkpoint_writer.write_files`."""
+        ...
+
+    def publish(self, checkpoint: Publication) -> None:
+        """Does `checkpoint_writer.publish`."""
+        ...
+
+
+class TensorWriter:
+    """Writes tensors themselves, in the thread that calls it."""
+
+    publish = staticmethod(checkpoint_writer.publish)
+
+    def __init__(self, plan: Plan, tensors: Mapping[str, torch.Tensor]) -> None:
+        self._plan = plan
+        self._tensors = tensors
+
+    def write(self, directory: Path) -> dict[str, str]:
+        """Writes what the tensors hold now; of each, a copy is in host memory if it lies elsewhere or in pieces."""
+        return checkpoint_writer.write_files(directory, self._plan, self.bytes_of)
+
+    def bytes_of(self, part: PlannedPart) -> np.ndarray:
+        """Returns the bytes of a part in row-major order: (bytes,) uint8."""
+        shard = shard_of(self._tensors[part.name]).detach()
+        return shard.cpu().contiguous().flatten().view(torch.uint8).numpy()
+
+
+class ShardCopy:
+    """A copy of the shards that this rank writes, pinned if they are on CUDA; another process can map a large one."""
+
+    def __init__(self, plan: Plan, device: torch.device) -> None:
+        self.parts = [part for file in plan for part in file.parts]
+        self.bytes = max((part.begin + part.bytes for part in self.parts), default=1)
+        self.descriptor = -1  # of the memory; -1: no other process can map it
+        self.is_pinned = False
+        self._copied: torch.cuda.Event | None = None
+
+        # Memory without a name in a file system: the size of /dev/shm does not limit it, and a kill leaves none.
+        if sys.platform == "linux" and self.bytes >= PROCESS_BYTES:
+            self.descriptor = os.memfd_create("checkpoint")
+            os.ftruncate(self.descriptor, self.bytes)
+        self._memory = torch.frombuffer(mmap.mmap(self.descriptor, self.bytes), dtype=torch.uint8)
+        if device.type == "cuda":
+            self._pin()
+
+    def _pin(self) -> None:
+        """Lets the GPU write into the memory while the CPU goes on."""
+        error = torch.cuda.cudart().cudaHostRegister(self._memory.data_ptr(), self.bytes, 0)  # type: ignore[union-attr]
+        self.is_pinned = int(error) == 0
+        if not self.is_pinned:
+            log.warning("saves pause training for longer: memory of the copy cannot be pinned (CUDA error %s)", error)
+
+    @torch.no_grad()
+    def take(self, tensors: Mapping[str, torch.Tensor]) -> None:
+        """Copies the present values of the planned parts; on CUDA it only starts that, in the order of the stream."""
+        for part in self.parts:
+            self.values(part).copy_(shard_of(tensors[part.name]), non_blocking=self.is_pinned)
+        if self.is_pinned:
+            self._copied = torch.cuda.Event()
+            self._copied.record()
+
+    def wait(self) -> None:
+        """Waits until the copy is complete."""
+        if self._copied is not None:
+            self._copied.synchronize()
+
+    def values(self, part: PlannedPart) -> torch.Tensor:
+        """Returns the place of a part in the copy, as a tensor of its shape."""
+        return self._memory[part.begin : part.begin + part.bytes].view(DTYPES[part.dtype]).view(part.shape)
+
+    def close(self) -> None:
+        """Gives the memory back, unless somebody else still maps it or has views of it."""
+        if self.is_pinned:
+            torch.cuda.cudart().cudaHostUnregister(self._memory.data_ptr())  # type: ignore[union-attr]
+            self.is_pinned = False
+        if self.descriptor >= 0:
+            os.close(self.descriptor)
+            self.descriptor = -1
+        del self._memory
+
+
 class CheckpointSaver:
     """Writes the checkpoints of a run; leaving it as a context manager waits for the last one, except after an error.
 
-    Beside training it needs host memory for a copy of this rank's parameters and moments, which stays between saves
-    (pinned on CUDA), and about `FILE_BYTES` more while it writes.
+    Beside training it needs host memory for a copy of the parameters and moments that this rank writes, which stays
+    between saves (pinned on CUDA), and the process that writes them about 45 MiB.
     """
 
     def __init__(
@@ -75,21 +170,17 @@ class CheckpointSaver:
         assert isinstance(group, dist.ProcessGroup)
         self.group = group
 
-        on_gpu = world.device.type == "cuda"
-        # Staging copies tensors to host memory, pinned on a GPU, while the step that follows is computed.
-        self.stager = DefaultStager(
-            StagingOptions(
-                use_pinned_memory=on_gpu,
-                use_shared_memory=False,
-                use_async_staging=False,
-                use_non_blocking_copy=on_gpu,
-            )
-        )
-
         # A new thread starts on GPU 0, whatever the GPU of the rank is.
+        on_gpu = world.device.type == "cuda"
         initializer = {"initializer": torch.cuda.set_device, "initargs": (world.device,)} if on_gpu else {}
         self.thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="checkpoint", **initializer)
         self.in_flight: Future[Path] | None = None
+
+        # Kept between saves; made by the first one.
+        self.copy: ShardCopy | None = None
+        self.process: WriterProcess | None = None
+        self._plan: Plan = ()
+        self._planned_for: list[tuple[str, torch.Size, torch.dtype]] = []
 
     def __enter__(self) -> "CheckpointSaver":
         return self
@@ -103,9 +194,10 @@ class CheckpointSaver:
             # there because a rank that leaves earlier would break the last messages of its peers.
             dist.barrier(group=self.group)
             dist.destroy_process_group(self.group)
-        # After a failure other ranks may be gone, and a save that waits for them never ends.
+        # After a failure other ranks may be gone, and a save that waits for them never ends; behind a save that does,
+        # the thread ends the process.
+        self.thread.submit(self._close)
         self.thread.shutdown(wait=error is None)
-        self.stager.close()
 
     def save(
         self,
@@ -117,8 +209,8 @@ class CheckpointSaver:
     ) -> None:
         """Saves `state` and the present values of the tensors (collective), after the previous save is complete.
 
-        It returns when the copy in host memory is made and a thread writes it; if not asynchronous, when the checkpoint
-        is written. `write` says what else changes in the folder.
+        It returns when the copy in host memory is made (on CUDA: ordered) and the writing has begun; if not
+        asynchronous, when the checkpoint is written. `write` says what else changes in the folder.
 
         Args:
             companions: more models for the same checkpoint.
@@ -136,13 +228,9 @@ class CheckpointSaver:
         tensors = tensors_of(model, optimizer, self.model_config)
         for companion in companions:
             tensors |= companion.tensors()
-        if self.asynchronous:
-            # Training changes the tensors in place, so the thread writes a copy.
-            tensors = self.stager.stage(tensors)
-            assert isinstance(tensors, dict)
 
         # The synchronous mode takes the same thread and process group: one code path to test.
-        self.in_flight = self.thread.submit(self._write, tensors, state, attached)
+        self.in_flight = self.thread.submit(self._write, self._writer(tensors), state, attached)
         if not self.asynchronous:
             self.wait()
 
@@ -156,25 +244,52 @@ class CheckpointSaver:
         if in_flight is not None:
             in_flight.result()
 
-    def _write(self, tensors: dict[str, torch.Tensor], state: TrainState, attached: Mapping[str, bytes]) -> Path:
+    @property
+    def has_failed(self) -> bool:
+        """Whether the save in flight has failed; some ranks may see it earlier than others."""
+        in_flight = self.in_flight
+        return in_flight is not None and in_flight.done() and in_flight.exception() is not None
+
+    def _writer(self, tensors: dict[str, torch.Tensor]) -> Writer:
+        """Returns what writes the present values of the tensors; if asynchronous, from a copy that it makes here."""
+        described = [(name, shard_of(tensor).shape, tensor.dtype) for name, tensor in tensors.items()]
+        if described != self._planned_for:
+            self._close()
+            self._plan, self._planned_for = plan_of(tensors, self.world), described
+        if not self.asynchronous:
+            return TensorWriter(self._plan, tensors)
+
+        # Training changes the tensors in place, so a copy is written.
+        if self.copy is None:
+            self.copy = ShardCopy(self._plan, self.world.device)
+        self.copy.take(tensors)
+        if self.copy.descriptor < 0:
+            return TensorWriter(self._plan, {part.name: self.copy.values(part) for part in self.copy.parts})
+
+        if self.process is None or self.process.has_ended:
+            self.process = WriterProcess(self._plan, self.copy.descriptor, self.copy.bytes)
+        return self.process
+
+    def _write(self, writer: Writer, state: TrainState, attached: Mapping[str, bytes]) -> Path:
         """Writes a checkpoint (collective, in the thread), logs the time and returns its directory.
 
         Raises:
             CheckpointWriteError: on every rank, if any rank could not write.
         """
         started = time.perf_counter()
-        path = write(
-            self.checkpoints,
-            tensors,
-            state,
-            self.model_config,
-            self.world,
-            group=self.group,
-            keep=self.keep,
-            attached=attached,
-        )
+        if self.copy is not None:
+            self.copy.wait()
+        path = _write(self.checkpoints, writer, state, self.model_config, self.world, self.group, self.keep, attached)
         log.info("%s written in %.1f s", path.name, time.perf_counter() - started)
         return path
+
+    def _close(self) -> None:
+        """Ends the process and gives the copy back."""
+        if self.process is not None:
+            self.process.end()
+        if self.copy is not None:
+            self.copy.close()
+        self.process = self.copy = None
 
 
 def write(
@@ -204,6 +319,21 @@ def write(
     Raises:
         CheckpointWriteError: on every rank, if any rank could not write; earlier checkpoints stay.
     """
+    writer = TensorWriter(plan_of(tensors, world), tensors)
+    return _write(checkpoints, writer, state, model_config, world, group, keep, attached)
+
+
+def _write(
+    checkpoints: Path,
+    writer: Writer,
+    state: TrainState,
+    model_config: ModelConfig,
+    world: World,
+    group: dist.ProcessGroup | None,
+    keep: int,
+    attached: Mapping[str, bytes],
+) -> Path:
+    """Does what `write` says with the files of a writer."""
     # A folder that starts with a dot is no checkpoint, so a killed save leaves nothing to load.
     target = checkpoints / files.step_name(state.step)
     temporary = checkpoints / f".{target.name}"
@@ -212,14 +342,21 @@ def write(
     dist.barrier(group)
 
     # Every rank writes its files and learns whether all ranks could.
-    written = all_gather(_write_shards(temporary, tensors, world.rank, group), tuple[dict[str, str], str | None], group)
+    digests, failure = {}, None
+    try:
+        digests = writer.write(temporary)
+    except OSError as error:
+        failure = str(error)
+    written = all_gather((digests, failure), tuple[dict[str, str], str | None], group)
     failure = next((error for _, error in written if error), None)
 
     # The first rank adds state and manifest, and makes the checkpoint visible.
     if world.is_first and not failure:
         try:
             digests = {name: digest for rank_digests, _ in written for name, digest in rank_digests.items()}
-            _publish(temporary, target, digests, state, model_config, attached)
+            digests |= files.attach(temporary, attached)
+            adapters = record_of(model_config, target) if isinstance(model_config, AdaptedModelConfig) else None
+            writer.publish(Publication(temporary, target, digests, state, asdict(model_config.plain), adapters))
         except (OSError, ArtefactError) as error:
             failure = str(error)
     failure = broadcast(failure, str | None, group)
@@ -242,72 +379,73 @@ def write(
     return target
 
 
-def _write_shards(
-    directory: Path, tensors: dict[str, torch.Tensor], rank: int, group: dist.ProcessGroup | None
-) -> tuple[dict[str, str], str | None]:
-    """Writes this rank's shards and makes them durable (collective). It raises nothing for a disk that fails.
+# --- the plan of a rank ---
 
-    Returns:
-        SHA-256 by file name of this rank's files, and None; or no files, and the error.
+
+def plan_of(tensors: Mapping[str, torch.Tensor], world: World) -> Plan:
+    """Returns the files that this rank writes. No message is needed: ranks that hold the same shards share them out by
+    a rule that each of them knows, and parts without entries are left out.
+
+    Args:
+        tensors: all tensors of the checkpoint, by name, of logical shape.
     """
-    try:
-        # safetensors and not torch's own format, which pickles its metadata.
-        writer = dcp.HuggingFaceStorageWriter(
-            str(directory), fqn_to_index_mapping=file_numbers(tensors, FILE_BYTES), save_distributed=True
-        )
-        dcp.save(tensors, storage_writer=writer, process_group=group)
-        paths = sorted(directory.glob(f"shard-{rank + 1:05d}-*"))
-        for path in paths:
-            durable.fsync(path)
-        return {path.name: durable.sha256_of(path) for path in paths}, None
-    except CheckpointException as error:
-        return {}, "; ".join(sorted({str(cause) for cause, _ in error.failures.values()}))
-    except OSError as error:
-        return {}, str(error)
+    written_here = {name: tensors[name] for name in names_to_write(tensors, world) if shard_of(tensors[name]).numel()}
+    numbers = file_numbers(written_here, FILE_BYTES)
+
+    parts_of_file: dict[int, list[PlannedPart]] = {}
+    begin = 0
+    for name, tensor in written_here.items():
+        shard = shard_of(tensor)
+        offsets = tuple(int(cut.start) for cut in shard_box(tensor))
+        part = PlannedPart(name, DTYPE_NAMES[shard.dtype], offsets, tuple(shard.shape), begin, shard.nbytes)
+        parts_of_file.setdefault(numbers[name], []).append(part)
+        begin += -(-shard.nbytes // ALIGNMENT) * ALIGNMENT
+
+    last = max(numbers.values(), default=0)
+    return tuple(
+        PlannedFile(f"shard-{world.rank + 1:05d}-model-{number:05d}-of-{last:05d}{files.TENSORS}", tuple(parts))
+        for number, parts in parts_of_file.items()
+    )
 
 
-def file_numbers(tensors: dict[str, torch.Tensor], file_bytes: int) -> dict[str, int]:
-    """Returns the number of each tensor's file, from 1: a new file starts when the shards fill `file_bytes`.
+def names_to_write(tensors: Mapping[str, torch.Tensor], world: World) -> list[str]:
+    """Returns the tensors whose shards this rank writes. Of the ranks with the same shards, so many write that each has
+    `REPLICA_BYTES`; the largest tensors are shared out first."""
+    sharing: dict[tuple[int, ...], list[str]] = {}
+    for name, tensor in tensors.items():
+        sharing.setdefault(replicas_of(tensor, world), []).append(name)
 
-    torch uses the numbers of the first rank for all ranks; its shards are at least as large as those of other ranks.
-    """
+    names = set()
+    for ranks, shared_names in sharing.items():
+        sizes = {name: shard_of(tensors[name]).nbytes for name in shared_names}
+        n_writers = min(len(ranks), max(1, sum(sizes.values()) // REPLICA_BYTES))
+        loads = [(0, rank) for rank in ranks[:n_writers]]
+        for name in sorted(shared_names, key=lambda name: -sizes[name]):
+            n_bytes, writer = loads[0]
+            heapq.heapreplace(loads, (n_bytes + sizes[name], writer))
+            if writer == world.rank:
+                names.add(name)
+    return [name for name in tensors if name in names]
+
+
+def replicas_of(tensor: torch.Tensor, world: World) -> tuple[int, ...]:
+    """Returns the ranks that hold the same shard as this one, in ascending order: all ranks for a plain tensor."""
+    if not isinstance(tensor, DTensor):
+        return tuple(range(world.size))
+    coordinate = tensor.device_mesh.get_coordinate()
+    assert coordinate is not None
+    box = tuple(
+        slice(None) if placement.is_replicate() else place
+        for place, placement in zip(coordinate, tensor.placements, strict=True)
+    )
+    return tuple(sorted(tensor.device_mesh.mesh[box].flatten().tolist()))
+
+
+def file_numbers(tensors: Mapping[str, torch.Tensor], file_bytes: int) -> dict[str, int]:
+    """Returns the number of each tensor's file, from 1: a new file starts when the shards fill `file_bytes`."""
     numbers: dict[str, int] = {}
     n_bytes = 0
     for name, tensor in tensors.items():
         numbers[name] = 1 + n_bytes // file_bytes
         n_bytes += shard_of(tensor).nbytes
     return numbers
-
-
-def _publish(
-    temporary: Path,
-    target: Path,
-    digests: dict[str, str],
-    state: TrainState,
-    config: ModelConfig,
-    attached: Mapping[str, bytes],
-) -> None:
-    """Adds attached files, index, state and manifest to the written shards, renames the folder `temporary` to `target`,
-    which it replaces, and points LATEST at it. `digests` (SHA-256 by file name) gets the added files.
-
-    Raises:
-        OSError: a file or the folder cannot be written.
-        ArtefactError: the shards of the ranks do not make up all tensors.
-    """
-    # A rank that continues reads one index instead of the header of every file. This refuses missing parts, too. Files
-    # are opened by the names that ranks sent: a network file system may list a folder as it was before they wrote.
-    index = index_of(contents_of(stored_tensors(temporary, names=digests)))
-    digests |= files.attach(temporary, attached)
-    durable.write_text(temporary / files.INDEX, json.dumps(index, separators=(",", ":")))
-    digests[files.INDEX] = durable.sha256_of(temporary / files.INDEX)
-    adapters = record_of(config, target) if isinstance(config, AdaptedModelConfig) else None
-    files.write_state(temporary, state, asdict(config.plain), adapters)
-    digests[files.STATE] = durable.sha256_of(temporary / files.STATE)
-    files.write_manifest(temporary, digests)
-
-    # A damaged checkpoint of this step was skipped when the run continued, and the step is saved again.
-    if target.exists():
-        shutil.rmtree(target)
-    temporary.rename(target)
-    durable.fsync(target.parent)
-    files.write_pointer(target.parent, files.LATEST, target)

@@ -96,7 +96,7 @@ class Trainer:
 
         Raises:
             NonFiniteGradientsError: after stage.max_nonfinite_steps skipped steps in a row.
-            CheckpointWriteError: a checkpoint could not be written; raised when the next one is due, or at the end.
+            CheckpointWriteError: a checkpoint could not be written; raised after the next step, or at the end.
         """
         stage = self.config.stage
         if stage.eval_at_start and state.step == 0:
@@ -113,6 +113,10 @@ class Trainer:
                 self.heartbeat.beat(Phase.DATA, state.step)
                 step_data = next(self.stream)
                 meter.data_came()
+
+                # All ranks agree to stop at this step, and its checkpoint raises the error on each of them.
+                if saver.has_failed:
+                    self.stop.requested = True
 
                 # Step: forward and backward passes, then the update. The outcome is the same on every rank.
                 self.heartbeat.beat(Phase.STEP, state.step)

@@ -149,3 +149,25 @@ def test_large_tensors_go_to_further_files():
         "model.down": 1,
         "model.norm": 2,
     }
+
+
+def write_by_replicas(world: World, checkpoints: Path) -> None:
+    mesh = init_device_mesh("cpu", (2, 2), mesh_dim_names=("dp_replicate", "dp_shard"))
+    placements = [Replicate(), Shard(0)]
+    tensors = {name: value(name) for name in TENSORS}
+    for name, tensor in tensors.items():
+        if tensor.dim():
+            tensors[name] = distribute_tensor(tensor, mesh, placements, src_data_rank=None)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(checkpoint_saver, "REPLICA_BYTES", 1)
+        checkpoint_saver.write(checkpoints, tensors, TrainState(step=1), MODEL, world)
+
+
+def test_replicas_share_the_writing_of_each_shard(ranks: RankGroups, tmp_path: Path):
+    """Finds a shard that both replicas write, or none, and replicas that leave all writing to one of them."""
+    ranks.run(4, write_by_replicas, tmp_path)
+    directory = tmp_path / checkpoint_files.step_name(1)
+    checkpoint_files.verify(directory)
+    for name, tensor in stored_tensors(directory).items():
+        assert np.array_equal(tensor.read().view(np.int32), bits(value(name)).numpy().reshape(-1))
+    assert len(list(directory.glob("*.safetensors"))) == 4

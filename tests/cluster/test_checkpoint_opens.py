@@ -16,7 +16,7 @@ from dist_lm.parallel.messages import all_gather
 from dist_lm.parallel.values import shard_of
 from dist_lm.storage import durable
 from dist_lm.training import checkpoint, checkpoint_files
-from dist_lm.training.checkpoint_tensors import stored_tensors
+from dist_lm.training.checkpoint_tensors import index_of, stored_tensors
 from dist_lm.training.state import TrainState
 from tests.parallel.ranks import RankGroups
 from tests.training.test_checkpoint_parts import write_parts
@@ -41,7 +41,7 @@ def written_by(n_ranks: int, checkpoints: Path) -> Path:
         cuts[name] = [sorted({0, len(array), *range(0, len(array), rows)}), *([0, size] for size in array.shape[1:])]
     write_parts(directory, tensors, cuts)
 
-    index = checkpoint.index_of(checkpoint.contents_of(stored_tensors(directory)))
+    index = index_of(stored_tensors(directory))
     durable.write_json(directory / checkpoint_files.INDEX, index)
     checkpoint_files.write_state(directory, TrainState(step=7), vars(MODEL))
     digests = {path.name: durable.sha256_of(path) for path in directory.iterdir()}

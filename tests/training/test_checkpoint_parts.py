@@ -4,6 +4,7 @@ import json
 import os
 import subprocess
 import sys
+from dataclasses import asdict
 from itertools import pairwise, product
 from pathlib import Path
 
@@ -20,9 +21,9 @@ from dist_lm.errors import ArtefactError
 from dist_lm.training import checkpoint
 from dist_lm.training.checkpoint import PartsOfTensor, contents_of, needed_parts, read, read_contents, read_entries
 from dist_lm.training.checkpoint_files import INDEX
-from dist_lm.training.checkpoint_saver import _publish
 from dist_lm.training.checkpoint_tensors import PLACES, StoredTensor, stored_tensors
 from dist_lm.training.checkpoint_tensors import Part as StoredPart
+from dist_lm.training.checkpoint_writer import Publication, publish
 from dist_lm.training.state import TrainState
 
 MODEL = ModelConfig(name="any", d_model=8, n_layers=1, n_heads=4, d_ff=8, max_seq_len=8, vocab_size=8)
@@ -33,6 +34,7 @@ Cuts = list[list[int]]
 # Reads a checkpoint again and again while its file shrinks and grows, and says what came of it.
 READER = """
 import sys
+from dataclasses import asdict
 from pathlib import Path
 from dist_lm.errors import ArtefactError
 from dist_lm.training.checkpoint_tensors import stored_tensors
@@ -174,7 +176,7 @@ def test_an_index_has_the_files_that_ranks_wrote(tmp_path: Path):
     digests = {path.name: "of a rank" for path in temporary.iterdir()}
     (temporary / "shard-00009.safetensors").write_bytes(b"listed, but written by no rank")
 
-    _publish(temporary, target, digests, TrainState(step=1), MODEL, {})
+    publish(Publication(temporary, target, digests, TrainState(step=1), asdict(MODEL), None))
     assert read_contents(target).files == ["shard-00000.safetensors", "shard-00001.safetensors"]
 
 
