@@ -8,7 +8,7 @@ Both end at the first difference of a conversation: what follows it belongs to a
 
 import json
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import zip_longest
 from typing import Any, NoReturn, TypeVar
 
@@ -177,6 +177,7 @@ class _RecordedEnvironment:
         number, turn = self._turn + 1, self._recorded_turn()
         if turn.new_tokens == 0:
             differ("turn", "none is drawn", "one is drawn", number)
+        request = replace(request, versions=turn.versions)
         # The ids of a conversation without a verdict are not recorded, only their number.
         if not self._recorded.samples:
             answer = await self._ask(request)
