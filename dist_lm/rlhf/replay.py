@@ -309,8 +309,8 @@ def compare_steps(recorded: Step, now: Step, turn: int) -> None:
 
 def compare(what: str, recorded: Json, now: Json, turn: int | None = None) -> None:
     """Raises DifferenceError: the values differ as JSON."""
-    # What was written to a file has lists in place of tuples.
-    now = json.loads(json.dumps(now))
+    # What was written to a file has lists in place of tuples, and versions are tuples again.
+    recorded, now = (json.loads(json.dumps(value)) for value in (recorded, now))
     if recorded != now:
         differ(what, recorded, now, turn)
 
