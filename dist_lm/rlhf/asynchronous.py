@@ -65,7 +65,7 @@ class AsynchronousSchedule:
         """
         Args:
             seed: of the run.
-            iterations: length of the whole run; no task begins that none of them would take.
+            iterations: length of the whole run.
         """
         self._supply, self._config, self._iterations = supply, config, iterations
         self._how = supply.conversing(config, seed)
@@ -317,8 +317,8 @@ class AsynchronousSchedule:
     def _admit(self) -> None:
         """Begins tasks, in their order, as long as iterations will take them soon enough."""
         with self._changed:
-            ahead = min(self._version + self._config.max_staleness + 1, self._iterations)
-            most = ahead * self._config.prompts
+            # Not fewer at the end: the last iteration waits for no group that hangs.
+            most = (self._version + self._config.max_staleness + 1) * self._config.prompts
             position = 0
             while self._n_taken + len(self._groups) < most:
                 while position in self._over or position in self._groups:
