@@ -2,7 +2,10 @@
 
 import asyncio
 import json
+import random
 import shutil
+import statistics
+import time
 from collections.abc import Iterator
 from contextlib import ExitStack
 from dataclasses import replace
@@ -10,10 +13,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
-from dist_lm.environments.protocol import Verdict
+from dist_lm.environments.protocol import Limits, Verdict
 from dist_lm.errors import ArtefactError, ConfigError
 from dist_lm.rlhf.episodes import Episode, Turn, line_of, read_episodes
+from dist_lm.rlhf.learner import IterationReport
 from dist_lm.rlhf.schedule_record import (
     SCHEDULE,
     STALE,
@@ -26,7 +31,7 @@ from dist_lm.rlhf.schedule_record import (
 from dist_lm.rlhf.transcript import Sample
 from tests.rlhf.guessing import GameHost, KilledError, config_of, game
 from tests.rlhf.test_environment_rollouts import deadline, short_turns, stack, tokenizer
-from tests.rlhf.toy import Toy, run_from, saving
+from tests.rlhf.toy import MODEL, Toy, run_from, saving
 
 __all__ = ["short_turns", "stack", "tokenizer"]  # fixtures
 
@@ -180,7 +185,15 @@ def test_a_killed_run_goes_on_where_its_schedule_ends(tokenizer, tmp_path, one_r
     """Finds finished conversations that are held again, and an iteration that is trained on other groups than before
     the kill."""
     with ExitStack() as stack:
-        killed = asynchronous(tokenizer, stack, tmp_path, GameHost(delay_s=late, dies_at=60))
+        killed = asynchronous(tokenizer, stack, tmp_path, host := GameHost(delay_s=late))
+        reported = killed.learner.report
+
+        def dies_soon(report: IterationReport) -> None:
+            reported(report)
+            if report.iteration == 2:
+                host.dies_at = host.steps + 5
+
+        killed.learner = replace(killed.learner, report=dies_soon)
         with deadline(120), pytest.raises(KilledError):
             killed.run()
     n_before, recorded = len(killed.reports), len([*tmp_path.glob("tasks_*.jsonl")])
@@ -250,3 +263,63 @@ def test_many_conversations_wait_for_their_environment_together(tokenizer, stack
     run = asynchronous(tokenizer, stack, None, Watched())
     with deadline(60):
         run.run()
+
+
+# --- speed ---
+
+NANO = replace(MODEL, d_model=160, n_layers=4, n_heads=5, d_ff=640, max_seq_len=192)
+
+
+class Sleeping(GameHost):
+    """Games of one turn, whose verdict takes a log-normal time (sigma 1)."""
+
+    mean_s: float
+    dice: random.Random
+
+    def episode(self, task):
+        episode = super().episode(task)
+        inner = episode.step
+
+        async def step(action):
+            await asyncio.sleep(self.mean_s * self.dice.lognormvariate(-0.5, 1))
+            return await inner(action)
+
+        episode.step = step
+        return episode
+
+
+@pytest.mark.bars
+def test_asynchronous_sampling_takes_more_iterations_an_hour(tokenizer, one_rank):
+    """Environments that take one generation on average, 16 tasks of 8 conversations, nano on two cores."""
+    iterations, at_once = 6, 384
+    limits = Limits(turns=1, tokens=160)
+    shared = {"prompts": 16, "samples": 8, "max_new_tokens": 48, "epochs": 1, "kl_coefficient": 0.0}
+
+    def seconds_of(mean_s: float, seed: int, threads: int, count: int, **more: Any) -> tuple[float, Toy]:
+        host = Sleeping()
+        host.mean_s, host.dice = mean_s, random.Random(seed)
+        torch.set_num_threads(threads)
+        with ExitStack() as stack:
+            model = replace(NANO, vocab_size=tokenizer.vocab_size)
+            config = config_of(**shared, **more)
+            run = game(config, count, tokenizer, stack, host=host, limits=limits, model=model, at_once=at_once)
+            began = time.perf_counter()
+            run.run()
+            return time.perf_counter() - began, run
+
+    asynchronously = {"asynchronous": True, "max_staleness": STALENESS}
+    threads = torch.get_num_threads()
+    try:
+        _, run = seconds_of(0.0, 0, 1, 3)
+        generation_s = min(run.metric("timing/rollout_s"))
+        ratios = []
+        for seed in range(3):
+            # One after the other, learner and engine may have both cores; on a busy machine one is faster.
+            in_turns_s = min(seconds_of(generation_s, seed, n, iterations)[0] for n in (1, 2))
+            asynchronous_s, run = seconds_of(generation_s, seed, 1, iterations, **asynchronously)
+            ratios.append(in_turns_s / asynchronous_s)
+            print(f"generation {generation_s:.2f} s, lock-step {in_turns_s:.1f} s, asynchronous {asynchronous_s:.1f} s")
+            print("staleness of tokens", run.metric("rollout/token_staleness_mean"))
+    finally:
+        torch.set_num_threads(threads)
+    assert statistics.median(ratios) >= 1.6, ratios
