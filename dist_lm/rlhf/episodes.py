@@ -276,8 +276,9 @@ def _value_of_turn(turn: Turn) -> dict[str, Json]:
 
 
 def _turn_of(value: dict[str, Any]) -> Turn:
-    versions = tuple((int(n_read), int(version)) for n_read, version in value.get("versions", ()))
-    return Turn(**(value | {"versions": versions}))
+    fields = dict(value)
+    fields["versions"] = tuple((int(n_read), int(version)) for n_read, version in value.get("versions", ()))
+    return Turn(**fields)
 
 
 def _episode_of(value: dict[str, Any]) -> Episode:
