@@ -150,6 +150,14 @@ class Pool:
                 return
             self._wait()
 
+    def swap_weights(self, stored: Stored, version: int) -> None:
+        """Uses other weights soon, in the middle of answers too: an actor loads them between two slices of work, and
+        its requests go on by them (`Engine.swap_weights`). From any thread, also during `generate`; does not wait.
+
+        An actor that rejects them raises its error from `generate`.
+        """
+        self._weights = Weights(stored, version, under_way=True)
+
     def generate(self, requests: Iterable[Request | None]) -> Iterator[Result]:
         """Yields all answers to every request, or one refusal; the results of a request come together, once complete,
         in the order of completion.
@@ -383,7 +391,7 @@ class Pool:
         """Deals requests to actors with the present weights, and begins a slice of work on each that has some. What the
         iterator of requests raises passes.
         """
-        # All answers of a call must be of one version, so an actor that still loads it gets no work.
+        # Requests that begin now begin with the present weights, so an actor that lacks them gets no work.
         ready = {
             number: member
             for number, member in self._members.items()
@@ -422,6 +430,11 @@ class PoolRollouts:
     def hold(self, weights: WeightStream) -> "Stored | Held":
         """See `Pool.hold`."""
         return self.pool.hold(weights)
+
+    def swap_weights(self, weights: "Stored | Held", version: int) -> None:
+        """See `Pool.swap_weights`."""
+        assert isinstance(weights, Stored), "a sender of weights straight to actors waits for idle ones"
+        self.pool.swap_weights(weights, version)
 
     def generate(self, requests: Sequence[Request], finished: Finished = ignore_answer) -> list[Answer]:
         """All answers, in the order of the requests, then of their index. `finished` gets each as soon as it is there.

@@ -101,7 +101,7 @@ class PoolActor:
         self._receiver: Receiver | None = None
         self._accepted: set[str] = set()  # ids of requests under way
 
-    def load(self, chunks: Sequence[Any], version: int) -> Loaded:
+    def load(self, chunks: Sequence[Any], version: int, under_way: bool = False) -> Loaded:
         """Uses the weights of `pool_weights.Stored` from now on, and returns process and GPU; the first call builds the
         engine.
 
@@ -109,6 +109,7 @@ class PoolActor:
 
         Args:
             chunks: Ray references, fetched one at a time.
+            under_way: whether requests may be under way, which go on by these weights.
 
         Raises:
             UserError: the weights do not fit the model, or the node has too few devices.
@@ -116,8 +117,11 @@ class PoolActor:
         """
         spec = self._spec
         weights = read(chunks, spec.dtype)
-        if self._engine:
+        if self._engine and under_way:
+            self._engine.swap_weights(weights, version)
+        elif self._engine:
             self._engine.load_weights(weights, version)
+        if self._engine:
             return self._loaded()
 
         # The dtype was planned without a look at this card.
@@ -252,6 +256,7 @@ class Weights:
 
     stored: "Stored | Held"
     version: int
+    under_way: bool = False  # whether requests under way go on by them
 
 
 class Member:
@@ -332,7 +337,7 @@ class Member:
     def load(self, weights: Weights) -> None:
         """Begin to load other weights."""
         assert self._working is None
-        call = self._actor.load.remote(weights.stored.chunks, weights.version)
+        call = self._actor.load.remote(weights.stored.chunks, weights.version, weights.under_way)
         self._loading = (call, weights.version, time.monotonic())
 
     def receive(self, offer: "Offer", version: int) -> None:

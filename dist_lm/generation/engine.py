@@ -167,6 +167,41 @@ class Engine:
         """
         if self.busy:
             raise RuntimeError("weights cannot change while requests are under way: finish or cancel them first")
+        self._replace_weights(weights, version)
+
+    def swap_weights(self, weights: Weights, version: int) -> None:
+        """Replaces the weights between two steps, also while requests are under way, and sets `version`.
+
+        Answers under way keep their tokens, keys and values, and go on by the new weights (`Answer.versions`). A prompt
+        that is not read to its end is read again, so that one version has read all of it. An answer is thus a function
+        of request, versions and their weights: it does not depend on other requests.
+
+        Raises:
+            ArtefactError, RankLostError: as `load_weights`.
+        """
+        # A page of the prefix cache may be shared, so prompts are admitted again instead of read again in place.
+        for answers in reversed(self._prefilling):
+            self._page_pool.give_back(answers[0].pages)
+            for sequence in answers:
+                sequence.pages, sequence.cached, sequence.n_reused, sequence.has_nan = [], 0, 0, None
+                sequence.versions.clear()
+            self._waiting.appendleft(answers)
+        self._prefilling.clear()
+        self._replace_weights(weights, version)
+
+    def awaited_version(self) -> int | None:
+        """Returns the oldest version that a request waits for (`Request.versions`), if no request can go on by the
+        weights that are there; None otherwise."""
+        unfinished = [*self._preempted, *self._running, *(answers[0] for answers in self._waiting)]
+        if self._prefilling or any(self._is_due(sequence) for sequence in unfinished):
+            return None
+        return min((version for s in unfinished if (version := s.next_version) is not None), default=None)
+
+    def _is_due(self, sequence: AnswerSequence) -> bool:
+        """Returns whether the present weights are those that a sequence goes on by."""
+        return sequence.next_version in (None, self.version)
+
+    def _replace_weights(self, weights: Weights, version: int) -> None:
         checked(self.config, weights)
         self.version = None
         if self._prefixes:
@@ -266,6 +301,14 @@ class Engine:
                 queue.remove(sequence)
                 self._finish(sequence, "cancelled")
 
+    def cancel_all(self) -> None:
+        """Ends all requests and drops their answers."""
+        sequences = [*self._running, *self._preempted]
+        sequences += [answers[0] for answers in (*self._waiting, *self._prefilling)]
+        for request in {sequence.request.id for sequence in sequences}:
+            self.cancel(request)
+        self._finished.clear()
+
     @torch.inference_mode()
     def step(self) -> list[Answer | Refusal]:
         """Runs one step: pieces of new prompts, and one token for every running sequence. Returns the answers and
@@ -278,8 +321,12 @@ class Engine:
             RankLostError: with tp > 1, another process of the model has ended; answers of this step are lost.
         """
         # Preempted sequences come first: their prompts are computed, and new requests would take the pages they need.
+        self._await_weights()
         self._resume()
         self._admit()
+        for sequence in self._running:
+            assert self.version is not None
+            sequence.read_by(self.version)
 
         prefilled = self._prefill()
         self._allocate_pages()
@@ -318,20 +365,28 @@ class Engine:
 
     # Scheduling: which sequences run in this step, and on which pages.
 
+    def _await_weights(self) -> None:
+        """Preempts the sequences that wait for other weights."""
+        for sequence in [sequence for sequence in self._running if not self._is_due(sequence)]:
+            self._preempt(sequence)
+
     def _resume(self) -> None:
-        """Moves preempted sequences back to pages, oldest first, and lets them run.
+        """Moves preempted sequences back to pages, oldest first, and lets them run; those that wait for other weights
+        stay.
 
         It stops when `max_sequences` run, or when the free pages do not hold the sequence with its next token and one
         page more for each running sequence.
         """
-        while self._preempted and len(self._running) < self.options.max_sequences:
-            sequence = self._preempted[0]
+        while len(self._running) < self.options.max_sequences:
+            sequence = next(filter(self._is_due, self._preempted), None)
+            if sequence is None:
+                return
             n_needed = pages_for(len(sequence.tokens), self.options.page_tokens)
             # Leave one page for each running sequence. If nothing else is under way, the sequence fits by itself.
             if n_needed + len(self._running) > self._page_pool.n_free and (self._running or self._prefilling):
                 return
 
-            self._preempted.pop(0)
+            self._preempted.remove(sequence)
             n_saved = pages_for(sequence.cached, self.options.page_tokens)
             sequence.pages = [self._page_pool.take() for _ in range(n_saved)]
             self._decoder.restore(sequence.pages, sequence.saved)
@@ -342,12 +397,14 @@ class Engine:
         """Moves waiting requests to prefilling, in order, and takes the pages of their prompts.
 
         It stops when more than `max_sequences` answers would be active, or when the free pages do not hold the prompt
-        and one page more for each active sequence. None is admitted while a sequence is preempted. If nothing is
-        active, one request is always admitted.
+        and one page more for each active sequence. None is admitted while a sequence is preempted for want of pages.
+        If nothing is active, one request is always admitted. Requests that wait for other weights are passed over.
         """
         # Preempted sequences are older than any waiting request.
-        while self._waiting and not self._preempted:
-            answers = self._waiting[0]
+        while not any(map(self._is_due, self._preempted)):
+            answers = next((answers for answers in self._waiting if self._is_due(answers[0])), None)
+            if answers is None:
+                return
             first = answers[0]
             n_active = len(self._running) + sum(len(answers) for answers in self._prefilling)
             # A request alone is always admitted: `fitted` has checked that the cache holds it.
@@ -361,7 +418,10 @@ class Engine:
             if n_active and n_needed + len(answers) + n_active > self._page_pool.n_free:
                 return
 
-            self._waiting.popleft()
+            self._waiting.remove(answers)
+            for sequence in answers:
+                assert self.version is not None
+                sequence.read_by(self.version)
             self._take_prompt_pages(answers, prefix)
             # One sequence computes the prompt for all answers to its request.
             self._prefilling.append(answers)

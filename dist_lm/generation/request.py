@@ -24,6 +24,11 @@ if TYPE_CHECKING:
 OnText = Callable[[str, int, int, str], None]
 """A function (request id, index of the answer, token, text that is now final) -> None."""
 
+Versions = tuple[tuple[int, int], ...]
+"""(tokens of the answer that the model had read, version of the weights from there on), in their order. The first pair
+has 0 tokens: its version read the prompt and drew the first token. A version that came after n tokens were read has
+drawn the tokens from number n + 1 on, counted from 0."""
+
 MOST_TOP_LOGPROBS = 20  # OpenAI's bound
 
 TopLogprobs = tuple[tuple[int, float], ...]
@@ -105,6 +110,8 @@ class Request:
     keep_sets: bool = False  # answers say from which tokens each token was drawn
     constraint: Constraint | None = None  # the form of an answer; one that ends by itself has it
     cache_key: str = ""  # only requests with the same key share what the prefix cache holds
+    # the weights that the answer waits for, as `Answer.versions`; empty: those that the engine has. Only with n=1
+    versions: Versions = ()
 
 
 @dataclass(frozen=True)
@@ -153,6 +160,8 @@ def fitted(request: Request, room: Room, texts: bool) -> Request:
         # The end of a prompt is kept, because the answer continues it.
         prompt = prompt[-max(1, room.context - params.max_new_tokens) :]
 
+    if request.versions and request.n > 1:
+        refuse(f"n={request.n}: expected 1 with versions, because each answer follows its own")
     if request.constraint and params.ignore_eot:
         refuse("ignore_eot: an answer with a constraint ends where that is fulfilled: leave it out")
     if params.stop and not texts:
@@ -184,12 +193,13 @@ class Answer:
     raw_logprobs: tuple[float, ...]  # nats, of each token under the model's distribution; nan: cancelled before
     finish: FinishReason
     seed: int
-    version: int  # version of the weights
+    version: int  # version of the weights that drew the first token
     sets: tuple[bytes, ...] = ()  # with keep_sets: the tokens among which each was drawn (`model.token_sets`)
     # with params.top_logprobs, for each token; empty for one that a constraint left no choice about
     top_logprobs: tuple[TopLogprobs, ...] = ()
     reused_tokens: int = field(default=0, compare=False)  # tokens of the prompt that the prefix cache held
     grammar: GrammarRecord | None = None  # the grammar that the answer followed, with a constraint
+    versions: Versions = ()  # if the weights have changed while it was drawn, or the request asked for versions
 
 
 @dataclass(frozen=True)
@@ -294,6 +304,7 @@ class AnswerSequence:
     matcher: "Matcher | None" = None  # the tokens that the constraint allows next
     allowed: "np.ndarray | None" = None  # the answer of `matcher.allowed`; None: it was not asked
     finish: FinishReason | None = None
+    versions: list[tuple[int, int]] = field(default_factory=list)  # as `Answer.versions`; empty before it is admitted
 
     def __post_init__(self) -> None:
         self.tokens = list(self.request.prompt)
@@ -307,6 +318,27 @@ class AnswerSequence:
     @property
     def n_new(self) -> int:
         return len(self.tokens) - self.n_prompt
+
+    @property
+    def version(self) -> int | None:
+        """The weights that have read its last tokens; None before it is admitted."""
+        return self.versions[-1][1] if self.versions else None
+
+    @property
+    def next_version(self) -> int | None:
+        """The weights that its next token must be read by; None: any."""
+        asked = self.request.versions
+        n_reached = len(self.versions)
+        if not asked:
+            return None
+        if n_reached < len(asked) and (not n_reached or asked[n_reached][0] == self.cached - self.n_prompt):
+            return asked[n_reached][1]
+        return self.version
+
+    def read_by(self, version: int) -> None:
+        """Notes the weights that read its next token, if they are others than before."""
+        if version != self.version:
+            self.versions.append((max(0, self.cached - self.n_prompt), version))
 
     @property
     def to_compute(self) -> list[int]:
@@ -373,7 +405,11 @@ class AnswerSequence:
         return text
 
     def answer(self, version: int) -> Answer:
-        """Returns the answer, which must be finished; `version`: version of the weights."""
+        """Returns the answer, which must be finished.
+
+        Args:
+            version: of the engine's weights, for an answer that was cancelled before it was admitted.
+        """
         assert self.finish
         assert not self.n_unscored or self.finish == "cancelled"
         return Answer(
@@ -386,11 +422,12 @@ class AnswerSequence:
             raw_logprobs=(*self.raw_logprobs, *[math.nan] * self.n_unscored),
             finish=self.finish,
             seed=self.seed,
-            version=version,
+            version=self.versions[0][1] if self.versions else version,
             sets=tuple(self.sets),
             top_logprobs=tuple(self.top_logprobs),
             reused_tokens=self.n_reused,
             grammar=self.matcher.record if self.matcher else None,
+            versions=tuple(self.versions) if len(self.versions) > 1 or self.request.versions else (),
         )
 
 

@@ -207,8 +207,9 @@ def _read(path: Path, position: int, config: "RlhfRunConfig | None", problem: st
         name = why if episode.verdict.valid else "no verdict"
         shown.setdefault((episode.position, episode.sample), (name, episode))
 
-    # With several draws in an iteration, a file does not tell how many conversations stand before it.
-    is_whole = config is not None and not config.rlhf.sampling_rounds
+    # With several draws in an iteration, a file does not tell how many conversations stand before it; with
+    # rlhf.asynchronous it does not even tell the iteration.
+    is_whole = config is not None and not (config.rlhf.sampling_rounds or config.rlhf.asynchronous)
     numbers = {key: number if is_whole else None for number, key in enumerate(sorted(judged), 1)}
     chosen = tuple(_in_its_group(why, numbers[key], episode, judged, config) for key, (why, episode) in shown.items())
     rewards = [conversation.reward for conversation in judged.values() if conversation.reward is not None]
@@ -230,6 +231,9 @@ def _iteration_at(position: int, version: int, config: "RlhfRunConfig | None") -
     if config is None:
         return None
     group = config.rlhf
+    # An iteration then takes tasks out of their order.
+    if group.asynchronous:
+        return None
     if not group.sampling_rounds:
         return position // group.prompts + 1
     # The weights that a run begins with draw several iterations.

@@ -92,7 +92,12 @@ class IterationConfig(OptimizerConfig, SamplingConfig):
     # distribution over the allowed tokens. calls: each call fits a tool of the prompt; or a file of JSON, an object
     # with one of json_schema, regex, lark and choice; empty: anything
     constraint: str = ""
-    max_staleness: int = 0  # largest age of a rollout's weights in iterations; 0: generate, then train
+    # sampling goes on while the learner updates, and an iteration takes the groups that finish first; weights change
+    # in the middle of answers (`asynchronous.py`). Only with rlhf.environment
+    asynchronous: bool = False
+    # largest age of a rollout's weights in iterations; 0: generate, then train. With rlhf.asynchronous the largest age
+    # of the weights that drew the first token of a group
+    max_staleness: int = 0
     importance_cap: float = 2.0  # cap of the importance weight, trainer / engine probability; 0: no weights
     # updates
     epochs: int | None = None  # passes over the rollouts of an iteration; stop_kl may end them earlier
@@ -164,6 +169,13 @@ class RlhfConfig(_KeysOfAlgorithms, IterationConfig):
         # A completion with a constraint ends where that is fulfilled.
         accepted = f"false with rlhf.constraint={self.constraint}"
         require(not (self.constraint and self.ignore_eot), "rlhf.ignore_eot", self.ignore_eot, accepted)
+
+        # The learner would wait for every group, and asynchronous sampling would be none.
+        accepted = "1 or more with rlhf.asynchronous"
+        require(not self.asynchronous or self.max_staleness > 0, "rlhf.max_staleness", self.max_staleness, accepted)
+        accepted = "0 with rlhf.asynchronous, where iterations take the groups that finish first"
+        is_built = not (self.asynchronous and self.sampling_rounds)
+        require(is_built, "rlhf.sampling_rounds", self.sampling_rounds, accepted)
 
         # Every update needs a rollout.
         rollouts = self.rollouts_per_iteration

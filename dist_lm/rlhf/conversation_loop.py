@@ -26,7 +26,7 @@ class ConversationLoop(Generic[Host_co]):
         self._thread.start()
         try:
             self._context = self._open_host()
-            self.host = self._run(self._context.__aenter__()).result()
+            self.host = self.begin(self._context.__aenter__()).result()
         except BaseException:
             self._end()
             raise
@@ -34,7 +34,7 @@ class ConversationLoop(Generic[Host_co]):
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: object) -> None:
         try:
-            self._run(self._context.__aexit__(None, None, None)).result()
+            self.begin(self._context.__aexit__(None, None, None)).result()
         finally:
             self._end()
 
@@ -43,7 +43,7 @@ class ConversationLoop(Generic[Host_co]):
 
         The first error cancels the others, and is the result's.
         """
-        return self._run(_hold_all(deque(holding), at_once, feed))
+        return self.begin(_hold_all(deque(holding), at_once, feed))
 
     def run_all(self, running: Sequence[Callable[[], Awaitable[None]]], at_once: int) -> None:
         """Calls coroutine functions that ask no model, in their order, some at a time, until all are done.
@@ -58,8 +58,13 @@ class ConversationLoop(Generic[Host_co]):
             ended.cancel()
             raise
 
-    def _run(self, work: Coroutine[Any, Any, Any]) -> Future:
+    def begin(self, work: Coroutine[Any, Any, Any]) -> Future:
+        """Begins to run a coroutine in the loop; returns its result to come."""
         return asyncio.run_coroutine_threadsafe(work, self._loop)
+
+    def call_soon(self, call: Callable[[], object]) -> None:
+        """Calls a function in the thread of the loop; does not wait."""
+        self._loop.call_soon_threadsafe(call)
 
     def _end(self) -> None:
         self._loop.call_soon_threadsafe(self._loop.stop)

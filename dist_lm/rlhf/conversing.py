@@ -26,6 +26,7 @@ from dist_lm.generation.constraint import Constraint
 from dist_lm.generation.request import (
     Request,
     SamplingParams,
+    Versions,
 )
 from dist_lm.model.keyed_random import hash_words, signed
 from dist_lm.rlhf.config import LARGEST_REWARD
@@ -68,6 +69,7 @@ class Conversing:
     seed: int
     largest_reward: float = LARGEST_REWARD
     constraint_of: ConstraintOf | None = None  # None: turns may be anything
+    swaps_weights: bool = False  # whether weights may change in a conversation; turns then note their versions
 
     async def hold(self, host: EpisodeHost, task: Task, position: int, sample: int, ask: Ask) -> Episode:
         """Returns a finished conversation: one with a verdict, or the reason why there is none.
@@ -105,6 +107,7 @@ class _Held:
     sample: int
     ask: Ask
     version: int = 0
+    versions: Versions = ()  # of the last turn; with `swaps_weights` alone
     cut: str = ""
     opening: Json = None
     turns: list[Turn] = field(default_factory=list)
@@ -181,8 +184,12 @@ class _Held:
         )
         # Other conversations go on meanwhile, so their requests are generated together with this one.
         answer = await self.ask(request)
-        assert not self.turns or answer.version == self.version, "weights change between iterations alone"
-        self.version = answer.version
+        if self.how.swaps_weights:
+            self.versions = answer.versions or ((0, answer.version),)
+        else:
+            assert not self.turns or answer.version == self.version, "weights change between iterations alone"
+        if not self.turns:
+            self.version = answer.version
         self.logprobs += answer.logprobs
         self.sets += answer.sets
 
@@ -196,9 +203,8 @@ class _Held:
         """Returns the environment's step, which is noted with the turn."""
         step = await self.hosted.step(action)
         tool_errors = sum(_is_error(result) for message in step.observation.messages for result in message.results)
-        self.turns.append(
-            Turn(new_tokens, is_readable, action_value(action), step_value(step), step.turn_reward, tool_errors)
-        )
+        turn = Turn(new_tokens, is_readable, action_value(action), step_value(step), step.turn_reward, tool_errors)
+        self.turns.append(replace(turn, versions=self.versions if new_tokens else ()))
         return step
 
     def _room(self, transcript: Transcript) -> int:

@@ -93,6 +93,10 @@ class VersionedSource:
     def hold(self, weights: WeightStream) -> Any:
         return self._source.hold(weights)
 
+    def swap_weights(self, weights: Any, version: int) -> None:
+        self._source.swap_weights(weights, version)
+        self.version = version
+
     def generate(self, requests: Sequence[Request], finished: Finished = ignore_answer) -> list[Answer]:
         return self._source.generate(requests, finished)
 
@@ -122,6 +126,10 @@ class EnvironmentSupply:
         """Returns how long conversations have waited since the last call, as metrics."""
         return self.waiting.take()
 
+    def conversing(self, config: RlhfConfig, seed: int) -> Conversing:
+        """Returns how conversations are held; `seed`: of the run."""
+        return conversing(config, seed, self.tokenizer, self.limits, self.context, self.weight, self.constraint_of)
+
     def draw(self, tasks: Sequence[Task], position: int, samples: int, config: RlhfConfig, seed: int) -> Rollouts:
         """Returns `samples` conversations of each task, held by the weights that the source has.
 
@@ -137,7 +145,7 @@ class EnvironmentSupply:
             UserError, PoolFailure: of the source, see `RolloutSource`.
             OSError: the file of conversations cannot be written.
         """
-        how = conversing(config, seed, self.tokenizer, self.limits, self.context, self.weight, self.constraint_of)
+        how = self.conversing(config, seed)
         if self.folder is None:
             return rollouts_of_episodes(self._held(how, tasks, position, samples, None))
 
@@ -235,7 +243,7 @@ def conversing(
         stop_tokens=stop_tokens(tokenizer),
     )
     largest_reward = LARGEST_REWARD / 2 / max(1.0, abs(weight))  # so that the weighted sum is a number in fp32
-    return Conversing(tokenizer, limits, params, context, seed, largest_reward, constraint_of)
+    return Conversing(tokenizer, limits, params, context, seed, largest_reward, constraint_of, config.asynchronous)
 
 
 def file_name(position: int) -> str:
@@ -258,4 +266,7 @@ def settings_digest(config: RlhfConfig, seed: int, limits: Limits, environment: 
     names = ("prompts", "max_new_tokens", "temperature", "top_k", "top_p", "constraint", "max_staleness")
     values = {name: getattr(config, name) for name in names}
     values |= {"seed": seed, "limits": asdict(limits), "environment": environment}
+    # Runs of older releases have no such key.
+    if config.asynchronous:
+        values["asynchronous"] = True
     return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()

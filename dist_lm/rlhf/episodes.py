@@ -18,6 +18,7 @@ import numpy as np
 from dist_lm.chat.messages import Json
 from dist_lm.environments.protocol import FAILURES, Verdict
 from dist_lm.errors import ArtefactError, one_line
+from dist_lm.generation.request import Versions
 from dist_lm.rlhf.rollouts import CUTS, FINISHES, Rollouts
 from dist_lm.rlhf.transcript import Sample
 from dist_lm.storage import durable
@@ -39,6 +40,7 @@ class Turn:
     step: Json = None  # as `environments.values.step_value`; None: the environment failed in it
     reward: float = 0.0  # this turn alone
     tool_errors: int = 0  # results of its calls that are objects with `error`
+    versions: Versions = ()  # the weights that drew its tokens, as `Answer.versions`; empty: those of the conversation
 
 
 @dataclass(frozen=True)
@@ -48,7 +50,7 @@ class Episode:
     position: int  # its task's in the order of tasks
     sample: int  # number among the conversations of its task
     task: str  # digest
-    version: int  # the weights that drew all turns
+    version: int  # the weights that drew all turns, or with rlhf.asynchronous the first token
     verdict: Verdict
     cut: str = ""  # the limit that ended it, one of CUTS
     opening: Json = None  # the observation of `reset`, as `environments.values.observation_value`
@@ -143,8 +145,7 @@ class EpisodeFile:
         Raises:
             OSError: the line cannot be written.
         """
-        value = _value_of(episode)
-        self._file.write(json.dumps({"settings": self.settings, "crc32": _checksum(value), "episode": value}) + "\n")
+        self._file.write(line_of(episode, self.settings))
         self._file.flush()
 
     def _episode_of(self, line: str, number: int) -> Episode | None:
@@ -156,6 +157,12 @@ class EpisodeFile:
             return None
         is_of_run = self.settings in (None, settings) and self.version in (None, episode.version)
         return episode if is_of_run else None
+
+
+def line_of(episode: Episode, settings: str | None) -> str:
+    """Returns the line of a conversation in a file, with its end; `settings`: see `EpisodeFile`."""
+    value = _value_of(episode)
+    return json.dumps({"settings": settings, "crc32": _checksum(value), "episode": value}) + "\n"
 
 
 def read_episodes(path: Path) -> list[Episode]:
@@ -225,6 +232,10 @@ def _check(episode: Episode) -> None:
     ids = [token for sample in episode.samples for token in sample.ids]
     if not all(type(number) is int and number >= 0 for number in (*counts, *ids)):
         raise ValueError("a number is no integer from 0 on")
+    for versions in (turn.versions for turn in episode.turns if turn.versions):
+        numbers = [n_read for n_read, _ in versions]
+        if numbers[0] != 0 or numbers != sorted(numbers) or min(version for _, version in versions) < 0:
+            raise ValueError("the versions of a turn are not in the order of its tokens")
     if not all(isinstance(turn.reward, int | float) for turn in episode.turns) or not isinstance(episode.task, str):
         raise ValueError("a reward is no number, or the digest of the task no text")
     if episode.cut not in CUTS:
@@ -248,12 +259,26 @@ def _value_of(episode: Episode) -> dict[str, Json]:
     return {
         **{name: getattr(episode, name) for name in ("position", "sample", "task", "version", "cut", "opening")},
         "verdict": [verdict.reward, verdict.failure_reason, verdict.detail],
-        "turns": [vars(turn) for turn in episode.turns],
+        "turns": [_value_of_turn(turn) for turn in episode.turns],
         "samples": [{"ids": sample.ids, "drawn": "".join("01"[d] for d in sample.drawn)} for sample in episode.samples],
         # The shortest decimals that are these fp32 numbers.
         "logprobs": [float(str(np.float32(logprob))) for logprob in episode.logprobs],
         "sets": [base64.b64encode(packed).decode() for packed in episode.sets],
     }
+
+
+def _value_of_turn(turn: Turn) -> dict[str, Json]:
+    value = dict(vars(turn))
+    # Where weights change between iterations alone, the conversation says all.
+    if not turn.versions:
+        del value["versions"]
+    return value
+
+
+def _turn_of(value: dict[str, Any]) -> Turn:
+    fields = dict(value)
+    fields["versions"] = tuple((int(n_read), int(version)) for n_read, version in value.get("versions", ()))
+    return Turn(**fields)
 
 
 def _episode_of(value: dict[str, Any]) -> Episode:
@@ -267,7 +292,7 @@ def _episode_of(value: dict[str, Any]) -> Episode:
     return Episode(
         **{name: value[name] for name in ("position", "sample", "task", "version", "cut", "opening")},
         verdict=Verdict.of(reward) if reason is None else Verdict.failed(reason, detail),
-        turns=tuple(Turn(**turn) for turn in value["turns"]),
+        turns=tuple(map(_turn_of, value["turns"])),
         samples=samples,
         logprobs=tuple(float(np.float32(logprob)) for logprob in value["logprobs"]),
         sets=tuple(base64.b64decode(packed) for packed in value["sets"]),

@@ -53,7 +53,7 @@ from dist_lm.rlhf.rollouts import (
     requests_of,
     rollouts_of,
 )
-from dist_lm.rlhf.schedule import Drawn, RolloutSchedule, SamplingAgain, draws_rollouts
+from dist_lm.rlhf.schedule import Drawn, RolloutSchedule, SamplingAgain, Schedule, draws_rollouts
 from dist_lm.rlhf.state import RlhfState
 from dist_lm.training.heartbeat import StopRequest
 from dist_lm.training.objective import LossSum, Objective, next_token
@@ -215,7 +215,19 @@ class Learner:
             read_to_end(self._weights())
             return self._loop(state, None)
 
-        config, supply = self.config, self.supply
+        with self._schedule(self.supply) as schedule:
+            schedule.begin(state.version, self._weights(), state.pending, state.prompt_position)
+            return self._loop(state, schedule)
+
+    def _schedule(self, supply: Supply) -> Schedule:
+        """Returns what draws the rollouts of this run, on the first rank."""
+        config = self.config
+        if config.asynchronous:
+            from dist_lm.rlhf.asynchronous import AsynchronousSchedule
+            from dist_lm.rlhf.environment_rollouts import EnvironmentSupply
+
+            assert isinstance(supply, EnvironmentSupply), "rlhf.asynchronous without an environment"
+            return AsynchronousSchedule(supply, config, self.seed, self.iterations)
 
         def draw(position: int, prompts: int) -> Rollouts:
             return supply.draw(
@@ -226,8 +238,7 @@ class Learner:
         if config.sampling_rounds:
             judge = partial(supply.judge, expected=config.rollouts_per_iteration)
             draw_again = SamplingAgain(draw, judge, config.rewards, config.prompts, config.sampling_rounds)
-
-        with RolloutSchedule(
+        return RolloutSchedule(
             supply.source,
             partial(draw, prompts=config.prompts),
             supply.judge,
@@ -235,11 +246,9 @@ class Learner:
             iterations=self.iterations,
             prompts=config.prompts,
             draw_scored=draw_again,
-        ) as schedule:
-            schedule.begin(state.version, self._weights(), state.pending, state.prompt_position)
-            return self._loop(state, schedule)
+        )
 
-    def _loop(self, state: RlhfState, schedule: RolloutSchedule | None) -> RlhfState:
+    def _loop(self, state: RlhfState, schedule: Schedule | None) -> RlhfState:
         """Runs iterations until the last one or a stop, and saves when a checkpoint is due and at the end. Returns the
         state after them.
 
@@ -266,6 +275,7 @@ class Learner:
             # `pending` is filled only for a checkpoint; here the schedule owns the rollouts drawn ahead.
             state, stopping = self._iteration(replace(state, pending={}), execution, updater, schedule)
             if self.tasks:
+                assert schedule is None or isinstance(schedule, RolloutSchedule), "tasks beside asynchronous sampling"
                 self.tasks.reached(state.iteration, schedule)
 
             is_last = state.iteration == self.iterations or stopping
@@ -280,7 +290,7 @@ class Learner:
         return state
 
     def _iteration(
-        self, state: RlhfState, execution: Execution, updater: "Updater", schedule: RolloutSchedule | None
+        self, state: RlhfState, execution: Execution, updater: "Updater", schedule: Schedule | None
     ) -> tuple[RlhfState, bool]:
         """Runs one iteration and reports it (collective). Returns the state after it, and whether a stop was
         requested. Changes models and optimizers, and sends the new weights to the source if they draw later rollouts.
@@ -329,7 +339,9 @@ class Learner:
         # Metrics describe the policy that drew the rollouts, so they come before the state moves on.
         metrics = iteration_metrics(state, usable, collected, prepared, updates, drawn)
         state = _after_iteration(updates.state, usable.prompts, collected, metrics)
-        if draws_rollouts(state.version, self.config.max_staleness, self.iterations):
+        # Asynchronous sampling goes on by whatever weights there are.
+        staleness = 0 if self.config.asynchronous else self.config.max_staleness
+        if draws_rollouts(state.version, staleness, self.iterations):
             if schedule:
                 schedule.push(state.version, self._weights())
             else:
@@ -623,6 +635,8 @@ def iteration_metrics(
         metrics["timing/judging_s"] = drawn.judging_s
     if drawn and drawn.scored.rollouts.are_conversations:
         metrics |= conversation_metrics(drawn.scored.rollouts)
+    if drawn:
+        metrics |= drawn.metrics
 
     metrics |= usable.metrics
     metrics |= {f"rlhf/part_{name}": mean for name, mean in usable.means(collected.part_B).items()}

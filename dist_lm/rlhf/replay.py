@@ -8,7 +8,7 @@ Both end at the first difference of a conversation: what follows it belongs to a
 
 import json
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import zip_longest
 from typing import Any, NoReturn, TypeVar
 
@@ -177,6 +177,7 @@ class _RecordedEnvironment:
         number, turn = self._turn + 1, self._recorded_turn()
         if turn.new_tokens == 0:
             differ("turn", "none is drawn", "one is drawn", number)
+        request = replace(request, versions=turn.versions)
         # The ids of a conversation without a verdict are not recorded, only their number.
         if not self._recorded.samples:
             answer = await self._ask(request)
@@ -308,8 +309,8 @@ def compare_steps(recorded: Step, now: Step, turn: int) -> None:
 
 def compare(what: str, recorded: Json, now: Json, turn: int | None = None) -> None:
     """Raises DifferenceError: the values differ as JSON."""
-    # What was written to a file has lists in place of tuples.
-    now = json.loads(json.dumps(now))
+    # What was written to a file has lists in place of tuples, and versions are tuples again.
+    recorded, now = (json.loads(json.dumps(value)) for value in (recorded, now))
     if recorded != now:
         differ(what, recorded, now, turn)
 

@@ -19,7 +19,8 @@ Ask = Callable[[Request], Coroutine[Any, Any, Answer]]
 
 
 class AbortedError(Exception):
-    """Raised in conversations when the engines have failed: their answers never come."""
+    """Raised in conversations when the engines have failed: their answers never come. Raised to engines if nobody waits
+    for their answers any more."""
 
 
 class RequestFeed:
@@ -37,6 +38,7 @@ class RequestFeed:
         self._asking: dict[str, asyncio.Future[Answer]] = {}
         self._n_generating = 0
         self._is_over = False
+        self._is_left = False
 
     async def ask(self, request: Request) -> Answer:
         """Returns the answer to a request for one answer.
@@ -57,8 +59,14 @@ class RequestFeed:
         return self
 
     def __next__(self) -> Request | None:
-        """Returns the next request; None: there is none now. It waits for one if nothing is being generated."""
+        """Returns the next request; None: there is none now. It waits for one if nothing is being generated.
+
+        Raises:
+            AbortedError: `leave` was called.
+        """
         with self._changed:
+            if self._is_left:
+                raise AbortedError
             # While engines work, the caller must go on with their steps, so only idle ones wait here.
             if not self._ready and not self._n_generating and not self._is_over:
                 self._changed.wait(ALIVE_EVERY_S)
@@ -85,6 +93,12 @@ class RequestFeed:
         with self._changed:
             self._is_over = True
             self._changed.notify()
+
+    def leave(self) -> None:
+        """As `abort`; the engines stop where they are, in the middle of answers."""
+        with self._changed:
+            self._is_left = True
+        self.abort()
 
     def abort(self) -> None:
         """Raises AbortedError in all conversations that wait for an answer or ask for one later; for any thread."""

@@ -35,6 +35,7 @@ from dist_lm.generation.request import (
 )
 from dist_lm.model.keyed_random import hash_words, signed
 from dist_lm.model.token_sets import TokenSets
+from dist_lm.rlhf.request_feed import AbortedError
 
 CUTS = ("", "turns", "tokens", "context")
 """Limits that end a conversation: `rlhf.environment_limits`, or the context of the model; the first is none."""
@@ -103,6 +104,11 @@ class RolloutSource(Protocol):
         """Reads a stream to its end for a later `load_weights`, also while `generate` runs in another thread."""
         ...
 
+    def swap_weights(self, weights: Any, version: int) -> None:
+        """Continues soon with the return value of `hold`, in the middle of answers too (`Engine.swap_weights`); from
+        any thread, does not wait."""
+        ...
+
     def generate(self, requests: Sequence[Request], finished: Finished = ignore_answer) -> list[Answer]:
         """Returns all answers, in the order of the requests, then of the answer's index.
 
@@ -140,12 +146,17 @@ class EngineRollouts:
     def __init__(self, engine: Engine, sleeps: bool = False) -> None:
         """`sleeps`: free the cache between two calls of `generate`."""
         self.engine, self._sleeps = engine, sleeps
+        self._next_weights: tuple[Weights, int] | None = None  # of `swap_weights`
 
     def load_weights(self, weights: Weights, version: int) -> None:
+        self._next_weights = None
         self.engine.load_weights(weights, version)
 
     def hold(self, weights: WeightStream) -> Weights:
         return dict(weights)
+
+    def swap_weights(self, weights: Weights, version: int) -> None:
+        self._next_weights = weights, version
 
     def generate(self, requests: Sequence[Request], finished: Finished = ignore_answer) -> list[Answer]:
         return in_order(requests, reporting(requests, self.results(requests), finished))
@@ -154,7 +165,8 @@ class EngineRollouts:
         """Yields every answer, or the refusal of a request, when the engine has finished it. A request that the engine
         does not accept gives its refusal at once.
 
-        With `sleeps`, the cache is freed after the last one, which takes a caller that reads to the end.
+        With `sleeps`, the cache is freed after the last one, which takes a caller that reads to the end. A caller that
+        leaves early and closes the iterator cancels the rest, as do requests that raise AbortedError.
 
         Args:
             requests: read up to the next None before each step of the engine.
@@ -165,22 +177,33 @@ class EngineRollouts:
                 (RankLostError).
         """
         unread, is_all_read = iter(requests), False
-        while self.engine.busy or not is_all_read:
-            while not is_all_read:
-                request = next(unread, END)
-                is_all_read = request is END
-                if request is None or is_all_read:
-                    break
-                try:
-                    self.engine.submit(cast(Request, request))
-                except RequestError as error:
-                    yield Refusal(error.request, error.reason)
-            if self.engine.busy:
-                yield from self.engine.step()
+        try:
+            while self.engine.busy or not is_all_read:
+                while not is_all_read:
+                    request = next(unread, END)
+                    is_all_read = request is END
+                    if request is None or is_all_read:
+                        break
+                    try:
+                        self.engine.submit(cast(Request, request))
+                    except RequestError as error:
+                        yield Refusal(error.request, error.reason)
+                self._renew()
+                if self.engine.busy:
+                    yield from self.engine.step()
+        except (GeneratorExit, AbortedError):
+            self.engine.cancel_all()
+            raise
 
         # The rank that trains next uses the memory of the cache.
         if self._sleeps:
             self.engine.sleep()
+
+    def _renew(self) -> None:
+        """Gives the engine the weights of the last `swap_weights`, between two steps."""
+        next_weights, self._next_weights = self._next_weights, None
+        if next_weights:
+            self.engine.swap_weights(*next_weights)
 
 
 @dataclass(frozen=True)

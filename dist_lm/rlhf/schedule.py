@@ -16,9 +16,9 @@ Dimensions: B rollouts.
 import time
 from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
-from typing import Self, TypeVar
+from typing import Protocol, Self, TypeVar
 
 import numpy as np
 
@@ -44,6 +44,26 @@ class Drawn:
     scored: ScoredRollouts
     drawing_s: float
     judging_s: float
+    metrics: Mapping[str, float] = field(default_factory=dict)  # of the schedule
+
+
+class Schedule(Protocol):
+    """Gives the learner the rollouts of each iteration: a `RolloutSchedule`, or `asynchronous.AsynchronousSchedule`.
+    Leaving it ends its threads."""
+
+    def begin(
+        self, version: int, weights: WeightStream, pending: Mapping[int, ScoredRollouts], position: int = 0
+    ) -> None: ...
+
+    def push(self, version: int, weights: WeightStream) -> None: ...
+
+    def take(self, iteration: int) -> Drawn: ...
+
+    def ahead(self, version: int) -> dict[int, ScoredRollouts]: ...
+
+    def __enter__(self) -> Self: ...
+
+    def __exit__(self, *exception: object) -> None: ...
 
 
 def draws_rollouts(version: int, staleness: int, iterations: int) -> bool:

@@ -479,6 +479,15 @@ REINFORCEMENT = (
         ("rollout/prompts", "prompts", "lower", "Prompts sampled in the iteration, with resampled ones."),
         ("rollout/staleness", "iterations", "lower", "Mean age of the sampling weights."),
     ),
+    *_table(
+        "agents",
+        RLHF,
+        ("rollout/token_staleness_mean", "versions", "lower", "Mean age of the weights that drew a token."),
+        ("rollout/token_staleness_max", "versions", "lower", "Largest age of the weights that drew a token."),
+        ("rollout/groups_carried", "groups", "", "Groups under way or waiting when the iteration began."),
+        ("rollout/refused_stale", "", "lower", "Share of tasks dropped: their first token was too old."),
+        only="with rlhf.asynchronous",
+    ),
 )
 
 GENERATION = (

@@ -103,10 +103,16 @@ def game(
     folder: Path | None = None,
     constraint_of: ConstraintOf | None = None,
     limits: Limits = LIMITS,
+    model: ModelConfig | None = None,
+    at_once: int = 16,
     **options: Any,
 ) -> Toy:
-    """Returns a toy that learns the game. `stack` closes its event loop."""
-    model, host = model_of(tokenizer), host or GameHost()
+    """Returns a toy that learns the game. `stack` closes its event loop.
+
+    Args:
+        at_once: conversations, and sequences of the engine.
+    """
+    model, host = model or model_of(tokenizer), host or GameHost()
 
     @asynccontextmanager
     async def open_host():
@@ -114,7 +120,9 @@ def game(
 
     def source() -> EngineRollouts:
         weights = {name: value for name, value in Transformer(model).state_dict().items()}
-        engine_options = EngineOptions(cache_tokens=64 * 64, page_tokens=64, max_sequences=16, prefix_cache=True)
+        engine_options = EngineOptions(
+            cache_tokens=4 * at_once * 64, page_tokens=64, max_sequences=at_once, prefix_cache=True
+        )
         grammars = Grammars(lambda: tokenizer) if constraint_of else None
         return EngineRollouts(
             Engine(model, weights, eot_id=tokenizer.eot_id, options=engine_options, grammars=grammars)
@@ -130,7 +138,7 @@ def game(
             stack.enter_context(ConversationLoop(open_host)),
             limits,
             model.max_seq_len,
-            at_once=16,
+            at_once=at_once,
             constraint_of=constraint_of,
             folder=folder,
         )

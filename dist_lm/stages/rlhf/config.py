@@ -7,7 +7,7 @@ from pathlib import Path
 from omegaconf import MISSING
 
 from dist_lm.config.model import ModelConfig
-from dist_lm.config.pool import FEWEST_PAGE_TOKENS, MOST_PAGE_TOKENS, SHARED, RolloutPoolConfig
+from dist_lm.config.pool import FEWEST_PAGE_TOKENS, MOST_PAGE_TOKENS, PUSH_AUTO, PUSH_RAY, SHARED, RolloutPoolConfig
 from dist_lm.config.root import Config
 from dist_lm.config.stage import TrainingGroup, check_shares
 from dist_lm.data.journal import ROWS
@@ -110,6 +110,8 @@ class RlhfRunGroup(RlhfConfig):
             ConfigError: names the key.
         """
         kinds = [part.kind for part in self.rewards.values()]
+        accepted = "false without rlhf.environment"
+        require(bool(self.environment) or not self.asynchronous, "rlhf.asynchronous", "true", accepted)
         if not self.environment:
             require(ENVIRONMENT not in kinds, "rlhf.environment", "''", "a name, for the reward of kind environment")
             return
@@ -129,6 +131,23 @@ class RlhfRunGroup(RlhfConfig):
         count = self.environments_at_once
         require(count > 0, "rlhf.environments_at_once", count, "a positive integer")
         self.environment_limits.check()
+        if self.asynchronous:
+            self._check_asynchronous()
+
+    def _check_asynchronous(self) -> None:
+        """Refuses what asynchronous sampling does not do.
+
+        Raises:
+            ConfigError: names the key.
+        """
+        # Conversations of a file are of many iterations, so none can be removed with a checkpoint.
+        require(self.keep_conversations, "rlhf.keep_conversations", "false", "true with rlhf.asynchronous")
+        # The ranks of an engine, and a direct push, wait for requests to end before weights change.
+        require(self.pool.tp == 1, "rlhf.pool.tp", self.pool.tp, "1 with rlhf.asynchronous")
+        accepted = f"{PUSH_AUTO} or {PUSH_RAY} with rlhf.asynchronous, which pushes through Ray's object store"
+        require(self.pool.push in (PUSH_AUTO, PUSH_RAY), "rlhf.pool.push", self.pool.push, accepted)
+        accepted = "disjoint with rlhf.asynchronous, because actors work while the ranks train"
+        require(self.pool.placement != SHARED or not self.pool.actors, "rlhf.pool.placement", SHARED, accepted)
 
     @property
     def environment_file(self) -> Path | None:
@@ -282,6 +301,9 @@ class RlhfRunConfig(CorpusFormsConfig):
         actors = self.eval.pool.actors
         accepted = "0: in stage rlhf the actors of rlhf.pool answer tasks"
         require(actors == 0 or not self.stage.eval_tasks, "eval.pool.actors", actors, accepted)
+        accepted = "none with rlhf.asynchronous, whose engines are never free to answer them; evaluate checkpoints"
+        has_tasks = bool(self.stage.eval_tasks)
+        require(not (self.rlhf.asynchronous and has_tasks), "stage.eval_tasks", self.stage.eval_tasks, accepted)
 
         self._check_pretraining()
 

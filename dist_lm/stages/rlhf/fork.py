@@ -46,6 +46,8 @@ def fork(record: ConversationRecord, chosen: Chosen, turn: int, edit: str | None
     """
     is_chosen = chosen.iteration is not None and chosen.rollout is not None
     require(is_chosen, "--fork", turn, "--iteration and --rollout beside it")
+    is_lock_step = not record.config.rlhf.asynchronous
+    require(is_lock_step, "--fork", turn, "a run without rlhf.asynchronous, whose turns are all drawn by one version")
     (iteration,) = record.iterations(chosen.iteration)
     ((rollout, recorded),) = chosen.rollouts_of(iteration)
     check_fork(recorded, turn)
@@ -58,7 +60,7 @@ def fork(record: ConversationRecord, chosen: Chosen, turn: int, edit: str | None
         edited_ids = None if edit is None else edited_turn(edit, drawing.how.tokenizer)
         # Drawing the record again finds the number of threads that gives its bits.
         if drawing.is_exact:
-            drawing.outcomes(checkpoint, iteration.version, [recorded])
+            drawing.outcomes({iteration.version: checkpoint}, [recorded])
         source = drawing.source(checkpoint, iteration.version)
         (task,) = record.tasks(recorded.position, 1)
         ended: list[Forked] = []

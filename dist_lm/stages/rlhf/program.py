@@ -318,7 +318,8 @@ def rollout_source(
 def _sender(config: RlhfRunConfig, spec: "EngineSpec", device: torch.device) -> "Sender | None":
     """Returns the sender of weights straight to actors; None if rlhf.pool.push leaves that to Ray."""
     push = config.pool.push
-    if push == PUSH_RAY or (push == PUSH_AUTO and device.type == "cpu"):
+    # A sender waits for idle actors, which asynchronous sampling never has.
+    if push == PUSH_RAY or (push == PUSH_AUTO and device.type == "cpu") or config.rlhf.asynchronous:
         return None
     from dist_lm.cluster.pool_push import sender_for
 

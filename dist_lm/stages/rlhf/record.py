@@ -1,7 +1,7 @@
 """The conversations that a run of stage `rlhf` has recorded, iteration by iteration. Nothing is written."""
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 
@@ -16,6 +16,8 @@ from dist_lm.rlhf.learner import conversation_metrics, score_metrics
 from dist_lm.rlhf.rewards import total_score, usable_of
 from dist_lm.rlhf.rollouts import Rollouts, ScoredRollouts, ShuffledPrompts
 from dist_lm.rlhf.schedule import SamplingAgain
+from dist_lm.rlhf.schedule_record import SCHEDULE, Assignment, first_version, read_assignments
+from dist_lm.rlhf.schedule_record import metrics_of as schedule_metrics
 from dist_lm.stages.rlhf.config import RlhfRunConfig
 from dist_lm.stages.rlhf.environment_tasks import read_tasks
 from dist_lm.stages.rlhf.models import START, frozen_models
@@ -29,9 +31,16 @@ class RecordedIteration:
     """The conversations of an iteration."""
 
     number: int  # from 1, as in metrics and in the names of checkpoints
-    version: int  # the weights that drew them: the policy after that many iterations
+    version: int  # the weights that drew them, with rlhf.asynchronous the oldest: the policy after so many iterations
     episodes: list[Episode]  # by task, then by sample
     scored: ScoredRollouts | None  # those of the tasks that were trained on; None: some are not recorded yet
+    assignment: Assignment | None = None  # with rlhf.asynchronous
+
+    @property
+    def versions(self) -> set[int]:
+        """The weights that drew some token."""
+        pairs = [pair for episode in self.episodes for turn in episode.turns for pair in turn.versions]
+        return {version for _, version in pairs} or {self.version}
 
 
 class _UnfinishedError(Exception):
@@ -110,6 +119,9 @@ class ConversationRecord:
             ArtefactError: there is no such iteration, a file is missing or damaged, or its conversations belong to
                 other settings, weights or tasks.
         """
+        if self.config.rlhf.asynchronous:
+            yield from self._assigned(only)
+            return
         group = self.config.rlhf
         position, number = self._first()
         # Without tasks that are replaced, each iteration has the same number of them.
@@ -127,6 +139,62 @@ class ConversationRecord:
             position, number = position + n_tasks, number + 1
         if only is not None:
             raise ArtefactError(f"{self.run.conversations}: no conversations of iteration {only} are recorded there")
+
+    def _assigned(self, only: int | None) -> Iterator[RecordedIteration]:
+        """Yields the iterations of an asynchronous schedule; those that have not begun are not there.
+
+        Raises:
+            ArtefactError: as `iterations`.
+        """
+        path = self.run.conversations / SCHEDULE
+        group = self.config.rlhf
+        settings = settings_digest(group, self.config.seed, group.environment_limits.limits, group.environment)
+        assignments = read_assignments(path, settings) if path.exists() else []
+        if not assignments or (only is not None and only > len(assignments)):
+            raise ArtefactError(f"{path}: iteration {only or 1} has not begun yet")
+
+        recorded: dict[str, dict[tuple[int, int], Episode]] = {}  # by file
+        for assignment in assignments:
+            if only not in (None, assignment.iteration):
+                continue
+            episodes: list[Episode] = []
+            for position in sorted(assignment.groups):
+                name = file_name(position // group.prompts * group.prompts)
+                if name not in recorded:
+                    recorded[name] = self._all_in(self.run.conversations / name, settings)
+                for sample in range(group.rollouts_per_prompt):
+                    if (position, sample) not in recorded[name]:
+                        raise ArtefactError(
+                            f"{self.run.conversations / name}: conversation {sample + 1} of task {position} is "
+                            f"missing, on which iteration {assignment.iteration} trained: restore the file from a copy"
+                        )
+                    episodes.append(recorded[name][position, sample])
+            scored = replace(self._judged(rollouts_of_episodes(episodes)), replaced=len(assignment.refused))
+            # The environment may have failed before there was a token.
+            versions = [version for episode in episodes if (version := first_version(episode)) is not None]
+            oldest = min(versions, default=assignment.iteration - 1)
+            yield RecordedIteration(assignment.iteration, oldest, episodes, scored, assignment)
+
+    def _all_in(self, path: Path, settings: str) -> dict[tuple[int, int], Episode]:
+        """Returns the conversations of a file, by (position, sample).
+
+        Raises:
+            ArtefactError: the file is missing or damaged, or holds conversations of other settings or tasks.
+        """
+        episodes: dict[tuple[int, int], Episode] = {}
+        try:
+            for line in recorded_lines(path):
+                episode = line.episode
+                (task,) = self.tasks(episode.position, 1)
+                if line.settings != settings or episode.task != task.digest:
+                    raise ArtefactError(
+                        f"{path}: line {line.number} has other settings or another task than the run: restore "
+                        f"{self.run.config} and the tasks of {self.config.rlhf.prompts_from}"
+                    )
+                episodes[episode.position, episode.sample] = episode
+        except OSError as error:
+            raise ArtefactError(f"{path}: cannot be read ({error.strerror}): restore the file from a copy") from error
+        return episodes
 
     def _first(self) -> tuple[int, int]:
         """Returns (position of the first task, number) of the first iteration that is recorded.
@@ -280,6 +348,8 @@ class ConversationRecord:
             score_B = total_score(part_B, group.rewards, ended_B, group.missing_eos_penalty or 0.0)
             computed |= score_metrics(iteration.number - 1, rollouts, score_B, prompt_B)
             computed |= {f"rlhf/part_{name}": mean for name, mean in usable.means(part_B).items()}
+        if iteration.assignment:
+            computed |= schedule_metrics(iteration.assignment, iteration.episodes)
         return {name: (value, written[name]) for name, value in computed.items() if name in written}
 
     def is_equal(self, computed: float, written: float | None) -> bool:

@@ -6,7 +6,7 @@ Nothing is written, so a run may go on meanwhile.
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, replace
-from functools import partial
+from functools import lru_cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +15,7 @@ import torch
 from dist_lm.config.root import TRUST_ME
 from dist_lm.environments.host import Host
 from dist_lm.errors import ArtefactError, require
+from dist_lm.generation.engine import Engine
 from dist_lm.parallel.mesh import choose_device
 from dist_lm.parallel.sharding import compute_dtype
 from dist_lm.rlhf.conversation_loop import ConversationLoop
@@ -30,6 +31,8 @@ from dist_lm.storage import process
 from dist_lm.tokenizer.tokenizer import Tokenizer
 from dist_lm.training import checkpoint_files
 from dist_lm.training.checkpoint_tensors import model_weights
+
+WEIGHTS_IN_MEMORY = 2  # versions of an asynchronous run
 
 
 @dataclass(frozen=True)
@@ -50,7 +53,8 @@ class IterationReplay:
     conversations: int  # compared
     turns: int
     tokens: int  # drawn by the model
-    weights: str | None  # the checkpoint that drew them again; None: they were not drawn
+    # the checkpoint that drew them again, the newest of several; None: they were not drawn, for want of `version`
+    weights: str | None
     differing: int  # conversations
     rollout: int | None = None  # the first that differs, from 1: by task, then by sample
     difference: Difference | None = None
@@ -121,16 +125,21 @@ def draw_again(record: ConversationRecord, chosen: Chosen) -> Iterator[Iteration
         drawing = Drawing(record, conversations)
         for iteration in record.iterations(chosen.iteration):
             rollouts = chosen.rollouts_of(iteration)
-            checkpoint = record.weights_of(iteration.version)
-            if checkpoint is None and chosen.rollout is not None:
-                raise ArtefactError(f"iteration {iteration.number}: {no_weights(record, iteration.version)}")
+            weights = {version: record.weights_of(version) for version in sorted(iteration.versions)}
+            checkpoints = {version: path for version, path in weights.items() if path is not None}
+            missing = min(weights.keys() - checkpoints.keys(), default=None)
+            if missing is not None and chosen.rollout is not None:
+                raise ArtefactError(f"iteration {iteration.number}: {no_weights(record, missing)}")
 
             result = _result(iteration, rollouts, [])
-            if checkpoint is not None:
-                outcomes = drawing.outcomes(checkpoint, iteration.version, [episode for _, episode in rollouts])
+            if missing is not None:
+                result = replace(result, version=missing)
+            else:
+                outcomes = drawing.outcomes(checkpoints, [episode for _, episode in rollouts])
                 gap = max((outcome.largest_gap for outcome in outcomes), default=0.0)
                 result = _result(iteration, rollouts, outcomes)
-                result = replace(result, weights=str(checkpoint), largest_gap=gap, threads=drawing.threads)
+                newest = str(checkpoints[max(checkpoints)])
+                result = replace(result, weights=newest, largest_gap=gap, threads=drawing.threads)
             if chosen.rollout is None and iteration.scored is not None:
                 result = _with_metrics(result, record, iteration)
             yield result
@@ -161,22 +170,27 @@ class Drawing:
             *(part.weight for part in config.rlhf.rewards.values()),
             constraint_of=turn_constraint(config.rlhf, self._tokenizer),
         )
-        self._source: EngineRollouts | None = None
+        self._source: _FollowingRollouts | None = None
+        # Weights that change in a conversation alternate.
+        most = WEIGHTS_IN_MEMORY if config.rlhf.asynchronous else 1
+        self._weights = lru_cache(maxsize=most)(partial(_verified_weights, self._tokenizer.sha256))
 
     @property
     def threads(self) -> int | None:
         """The number of threads with which bits were compared; None where they are not."""
         return torch.get_num_threads() if self.is_exact else None
 
-    def outcomes(self, checkpoint: Path, version: int, episodes: Sequence[Episode]) -> list[Outcome]:
-        """Returns how conversations compare with those that the weights of a checkpoint draw, in their order.
+    def outcomes(self, checkpoints: Mapping[int, Path], episodes: Sequence[Episode]) -> list[Outcome]:
+        """Returns how conversations compare with those that the weights of checkpoints draw, in their order.
+
+        Args:
+            checkpoints: of each version that drew a token; several only if turns note their versions.
 
         Raises:
-            ArtefactError: the checkpoint is damaged, or belongs to another model or tokenizer; or a record is damaged.
+            ArtefactError: a checkpoint is damaged, or belongs to another model or tokenizer; or a record is damaged.
             UserError, RequestError: as `draw_again`.
         """
-        weights = self._weights(checkpoint)
-        outcomes = self._drawn(weights, version, episodes)
+        outcomes = self._drawn(checkpoints, episodes)
         if not self.is_exact:
             return outcomes
 
@@ -192,7 +206,7 @@ class Drawing:
                 break
 
             torch.set_num_threads(threads)
-            again = self._drawn(weights, version, [episodes[index] for index in rounded])
+            again = self._drawn(checkpoints, [episodes[index] for index in rounded])
             for index, outcome in zip(rounded, again, strict=True):
                 if outcome.difference is None:
                     recorded_with = threads
@@ -203,9 +217,11 @@ class Drawing:
         torch.set_num_threads(recorded_with)
         return outcomes
 
-    def _drawn(self, weights: Mapping[str, torch.Tensor], version: int, episodes: Sequence[Episode]) -> list[Outcome]:
+    def _drawn(self, checkpoints: Mapping[int, Path], episodes: Sequence[Episode]) -> list[Outcome]:
         """Returns the outcomes with the present number of threads."""
-        source = self._loaded(weights, version)
+        oldest = min(checkpoints)
+        source = self._loaded(checkpoints[oldest], oldest)
+        source.checkpoints = checkpoints
         outcomes: dict[int, Outcome] = {}
 
         async def hold(index: int, ask: Ask) -> None:
@@ -223,24 +239,43 @@ class Drawing:
         Raises:
             ArtefactError: as `outcomes`.
         """
-        return self._loaded(self._weights(checkpoint), version)
+        return self._loaded(checkpoint, version)
 
-    def _loaded(self, weights: Mapping[str, torch.Tensor], version: int) -> EngineRollouts:
-        config = self._record.config
-        # Loading lays matrices out for the present number of threads.
+    def _loaded(self, checkpoint: Path, version: int) -> "_FollowingRollouts":
+        config, weights = self._record.config, self._weights(checkpoint)
         if self._source is None:
             spec = rollout_spec(config, self._tokenizer, self._dtype, self._device)
-            self._source = EngineRollouts(local_engine(config, spec, self._tokenizer, weights, self._device))
-        else:
-            self._source.load_weights(weights, version)
+            engine = local_engine(config, spec, self._tokenizer, weights, self._device)
+            self._source = _FollowingRollouts(engine, self._weights)
+        # Loading lays matrices out for the present number of threads.
+        self._source.load_weights(weights, version)
         return self._source
 
-    def _weights(self, checkpoint: Path) -> Mapping[str, torch.Tensor]:
-        """Returns the weights of a checkpoint after verifying all of its files."""
-        checkpoint_files.require_intact(checkpoint)
-        state = checkpoint_files.read_state(checkpoint)[0]
-        checkpoint_files.check_tokenizer(checkpoint, state, self._tokenizer.sha256)
-        return {name: torch.from_numpy(array) for name, array in model_weights(checkpoint).items()}
+
+def _verified_weights(tokenizer_sha256: str, checkpoint: Path) -> Mapping[str, torch.Tensor]:
+    """Returns the weights of a checkpoint after verifying all of its files.
+
+    Raises:
+        ArtefactError: it is damaged, or belongs to another tokenizer.
+    """
+    checkpoint_files.require_intact(checkpoint)
+    state = checkpoint_files.read_state(checkpoint)[0]
+    checkpoint_files.check_tokenizer(checkpoint, state, tokenizer_sha256)
+    return {name: torch.from_numpy(array) for name, array in model_weights(checkpoint).items()}
+
+
+class _FollowingRollouts(EngineRollouts):
+    """Gives requests the versions of the weights that they wait for, the oldest first."""
+
+    def __init__(self, engine: Engine, weights_of: Callable[[Path], Mapping[str, torch.Tensor]]) -> None:
+        super().__init__(engine)
+        self._weights_of = weights_of
+        self.checkpoints: Mapping[int, Path] = {}  # by version
+
+    def _renew(self) -> None:
+        version = self.engine.awaited_version()
+        if version is not None:
+            self.engine.swap_weights(self._weights_of(self.checkpoints[version]), version)
 
 
 @contextmanager
