@@ -105,6 +105,12 @@ class Request:
     keep_sets: bool = False  # answers say from which tokens each token was drawn
     constraint: Constraint | None = None  # what an answer must be; one that ends by itself fulfils it
     cache_key: str = ""  # only requests with the same key share what the prefix cache holds
+    adapter: str = ""  # name of an adapter that the engine holds; empty: the engine's own weights
+
+    @property
+    def prefix_key(self) -> str:
+        """Key of the prefix cache: adapters compute other keys and values. No name holds a NUL, so none forges it."""
+        return f"{self.adapter}\0{self.cache_key}"
 
 
 @dataclass(frozen=True)

@@ -94,7 +94,9 @@ def job_of(endpoint: Endpoint, body: Mapping[str, Json], served: Served, client:
         served=served,
         requests=tuple(
             # What one client has asked must not show in the times of another.
-            Request(f"{name}-{index}", ids, params, seed, n, constraint=constraint, cache_key=client)
+            Request(
+                f"{name}-{index}", ids, params, seed, n, constraint=constraint, cache_key=client, adapter=served.adapter
+            )
             for index, ids in enumerate(prompts)
         ),
         stream=typed(body, "stream", bool, False),

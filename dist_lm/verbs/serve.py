@@ -29,6 +29,9 @@ def serve(
     follow: Annotated[
         bool, typer.Option("--follow", help="Load new checkpoints of the runs; later requests get their weights.")
     ] = False,
+    merge: Annotated[
+        bool, typer.Option("--merge", help="Merge adapters, also where models could share the weights of one base.")
+    ] = False,
     actors: Annotated[
         int,
         typer.Option(help="Engines of each model, as actors in a Ray cluster; -1: one for each --tp GPUs. 0: none."),
@@ -65,6 +68,7 @@ def serve(
         follow=follow,
         actors=actors,
         ray=ray,
+        merge=merge,
         limits=ServeLimits(max_tokens=max_tokens, n=max_n),
     )
     serve(paths, tokenizer, options)
