@@ -87,7 +87,7 @@ def plain() -> Family:
 
 def request_of(adapter: str, number: int) -> Request:
     prompt = [(5 * number + 3 * place) % 60 + 2 for place in range(2 + 4 * number)]
-    return Request(f"{adapter} {number}", prompt, SamplingParams(10, ignore_eot=True), seed=number, adapter=adapter)
+    return Request(f"{adapter} {number}", prompt, SamplingParams(6, ignore_eot=True), seed=number, adapter=adapter)
 
 
 def answers_of(engine: Engine, *requests: Request) -> dict[str, Answer]:
@@ -114,16 +114,15 @@ def test_answers_are_those_of_the_merged_model(family: Family):
 def test_an_answer_has_the_same_bits_alone_and_among_others(family: Family):
     """Finds a product whose rounding depends on the rows beside it or on the adapters that are loaded, a base that
     changes with adapters beside it, and pages or versions of another adapter."""
-    requests = [request_of(adapter, number) for number in range(5) for adapter in ("", *family.adapters)]
+    requests = [request_of(adapter, number) for number in range(3) for adapter in ("", *family.adapters)]
     together = answers_of(family.engine(), *requests)
     base = answers_of(Engine(family.config, family.base, eot_id=EOT, options=OPTIONS, version=7), *requests[::5])
     for request in requests[::5]:
         assert together[request.id] == base[request.id]
-    for request in requests:
-        if request.adapter:
-            alone = answers_of(family.engine(request.adapter), request)[request.id]
-            assert together[request.id] == alone
-            assert alone.version == family.adapters[request.adapter].version
+    for request in requests[-len(family.adapters) :]:
+        alone = answers_of(family.engine(request.adapter), request)[request.id]
+        assert together[request.id] == alone
+        assert alone.version == family.adapters[request.adapter].version
 
 
 def test_a_prompt_is_cached_for_its_own_adapter_alone(plain: Family):
@@ -163,7 +162,7 @@ def test_what_an_engine_cannot_hold_is_refused(plain: Family):
         engine.load_weights(plain.base, 8)
 
     of_other = AdaptedModelConfig.of(small_config(d_model=80), LORAS["all"])
-    with pytest.raises(ArtefactError, match="blocks.0.attention.adapters.query.a has shape"):
+    with pytest.raises(ArtefactError, match=r"blocks\.0\.attention\.adapters\.query\.a has shape"):
         engine.add_adapter(replace(plain.adapters["all"], name="other", config=of_other))
     with pytest.raises(ArtefactError, match="is missing"):
         engine.add_adapter(replace(plain.adapters["all"], name="empty", factors={}))
