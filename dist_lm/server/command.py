@@ -49,6 +49,7 @@ class ServeOptions:
     follow: bool = False  # whether new checkpoints of the runs are loaded
     actors: int = 0  # of each model, in a Ray cluster; -1: as many as fit; 0: engines in this process
     ray: str | None = None  # host:port of the head of a running Ray; None: one of our own on this machine
+    nodes: int = 0  # most nodes of that Ray with actors, also of those that join later; 0: as many as are there now
     merge: bool = False  # whether adapters are merged even where models could share their base
     limits: ServeLimits = field(default_factory=ServeLimits)
 
@@ -56,6 +57,8 @@ class ServeOptions:
         require(0 <= self.port < 65536, "--port", self.port, "0 to 65535")
         require(self.actors >= -1, "--actors", self.actors, "a positive number, 0 for none, or -1 for as many as fit")
         require(self.actors != 0 or self.ray is None, "--ray", self.ray, "--actors too")
+        nodes_fit = self.nodes == 0 or (self.nodes > 0 and self.ray is not None)
+        require(nodes_fit, "--nodes", self.nodes, "a positive number, with --ray; 0 for those that are there")
         for option, value in (
             ("--tp", self.tp),
             ("--cache-tokens", self.cache_tokens),
@@ -123,8 +126,8 @@ def _cluster(options: ServeOptions) -> Iterator[RayCluster | None]:
         yield None
         return
     with connect(ClusterConfig(name="ray" if options.ray else "local", address=options.ray)) as cluster:
-        n_nodes = len(cluster.nodes())
         # Actors may use every node that is there; the default of cluster.nodes is one.
+        n_nodes = options.nodes or len(cluster.nodes())
         yield replace(cluster, config=replace(cluster.config, nodes=max(1, n_nodes)))
 
 

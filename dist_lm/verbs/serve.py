@@ -40,6 +40,10 @@ def serve(
         str | None,
         typer.Option(help="HOST:PORT of the head of a running Ray, for --actors; RAY_AUTH_TOKEN_PATH names its token."),
     ] = None,
+    nodes: Annotated[
+        int,
+        typer.Option(help="Most nodes of --ray with actors, also of nodes that join later; 0: those that are there."),
+    ] = 0,
     cache_tokens: Annotated[int, typer.Option(help="Tokens of prompts and answers that are under way together.")] = (
         65536
     ),
@@ -68,6 +72,7 @@ def serve(
         follow=follow,
         actors=actors,
         ray=ray,
+        nodes=nodes,
         merge=merge,
         limits=ServeLimits(max_tokens=max_tokens, n=max_n),
     )
