@@ -19,7 +19,7 @@ def bench(
     name: Annotated[
         str,
         typer.Argument(
-            help="tp, fsdp, checkpointing, compile, generate, constraints, likelihood, reward, preference, rlhf, "
+            help="tp, fsdp, checkpointing, compile, generate, serve, adapters, constraints, likelihood, reward, preference, rlhf, "
             "metrics, tracking, data or sandbox (docs/bench.md); learn or scaling (docs/recipes.md)."
         ),
     ],
