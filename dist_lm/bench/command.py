@@ -19,8 +19,8 @@ def bench(
     name: Annotated[
         str,
         typer.Argument(
-            help="tp, fsdp, checkpointing, compile, generate, serve, adapters, constraints, likelihood, reward, preference, rlhf, "
-            "metrics, tracking, data or sandbox (docs/bench.md); learn or scaling (docs/recipes.md)."
+            help="tp, fsdp, checkpointing, compile, generate, serve, adapters, constraints, likelihood, reward, "
+            "preference, rlhf, metrics, tracking, data or sandbox (docs/bench.md); learn or scaling (docs/recipes.md)."
         ),
     ],
     overrides: Annotated[

@@ -391,7 +391,8 @@ def test_a_job_that_serves_takes_the_arguments_of_the_command(shell: BatchShell)
 
 
 # Sources what serve.sh does on several nodes, with a head that runs until it is told to stop.
-OF_SERVERS = f"""{NO_WAIT} . "$root/slurm/serve_nodes.sh"
+OF_SERVERS = f"""{NO_WAIT} {AT_ONCE}
+. "$root/slurm/serve_nodes.sh"
 start_ray() {{ make_token; sleep 60 >/dev/null & head_step=$!; }}
 signal_steps() {{ signal_processes "$1" "$head_step"; }}
 find_nodes() {{ head=n1 head_address=10.0.0.1:6407; }}
@@ -423,7 +424,7 @@ def test_a_server_over_several_nodes_ends_at_term_by_itself(shell: BatchShell) -
 
 def test_a_server_ends_with_its_ray(shell: BatchShell) -> None:
     """Finds a server that answers with errors alone until the time limit."""
-    shell.stub("python", "sleep 60")
+    shell.stub("python", "exec sleep 60")
     done = shell.try_to(f"{OF_SERVERS} start_ray() {{ true & head_step=$!; }}\nserver_wait=0 serve_over_nodes run")
     assert done.returncode == 1
     assert "error: Ray on the head node n1 has ended" in done.stdout
