@@ -22,7 +22,7 @@ EOT = 1
 PAGE = 16
 OPTIONS = EngineOptions(cache_tokens=40 * PAGE, page_tokens=PAGE, max_sequences=32, piece_tokens=32, step_tokens=64)
 MODELS = {
-    "gelu with biases": {},
+    "gelu with biases": {"ffn": "gelu_tanh"},
     "gated, grouped, norms of heads": {**LLAMA, "n_kv_heads": 1, "qk_norm": True, "tie_embeddings": True, "d_ff": 50},
     "norms after": ROWS["norm after, over all heads"].changes,
     "scaled branches": {**LLAMA, "residual_scale": 0.5, "attention_scale": 0.3, "head_width": 16},
@@ -127,7 +127,7 @@ def test_an_answer_has_the_same_bits_alone_and_among_others(family: Family):
 
 def test_a_prompt_is_cached_for_its_own_adapter_alone(plain: Family):
     """Finds keys and values of one adapter under an answer of another."""
-    options = replace(OPTIONS, cache_tokens=4096, page_tokens=256, piece_tokens=256)
+    options = replace(OPTIONS, cache_tokens=4096, page_tokens=256, piece_tokens=256, prefix_cache=True)
     config = replace(plain.config, max_seq_len=320)
     plain = replace(plain, config=config)
     prompt = [place % 60 + 2 for place in range(300)]
@@ -136,6 +136,7 @@ def test_a_prompt_is_cached_for_its_own_adapter_alone(plain: Family):
     first = [answers_of(engine, request)[request.id] for request in requests]
     again = [answers_of(engine, request)[request.id] for request in requests]
     assert [answer.reused_tokens for answer in first] == [0, 0, 0]
+    assert [answer.reused_tokens for answer in again] == [288, 288, 288]  # complete blocks
     assert [replace(answer, reused_tokens=0) for answer in again] == first
     assert len({answer.raw_logprobs for answer in first}) == 3
 
