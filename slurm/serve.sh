@@ -1,12 +1,14 @@
 #!/usr/bin/env bash
-# Serve trained models on a node of a Slurm job, under OpenAI's API (docs/serve.md).
+# Serve trained models on the nodes of a Slurm job, under OpenAI's API (docs/serve.md).
 #
-#   sbatch [--gpus-per-node=G] [--time=T] slurm/serve.sh RUN [RUN ...] [OPTION ...]
+#   sbatch [--nodes=N] [--gpus-per-node=G] [--time=T] slurm/serve.sh RUN [RUN ...] [OPTION ...]
 #
-# Arguments go to `dist-lm serve`. By default the server listens on the node's loopback address; from your machine:
+# Arguments go to `dist-lm serve`. On several nodes engines are actors of a Ray of the job's own, one for each GPU
+# (`--tp` GPUs), or one a node without GPUs; the server is on the first node (slurm/serve_nodes.sh).
+# By default the server listens on its node's loopback address; from your machine:
 #   ssh -L 8000:127.0.0.1:8000 NODE            (squeue --me shows the node)
 # For other nodes: DIST_LM_API_KEY=SECRET sbatch slurm/serve.sh RUN --host 0.0.0.0
-# Without a key, all users of the node can call the server, so the job takes the whole node.
+# Without a key, all users of the node can call the server, so the job takes whole nodes.
 #
 # The log is slurm-JOBID.out in the directory of submission. Before the time limit and at scancel, answers under way get
 # `--stop-seconds`. slurm/common.sh lists the environment variables that choose venv, container and modules.
@@ -16,6 +18,8 @@
 #SBATCH --exclusive
 #SBATCH --time=24:00:00
 #SBATCH --signal=B:TERM@60
+#SBATCH --requeue
+#SBATCH --no-kill
 #SBATCH --open-mode=append
 #SBATCH --output=/dev/null
 set -euo pipefail
@@ -31,6 +35,11 @@ for root in "${DIST_LM_ROOT:-}" "${script%/slurm/*}" "$SLURM_SUBMIT_DIR"; do
     work_dir=$SLURM_SUBMIT_DIR
     load_environment
     say "job $SLURM_JOB_ID on $SLURMD_NODENAME: dist-lm serve $*"
+    if [ "$SLURM_JOB_NUM_NODES" -gt 1 ]; then
+      # shellcheck source=SCRIPTDIR/serve_nodes.sh
+      . "$root/slurm/serve_nodes.sh"
+      serve_over_nodes "$@"
+    fi
     # srun passes TERM on to a server in a container
     exec "${on_head[@]}" python -m dist_lm serve "$@" </dev/null
   fi

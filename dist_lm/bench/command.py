@@ -19,8 +19,9 @@ def bench(
     name: Annotated[
         str,
         typer.Argument(
-            help="tp, fsdp, checkpointing, compile, generate, constraints, likelihood, reward, preference, rlhf, "
-            "metrics, saving, tracking, data or sandbox (docs/bench.md); learn or scaling (docs/recipes.md)."
+            help="tp, fsdp, checkpointing, compile, generate, serve, adapters, constraints, likelihood, reward, "
+            "preference, rlhf, metrics, saving, tracking, data or sandbox (docs/bench.md); learn or scaling "
+            "(docs/recipes.md)."
         ),
     ],
     overrides: Annotated[

@@ -32,6 +32,7 @@ BENCHMARKS = {
     "generate": "dist_lm.bench.generate",
     "serve": "dist_lm.bench.serve",
     "constraints": "dist_lm.bench.constraints",
+    "adapters": "dist_lm.bench.adapters",
     "likelihood": "dist_lm.bench.likelihood",
     "reward": "dist_lm.bench.reward",
     "preference": "dist_lm.bench.preference",

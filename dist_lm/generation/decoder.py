@@ -9,7 +9,7 @@ d_head, T positions, F hidden units (twice as many before a gate).
 
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from itertools import accumulate
 from typing import Any, cast
@@ -19,6 +19,7 @@ import torch.nn.functional as F  # noqa: N812  the name the field uses
 
 from dist_lm.config.model import WIDE_LOGITS, ModelConfig
 from dist_lm.errors import ArtefactError
+from dist_lm.generation.adapters import AdaptedLinear, AdapterWeights, RowAdapters, Run, layer_factors, runs_of
 from dist_lm.generation.flash_pages import PAGE_TOKENS, DecodeGraphs, FlashDecodePlan, FlashPages
 from dist_lm.generation.linear import GELUS, VECTOR, Linear, build_linear, wide_linear
 from dist_lm.generation.paged_cache import PLAIN_PAGE_TOKENS, DecodePlan, PagedCache, Piece, PlainPages, pages_for
@@ -26,7 +27,7 @@ from dist_lm.generation.sampling import token_logprobs
 from dist_lm.generation.shard import Share, build_embedding, gathering, leaving, share_of
 from dist_lm.generation.transfer import upload
 from dist_lm.model.layers import RopeTables, activate, capped, mix_values, normalise_heads, rope_tables, rotate
-from dist_lm.model.size import VALUE_MIX, packs_documents, parameter_shapes
+from dist_lm.model.size import ADAPTERS, VALUE_MIX, packs_documents, parameter_shapes
 from dist_lm.parallel.mesh import use_flash_attention_3
 from dist_lm.parallel.tensor_axis import TensorAxis
 
@@ -105,6 +106,7 @@ class Decoder:
         self._cos_TR, self._sin_TR = (table[0, :, 0] for table in rope_tables(position_1T, config, dtype))
 
         self._layers: list[_Layer] = []
+        self._row_adapters = RowAdapters()
         self._graph_weights: dict[str, torch.Tensor] = {}  # the tensors whose addresses are in graphs
         self._graphs = self._new_graphs()
 
@@ -154,6 +156,35 @@ class Decoder:
             self._lm_head = wide_linear(head_weight)
         if axis:
             self._lm_head = gathering(self._lm_head, axis, config.vocab_size)
+
+    def add_adapter(self, adapter: AdapterWeights) -> None:
+        """Adds an adapter beside the weights, until `build` replaces them; only with one rank.
+
+        Raises:
+            ArtefactError: a factor is missing or has another shape.
+        """
+        assert self.axis is None, "each rank would need its part of the factors"
+        config = adapter.config
+        shapes = {name: tuple(factor.shape) for name, factor in adapter.factors.items()}
+        check_weights(config, shapes, [name for name in parameter_shapes(config) if ADAPTERS in name])
+
+        # The same factors as `_layer` has multiplied into the weights.
+        query_scale = 1.0 if config.qk_norm else self.weight_scale
+        residual_scale = 1.0 if self._norm_after else config.residual_scale
+        factors = {name: factor.detach().to(self._device, self.dtype) for name, factor in adapter.factors.items()}
+        for number, layer in enumerate(self._layers):
+            adapted = layer_factors(config, self.share, factors, number, query_scale, residual_scale)
+            changed: dict[str, AdaptedLinear] = {}
+            for part in ("qkv", "output", "up", "down"):
+                linear, pair = getattr(layer, part), getattr(adapted, part)
+                if pair is None:
+                    continue
+                if not isinstance(linear, AdaptedLinear):
+                    has_activation = part == "up" and config.ffn in GELUS
+                    linear = AdaptedLinear(linear, len(pair[1]), self._row_adapters, has_activation)
+                linear.add(adapter.name, *pair)
+                changed[part] = linear
+            self._layers[number] = replace(layer, **changed)
 
     def _new_cache(self, n_pages: int) -> PagedCache:
         cache = build_cache(self.share, n_pages, self._page_tokens, self.dtype, self._device)
@@ -207,7 +238,8 @@ class Decoder:
             torch.tensor([*accumulate(len(piece.tokens) for piece in pieces)]),
             *further,
         )
-        return self.hidden(token_N, plan.position_N, attend), end_P, *uploaded
+        runs = runs_of([piece.adapter for piece in pieces], [len(piece.tokens) for piece in pieces])
+        return self.hidden(token_N, plan.position_N, attend, runs), end_P, *uploaded
 
     def extend(self, pieces: Sequence[Piece], next_tokens: Sequence[int]) -> tuple[torch.Tensor, torch.Tensor]:
         """Does the same as `prefill` for pieces of answers whose tokens are known (collective with several ranks).
@@ -236,24 +268,29 @@ class Decoder:
             return torch.zeros(len(token_n), device=logits_nV.device)
         return token_logprobs(logits_nV, token_n)
 
-    def decode(self, tokens: Sequence[int], plan: DecodePlan) -> torch.Tensor:
+    def decode(self, tokens: Sequence[int], plan: DecodePlan, adapters: Sequence[str] = ()) -> torch.Tensor:
         """Runs the model on one token per sequence and writes its keys and values to the cache (collective with several
         ranks). Returns fp32 logits (B, V), on the device; the next step may overwrite them.
+
+        Args:
+            adapters: name of each sequence's adapter, empty without one; none at all: no sequence has one.
         """
         # The plan is on the device already; only the tokens are new in a step.
         (token_B,) = upload(self._device, torch.tensor(tokens))
-        if self._graphs is not None and isinstance(plan, FlashDecodePlan):
+        runs = runs_of(adapters)
+        # A graph has the products of the base alone, since every batch divides among adapters in its own way.
+        if self._graphs is not None and isinstance(plan, FlashDecodePlan) and not runs:
             return self._graphs(token_B, plan)
-        return self._decode(token_B, plan)
+        return self._decode(token_B, plan, runs)
 
-    def _decode(self, token_B: torch.Tensor, plan: DecodePlan) -> torch.Tensor:
+    def _decode(self, token_B: torch.Tensor, plan: DecodePlan, runs: Sequence[Run] = ()) -> torch.Tensor:
         index_X = self.cache.write_index(plan.cell_B)
 
         def attend(layer: int, q_BHK: torch.Tensor, k_BGK: torch.Tensor, v_BGK: torch.Tensor) -> torch.Tensor:
             self.cache.write(layer, index_X, k_BGK, v_BGK)
             return self.cache.decode(layer, q_BHK, plan)
 
-        return self.logits(self.hidden(token_B, plan.position_B, attend))
+        return self.logits(self.hidden(token_B, plan.position_B, attend, runs))
 
     def plan(self, pages: Sequence[Sequence[int]], positions: Sequence[int]) -> DecodePlan:
         """Plans a decode step: sequence b holds `pages[b]` and adds a token at `positions[b]`."""
@@ -285,7 +322,11 @@ class Decoder:
         """Ends the other processes of the model. Nothing to do here; see `ShardedDecoder`."""
 
     def hidden(
-        self, token_N: torch.Tensor, position_N: torch.Tensor, attend: Callable[..., torch.Tensor]
+        self,
+        token_N: torch.Tensor,
+        position_N: torch.Tensor,
+        attend: Callable[..., torch.Tensor],
+        runs: Sequence[Run] = (),
     ) -> torch.Tensor:
         """Returns hidden states (N, D), in the decoder's dtype, of tokens at their positions, before the final norm
         (collective with several ranks).
@@ -294,8 +335,10 @@ class Decoder:
             token_N: int64, as is position_N.
             attend: a function (layer, queries (N, H, K), keys (N, G, K), values (N, G, K)) -> attention (N, H, K) with
                 scores times `score_scale`; it may write the cache.
+            runs: the adapters of all tokens; empty: none has one.
         """
         config, share = self.config, self.share
+        self._row_adapters.runs = runs
         rope: RopeTables = (self._cos_TR[position_N][:, None], self._sin_TR[position_N][:, None])
         x_ND = self._embed(token_N)
         if config.embedding_scale != 1:

@@ -30,6 +30,7 @@ class EmbeddingRequest:
     id: str
     sequences: Sequence[Sequence[int]]  # token ids, none empty
     pooling: Pooling = "mean"
+    adapter: str = ""  # name of an adapter that the decoder holds; empty: none
 
 
 def embeddings(decoder: Decoder, request: EmbeddingRequest, device: torch.device) -> Iterator[np.ndarray]:
@@ -43,16 +44,16 @@ def embeddings(decoder: Decoder, request: EmbeddingRequest, device: torch.device
     pack: list[Sequence[int]] = []
     for sequence in request.sequences:
         if pack and sum(map(len, pack)) + len(sequence) > most_tokens:
-            yield _embeddings_of_pack(decoder, pack, request.pooling, device)
+            yield _embeddings_of_pack(decoder, pack, request, device)
             pack = []
         pack.append(sequence)
     if pack:
-        yield _embeddings_of_pack(decoder, pack, request.pooling, device)
+        yield _embeddings_of_pack(decoder, pack, request, device)
 
 
 @torch.inference_mode()
 def _embeddings_of_pack(
-    decoder: Decoder, pack: Sequence[Sequence[int]], pooling: Pooling, device: torch.device
+    decoder: Decoder, pack: Sequence[Sequence[int]], request: EmbeddingRequest, device: torch.device
 ) -> np.ndarray:
     """Returns the embeddings (S, D), fp32, of sequences from one forward pass."""
     lengths = [len(sequence) for sequence in pack]
@@ -66,8 +67,8 @@ def _embeddings_of_pack(
         trees.append(packed_tree(Tree(tuple(sequence), ()), begin, decoder.dtype, device, decoder.config.window))
         begin += len(sequence)
 
-    x_ND = decoder.normalised(hidden_of_trees(decoder, trees, token_N, position_N)).float()
-    if pooling == "mean":
+    x_ND = decoder.normalised(hidden_of_trees(decoder, trees, token_N, position_N, request.adapter)).float()
+    if request.pooling == "mean":
         x_SD = torch.stack([x_nD.mean(dim=0) for x_nD in x_ND.split(lengths)])
     else:
         x_SD = torch.stack([x_nD[-1] for x_nD in x_ND.split(lengths)])

@@ -6,6 +6,8 @@ pages are free again. So the cache never overflows, and an answer does not depen
 to the last bit: see `linear.py`, `paged_cache.py` and `sampling.py`). With `prefix_cache`, a prompt begins on the pages
 of an earlier one, as far as they have the same tokens (`prefix_cache.py`).
 
+Adapters can share the weights (`add_adapter`): a step then mixes requests of the base and of all adapters.
+
 Where a constraint allows exactly one token, the engine takes it without asking the model, and goes on until there is a
 choice again. One pass then computes all these tokens at once, with their log-probabilities.
 
@@ -27,7 +29,8 @@ import numpy as np
 import torch
 
 from dist_lm.config.model import ModelConfig
-from dist_lm.errors import UserError
+from dist_lm.errors import UserError, require
+from dist_lm.generation.adapters import AdapterWeights
 from dist_lm.generation.decoder import Decoder, Weights, best_page_tokens, checked
 from dist_lm.generation.engine_options import EngineOptions, pages_that_fit
 from dist_lm.generation.grammar import GrammarError, Grammars, Matcher, allows, only_token
@@ -117,6 +120,7 @@ class Engine:
         self._running: list[AnswerSequence] = []  # oldest first
         self._preempted: list[AnswerSequence] = []  # oldest first
         self._finished: list[Answer | Refusal] = []
+        self._adapter_versions: dict[str, int] = {}
 
         # Kept from the last step, for as long as the same sequences run: (key, plan), see `_plan_for`, and (sequences,
         # their seeds, their sampling groups), see `_sample`.
@@ -161,7 +165,8 @@ class Engine:
         later call succeeds; with tp > 1 no later call can, because the other processes were ended.
 
         Raises:
-            RuntimeError: the engine is `busy`, so that answers would mix two versions; the old weights stay.
+            RuntimeError: the engine is `busy`, so that answers would mix two versions, or has adapters, which belong to
+                the old weights; these stay.
             ArtefactError: the weights do not fit the model; a mapping is checked before the old weights are dropped.
             RankLostError: with tp > 1, another process of the model has ended.
         """
@@ -177,6 +182,7 @@ class Engine:
         of request, versions and their weights: it does not depend on other requests.
 
         Raises:
+            RuntimeError: the engine has adapters, which belong to the old weights.
             ArtefactError, RankLostError: as `load_weights`.
         """
         # A page of the prefix cache may be shared, so prompts are admitted again instead of read again in place.
@@ -202,6 +208,8 @@ class Engine:
         return sequence.next_version in (None, self.version)
 
     def _replace_weights(self, weights: Weights, version: int) -> None:
+        if self._adapter_versions:
+            raise RuntimeError("weights cannot change below adapters: build another engine")
         checked(self.config, weights)
         self.version = None
         if self._prefixes:
@@ -209,6 +217,26 @@ class Engine:
         with torch.inference_mode():
             self._decoder.load(weights)
         self.version = version
+
+    def add_adapter(self, adapter: AdapterWeights) -> None:
+        """Adds an adapter of the weights, for requests that name it.
+
+        Raises:
+            ArtefactError: a factor is missing or has another shape.
+            ConfigError: the engine has several devices, or an adapter of this name.
+        """
+        require(self._tp == 1, "tp", self._tp, "1 with adapters that share their base")
+        is_new = bool(adapter.name) and adapter.name not in self._adapter_versions
+        require(is_new, "adapter", adapter.name, "another name for each adapter")
+        with torch.inference_mode():
+            self.decoder.add_adapter(adapter)
+        self._adapter_versions[adapter.name] = adapter.version
+
+    def version_of(self, adapter: str) -> int:
+        """Returns the version of an adapter's factors, or that of the weights where `adapter` is empty."""
+        version = self._adapter_versions[adapter] if adapter else self.version
+        assert version is not None
+        return version
 
     def sleep(self) -> None:
         """Frees the memory of the cache until the next request; the engine must not be `busy`."""
@@ -254,6 +282,8 @@ class Engine:
             raise RuntimeError("weights did not arrive completely: load them again")
         if self._asleep:
             self._wake()
+        if request.adapter and request.adapter not in self._adapter_versions:
+            raise RequestError(request.id, f"adapter={request.adapter}: this engine has none of this name")
 
         # A request that could never run alone is refused here, so that scheduling always makes progress.
         capacity = self._page_pool.n_pages * self.options.page_tokens
@@ -266,7 +296,7 @@ class Engine:
         for sequence in answers:
             sequence.matcher = self._matcher(request)
         if self._prefixes:
-            answers[0].digests = block_digests(answers[0].tokens, request.cache_key)
+            answers[0].digests = block_digests(answers[0].tokens, request.prefix_key)
         self._waiting.append(answers)
         return answers
 
@@ -508,7 +538,7 @@ class Engine:
                 end = min(first.n_prompt, start + self.options.piece_tokens)
                 if pieces and (end - start > tokens_left or pieces[-1][0] is answers):
                     break  # one piece of a prompt per step: the next piece reads its cache
-                pieces.append((answers, Piece(first.tokens[start:end], start, first.pages)))
+                pieces.append((answers, Piece(first.tokens[start:end], start, first.pages, first.request.adapter)))
                 tokens_left -= end - start
                 start = end
         return pieces
@@ -533,7 +563,7 @@ class Engine:
             if pieces and len(next_tokens) + len(tokens) > self.options.step_tokens:
                 continue
             sequences.append(sequence)
-            pieces.append(Piece(tokens, start, sequence.pages))
+            pieces.append(Piece(tokens, start, sequence.pages, sequence.request.adapter))
             following = sequence.tokens[start + 1 : start + 1 + len(tokens)]
             next_tokens += [*following, *[0] * (len(tokens) - len(following))]  # 0: not known yet
         if not pieces:
@@ -577,8 +607,14 @@ class Engine:
         sequences = [sequence for sequence in self._running if len(sequence.to_compute) == 1 and not sequence.finish]
         if not sequences:
             return None
+        # Rows of one adapter are multiplied together.
+        sequences.sort(key=lambda sequence: sequence.request.adapter)
         plan = self._plan_for(sequences)
-        logits_BV = self._decoder.decode([sequence.tokens[-1] for sequence in sequences], plan)
+        tokens = [sequence.tokens[-1] for sequence in sequences]
+        if self._adapter_versions:
+            logits_BV = self.decoder.decode(tokens, plan, [sequence.request.adapter for sequence in sequences])
+        else:
+            logits_BV = self._decoder.decode(tokens, plan)
         for sequence in sequences:
             sequence.cached += 1
         return _LogitRows(sequences, logits_BV, plan.position_B + 1)
@@ -753,8 +789,7 @@ class Engine:
     def _finish(self, sequence: AnswerSequence, reason: FinishReason) -> None:
         sequence.finish = reason
         self._release(sequence)
-        assert self.version is not None
-        self._finished.append(sequence.answer(self.version))
+        self._finished.append(sequence.answer(self.version_of(sequence.request.adapter)))
 
     def _refuse(self, request: Request, reason: str) -> None:
         """Refuses a request under way: ends its unfinished answers, and clears and frees their pages."""

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 import torch
 import torch.nn.functional as F  # noqa: N812  the name the field uses
 
+from dist_lm.generation.adapters import runs_of
 from dist_lm.generation.decoder import Decoder
 from dist_lm.generation.transfer import upload
 
@@ -122,16 +123,24 @@ def _likelihoods_of_pack(decoder: Decoder, pack: Sequence[Tree], device: torch.d
 
 
 def hidden_of_trees(
-    decoder: Decoder, packed_trees: Sequence[PackedTree], token_N: torch.Tensor, position_N: torch.Tensor
+    decoder: Decoder,
+    packed_trees: Sequence[PackedTree],
+    token_N: torch.Tensor,
+    position_N: torch.Tensor,
+    adapter: str = "",
 ) -> torch.Tensor:
-    """Returns the hidden states (N, D) of packed trees, before the final norm."""
+    """Returns the hidden states (N, D) of packed trees, before the final norm.
+
+    Args:
+        adapter: name of the adapter of all tokens; empty: none.
+    """
 
     def attend(layer: int, q_NHK: torch.Tensor, k_NGK: torch.Tensor, v_NGK: torch.Tensor) -> torch.Tensor:
         has_window = decoder.share.windows[layer] is not None
         attended = [_attend(tree, q_NHK, k_NGK, v_NGK, has_window, decoder.score_scale) for tree in packed_trees]
         return torch.cat(attended)
 
-    return decoder.hidden(token_N, position_N, attend)
+    return decoder.hidden(token_N, position_N, attend, runs_of([adapter], [len(token_N)]))
 
 
 def packed_tree(tree: Tree, begin: int, dtype: torch.dtype, device: torch.device, window: int | None) -> PackedTree:

@@ -132,6 +132,7 @@ class Piece:
     tokens: Sequence[int]
     start: int  # position of the first token
     pages: Sequence[int]  # hold all positions from 0 to that of the last token
+    adapter: str = ""  # name of the sequence's adapter; empty: none
 
     @property
     def positions(self) -> range:

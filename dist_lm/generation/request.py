@@ -112,6 +112,12 @@ class Request:
     cache_key: str = ""  # only requests with the same key share what the prefix cache holds
     # the weights that the answer waits for, as `Answer.versions`; empty: those that the engine has. Only with n=1
     versions: Versions = ()
+    adapter: str = ""  # name of an adapter that the engine holds; empty: the engine's own weights
+
+    @property
+    def prefix_key(self) -> str:
+        """Key of the prefix cache: adapters compute other keys and values. No name holds a NUL, so none forges it."""
+        return f"{self.adapter}\0{self.cache_key}"
 
 
 @dataclass(frozen=True)

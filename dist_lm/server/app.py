@@ -19,6 +19,7 @@ from dist_lm.chat import json_text
 from dist_lm.errors import UserError
 from dist_lm.generation.request import Answer
 from dist_lm.server.api import CHAT, COMPLETIONS, Api
+from dist_lm.server.backend import Backend
 from dist_lm.server.chat_page import add_chat_page
 from dist_lm.server.door import App, Door, DoorRules, Receive, Scope, Send, bearer_token
 from dist_lm.server.embedding_fields import embedding_job, embedding_response
@@ -44,11 +45,11 @@ def build_app(serving: Serving, rules: DoorRules) -> App:
 
     @asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
-        for model in serving.models:
-            model.thread.start()
+        for thread in serving.threads:
+            thread.start()
         yield
         # All engines are told at once: the end takes `stop_s` seconds, however many models there are.
-        stops = [run_in_threadpool(model.thread.stop, serving.stop_s) for model in serving.models]
+        stops = [run_in_threadpool(thread.stop, serving.stop_s) for thread in serving.threads]
         await asyncio.gather(*stops)
         serving.compiler.shutdown(wait=False, cancel_futures=True)
 
@@ -139,7 +140,11 @@ def _add_state(app: FastAPI, serving: Serving) -> None:
 
     @app.get("/metrics")
     async def metrics() -> Response:
-        threads = {model.served.name: model.thread for model in serving.models}
+        # Models that share a base have one engine, whose figures are those of all.
+        names: dict[Backend, list[str]] = {}
+        for model in serving.models:
+            names.setdefault(model.thread, []).append(model.served.name)
+        threads = {",".join(of_thread): thread for thread, of_thread in names.items()}
         text = metrics_text(threads, serving.counts, serving.open_requests)
         return PlainTextResponse(text, media_type="text/plain; version=0.0.4")
 

@@ -17,7 +17,8 @@ from dist_lm.errors import ConfigError, UserError, require
 from dist_lm.parallel.mesh import option_device
 from dist_lm.server.door import DoorRules
 from dist_lm.server.follow import Follower
-from dist_lm.server.models import ModelOptions, check_memory, find_models, load_over_pool, load_reward, load_served
+from dist_lm.server.model_files import ModelFiles, by_base, find_models
+from dist_lm.server.models import ModelOptions, check_memory, load_over_pool, load_reward, load_served
 from dist_lm.server.served import ServeLimits
 from dist_lm.server.serving import Serving
 from dist_lm.storage.process import CpuUsage
@@ -48,12 +49,16 @@ class ServeOptions:
     follow: bool = False  # whether new checkpoints of the runs are loaded
     actors: int = 0  # engines of each model in a Ray cluster; -1: as many as fit; 0: engines in this process
     ray: str | None = None  # host:port of the head of a running Ray; None: one of our own on this machine
+    nodes: int = 0  # most nodes of that Ray with actors, also of those that join later; 0: as many as are there now
+    merge: bool = False  # whether adapters are merged even where models could share their base
     limits: ServeLimits = field(default_factory=ServeLimits)
 
     def __post_init__(self) -> None:
         require(0 <= self.port < 65536, "--port", self.port, "0 to 65535")
         require(self.actors >= -1, "--actors", self.actors, "a positive number, 0 for none, or -1 for as many as fit")
         require(self.actors != 0 or self.ray is None, "--ray", self.ray, "--actors too")
+        nodes_fit = self.nodes == 0 or (self.nodes > 0 and self.ray is not None)
+        require(nodes_fit, "--nodes", self.nodes, "a positive number, with --ray; 0 for those that are there")
         for option, value in (
             ("--tp", self.tp),
             ("--cache-tokens", self.cache_tokens),
@@ -121,8 +126,8 @@ def _cluster(options: ServeOptions) -> Iterator[RayCluster | None]:
         yield None
         return
     with connect(ClusterConfig(name="ray" if options.ray else "local", address=options.ray)) as cluster:
-        n_nodes = len(cluster.nodes())
         # Actors may use every node that is there; the default of cluster.nodes is one.
+        n_nodes = options.nodes or len(cluster.nodes())
         yield replace(cluster, config=replace(cluster.config, nodes=max(1, n_nodes)))
 
 
@@ -132,9 +137,9 @@ def _divide_threads(serving: Serving, usage: CpuUsage, options: ServeOptions) ->
     if option_device(options.device).type != "cpu" or "OMP_NUM_THREADS" in os.environ:
         return
     n_threads = min(torch.get_num_threads(), usage.free_cores())
-    torch.set_num_threads(max(1, n_threads // max(1, len(serving.models))))
-    for model in serving.models:
-        model.thread.use_threads(torch.get_num_threads())
+    torch.set_num_threads(max(1, n_threads // max(1, len(serving.threads))))
+    for thread in serving.threads:
+        thread.use_threads(torch.get_num_threads())
 
 
 def _run(server: "uvicorn.Server", listener: socket.socket, serving: Serving, followers: Sequence[Follower]) -> None:
@@ -151,8 +156,8 @@ def _run(server: "uvicorn.Server", listener: socket.socket, serving: Serving, fo
             follower.stop(serving.stop_s)
         for number, handler in handlers.items():
             signal.signal(number, handler)
-        for model in serving.models:
-            model.thread.close()
+        for thread in serving.threads:
+            thread.close()
 
 
 def _load(
@@ -172,12 +177,17 @@ def _load(
     device = option_device(options.device) if cluster is None else _device_of(cluster, options.device)
     model_options = ModelOptions(device, options.tp, cache_tokens, options.queue_s, options.limits)
 
+    groups = _groups(language_models, options)
     if cluster is None:
-        say(check_memory(model_files, model_options))
-        models = [load_served(model, tokenizer, model_options) for model in language_models]
+        say(check_memory([*groups, *([model] for model in reward_models)], model_options))
+        loaded = [load_served(group, tokenizer, model_options) for group in groups]
     else:
-        models = [load_over_pool(model, tokenizer, model_options, cluster, options.actors) for model in language_models]
-        counts = [model.thread.n_engines for model in models]
+        loaded = [load_over_pool(group, tokenizer, model_options, cluster, options.actors) for group in groups]
+    by_name = {model.served.name: model for of_group in loaded for model in of_group}
+    models = [by_name[model.name] for model in language_models]
+
+    if cluster is not None:
+        counts = [thread.n_engines for thread in dict.fromkeys(model.thread for model in models)]
         say(f"{sum(counts)} actor{'s' * (sum(counts) != 1)} at {cluster.address}, on {device}")
     # Scores are computed in this process.
     reward_options = replace(model_options, device=device if cluster is None else torch.device("cpu"), tp=1)
@@ -190,6 +200,23 @@ def _load(
         for files, model in zip(language_models, models, strict=True)
     ]
     return serving, followers
+
+
+def _groups(models: Sequence[ModelFiles], options: ServeOptions) -> list[list[ModelFiles]]:
+    """Returns the models in groups with one engine each, and says so where models over one base are merged instead."""
+    groups = by_base(models)
+    if len(groups) == len(models):
+        return groups
+    # Each rank would hold its part of the factors, and weights that change have no adapters beside them.
+    for reason, holds in (
+        ("--merge", options.merge),
+        (f"--tp {options.tp}", options.tp > 1),
+        ("--follow", options.follow),
+    ):
+        if holds:
+            say(f"{reason}: adapters of one base are merged, and each model has weights of its own")
+            return [[model] for model in models]
+    return groups
 
 
 def _device_of(cluster: RayCluster, name: str) -> torch.device:

@@ -60,7 +60,7 @@ def embedding_job(body: Mapping[str, Json], served: Served) -> EmbeddingJob:
     if n_tokens > served.limits.prompt_tokens:
         message = f"input: {n_tokens:,} tokens; expected at most {served.limits.prompt_tokens:,} together"
         raise ProtocolError(message, param="input")
-    request = EmbeddingRequest(f"embd-{secrets.token_hex(12)}", sequences, pooling)
+    request = EmbeddingRequest(f"embd-{secrets.token_hex(12)}", sequences, pooling, served.adapter)
     return EmbeddingJob(served, request, is_base64=encoding == "base64")
 
 

@@ -394,7 +394,8 @@ class EngineThread:
         if vectors_sD is None:
             self._embedding.popleft()
             self.figures.answered += 1
-            order.sink(Embedded(order.request.id, np.concatenate(order.parts), self.version))
+            version = self._engine.version_of(order.request.adapter)
+            order.sink(Embedded(order.request.id, np.concatenate(order.parts), version))
         # JSON has no nan, so such a vector would end as a defect of the server.
         elif not np.isfinite(vectors_sD).all():
             self._embedding.popleft()
@@ -443,7 +444,7 @@ class EngineThread:
                 pieces=pieces,
                 raw_logprobs=sequence.raw_logprobs[new],
                 logprobs=sequence.logprobs[new],
-                version=self.version,
+                version=self._engine.version_of(order.request.adapter),
                 top_logprobs=sequence.top_logprobs[new],
             )
             order.pieces[index], order.sent[index] = [], new.stop

@@ -1,4 +1,5 @@
-"""Finds the models of a server, says what memory they take, and loads each with an engine of its own."""
+"""Says what memory the models of a server take, and loads them: each with an engine of its own, or with one engine for
+all that share a base."""
 
 import time
 from collections.abc import Sequence
@@ -11,17 +12,19 @@ from dist_lm.cluster.allocation import Site
 from dist_lm.cluster.ray_cluster import RayCluster
 from dist_lm.config.model import ModelConfig
 from dist_lm.config.pool import MOST_PAGE_TOKENS
-from dist_lm.errors import ConfigError, UserError, require
+from dist_lm.errors import ConfigError, UserError
 from dist_lm.generation.engine_options import free_bytes
 from dist_lm.generation.grammar import Grammars
-from dist_lm.generation.load import load_model, model_config_of, run_of, tokenizer_of
+from dist_lm.generation.load import run_of, tokenizer_of
 from dist_lm.generation.session import build_engine, cache_options
 from dist_lm.generation.shard import check_tp, share_of
-from dist_lm.model.size import kv_bytes_per_token, parameter_count, parameter_shapes
+from dist_lm.model.size import kv_bytes_per_token, parameter_count, parameter_shapes, trained_count
 from dist_lm.model.transformer import Transformer
 from dist_lm.parallel.mesh import lacks_bf16
 from dist_lm.rlhf.reward_model import read_reward_scale
+from dist_lm.server.backend import Backend
 from dist_lm.server.engine_thread import EngineThread
+from dist_lm.server.model_files import ModelFiles, load_group
 from dist_lm.server.scoring import RewardModel
 from dist_lm.server.served import Served, ServeLimits
 from dist_lm.server.serving import ServedModel
@@ -29,8 +32,6 @@ from dist_lm.tokenizer.tokenizer import Tokenizer
 from dist_lm.tracking.readable import say
 from dist_lm.training import checkpoint_files as files
 from dist_lm.training.checkpoint_tensors import model_weights
-
-STEP_PREFIX = "step_"
 
 
 @dataclass(frozen=True)
@@ -44,52 +45,11 @@ class ModelOptions:
     limits: ServeLimits
 
 
-@dataclass(frozen=True)
-class ModelFiles:
-    """A model that is not loaded yet."""
-
-    path: Path  # as the user has written it
-    checkpoint: Path
-    config: ModelConfig
-    name: str  # its name in responses
-    aliases: tuple[str, ...] = ()
-
-
-def find_models(paths: Sequence[Path], names: Sequence[str], follow: bool = False) -> list[ModelFiles]:
-    """Returns the models to load. Each is called by run and checkpoint, `sft/default/step_00000400`.
+def check_memory(groups: Sequence[Sequence[ModelFiles]], options: ModelOptions) -> str:
+    """Returns a line that says what memory the models will take.
 
     Args:
-        paths: runs, folders of checkpoints, or checkpoints.
-        names: further names of a single model; of several models one name for each, in their order.
-        follow: whether checkpoints will change: models are called by their run alone.
-
-    Raises:
-        ConfigError: there are several models, and names for some; or a checkpoint is to be followed.
-        ArtefactError: a path holds no checkpoint of a model.
-    """
-    is_single = len(paths) == 1
-    accepted = f"none, or one for each of the {len(paths)} models"
-    require(is_single or len(names) in (0, len(paths)), "--name", " ".join(names), accepted)
-
-    models: list[ModelFiles] = []
-    for number, path in enumerate(paths):
-        checkpoint = files.find_checkpoint(path)
-        run = run_of(checkpoint)
-        config = model_config_of(checkpoint)
-        if follow:
-            can_follow = checkpoint.resolve() != path.resolve() and config.head == "tokens"
-            require(can_follow, "--follow", path, "runs of language models, or folders of their checkpoints")
-
-        name = "/".join((*run.path.parts[-2:], checkpoint.name)) if run else str(checkpoint)
-        if follow:
-            name = name.removesuffix(f"/{checkpoint.name}")
-        aliases = tuple(names) if is_single else tuple(names[number : number + 1])
-        models.append(ModelFiles(path, checkpoint, config, name, aliases))
-    return models
-
-
-def check_memory(models: Sequence[ModelFiles], options: ModelOptions) -> str:
-    """Returns a line that says what memory the models will take.
+        groups: of models that share a base, see `by_base`.
 
     Raises:
         ConfigError: it is more than what is free.
@@ -97,7 +57,8 @@ def check_memory(models: Sequence[ModelFiles], options: ModelOptions) -> str:
     # The same choice as in `build_engine`.
     has_bf16 = options.device.type == "cuda" and not lacks_bf16(options.device)
     item_bytes = 2 if has_bf16 else 4
-    weight_bytes = sum(parameter_count(model.config.plain) for model in models) * item_bytes
+    models = [model for group in groups for model in group]
+    weight_bytes = sum(map(_parameters_of, groups)) * item_bytes
     with_cache = [model.config for model in models if model.config.head == "tokens"]
     cache_bytes = sum(_cache_bytes(config, options, item_bytes) for config in with_cache)
     needed = weight_bytes // options.tp + cache_bytes
@@ -105,7 +66,8 @@ def check_memory(models: Sequence[ModelFiles], options: ModelOptions) -> str:
     free = free_bytes(options.device)
     gib = 1 << 30
     line = (
-        f"{len(models)} model{'s' * (len(models) != 1)}: weights {weight_bytes / options.tp / gib:.2f} GiB and cache "
+        f"{len(models)} model{'s' * (len(models) != 1)}{_sharing(groups)}: "
+        f"weights {weight_bytes / options.tp / gib:.2f} GiB and cache "
         f"{cache_bytes / gib:.2f} GiB of {free / gib:.2f} GiB free on {options.device}"
     )
     if needed > free:
@@ -113,41 +75,62 @@ def check_memory(models: Sequence[ModelFiles], options: ModelOptions) -> str:
     return line
 
 
+def _parameters_of(group: Sequence[ModelFiles]) -> int:
+    """Returns the parameters that a group of models holds in memory."""
+    n_base = parameter_count(group[0].config)
+    if len(group) == 1:
+        return n_base
+    return n_base + sum(trained_count(model.adapted) for model in group if model.adapted)
+
+
+def _sharing(groups: Sequence[Sequence[ModelFiles]]) -> str:
+    """Returns words that say how many models share a base; empty if none does."""
+    shared = [group for group in groups if len(group) > 1]
+    if not shared:
+        return ""
+    bases = "one base" if len(shared) == 1 else f"{len(shared)} bases"
+    return f", {sum(map(len, shared))} of them over {bases}"
+
+
 def _cache_bytes(config: ModelConfig, options: ModelOptions, item_bytes: int) -> int:
     tokens = max(options.cache_tokens, config.max_seq_len)
     return tokens * kv_bytes_per_token(config, share_of(config, options.tp).kv_heads, item_bytes)
 
 
-def load_served(model: ModelFiles, tokenizer: Path | None, options: ModelOptions) -> ServedModel:
-    """Returns a model with its engine, whose thread does not run yet.
+def load_served(group: Sequence[ModelFiles], tokenizer: Path | None, options: ModelOptions) -> list[ServedModel]:
+    """Returns models with the engine that they share, whose thread does not run yet.
 
     Args:
+        group: a model alone, or models over one base, see `by_base`.
         tokenizer: file or folder of the tokenizer; None: that of the run.
 
     Raises:
         ArtefactError: checkpoint or tokenizer is missing or damaged, or they do not fit.
         ConfigError: the model cannot be cut into `tp` parts, or there are fewer devices.
     """
-    loaded = load_model(model.checkpoint, tokenizer)
+    loaded, adapters, tokenizers = load_group(group, tokenizer)
     n_devices = torch.cuda.device_count() if options.device.type == "cuda" else None
     check_tp(loaded.config, options.tp, n_devices, "--tp")
 
-    grammars = Grammars(lambda: loaded.tokenizer, untrusted=True)
-    answers = max(1, options.cache_tokens // loaded.config.max_seq_len)
-    version = version_of(model.checkpoint)
+    grammars = _grammars(loaded.tokenizer)
+    cache_tokens = options.cache_tokens * len(group)
+    answers = max(1, cache_tokens // loaded.config.max_seq_len)
     engine = build_engine(
-        loaded, options.device, answers, options.cache_tokens, options.tp, grammars=grammars, version=version
+        loaded, options.device, answers, cache_tokens, options.tp, grammars=grammars, version=_base_version(group)
     )
-    return ServedModel(_served(model, loaded.tokenizer, options), EngineThread(engine, options.queue_s), grammars)
+    for adapter in adapters:
+        engine.add_adapter(adapter)
+    return _served_models(group, tokenizers, EngineThread(engine, options.queue_s), grammars, options)
 
 
 def load_over_pool(
-    model: ModelFiles, tokenizer: Path | None, options: ModelOptions, cluster: RayCluster, actors: int
-) -> ServedModel:
-    """Returns a model that the actors of a pool compute; at least one is up. Each has a cache of
-    `options.cache_tokens`.
+    group: Sequence[ModelFiles], tokenizer: Path | None, options: ModelOptions, cluster: RayCluster, actors: int
+) -> list[ServedModel]:
+    """Returns models that the actors of one pool compute; at least one is up. Each actor has a cache of
+    `options.cache_tokens` for each model.
 
     Args:
+        group: as for `load_served`.
         tokenizer: as for `load_served`.
         cluster: has places for the actors; its nodes have what `options.device` says.
         actors: how many; -1: one for each `options.tp` GPUs of a node, or one per node without GPUs.
@@ -161,10 +144,11 @@ def load_over_pool(
     from dist_lm.server.pool_thread import PoolThread
     from dist_lm.server.serving_pool import ServingPool, ServingSpec
 
-    loaded = load_model(model.checkpoint, tokenizer)
-    answers = max(1, options.cache_tokens // loaded.config.max_seq_len)
+    loaded, adapters, tokenizers = load_group(group, tokenizer)
+    cache_tokens = options.cache_tokens * len(group)
+    answers = max(1, cache_tokens // loaded.config.max_seq_len)
     # The actor chooses the size of its pages, up to the largest.
-    engine_options = cache_options(loaded.config, answers, options.cache_tokens, MOST_PAGE_TOKENS)
+    engine_options = cache_options(loaded.config, answers, cache_tokens, MOST_PAGE_TOKENS)
     spec = ServingSpec(
         model=loaded.config,
         options=replace(engine_options, page_tokens=0),
@@ -175,21 +159,50 @@ def load_over_pool(
         tp=options.tp,
         tokenizer_file=loaded.tokenizer.file_content,
         queue_s=options.queue_s,
+        adapters=tuple(adapters),
     )
     try:
         pool = ServingPool.start(
             cluster,
             spec,
             ((name, loaded.weights[name]) for name in parameter_shapes(loaded.config)),
-            version=version_of(model.checkpoint),
+            version=_base_version(group),
             actors=actors,
             warn=say,
             site=Site(among_others=True),  # beside the pools of other models
         )
     except PoolFailure as failure:
         raise UserError(f"--actors={actors}: {failure}") from failure
-    grammars = Grammars(lambda: loaded.tokenizer, untrusted=True)
-    return ServedModel(_served(model, loaded.tokenizer, options), PoolThread(pool, spec), grammars)
+    return _served_models(group, tokenizers, PoolThread(pool, spec), _grammars(loaded.tokenizer), options)
+
+
+def _base_version(group: Sequence[ModelFiles]) -> int:
+    """Returns the version of the weights that a group shares; 0 if none of its models is the base."""
+    if len(group) == 1:
+        return group[0].version
+    return next((model.version for model in group if not model.adapted), 0)
+
+
+def _grammars(tokenizer: Tokenizer) -> Grammars:
+    """Returns grammars that hold the tokenizer, and not the weights that were loaded with it."""
+    return Grammars(lambda: tokenizer, untrusted=True)
+
+
+def _served_models(
+    group: Sequence[ModelFiles],
+    tokenizers: Sequence[Tokenizer],
+    thread: Backend,
+    grammars: Grammars,
+    options: ModelOptions,
+) -> list[ServedModel]:
+    """Returns the models of a group, whose requests all go to one backend."""
+    models: list[ServedModel] = []
+    for model, tokenizer in zip(group, tokenizers, strict=True):
+        served = _served(model, tokenizer, options)
+        if model.adapted and len(group) > 1:
+            served.adapter = model.name
+        models.append(ServedModel(served, thread, grammars))
+    return models
 
 
 def load_reward(model: ModelFiles, tokenizer: Path | None, options: ModelOptions) -> RewardModel:
@@ -213,7 +226,7 @@ def load_reward(model: ModelFiles, tokenizer: Path | None, options: ModelOptions
     return RewardModel(
         _served(model, loaded_tokenizer, options),
         transformer,
-        version_of(checkpoint),
+        model.version,
         read_reward_scale(run) if run and is_finished else None,
     )
 
@@ -229,9 +242,3 @@ def _served(model: ModelFiles, tokenizer: Tokenizer, options: ModelOptions) -> S
         embedding_width=model.config.d_model if options.tp == 1 else 0,
         limits=options.limits,
     )
-
-
-def version_of(checkpoint: Path) -> int:
-    """Returns the version of a checkpoint's weights: its step, 0 if its name tells none."""
-    step = checkpoint.name.removeprefix(STEP_PREFIX)
-    return int(step) if step.isdigit() else 0

@@ -164,7 +164,7 @@ class PoolThread:
 
     def submit(self, request: Request, sink: Sink, *, streams: bool) -> None:
         """See `Backend`."""
-        digests = block_digests(request.prompt, request.cache_key)
+        digests = block_digests(request.prompt, request.prefix_key)
         self._inbox.put(_Routed(Order(request, streams), sink, time.monotonic(), digests, n_open=request.n))
 
     def embed(self, request: EmbeddingRequest, sink: Sink) -> None:

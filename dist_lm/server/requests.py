@@ -94,7 +94,9 @@ def job_of(endpoint: Endpoint, body: Mapping[str, Json], served: Served, client:
         served=served,
         requests=tuple(
             # A shared cache would show one client, by its times, which prompts another has sent.
-            Request(f"{name}-{index}", ids, params, seed, n, constraint=constraint, cache_key=client)
+            Request(
+                f"{name}-{index}", ids, params, seed, n, constraint=constraint, cache_key=client, adapter=served.adapter
+            )
             for index, ids in enumerate(prompts)
         ),
         stream=typed(body, "stream", bool, False),

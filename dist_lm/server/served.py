@@ -35,6 +35,7 @@ class Served:
     aliases: Sequence[str] = ()
     created: int = 0  # seconds since 1970
     embedding_width: int = 0  # 0: it computes no embeddings
+    adapter: str = ""  # its name in an engine that several models share; empty: the engine's own weights
     limits: ServeLimits = field(default_factory=ServeLimits)
     conversations: Conversations = field(init=False)
 

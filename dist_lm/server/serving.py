@@ -48,6 +48,11 @@ class Serving:
         return [model.served for model in (*self.models, *self.rewards)]
 
     @property
+    def threads(self) -> list[Backend]:
+        """What computes the answers; models that share a base have one."""
+        return [*dict.fromkeys(model.thread for model in self.models)]
+
+    @property
     def failure(self) -> str:
         """Why an engine computes no more; empty while all do."""
         return next((model.thread.failure for model in self.models if model.thread.failure), "")

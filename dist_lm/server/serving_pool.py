@@ -19,6 +19,7 @@ from dist_lm.cluster.pool_actor import EngineSpec, Loaded, Member, MemberLostErr
 from dist_lm.cluster.pool_weights import Stored, read
 from dist_lm.cluster.ray_cluster import Node
 from dist_lm.errors import UserError
+from dist_lm.generation.adapters import AdapterWeights
 from dist_lm.generation.embedding import EmbeddingRequest
 from dist_lm.generation.prefix_cache import PrefixCounts
 from dist_lm.generation.request import Request
@@ -34,6 +35,7 @@ class ServingSpec(EngineSpec):
     """The engine that every actor builds."""
 
     queue_s: float = 60.0  # longest wait of a request for its first step
+    adapters: tuple[AdapterWeights, ...] = ()  # of the pool's weights, which then never change
 
 
 @dataclass(frozen=True)
@@ -68,7 +70,7 @@ class ServingActor(PoolActor):
     def __init__(self, spec: ServingSpec, threads: int, devices: tuple[int, ...] = ()) -> None:
         """See `PoolActor`."""
         super().__init__(spec, threads, devices)
-        self._queue_s = spec.queue_s
+        self._queue_s, self._adapters = spec.queue_s, spec.adapters
         self._thread: EngineThread | None = None
         self._events: queue.SimpleQueue[Event] = queue.SimpleQueue()
 
@@ -84,6 +86,8 @@ class ServingActor(PoolActor):
             torch.set_num_threads(self._threads)
             loaded = super().load(chunks, version)
             assert self._engine
+            for adapter in self._adapters:
+                self._engine.add_adapter(adapter)
             self._thread = EngineThread(self._engine, self._queue_s)
             self._thread.start()
             return loaded

@@ -29,6 +29,9 @@ def serve(
     follow: Annotated[
         bool, typer.Option("--follow", help="Load new checkpoints of the runs; later requests get their weights.")
     ] = False,
+    merge: Annotated[
+        bool, typer.Option("--merge", help="Merge adapters, also where models could share the weights of one base.")
+    ] = False,
     actors: Annotated[
         int,
         typer.Option(help="Engines of each model, as actors in a Ray cluster; -1: one for each --tp GPUs. 0: none."),
@@ -37,6 +40,10 @@ def serve(
         str | None,
         typer.Option(help="HOST:PORT of the head of a running Ray, for --actors; RAY_AUTH_TOKEN_PATH names its token."),
     ] = None,
+    nodes: Annotated[
+        int,
+        typer.Option(help="Most nodes of --ray with actors, also of nodes that join later; 0: those that are there."),
+    ] = 0,
     cache_tokens: Annotated[int, typer.Option(help="Tokens of prompts and answers that are under way together.")] = (
         65536
     ),
@@ -65,6 +72,8 @@ def serve(
         follow=follow,
         actors=actors,
         ray=ray,
+        nodes=nodes,
+        merge=merge,
         limits=ServeLimits(max_tokens=max_tokens, n=max_n),
     )
     serve(paths, tokenizer, options)

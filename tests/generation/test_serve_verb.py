@@ -51,6 +51,7 @@ def test_a_run_is_served_until_a_signal(small_run: RunDirectory, options: tuple[
         (("--port", "70000"), "--port=70000: expected 0 to 65535"),
         (("--actors", "-2"), "--actors=-2: expected a positive number, 0 for none, or -1 for as many as fit"),
         (("--ray", "127.0.0.1:6379"), "--ray=127.0.0.1:6379: expected --actors too"),
+        (("--nodes", "2"), "--nodes=2: expected a positive number, with --ray; 0 for those that are there"),
         (("--max-tokens", "0"), "--max-tokens=0: expected a positive number"),
         (("--host", "203.0.113.9"), "DIST_LM_API_KEY"),
     ],

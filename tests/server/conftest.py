@@ -99,6 +99,15 @@ def served(
     rewards: Sequence[RewardModel] = (),
 ) -> Iterator[Running]:
     models = [served_model(loaded, "small", ("default",), queue_s), *others]
+    with serving_of(models, rules, most_requests, rewards) as (url, serving):
+        yield Running(url, serving, model, loaded)
+
+
+@contextmanager
+def serving_of(
+    models: Sequence[ServedModel], rules: DoorRules, most_requests: int = 64, rewards: Sequence[RewardModel] = ()
+) -> Iterator[tuple[str, Serving]]:
+    """A server of models: its address, and what its routes share."""
     serving = Serving(models, most_requests, limits=LIMITS, rewards=rewards)
     listener = socket.create_server(("127.0.0.1", 0))
     config = uvicorn.Config(build_app(serving, rules), log_level="warning", timeout_graceful_shutdown=5)
@@ -106,7 +115,7 @@ def served(
     runner = threading.Thread(target=server.run, args=([listener],), daemon=True)
     runner.start()
     try:
-        yield Running(f"http://127.0.0.1:{listener.getsockname()[1]}", serving, model, loaded)
+        yield f"http://127.0.0.1:{listener.getsockname()[1]}", serving
     finally:
         server.should_exit = True
         runner.join(patient(30))

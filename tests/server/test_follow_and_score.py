@@ -23,7 +23,8 @@ from dist_lm.prepare.compose import compose_config
 from dist_lm.rlhf.reward_model import last_token_scores
 from dist_lm.server.door import DoorRules
 from dist_lm.server.follow import Follower
-from dist_lm.server.models import ModelOptions, check_memory, find_models, load_reward, load_served
+from dist_lm.server.model_files import find_models
+from dist_lm.server.models import ModelOptions, check_memory, load_reward, load_served
 from dist_lm.server.served import ServeLimits
 from dist_lm.storage.run_directory import RunDirectory, WorkDirectory
 from dist_lm.training import checkpoint, checkpoint_saver
@@ -69,7 +70,7 @@ def test_new_checkpoints_are_served_and_damaged_ones_are_not(
     write(run, 10)
     (files,) = find_models([run.path], ["ours"], follow=True)
     assert files.name == "code/small"
-    followed = load_served(files, None, OPTIONS)
+    (followed,) = load_served([files], None, OPTIONS)
     lines: list[str] = []
     reported = threading.Semaphore(0)
 
@@ -115,9 +116,9 @@ def test_names_belong_to_models_and_memory_is_compared(run: RunDirectory):
         find_models([run.path, run.path], ["ours"])
     models = find_models([run.path, run.path], ["ours", "theirs"])
     assert [model.aliases for model in models] == [("ours",), ("theirs",)]
-    assert "2 models: weights 0.00 GiB" in check_memory(models, OPTIONS)
+    assert "2 models: weights 0.00 GiB" in check_memory([[model] for model in models], OPTIONS)
     with pytest.raises(ConfigError, match="--cache-tokens"):
-        check_memory(models, replace(OPTIONS, cache_tokens=10**12))
+        check_memory([models[:1], models[1:]], replace(OPTIONS, cache_tokens=10**12))
 
 
 @pytest.mark.heavy

@@ -378,7 +378,8 @@ def test_a_job_that_serves_takes_the_arguments_of_the_command(shell: BatchShell)
     (venv / "activate").touch()
     done = subprocess.run(
         ["bash", "-c", (CHECKOUT / "slurm" / "serve.sh").read_text(), "bash", "a run", "--port", "8080"],
-        env=shell.environ | {"HOME": str(shell.directory), "DIST_LM_VENV": str(venv.parent)},
+        env=shell.environ
+        | {"HOME": str(shell.directory), "DIST_LM_VENV": str(venv.parent), "SLURM_JOB_NUM_NODES": "1"},
         capture_output=True,
         timeout=SECONDS,
         check=False,
@@ -387,6 +388,46 @@ def test_a_job_that_serves_takes_the_arguments_of_the_command(shell: BatchShell)
     assert done.returncode == 0, log
     assert shell.calls("python") == ["-m dist_lm serve a run --port 8080"]
     assert "it serves" in log
+
+
+# Sources what serve.sh does on several nodes, with a head that runs until it is told to stop.
+OF_SERVERS = f"""{NO_WAIT} {AT_ONCE}
+. "$root/slurm/serve_nodes.sh"
+start_ray() {{ make_token; sleep 60 >/dev/null & head_step=$!; }}
+signal_steps() {{ signal_processes "$1" "$head_step"; }}
+find_nodes() {{ head=n1 head_address=10.0.0.1:6407; }}
+"""
+
+
+def test_a_server_over_several_nodes_has_their_ray(shell: BatchShell) -> None:
+    """Finds a server without its actors, a Ray without a token or that outlives the server, and a lost exit code."""
+    shell.stub("python", 'echo "token in $RAY_AUTH_TOKEN_PATH"; exit 3')
+    done = shell.try_to(f'{OF_SERVERS} serve_over_nodes "a run" --actors 2')
+    assert done.returncode == 3, done.stdout + done.stderr
+    assert shell.calls("python") == [
+        "-m dist_lm serve --actors -1 --ray 10.0.0.1:6407 --nodes 2 a run --actors 2",
+    ]
+    token = shell.directory / "slurm-7" / "token"
+    assert f"token in {token}" in done.stdout
+    assert not token.exists()
+    assert "cleaned up" in done.stdout
+
+
+def test_a_server_over_several_nodes_ends_at_term_by_itself(shell: BatchShell) -> None:
+    """Finds a server that is killed while answers are under way."""
+    stub = "trap 'echo answers are complete; exit 0' TERM; kill -s TERM $PPID; while :; do sleep 0.02; done"
+    shell.stub("python", stub)
+    done = shell.try_to(f"{OF_SERVERS} serve_over_nodes run")
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "answers are complete" in done.stdout
+
+
+def test_a_server_ends_with_its_ray(shell: BatchShell) -> None:
+    """Finds a server that answers with errors alone until the time limit."""
+    shell.stub("python", "exec sleep 60")
+    done = shell.try_to(f"{OF_SERVERS} start_ray() {{ true & head_step=$!; }}\nserver_wait=0 serve_over_nodes run")
+    assert done.returncode == 1
+    assert "error: Ray on the head node n1 has ended" in done.stdout
 
 
 @pytest.mark.parametrize(("version", "refused"), [("3 2", True), ("4 3", True), ("4 4", False), ("5 0", False)])
