@@ -355,8 +355,7 @@ class Engine:
         self._resume()
         self._admit()
         for sequence in self._running:
-            assert self.version is not None
-            sequence.read_by(self.version)
+            sequence.read_by(self.version_of(sequence.request.adapter))
 
         prefilled = self._prefill()
         self._allocate_pages()
@@ -450,8 +449,7 @@ class Engine:
 
             self._waiting.remove(answers)
             for sequence in answers:
-                assert self.version is not None
-                sequence.read_by(self.version)
+                sequence.read_by(self.version_of(sequence.request.adapter))
             self._take_prompt_pages(answers, prefix)
             # One sequence computes the prompt for all answers to its request.
             self._prefilling.append(answers)
