@@ -27,7 +27,7 @@ from dist_lm.model.size import ADAPTERS
 class AdapterWeights:
     """An adapter for an engine that holds its base."""
 
-    name: str  # what requests call it; not empty
+    name: str  # its name in requests, not empty
     config: AdaptedModelConfig
     factors: Mapping[str, torch.Tensor]  # A (R, *input) and B (R, *output), by the names of the parameters
     version: int  # answers tell it
@@ -37,7 +37,7 @@ class AdapterWeights:
 class Run:
     """Consecutive rows of one adapter."""
 
-    adapter: str  # empty: of the base alone
+    adapter: str  # empty: the base alone
     rows: slice
 
 

@@ -35,7 +35,7 @@ class ServingSpec(EngineSpec):
     """The engine that every actor builds."""
 
     queue_s: float = 60.0  # longest wait of a request for its first step
-    adapters: tuple[AdapterWeights, ...] = ()  # of the pool's weights, which then never change
+    adapters: tuple[AdapterWeights, ...] = ()  # adapters of the pool's weights, which then never change
 
 
 @dataclass(frozen=True)
