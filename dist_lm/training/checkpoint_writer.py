@@ -28,9 +28,8 @@ from dist_lm.training import checkpoint_files as files
 from dist_lm.training.checkpoint_tensors import PLACES, ComputedTensor, index_of, stored_tensors, write_tensors
 from dist_lm.training.state import TrainState
 
-SAVE_S = (
-    6 * 3600.0
-)  # time limit of a message or an answer of a save: a slow disk is no hang, and heartbeats tell of those
+# time limit of a message or an answer of a save, in seconds: a slow disk is no hang, and heartbeats tell of those
+SAVE_S = 6 * 3600.0
 FORMAT = {"DCP_VERSION": "1.0", "format": "pt"}  # metadata by which torch's own reader knows such files
 
 # A node sends some of these to all its processes, so that ranks save a last time; the writer must live until then.
