@@ -117,7 +117,7 @@ def open_index(tar: Path, shard: Shard) -> ShardIndex:
             logging.getLogger(__name__).warning("%s is not writable: its index is kept in memory only", tar.parent)
 
     # A cached and a rebuilt index alike must be the one that the manifest describes.
-    if (index.sha256, index.counts(), len(index.members)) != (shard.index_sha256, shard.counts, len(shard.checksums())):
+    if (index.sha256, index.counts(), len(index.members)) != (shard.index_sha256, shard.counts, shard.n_members):
         raise ArtefactError(f"{tar}: other documents than the manifest says: build it again with `{BUILD_COMMAND}`")
     return index
 
