@@ -329,6 +329,8 @@ class StageConfig(TrainerGroup):
     # conversations longer than seq_len: drop (left out) | truncate (their beginning) | split (pieces, which do not see
     # one another)
     too_long: str = "drop"
+    # what an epoch of texts shuffles: documents | units (up to 64 neighbours; for hundreds of millions of documents)
+    order: str = "documents"
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -337,6 +339,7 @@ class StageConfig(TrainerGroup):
         require(
             self.too_long in ("drop", "truncate", "split"), "stage.too_long", self.too_long, "drop, truncate or split"
         )
+        require(self.order in ("documents", "units"), "stage.order", self.order, "documents or units")
         # a file of one's own can take out what the file that it varies mixes in
         self.mix = {name: share for name, share in (self.mix or {}).items() if share}
         check_shares("stage.mix", self.mix, own="stage.corpus")

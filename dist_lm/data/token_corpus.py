@@ -10,6 +10,7 @@ import threading
 import zlib
 from bisect import bisect_left, bisect_right
 from collections.abc import Iterator, Sequence
+from functools import cached_property
 from itertools import accumulate
 from pathlib import Path
 from typing import NamedTuple
@@ -18,6 +19,7 @@ import numpy as np
 
 from dist_lm.data.manifest import BUILD_COMMAND, Shard, Split, read_manifest, token_dtype
 from dist_lm.data.split_index import BLOCK, SplitIndex
+from dist_lm.data.unit_order import Units
 from dist_lm.errors import ArtefactError
 
 OPEN_TARS = 64  # descriptors of one split
@@ -96,6 +98,26 @@ class TokenCorpus:
         if not self._index.has_repositories:
             return np.zeros(self.n_documents, bool)
         return self._index.continues(np.arange(self.n_documents))
+
+    @cached_property
+    def units(self) -> Units:
+        """The units of documents, which an order of units shuffles."""
+        index = self._index
+        documents = index.columns["unit_document"]
+        has_repositories = index.has_repositories
+
+        def is_border(unit: int) -> np.ndarray:
+            begin, end = index.unit_documents(unit)
+            return ~index.continues(np.arange(begin, end)) if has_repositories else np.ones(end - begin, bool)
+
+        return Units(
+            documents=documents,
+            tokens=index.columns["unit_token"],
+            n_tokens=self.n_tokens,
+            continues=index.continues(documents) if has_repositories else np.zeros(len(documents), bool),
+            lengths=index.unit_lengths,
+            is_border=is_border,
+        )
 
     # --- reading ---
 

@@ -284,6 +284,7 @@ def sequence_options(config: Config, run: RunDirectory, tokenizer: "Tokenizer") 
         "mix": mix,
         "infill": infill,
         "too_long": stage.too_long,
+        "order": stage.order,
     }
 
 
