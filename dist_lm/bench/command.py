@@ -20,7 +20,7 @@ def bench(
         str,
         typer.Argument(
             help="tp, fsdp, checkpointing, compile, generate, constraints, likelihood, reward, preference, rlhf, "
-            "metrics, tracking, data or sandbox (docs/bench.md); learn or scaling (docs/recipes.md)."
+            "metrics, tracking, data, loader or sandbox (docs/bench.md); learn or scaling (docs/recipes.md)."
         ),
     ],
     overrides: Annotated[

@@ -255,7 +255,7 @@ class SplitIndex:
         languages: dict[str, int] = {}  # in the order in which the tars name them
         parts: dict[str, list[np.ndarray]] = {name: [] for name in ["languages", "continues", *MEMBERS, *UNITS]}
         for number, shard in enumerate(self._shards):
-            index = self._index_of(shard)
+            index = self.index_of(shard)
             file.put("lengths", totals.documents, index.documents["length"])
             file.put("n_bytes", totals.documents, index.documents["n_bytes"])
             codes = np.array([languages.setdefault(name, len(languages)) for name in index.languages], np.uint8)
@@ -285,7 +285,7 @@ class SplitIndex:
             has_repositories=bool(columns["continues"][1:].any()),
         )
 
-    def _index_of(self, shard: Shard) -> ShardIndex:
+    def index_of(self, shard: Shard) -> ShardIndex:
         """Returns the index of a tar, built and saved if it is missing.
 
         Raises:
