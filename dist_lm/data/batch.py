@@ -189,10 +189,12 @@ def assemble(
 
     for b, row in enumerate(rows):
         corpus, begin = row.corpus, 0
+        has_mask = corpus.has_mask
         for d, (document_number, start, stop) in enumerate(row.slices):
             end = begin + stop - start
             tokens[b, begin:end] = corpus.tokens(document_number, start, stop)
-            learned[b, begin:end] = corpus.mask(document_number, start, stop) if corpus.has_mask else 1
+            if has_mask:
+                learned[b, begin:end] = corpus.mask(document_number, start, stop)
             # Only a slice from the beginning of its document has the end-of-text that opens it.
             if start == 0:
                 document_starts.append((b, begin))
@@ -202,6 +204,8 @@ def assemble(
                 position[b, begin:end] -= begin
             begin = end
 
+        if not has_mask:
+            learned[b, :begin] = 1
         n_tokens += min(begin, seq_len)  # the last target is no input
         if document_mask:
             document[b, begin:] = len(row.slices)

@@ -425,8 +425,12 @@ def unit_begins(continues: np.ndarray, member_begins: np.ndarray) -> np.ndarray:
 
 def _identity(shards: Sequence[Shard], vocab_size: int) -> str:
     """Hashes everything in the manifest that the index of a split depends on."""
-    entries = [vocab_size, [shard.to_json() for shard in shards]]
-    return hashlib.sha256(json.dumps(entries, sort_keys=True).encode()).hexdigest()
+    digest = hashlib.sha256(f"{vocab_size}".encode())
+    for shard in shards:
+        counts = f"{shard.counts.documents} {shard.counts.tokens} {shard.counts.bytes}"
+        entry = f"\n{shard.name} {shard.size} {shard.sha256} {shard.index_sha256} {shard.members} {counts}"
+        digest.update(entry.encode())
+    return digest.hexdigest()
 
 
 def _read_header(descriptor: int) -> dict[str, Any] | None:

@@ -52,7 +52,7 @@ class TokenCorpus:
         self._shards, self._vocab_size, self._dtype = shards, vocab_size, token_dtype(vocab_size)
         self._tars = _Tars([directory / shard.name for shard in shards])
         self._checked = bytearray(self._index.n_members)  # members that this process has compared with the manifest
-        self._unit = _Unit(0, 0, 0, [])  # the one that was read last
+        self._unit = _Unit(0, 0, _Area(0, 0, 0, 0, 0), [])  # the one that was read last
         self._run = _Run(-1, 0, b"")  # the blocks that were read last
 
     @classmethod
@@ -127,9 +127,10 @@ class TokenCorpus:
         Raises:
             ArtefactError: the tar is damaged; the message names the file, the bytes and the documents.
         """
-        member, begin = self._place(document)
+        unit = self._unit_of(document)
+        begin = unit.begins[document - unit.first]
         width = self._dtype.itemsize
-        content = self._read(member, self._tokens_of(member), width * (begin + start), width * (begin + stop))
+        content = self._read(unit.tokens, width * (begin + start), width * (begin + stop))
         return np.frombuffer(content, dtype=self._dtype)
 
     def mask(self, document: int, start: int, stop: int) -> np.ndarray:
@@ -138,11 +139,12 @@ class TokenCorpus:
         Raises:
             ArtefactError: the tar is damaged, as `tokens`.
         """
-        member, begin = self._place(document)
-        mask = self._mask_of(member)
+        unit = self._unit_of(document)
+        mask = self._mask_of(unit.tokens.member)
         if mask is None:  # no document of the member has a mask
             return np.ones(stop - start, np.uint8)
-        return np.frombuffer(self._read(member, mask, begin + start, begin + stop), np.uint8)
+        begin = unit.begins[document - unit.first]
+        return np.frombuffer(self._read(mask, begin + start, begin + stop), np.uint8)
 
     def members(self) -> Iterator[tuple[range, np.ndarray]]:
         """Yields the documents of each member, and their tokens end to end (uint16 or uint32), in their order.
@@ -152,7 +154,7 @@ class TokenCorpus:
         """
         for member in range(len(self._checked)):
             area = self._tokens_of(member)
-            tokens = np.frombuffer(self._read(member, area, 0, area.size), dtype=self._dtype)
+            tokens = np.frombuffer(self._read(area, 0, area.size), dtype=self._dtype)
             yield self._documents_of(member), tokens
 
     def check(self) -> None:
@@ -165,13 +167,12 @@ class TokenCorpus:
             if not self._checked[member]:
                 self._check(member)
 
-    def _place(self, document: int) -> tuple[int, int]:
-        """Returns the member that holds a document, and the tokens of that member before the document."""
+    def _unit_of(self, document: int) -> "_Unit":
         # Documents are read one behind the other, so most are of the unit of the one before.
         unit = self._unit
         if not unit.first <= document < unit.end:
             unit = self._unit = self._open_unit(document)
-        return unit.member, unit.begins[document - unit.first]
+        return unit
 
     def _open_unit(self, document: int) -> "_Unit":
         columns = self._index.columns
@@ -180,7 +181,7 @@ class TokenCorpus:
         member = columns["unit_member"].item(unit)
         before = columns["unit_token"].item(unit) - columns["member_token"].item(member)
         begins = list(accumulate(self._index.unit_lengths(unit).tolist(), initial=before))
-        return _Unit(first, end, member, begins)
+        return _Unit(first, end, self._tokens_of(member), begins)
 
     def _documents_of(self, member: int) -> range:
         firsts = self._index.columns["member_document"]
@@ -192,16 +193,24 @@ class TokenCorpus:
         begins = columns["member_token"]
         end = begins.item(member + 1) if member + 1 < len(begins) else self.n_tokens
         size = (end - begins.item(member)) * self._dtype.itemsize
-        return _Area(columns["member_tokens"].item(member), size, columns["member_block"].item(member))
+        return _Area(
+            member,
+            self._tar_of(member),
+            columns["member_tokens"].item(member),
+            size,
+            columns["member_block"].item(member),
+        )
 
     def _mask_of(self, member: int) -> "_Area | None":
         offset = self._index.columns["member_mask"].item(member)
         if offset < 0:
             return None
         tokens = self._tokens_of(member)
-        return _Area(offset, tokens.size // self._dtype.itemsize, tokens.block - (-tokens.size // BLOCK))
+        return tokens._replace(
+            offset=offset, size=tokens.size // self._dtype.itemsize, block=tokens.block - (-tokens.size // BLOCK)
+        )
 
-    def _read(self, member: int, area: "_Area", begin: int, end: int) -> bytes:
+    def _read(self, area: "_Area", begin: int, end: int) -> bytes:
         """Reads bytes [begin, end) of the tokens or the mask of a member.
 
         What is read are the whole blocks that hold them, and these are compared with their checksums. The last blocks
@@ -210,28 +219,40 @@ class TokenCorpus:
         Raises:
             ArtefactError: the tar is damaged.
         """
-        first, last = begin // BLOCK, -(-end // BLOCK)
-        checksums = self._index.columns["checksums"][area.block + first : area.block + last].tolist()
-        if 0 in checksums and not self._checked[member]:
-            self._check(member)
-            checksums = self._index.columns["checksums"][area.block + first : area.block + last].tolist()
+        run, block = self._run, area.block + begin // BLOCK
+        stop = area.block - (-end // BLOCK)
+        if run.begin <= block < run.end:
+            offset = (run.begin - area.block) * BLOCK
+            if stop <= run.end:
+                return run.content[begin - offset : end - offset]
+            content = run.content[(block - run.begin) * BLOCK :]
+            content += self._read_blocks(area, run.end, stop)
+        else:
+            content = self._read_blocks(area, block, stop)
 
-        content, first_read = b"", first
-        run = self._run
-        if run.begin <= area.block + first < run.end:
-            content = run.content[(area.block + first - run.begin) * BLOCK :]
-            first_read = min(last, run.end - area.block)
+        self._run = _Run(block, stop, content)
+        offset = (block - area.block) * BLOCK
+        return content[begin - offset : end - offset]
 
-        if first_read < last:
-            size = min(last * BLOCK, area.size) - first_read * BLOCK
-            new = self._tars.read(self._tar_of(member), area.offset + first_read * BLOCK, size)
-            if not _is_whole(new, checksums[first_read - first :]):
-                # Either the checksums are wrong, and are made again, or the member is damaged, which is an error.
-                self._check(member)
-                new = self._tars.read(self._tar_of(member), area.offset + first_read * BLOCK, size)
-            content += new
-            self._run = _Run(area.block + first, area.block + last, content)
-        return content[begin - first * BLOCK : end - first * BLOCK]
+    def _read_blocks(self, area: "_Area", first: int, end: int) -> bytes:
+        """Reads blocks [first, end), counted in the split, and compares them with their checksums.
+
+        Raises:
+            ArtefactError: the tar is damaged.
+        """
+        checksums = self._index.columns["checksums"][first:end].tolist()
+        if 0 in checksums and not self._checked[area.member]:
+            self._check(area.member)
+            checksums = self._index.columns["checksums"][first:end].tolist()
+
+        begin = (first - area.block) * BLOCK
+        size = min((end - area.block) * BLOCK, area.size) - begin
+        content = self._tars.read(area.tar, area.offset + begin, size)
+        if not _is_whole(content, checksums):
+            # Either the checksums are wrong, and are made again, or the member is damaged, which is an error.
+            self._check(area.member)
+            content = self._tars.read(area.tar, area.offset + begin, size)
+        return content
 
     def _tar_of(self, member: int) -> int:
         return self._index.columns["member_tar"].item(member)
@@ -277,6 +298,8 @@ class TokenCorpus:
 class _Area(NamedTuple):
     """The tokens or the mask of a member."""
 
+    member: int
+    tar: int
     offset: int  # bytes from the start of the tar
     size: int  # bytes
     block: int  # number of its first block in the split
@@ -287,7 +310,7 @@ class _Unit(NamedTuple):
 
     first: int  # document
     end: int  # document behind the last
-    member: int
+    tokens: _Area  # of its member
     begins: list[int]  # tokens of the member before each document
 
 
@@ -306,8 +329,8 @@ def block_checksums(content: memoryview) -> list[int]:
 
 def _is_whole(content: bytes, checksums: Sequence[int]) -> bool:
     """Returns whether blocks have these checksums; one of 0 is not compared."""
-    found = block_checksums(memoryview(content))
-    return found == checksums or all(expected in (0, crc) for crc, expected in zip(found, checksums, strict=True))
+    crcs = block_checksums(memoryview(content))
+    return crcs == checksums or all(expected in (0, crc) for crc, expected in zip(crcs, checksums, strict=True))
 
 
 class _Tars:
