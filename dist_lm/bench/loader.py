@@ -14,6 +14,8 @@ import tempfile
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import replace
+from multiprocessing.queues import SimpleQueue
+from multiprocessing.synchronize import Barrier
 from pathlib import Path
 
 import numpy as np
@@ -199,15 +201,14 @@ def opened_by(directory: Path, processes: int) -> list[tuple[float, float, int]]
     children = [fork.Process(target=_open, args=(directory, ready, answers)) for _ in range(processes)]
     for child in children:
         child.start()
-    found = [answers.get() for _ in children]
+    measured = [answers.get() for _ in children]
     for child in children:
         child.join()
-    return found
+    return measured
 
 
-def _open(
-    directory: Path, ready: "multiprocessing.synchronize.Barrier", answers: "multiprocessing.SimpleQueue"
-) -> None:
+def _open(directory: Path, ready: Barrier, answers: SimpleQueue) -> None:
+    """Puts the answer of one process of `opened_by`."""
     private = psutil.Process().memory_full_info().uss
     ready.wait()
     began = time.perf_counter()

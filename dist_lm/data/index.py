@@ -24,7 +24,7 @@ from pathlib import Path
 import numpy as np
 from numpy.lib import format as npy
 
-from dist_lm.data.manifest import BUILD_COMMAND, Counts, Shard, shard_state
+from dist_lm.data.manifest import BUILD_COMMAND, Counts, Shard, index_path, shard_state
 from dist_lm.errors import ArtefactError
 from dist_lm.storage import durable
 
@@ -80,11 +80,6 @@ class ShardIndex:
             tokens=int(documents["length"].sum(dtype=np.int64)),
             bytes=int(documents["n_bytes"].sum(dtype=np.int64)),
         )
-
-
-def index_path(tar: Path) -> Path:
-    """Returns the path of the index beside `tar`."""
-    return tar.with_suffix(".index")
 
 
 def open_index(tar: Path, shard: Shard) -> ShardIndex:

@@ -180,6 +180,11 @@ def shard_name(split: str, number: int) -> str:
     return f"{split}-{number:06d}.tar"
 
 
+def index_path(tar: Path) -> Path:
+    """Returns the path of the index beside `tar` (`data.index`)."""
+    return tar.with_suffix(".index")
+
+
 def content_sum(hashes: Iterable[str]) -> str:
     """Adds hashes of 256 bits, modulo 2**256: hexadecimal, and independent of how documents are cut into tars."""
     return f"{sum(int(text, 16) for text in hashes) % 2**256:064x}"

@@ -39,8 +39,8 @@ from typing import Any
 
 import numpy as np
 
-from dist_lm.data.index import ShardIndex, index_path, open_index
-from dist_lm.data.manifest import BUILD_COMMAND, Shard, token_dtype
+from dist_lm.data.index import ShardIndex, open_index
+from dist_lm.data.manifest import BUILD_COMMAND, Shard, index_path, token_dtype
 from dist_lm.errors import ArtefactError
 
 UNIT = 64  # documents of a unit at most
@@ -111,7 +111,7 @@ class SplitIndex:
         if name not in self._checked:
             self._checked.add(name)
             array = self.columns[name]
-            if zlib.crc32(array.view(np.uint8)) != self._header["columns"][name]["checksum"]:
+            if zlib.crc32(array.data) != self._header["columns"][name]["checksum"]:
                 self._remake(name)
         return self.columns[name]
 
@@ -123,7 +123,7 @@ class SplitIndex:
         """
         begin, end = self.unit_documents(unit)
         lengths = self.columns["lengths"][begin:end]
-        if "lengths" not in self._checked and zlib.crc32(lengths) != self.columns["unit_checksum"].item(unit):
+        if "lengths" not in self._checked and zlib.crc32(lengths.data) != self.columns["unit_checksum"].item(unit):
             self._remake("lengths")
             lengths = self.columns["lengths"][begin:end]
         return lengths
@@ -214,7 +214,7 @@ class SplitIndex:
             for name, column in header["columns"].items()
         }
         small = [*MEMBERS, *UNITS]
-        if any(zlib.crc32(columns[name]) != header["columns"][name]["checksum"] for name in small):
+        if any(zlib.crc32(columns[name].data) != header["columns"][name]["checksum"] for name in small):
             return False
 
         if self._descriptor >= 0:
@@ -331,7 +331,7 @@ class _NewFile:
         """Writes elements of a column from number `first` on, behind all that were written before."""
         column, dtype = self._columns[name], np.dtype(_DTYPES[name])
         content = np.ascontiguousarray(elements, dtype)
-        column["checksum"] = zlib.crc32(content, column["checksum"])
+        column["checksum"] = zlib.crc32(content.data, column["checksum"])
         _write_at(self._descriptor, content, column["offset"] + first * dtype.itemsize)
 
     def finish(self, **header: Any) -> None:
@@ -373,7 +373,7 @@ def _members_and_units(index: ShardIndex, tar: int, totals: _Totals) -> dict[str
         "unit_document": totals.documents + unit_first,
         "unit_token": totals.tokens + tokens_before[unit_first],
         "unit_member": totals.members + np.searchsorted(first, unit_first, side="right") - 1,
-        "unit_checksum": [zlib.crc32(lengths[i:j]) for i, j in zip(unit_first.tolist(), unit_ends, strict=False)],
+        "unit_checksum": [zlib.crc32(lengths[i:j].data) for i, j in zip(unit_first.tolist(), unit_ends, strict=False)],
     }
 
     totals.documents += len(lengths)
@@ -440,7 +440,7 @@ def _read_header(descriptor: int) -> dict[str, Any] | None:
         return None
     checksum, length = _SUFFIX.unpack(os.pread(descriptor, _SUFFIX.size, size - _SUFFIX.size))
     begin = size - _SUFFIX.size - length
-    if begin < len(_MAGIC):
+    if length == 0 or begin < len(_MAGIC):
         return None
 
     encoded = os.pread(descriptor, length, begin)

@@ -20,9 +20,9 @@ import pytest
 from rich.console import Console
 
 from dist_lm.data import token_corpus
-from dist_lm.data.index import index_path, load_index, save_index
+from dist_lm.data.index import load_index, save_index
 from dist_lm.data.inspect import print_corpus
-from dist_lm.data.manifest import manifest_path, read_manifest, shard_name, write_manifest
+from dist_lm.data.manifest import index_path, manifest_path, read_manifest, shard_name, write_manifest
 from dist_lm.data.split_index import BLOCK, split_index_path
 from dist_lm.data.stream import SequenceStream
 from dist_lm.data.token_corpus import TokenCorpus
@@ -306,7 +306,7 @@ import resource, sys
 from pathlib import Path
 from dist_lm.data.token_corpus import TokenCorpus
 
-resource.setrlimit(resource.RLIMIT_NOFILE, (1024, 1024))
+resource.setrlimit(resource.RLIMIT_NOFILE, (256, 256))
 corpus = TokenCorpus.open(Path(sys.argv[1]), "train")
 tokens = [corpus.tokens(number, 0, 9).tolist() for _ in range(2) for number in range(corpus.n_documents)]
 assert all(one == tokens[0] for one in tokens)
@@ -316,7 +316,7 @@ print(corpus.n_documents)
 
 @pytest.mark.heavy
 def test_more_tars_than_descriptors(tmp_path: Path) -> None:
-    """1,371 tars (links to one), read twice by a process that may open 1,024 files."""
+    """1,371 tars (links to one), read twice by a process that may open 256 files."""
     directory = write(tmp_path / "code", documents([9]), documents([9]))
     manifest = read_manifest(directory)
     (shard,) = manifest.splits["train"].shards

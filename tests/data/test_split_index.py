@@ -8,8 +8,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from dist_lm.data import split_index
-from dist_lm.data.index import index_path, load_index
-from dist_lm.data.manifest import read_manifest
+from dist_lm.data.index import load_index
+from dist_lm.data.manifest import index_path, read_manifest
 from dist_lm.data.split_index import BLOCK, UNIT, split_index_path, unit_begins
 from dist_lm.data.token_corpus import TokenCorpus
 from tests.data.synthetic_corpus import documents, lengths, write
