@@ -17,9 +17,10 @@ from hypothesis import settings
 from dist_lm.chat.documents import encode_document, read_conversation, write_conversation
 from dist_lm.chat.messages import Call, Conversation, Message, Tool
 from dist_lm.chat.template import layout
-from dist_lm.config.corpus import TokenizerConfig
+from dist_lm.config.corpus import SPLITS, TokenizerConfig
 from dist_lm.config.root import Config
 from dist_lm.data.shard_writer import CorpusWriter
+from dist_lm.data.token_corpus import TokenCorpus
 from dist_lm.document import Document
 from dist_lm.prepare.compose import compose_config
 from dist_lm.stages.shards import digest, recipe_of, text_fingerprint
@@ -192,6 +193,8 @@ def tiny_work(tmp_path_factory: pytest.TempPathFactory) -> Iterator[WorkDirector
             for number, document in enumerate(documents, len(documents) // 10 - len(documents)):
                 writer.write("train" if number < 0 else "val", encode_document(tokenizer, document))
             writer.finish({}, [source.licence for source in config.corpus.corpora[name]])
+        for split in SPLITS:  # as the plan of a first command leaves a corpus
+            TokenCorpus.open(work.corpus(name), split).check()
     yield work
     assert not (work.path / "runs").exists(), f"a test made a run for all: {list(work.path.glob('runs/*/*'))}"
 

@@ -20,7 +20,7 @@ def bench(
         str,
         typer.Argument(
             help="tp, fsdp, checkpointing, compile, generate, serve, adapters, constraints, likelihood, reward, "
-            "preference, rlhf, metrics, saving, tracking, data or sandbox (docs/bench.md); learn or scaling "
+            "preference, rlhf, metrics, saving, tracking, data, loader or sandbox (docs/bench.md); learn or scaling "
             "(docs/recipes.md)."
         ),
     ],

@@ -38,6 +38,7 @@ BENCHMARKS = {
     "preference": "dist_lm.bench.preference",
     "rlhf": "dist_lm.bench.rlhf",
     "data": "dist_lm.bench.data",
+    "loader": "dist_lm.bench.loader",
     "metrics": "dist_lm.bench.metrics",
     "saving": "dist_lm.bench.saving",
     "tracking": "dist_lm.bench.tracking",

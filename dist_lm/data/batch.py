@@ -180,7 +180,7 @@ def assemble(
     Raises:
         ArtefactError: a tar that the corpus reads from is damaged.
     """
-    # One token more than the inputs: the last target. Padding stays 0 in `learned`, so it never counts.
+    # One token more than the inputs: the last target.
     shape = (len(rows), seq_len + 1)
     tokens = np.full(shape, pad_id, np.int64)
     learned = np.zeros(shape, np.float32)  # whether a token counts as a target
@@ -192,10 +192,13 @@ def assemble(
 
     for b, row in enumerate(rows):
         corpus, begin = row.corpus, 0
+        has_mask = corpus.has_mask
+        learned[b] = not has_mask  # without a mask every token counts
         for d, (document_number, start, stop) in enumerate(row.slices):
             end = begin + stop - start
             tokens[b, begin:end] = corpus.tokens(document_number, start, stop)
-            learned[b, begin:end] = corpus.mask(document_number, start, stop) if corpus.has_mask else 1
+            if has_mask:
+                learned[b, begin:end] = corpus.mask(document_number, start, stop)
             if document_number in row.without:
                 # The end-of-text that opens a document is a target of the one before, which counts.
                 learned[b, begin + (start == 0) : end] = 0
@@ -209,6 +212,7 @@ def assemble(
                 position[b, begin:end] -= begin
             begin = end
 
+        learned[b, begin:] = 0  # padding never counts
         n_tokens += min(begin, seq_len)  # the last target is no input
         if document_mask:
             document[b, begin:] = len(row.slices)

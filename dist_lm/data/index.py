@@ -24,7 +24,7 @@ from pathlib import Path
 import numpy as np
 from numpy.lib import format as npy
 
-from dist_lm.data.manifest import BUILD_COMMAND, Counts, Shard, shard_state
+from dist_lm.data.manifest import BUILD_COMMAND, Counts, Shard, index_path, shard_state
 from dist_lm.errors import ArtefactError
 from dist_lm.storage import durable
 
@@ -82,11 +82,6 @@ class ShardIndex:
         )
 
 
-def index_path(tar: Path) -> Path:
-    """Returns the path of the index beside `tar`."""
-    return tar.with_suffix(".index")
-
-
 def open_index(tar: Path, shard: Shard) -> ShardIndex:
     """Returns the index of `tar`: read from the file beside it if the manifest names it, else rebuilt and saved.
 
@@ -117,7 +112,7 @@ def open_index(tar: Path, shard: Shard) -> ShardIndex:
             logging.getLogger(__name__).warning("%s is not writable: its index is kept in memory only", tar.parent)
 
     # A cached and a rebuilt index alike must be the one that the manifest describes.
-    if (index.sha256, index.counts(), len(index.members)) != (shard.index_sha256, shard.counts, len(shard.checksums())):
+    if (index.sha256, index.counts(), len(index.members)) != (shard.index_sha256, shard.counts, shard.n_members):
         raise ArtefactError(f"{tar}: other documents than the manifest says: build it again with `{BUILD_COMMAND}`")
     return index
 

@@ -17,6 +17,7 @@ The shards hold plain documents. Which slices of an epoch are rearranged, and wh
 (seed, epoch) and the order of the epoch.
 """
 
+from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import NamedTuple, Self
@@ -24,14 +25,16 @@ from typing import NamedTuple, Self
 import numpy as np
 
 from dist_lm.data.batch import SequenceContent
-from dist_lm.data.order import DocumentSlice, EpochOrder, Shuffle, key, sequences_an_epoch, splitmix64
+from dist_lm.data.order import DocumentSlice, EpochOrder, Shuffle, key, sequences_an_epoch, splitmix64, splitmix64_at
 from dist_lm.data.token_corpus import TokenCorpus
+from dist_lm.data.unit_order import UnitEpoch
 from dist_lm.tokenizer.symbols import FIM_MIDDLE, FIM_PREFIX, FIM_SUFFIX
 from dist_lm.tokenizer.tokenizer import Tokenizer
 
 ADDED = 3  # marks of a rearranged slice, in tokens
 LEAST = 16  # tokens of the shortest eligible slice
 PLAIN, PSM, SPM = 0, 1, 2
+INFILL_BLOCK = 16  # sequences of which `UnitInfillEpoch` chooses slices together
 
 
 class InfillMarks(NamedTuple):
@@ -145,36 +148,23 @@ def most_slices(lengths: np.ndarray, rate: float, seq_len: int) -> int:
     return most
 
 
-class InfillEpoch:
-    """The sequences of one epoch of text, some of their slices rearranged."""
+class RearrangedEpoch(ABC):
+    """The sequences of one epoch of text, some of their slices rearranged. Subclasses choose these slices."""
 
     def __init__(
-        self, corpus: TokenCorpus, order: EpochOrder, infill: Infill, most: int, seed: int, epoch: int
+        self,
+        corpus: TokenCorpus,
+        order: EpochOrder | UnitEpoch,
+        infill: Infill,
+        seed: int,
+        epoch: int,
     ) -> None:
-        """Chooses the slices.
-
-        Args:
-            order: of sequences that leave space for the marks of `most` slices.
-            most: eligible slices of a sequence; of more slices the longest are eligible.
-        """
         self._corpus, self._order, self._marks = corpus, order, infill.marks
         self._key_prefix = (Shuffle.INFILL_MIDDLES, seed, epoch)
 
-        # A slice ends where its document or its sequence ends. The tail of the epoch is in no sequence.
-        end = order.n_sequences * order.seq_len
-        cuts = np.union1d(order.concatenation.ends, np.arange(order.n_sequences) * order.seq_len)
-        self._begins = cuts[cuts < end]  # (slices,) position in the concatenated tokens
-        lengths = np.diff(self._begins, append=end)
-        self.eligible = _longest(lengths, self._begins // order.seq_len, most)  # (eligible slices,)
-
-        # The slices with the smallest hashes are rearranged; the first half of them is SPM.
-        n_chosen = chosen_count(infill.rate, len(self.eligible))
-        hashes = splitmix64(key(Shuffle.INFILL_SLICES, seed, epoch), len(lengths))[self.eligible]
-        self.form = np.zeros(len(lengths), np.uint8)  # (slices,)
-        for form, count in ((PSM, n_chosen), (SPM, n_chosen // 2)):
-            if count:
-                largest_hash = np.partition(hashes, count - 1)[count - 1]
-                self.form[self.eligible[hashes <= largest_hash]] = form
+    @abstractmethod
+    def _forms(self, begin: int, end: int) -> list[int]:
+        """Returns the form of each slice of the sequence of tokens [begin, end) of the epoch."""
 
     def slices(self, i: int) -> list[DocumentSlice]:
         """Returns the slices of the i-th sequence visited as they stand in their documents."""
@@ -192,8 +182,8 @@ class InfillEpoch:
         """
         begin = self._order.begin(i)
         end = begin + self._order.seq_len
-        forms = self.form[slice(*np.searchsorted(self._begins, (begin, end)))].tolist()
-        slices = self._order.concatenation.slices(begin, end)
+        forms = self._forms(begin, end)
+        slices = self._order.slices(begin, end)
 
         # Room for the marks makes the slice longer, and by that `_Rearranged` knows it again.
         rearranged_slices: dict[DocumentSlice, tuple[int, int]] = {}
@@ -204,7 +194,7 @@ class InfillEpoch:
                 rearranged_slices[slices[j]] = form, stop
 
         # The last target follows the last slice; behind a middle it is always end-of-text.
-        (following,) = self._order.concatenation.slices(end, end + 1)
+        (following,) = self._order.slices(end, end + 1)
         if forms[-1] != PLAIN:
             slices.append(DocumentSlice(following.document, 0, 1))  # end-of-text, even where the document continues
         elif following.start:
@@ -213,6 +203,70 @@ class InfillEpoch:
         else:
             slices.append(following)
         return SequenceContent(_Rearranged(self._corpus, self._marks, self._key_prefix, rearranged_slices), slices)
+
+
+class InfillEpoch(RearrangedEpoch):
+    """Rearranges the exact share of the slices of an epoch; they are computed at once."""
+
+    def __init__(
+        self, corpus: TokenCorpus, order: EpochOrder, infill: Infill, most: int, seed: int, epoch: int
+    ) -> None:
+        """Chooses the slices.
+
+        Args:
+            order: of sequences that leave space for the marks of `most` slices.
+            most: eligible slices of a sequence; of more slices the longest are eligible.
+        """
+        super().__init__(corpus, order, infill, seed, epoch)
+        # The tail of the epoch is in no sequence.
+        end = order.n_sequences * order.seq_len
+        cuts = np.union1d(order.concatenation.ends, np.arange(order.n_sequences) * order.seq_len)
+        self._begins = cuts[cuts < end]  # (slices,) position in the concatenated tokens
+        lengths = np.diff(self._begins, append=end)
+        self.eligible = _longest(lengths, self._begins // order.seq_len, most)  # (eligible slices,)
+
+        n_chosen = chosen_count(infill.rate, len(self.eligible))
+        hashes = splitmix64(key(Shuffle.INFILL_SLICES, seed, epoch), len(lengths))
+        self.form = _chosen_forms(hashes, self.eligible, n_chosen, n_chosen // 2)  # (slices,)
+
+    def _forms(self, begin: int, end: int) -> list[int]:
+        return self.form[slice(*np.searchsorted(self._begins, (begin, end)))].tolist()
+
+
+class UnitInfillEpoch(RearrangedEpoch):
+    """Rearranges the share of the slices of each block of `INFILL_BLOCK` sequences, which are computed when they are
+    asked for. The number of slices of a block is rounded up or down by chance, so that no rate is off its share."""
+
+    def __init__(self, corpus: TokenCorpus, order: UnitEpoch, infill: Infill, most: int, seed: int, epoch: int) -> None:
+        """Arguments are those of `InfillEpoch`."""
+        super().__init__(corpus, order, infill, seed, epoch)
+        self._rate, self._most = infill.rate, most
+        self._slice_key, self._count_key = (
+            key(purpose, seed, epoch) for purpose in (Shuffle.INFILL_SLICES, Shuffle.UNIT_INFILL)
+        )
+
+    def _forms(self, begin: int, end: int) -> list[int]:
+        begins, form, _ = self.block(begin // self._order.seq_len // INFILL_BLOCK)
+        return form[slice(*np.searchsorted(begins, (begin, end)))].tolist()
+
+    def block(self, block: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """Returns the positions in the epoch where the slices of a block begin, their forms, and the numbers of those
+        that are eligible: (slices,), (slices,), (eligible slices,)."""
+        seq_len = self._order.seq_len
+        first, last = block * INFILL_BLOCK, min((block + 1) * INFILL_BLOCK, self._order.n_sequences)
+        cuts = np.arange(first, last) * seq_len
+        sizes = [stop - start for _, start, stop in self._order.slices(first * seq_len, last * seq_len)]
+        ends = np.cumsum(sizes) + first * seq_len
+        begins = np.union1d(ends[:-1], cuts)
+        lengths = np.diff(begins, append=last * seq_len)
+        eligible = _longest(lengths, begins // seq_len, self._most)
+
+        # An odd slice is of either form, by chance too.
+        chance = splitmix64_at(self._count_key, block)
+        n_chosen = int(self._rate * len(eligible) + (chance >> 11) / 2**53)
+        n_spm = (n_chosen + (chance & 1)) // 2
+        hashes = splitmix64(splitmix64_at(self._slice_key, block), len(lengths))
+        return begins, _chosen_forms(hashes, eligible, n_chosen, n_spm), eligible
 
 
 @dataclass(frozen=True, slots=True)
@@ -244,6 +298,23 @@ class _Rearranged:
     def mask(self, document: int, start: int, stop: int) -> np.ndarray:
         """Returns ones, because every token is learned: (stop - start,) uint8."""
         return np.ones(stop - start, np.uint8)
+
+
+def _chosen_forms(hashes: np.ndarray, eligible: np.ndarray, n_chosen: int, n_spm: int) -> np.ndarray:
+    """Returns the form of each slice: the eligible slices with the smallest hashes are rearranged, the first of them as
+    SPM. (slices,) uint8.
+
+    Args:
+        hashes: (slices,) uint64.
+        eligible: (eligible slices,) numbers.
+    """
+    forms = np.zeros(len(hashes), np.uint8)
+    hashes_of_eligible = hashes[eligible]
+    for form, count in ((PSM, n_chosen), (SPM, n_spm)):
+        if count:
+            largest_hash = np.partition(hashes_of_eligible, count - 1)[count - 1]
+            forms[eligible[hashes_of_eligible <= largest_hash]] = form
+    return forms
 
 
 def _longest(lengths: np.ndarray, sequence: np.ndarray, most: int) -> np.ndarray:

@@ -24,6 +24,7 @@ from dist_lm.data.manifest import (
     shard_name,
     shard_state,
 )
+from dist_lm.data.split_index import split_index_path
 from dist_lm.errors import ArtefactError
 from dist_lm.storage import durable
 from dist_lm.tracking.readable import listed
@@ -143,7 +144,7 @@ def entries(directory: Path) -> tuple[set[str], list[str]]:
     """
     named = {path.name for path in (manifest_path(directory), journal_path(directory)) if path.is_file()}
     if named:
-        named.add(REJECTED)
+        named |= {REJECTED, *(split_index_path(directory, split).name for split in SPLITS)}
     for name in _named_tars(directory):
         named |= {*_files_of(name), f".{name}.tmp"}
 

@@ -67,9 +67,14 @@ class Shard:
     texts: str = ""  # hash of the texts of its documents, in their order; empty: not known
     rows: str = ""  # SHA-256 of the file of rows beside it; empty: there is none
 
-    def checksums(self) -> list[int]:
-        """Returns the CRC-32 of each member."""
-        return [int(self.members[i : i + 8], 16) for i in range(0, len(self.members), 8)]
+    @property
+    def n_members(self) -> int:
+        """The number of its members."""
+        return len(self.members) // 8
+
+    def checksum(self, member: int) -> int:
+        """Returns the CRC-32 of a member."""
+        return int(self.members[8 * member : 8 * member + 8], 16)
 
     def to_json(self) -> dict[str, Any]:
         """Returns the fields, `rows` only if there are some."""
@@ -173,6 +178,11 @@ def token_dtype(vocab_size: int) -> np.dtype:
 def shard_name(split: str, number: int) -> str:
     """Returns the file name of tar `number` of a split."""
     return f"{split}-{number:06d}.tar"
+
+
+def index_path(tar: Path) -> Path:
+    """Returns the path of the index beside `tar` (`data.index`)."""
+    return tar.with_suffix(".index")
 
 
 def content_sum(hashes: Iterable[str]) -> str:

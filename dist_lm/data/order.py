@@ -40,6 +40,10 @@ class Shuffle(IntEnum):
     INFILL_MIDDLES = 14  # the cuts of these slices
     INFILL_HELD_OUT = 15  # the cuts of slices of held-out documents
     HIDDEN_TESTS = 16  # inputs of hidden tests
+    UNITS = 17  # units of documents of text in an epoch
+    UNIT_ROTATIONS = 18  # documents with which they begin
+    UNIT_SEQUENCES = 19  # the sequences cut from them
+    UNIT_INFILL = 20  # the number of slices of a block of sequences that are rearranged
 
 
 def permutation(n: int, seed: int) -> np.ndarray:
@@ -59,6 +63,14 @@ def splitmix64(seed: int, n: int) -> np.ndarray:
     state *= np.uint64(0x94D049BB133111EB)
     state ^= state >> np.uint64(31)
     return state
+
+
+def splitmix64_at(seed: int, i: int) -> int:
+    """Returns output number i of SplitMix64 from `seed`, counted from 0. One number is faster so than with NumPy."""
+    state = (seed + (i + 1) * _GAMMA) % _WORD
+    state = (state ^ state >> 30) * 0xBF58476D1CE4E5B9 % _WORD
+    state = (state ^ state >> 27) * 0x94D049BB133111EB % _WORD
+    return state ^ state >> 31
 
 
 def key(*words: int) -> int:
@@ -148,6 +160,10 @@ class EpochOrder:
         # One more token: the last target, which is the first input of the next cut.
         begin = self.begin(i)
         return self.concatenation.slices(begin, begin + self.seq_len + 1)
+
+    def slices(self, begin: int, end: int) -> list[DocumentSlice]:
+        """Returns the slices that cover the tokens [begin, end) of the epoch, in order."""
+        return self.concatenation.slices(begin, end)
 
     def visits(self, part: DocumentSlice) -> list[int]:
         """Returns the sequences visited that hold a token of a slice, as input or target: rising numbers."""

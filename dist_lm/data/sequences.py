@@ -11,11 +11,12 @@ from typing import TYPE_CHECKING, Generic, Protocol, TypeVar
 import numpy as np
 
 from dist_lm.data.batch import SequenceContent
-from dist_lm.data.infill import ADDED, Infill, InfillEpoch, most_slices
+from dist_lm.data.infill import ADDED, Infill, InfillEpoch, RearrangedEpoch, UnitInfillEpoch, most_slices
 from dist_lm.data.order import DocumentSlice, EpochOrder, Shuffle, key, permutation, sequences_an_epoch
 from dist_lm.data.packing import DROP, SPLIT, TRUNCATE, PackedEpoch, Packing
 from dist_lm.data.phases import PhasedMix
 from dist_lm.data.token_corpus import TokenCorpus
+from dist_lm.data.unit_order import UnitEpoch
 from dist_lm.errors import ArtefactError
 
 if TYPE_CHECKING:
@@ -24,6 +25,7 @@ if TYPE_CHECKING:
 SEQ_LEN = "stage.seq_len"
 CACHED_EPOCHS = 2  # sequences are read in rising numbers, and a step may cross the end of an epoch
 BLOCK = 100  # sequences; shares are whole per cent
+DOCUMENTS, UNITS = ORDERS = ("documents", "units")  # what an epoch of text shuffles
 
 Order = TypeVar("Order")
 
@@ -94,6 +96,7 @@ class CorpusSequences:
         infill: Infill | None = None,
         too_long: str = DROP,
         without: Collection[int] = (),
+        order: str = DOCUMENTS,
     ) -> None:
         """Opens the sequences of a corpus.
 
@@ -102,12 +105,14 @@ class CorpusSequences:
             infill: rearranges slices of documents of text; all epochs still have `n_sequences`.
             too_long: what becomes of conversations that are longer than a sequence (`packing.TOO_LONG`).
             without: documents whose loss does not count. They keep their places, so the order of data stays.
+            order: what an epoch of text shuffles; one of `ORDERS`.
 
         Raises:
             ArtefactError: the corpus does not fill a sequence.
         """
         self.corpus, self._without = corpus, without
         self._seed, self._infill = seed, infill
+        self._shuffles_units = order == UNITS
 
         # Each sequence takes less text, which leaves space for the marks of the slices that may be rearranged.
         self._max_slices = 0
@@ -134,14 +139,14 @@ class CorpusSequences:
         `infill`.
         """
         order, i = self._epochs.locate(number)
-        if isinstance(order, InfillEpoch):
+        if isinstance(order, RearrangedEpoch):
             return replace(order.content(i), without=self._without)
         return SequenceContent(self.corpus, order.sequence(i), self._without)
 
     def slices(self, number: int) -> list[DocumentSlice]:
         """Returns the slices of documents in sequence `number`, with the last target, as they stand in the corpus."""
         order, i = self._epochs.locate(number)
-        return order.slices(i) if isinstance(order, InfillEpoch) else order.sequence(i)
+        return order.slices(i) if isinstance(order, RearrangedEpoch) else order.sequence(i)
 
     def numbers(self, parts: Sequence[DocumentSlice], end: int) -> dict[DocumentSlice, list[int]]:
         """Returns the sequences below `end` that hold a token of each slice: rising numbers.
@@ -150,13 +155,21 @@ class CorpusSequences:
         """
         return numbers_with(self._epochs.order, self.n_sequences, parts, end)
 
-    def _order(self, epoch: int) -> EpochOrder | PackedEpoch | InfillEpoch:
+    def _order(self, epoch: int) -> EpochOrder | UnitEpoch | PackedEpoch | RearrangedEpoch:
         # Conversations stay whole; text is cut, and its slices may be rearranged.
         if self.packing:
             return PackedEpoch(self.packing, self._seed, epoch)
+
+        infill = self._infill if self._max_slices else None
+        if self._shuffles_units:
+            order = UnitEpoch(self.corpus.units, self._seed, epoch, self._text_len)
+            if infill:
+                return UnitInfillEpoch(self.corpus, order, infill, self._max_slices, self._seed, epoch)
+            return order
+
         order = EpochOrder(self.corpus.lengths, self._seed, epoch, self._text_len, self.corpus.continues)
-        if self._infill and self._max_slices:
-            return InfillEpoch(self.corpus, order, self._infill, self._max_slices, self._seed, epoch)
+        if infill:
+            return InfillEpoch(self.corpus, order, infill, self._max_slices, self._seed, epoch)
         return order
 
 
@@ -233,6 +246,7 @@ class MixedSequences:
         infill: Infill | None = None,
         too_long: str = DROP,
         without: "DocumentIds | None" = None,
+        order: str = DOCUMENTS,
     ) -> None:
         """Opens the sequences. Arguments that are not listed are those of `CorpusSequences`.
 
@@ -256,6 +270,7 @@ class MixedSequences:
                 infill if each is corpus else None,
                 too_long,
                 (without or {}).get(each.directory.name, ()),
+                order,
             )
             for each in (corpus, *others)
         ]

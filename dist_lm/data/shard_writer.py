@@ -35,9 +35,19 @@ import numpy as np
 import zstandard
 
 from dist_lm.config.corpus import SPLITS
-from dist_lm.data.index import ShardIndex, build_index, index_path, member_checksums, open_index, save_index
+from dist_lm.data.index import ShardIndex, build_index, member_checksums, open_index, save_index
 from dist_lm.data.journal import Journal, rows_path, rows_state
-from dist_lm.data.manifest import Counts, Manifest, Recipe, Shard, Split, read_manifest, token_dtype, write_manifest
+from dist_lm.data.manifest import (
+    Counts,
+    Manifest,
+    Recipe,
+    Shard,
+    Split,
+    index_path,
+    read_manifest,
+    token_dtype,
+    write_manifest,
+)
 from dist_lm.data.rankings.shards import member_parts
 from dist_lm.document import TokenizedDocument
 from dist_lm.errors import ArtefactError

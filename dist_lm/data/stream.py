@@ -17,7 +17,7 @@ import torch
 from dist_lm.data.batch import Batch, assemble
 from dist_lm.data.infill import Infill
 from dist_lm.data.packing import DROP
-from dist_lm.data.sequences import SEQ_LEN, MixedSequences, PhasedCorpora
+from dist_lm.data.sequences import DOCUMENTS, SEQ_LEN, MixedSequences, PhasedCorpora
 from dist_lm.data.token_corpus import TokenCorpus
 from dist_lm.errors import ConfigError
 from dist_lm.tokenizer.tokenizer import FirstToken
@@ -141,11 +141,12 @@ class SequenceStream(StepStream):
         infill: Infill | None = None,
         too_long: str = DROP,
         without: "DocumentIds | None" = None,
+        order: str = DOCUMENTS,
     ) -> None:
         """Opens the stream. Arguments that are not listed are those of `StepStream` and `assemble`.
 
         Args:
-            mix, seq_len_key, infill, too_long, without: as for `MixedSequences`.
+            mix, seq_len_key, infill, too_long, without, order: as for `MixedSequences`.
             pad_id: the token that fills rows up.
             first_token: of the tokenizer; None: documents begin with end-of-text.
 
@@ -162,6 +163,7 @@ class SequenceStream(StepStream):
             infill=infill,
             too_long=too_long,
             without=without,
+            order=order,
         )
         self.corpora = self._sequences.of_corpora
         self.n_sequences = self.corpora[0].n_sequences  # an epoch

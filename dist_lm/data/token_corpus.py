@@ -1,19 +1,25 @@
 """Reads one split of a corpus on disk: maps document numbers to offsets in its tars, and reads tokens from there.
 
-Tars are read with `pread` through a bounded number of descriptors. Before its first use, a member is compared with its
-CRC-32 in the manifest, and its tokens with the vocabulary.
+Tars are read with `pread` through a bounded number of descriptors. Every KiB is compared with its checksum in the index
+of the split. If a checksum is not known yet, its member is read whole and compared with the CRC-32 in the manifest, and
+its tokens with the vocabulary: once, whatever the number of processes.
 """
 
 import os
 import threading
 import zlib
+from bisect import bisect_left, bisect_right
 from collections.abc import Iterator, Sequence
+from functools import cached_property
+from itertools import accumulate
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 
-from dist_lm.data.index import ShardIndex, open_index
 from dist_lm.data.manifest import BUILD_COMMAND, Shard, Split, read_manifest, token_dtype
+from dist_lm.data.split_index import BLOCK, SplitIndex
+from dist_lm.data.unit_order import Units
 from dist_lm.errors import ArtefactError
 
 OPEN_TARS = 64  # descriptors of one split
@@ -22,54 +28,38 @@ OPEN_TARS = 64  # descriptors of one split
 class TokenCorpus:
     """The documents of one split, numbered in the order of its tars.
 
-    Read-only. Properties of all documents are arrays; there is no object for each document.
+    Properties of all documents are mapped arrays, which the processes of a node share (`SplitIndex`).
     """
 
     def __init__(
-        self,
-        directory: Path,
-        split: str,
-        shards: Sequence[Shard],
-        indices: Sequence[ShardIndex],
-        vocab_size: int,
+        self, directory: Path, split: str, shards: Sequence[Shard], vocab_size: int, *, is_saved: bool = True
     ) -> None:
-        """Use `open` instead. `indices`: one for each of `shards`."""
+        """Opens some of the tars of a split; `open` opens all of them.
+
+        Args:
+            is_saved: as of `SplitIndex`; False for some of the tars.
+
+        Raises:
+            ArtefactError, OSError: as `open`.
+        """
         self.directory = directory
         self.split = split
-        self.languages = sorted({name for index in indices for name in index.languages})
-        self.lengths = _column(indices, "length")  # (documents,) tokens
-        self.n_bytes = _column(indices, "n_bytes")  # (documents,) UTF-8 bytes
-        self.language_codes = np.concatenate([self._recode(index) for index in indices])  # (documents,) uint8
-        # (documents,) bool: whether it is of the same repository as the document before it
-        self.continues = _column(indices, "continues").astype(bool)
-        self.n_documents = len(self.lengths)
-        self.n_tokens = int(self.lengths.sum())
-        self.has_mask = any(bool((index.members["mask"] >= 0).any()) for index in indices)
+        self._index = SplitIndex(directory, split, shards, vocab_size, is_saved=is_saved)
+        self.languages = self._index.languages
+        self.n_documents, self.n_tokens = self._index.n_documents, self._index.n_tokens
+        self.has_mask = self._index.has_mask
 
-        self._vocab_size, self._dtype = vocab_size, token_dtype(vocab_size)
+        self._shards, self._vocab_size, self._dtype = shards, vocab_size, token_dtype(vocab_size)
         self._tars = _Tars([directory / shard.name for shard in shards])
-
-        # Arrays from document to member, and from member to tar, so that a read searches nothing.
-        self._members = np.concatenate([index.members for index in indices])
-        n_documents = self._members["documents"].astype(np.int64)  # (members,)
-        self._tar_of = np.repeat(np.arange(len(shards), dtype=np.int32), [len(index.members) for index in indices])
-        self._member_of = np.repeat(np.arange(len(n_documents), dtype=np.int32), n_documents)
-
-        self._firsts = np.cumsum(n_documents) - n_documents  # (members,) number of the first document
-        starts = np.concatenate([[0], np.cumsum(self.lengths)])
-        # (documents,) tokens of the same member before the document
-        self._start = (starts[:-1] - np.repeat(starts[self._firsts], n_documents)).astype(np.uint32)
-
-        self._token_offset = self._members["tokens"].copy()
-        self._mask_offset = self._members["mask"].copy()
-        self._checksums = [checksum for shard in shards for checksum in shard.checksums()]
-        self._checked = bytearray(len(n_documents))
+        self._checked = bytearray(self._index.n_members)  # members that this process has compared with the manifest
+        self._unit = _Unit(0, 0, _Area(0, 0, 0, 0, 0), [])  # the one that was read last
+        self._run = _Run(-1, 0, b"")  # the blocks that were read last
 
     @classmethod
     def open(cls, directory: Path, split: str) -> "TokenCorpus":
         """Returns the split of a corpus, after size and index of every tar were compared with the manifest.
 
-        Members are checked later, before their first use. A missing or old index is built and saved (`open_index`).
+        Tokens are checked when they are read. A missing or old index is built and saved (`SplitIndex`, `open_index`).
 
         Raises:
             ArtefactError: the corpus is missing, unfinished or damaged, differs from its manifest, or has no document
@@ -83,18 +73,53 @@ class TokenCorpus:
                 f"corpus {directory} has no {split} documents: give it more text or another "
                 f"corpus.val_fraction, then `{BUILD_COMMAND}`"
             )
+        return cls(directory, split, shards, manifest.recipe.vocab_size)
 
-        indices = [open_index(directory / shard.name, shard) for shard in shards]
+    # --- properties of all documents ---
 
-        # Read with another width, tokens would be halves or pairs.
-        width = token_dtype(manifest.recipe.vocab_size).itemsize
-        for shard, index in zip(shards, indices, strict=True):
-            if index.token_bytes != width and len(index.documents):
-                raise ArtefactError(
-                    f"{directory / shard.name}: tokens of {index.token_bytes} bytes, but a vocabulary of "
-                    f"{manifest.recipe.vocab_size:,} takes {width}: build it again with `{BUILD_COMMAND}`"
-                )
-        return cls(directory, split, shards, indices, manifest.recipe.vocab_size)
+    @property
+    def lengths(self) -> np.ndarray:
+        """(documents,) int32, mapped: tokens."""
+        return self._index.column("lengths")
+
+    @property
+    def n_bytes(self) -> np.ndarray:
+        """(documents,) uint32, mapped: UTF-8 bytes of the text."""
+        return self._index.column("n_bytes")
+
+    @property
+    def language_codes(self) -> np.ndarray:
+        """(documents,) uint8, mapped: positions in `languages`."""
+        return self._index.column("languages")
+
+    @property
+    def continues(self) -> np.ndarray:
+        """(documents,) bool, a new array: whether a document is of the repository of the one before it."""
+        if not self._index.has_repositories:
+            return np.zeros(self.n_documents, bool)
+        return self._index.continues(np.arange(self.n_documents))
+
+    @cached_property
+    def units(self) -> Units:
+        """The units of documents, which an order of units shuffles."""
+        index = self._index
+        documents = index.columns["unit_document"]
+        has_repositories = index.has_repositories
+
+        def is_border(unit: int) -> np.ndarray:
+            begin, end = index.unit_documents(unit)
+            return ~index.continues(np.arange(begin, end)) if has_repositories else np.ones(end - begin, bool)
+
+        return Units(
+            documents=documents,
+            tokens=index.columns["unit_token"],
+            n_tokens=self.n_tokens,
+            continues=index.continues(documents) if has_repositories else np.zeros(len(documents), bool),
+            lengths=index.unit_lengths,
+            is_border=is_border,
+        )
+
+    # --- reading ---
 
     def tokens(self, document: int, start: int, stop: int) -> np.ndarray:
         """Reads tokens [start, stop) of a document: (stop - start,) uint16 or uint32, read-only.
@@ -102,11 +127,10 @@ class TokenCorpus:
         Raises:
             ArtefactError: the tar is damaged; the message names the file, the bytes and the documents.
         """
-        member = self._member(document)
-        begin = self._start.item(document) + start  # a Python integer is much faster than a NumPy one
+        unit = self._unit_of(document)
+        begin = unit.begins[document - unit.first]
         width = self._dtype.itemsize
-        offset = self._token_offset.item(member) + width * begin
-        content = self._tars.read(self._tar_of.item(member), offset, width * (stop - start))
+        content = self._read(unit.tokens, width * (begin + start), width * (begin + stop))
         return np.frombuffer(content, dtype=self._dtype)
 
     def mask(self, document: int, start: int, stop: int) -> np.ndarray:
@@ -115,12 +139,12 @@ class TokenCorpus:
         Raises:
             ArtefactError: the tar is damaged, as `tokens`.
         """
-        member = self._member(document)
-        begin = self._mask_offset.item(member)
-        if begin < 0:  # no document of the member has a mask
+        unit = self._unit_of(document)
+        mask = self._mask_of(unit.tokens.member)
+        if mask is None:  # no document of the member has a mask
             return np.ones(stop - start, np.uint8)
-        begin += self._start.item(document) + start
-        return np.frombuffer(self._tars.read(self._tar_of.item(member), begin, stop - start), np.uint8)
+        begin = unit.begins[document - unit.first]
+        return np.frombuffer(self._read(mask, begin + start, begin + stop), np.uint8)
 
     def members(self) -> Iterator[tuple[range, np.ndarray]]:
         """Yields the documents of each member, and their tokens end to end (uint16 or uint32), in their order.
@@ -128,13 +152,13 @@ class TokenCorpus:
         Raises:
             ArtefactError: a tar is damaged.
         """
-        for first, n_documents in zip(self._firsts.tolist(), self._members["documents"].tolist(), strict=True):
-            documents = range(first, first + n_documents)
-            n_tokens = int(self.lengths[first : first + n_documents].sum())
-            yield documents, self.tokens(first, 0, n_tokens)
+        for member in range(len(self._checked)):
+            area = self._tokens_of(member)
+            tokens = np.frombuffer(self._read(area, 0, area.size), dtype=self._dtype)
+            yield self._documents_of(member), tokens
 
     def check(self) -> None:
-        """Reads and checks every member that was not read yet; returns nothing.
+        """Reads every member that this process has not compared with the manifest yet, and does that; returns nothing.
 
         Raises:
             ArtefactError: a member is damaged.
@@ -143,47 +167,170 @@ class TokenCorpus:
             if not self._checked[member]:
                 self._check(member)
 
-    def _member(self, document: int) -> int:
-        """Returns the member that holds `document`, and checks it before its first use.
+    def _unit_of(self, document: int) -> "_Unit":
+        # Documents are read one behind the other, so most are of the unit of the one before.
+        unit = self._unit
+        if not unit.first <= document < unit.end:
+            unit = self._unit = self._open_unit(document)
+        return unit
+
+    def _open_unit(self, document: int) -> "_Unit":
+        columns = self._index.columns
+        unit = bisect_right(columns["unit_document"], document) - 1
+        first, end = self._index.unit_documents(unit)
+        member = columns["unit_member"].item(unit)
+        before = columns["unit_token"].item(unit) - columns["member_token"].item(member)
+        begins = list(accumulate(self._index.unit_lengths(unit).tolist(), initial=before))
+        return _Unit(first, end, self._tokens_of(member), begins)
+
+    def _documents_of(self, member: int) -> range:
+        firsts = self._index.columns["member_document"]
+        end = firsts.item(member + 1) if member + 1 < len(firsts) else self.n_documents
+        return range(firsts.item(member), end)
+
+    def _tokens_of(self, member: int) -> "_Area":
+        columns = self._index.columns
+        begins = columns["member_token"]
+        end = begins.item(member + 1) if member + 1 < len(begins) else self.n_tokens
+        size = (end - begins.item(member)) * self._dtype.itemsize
+        return _Area(
+            member,
+            self._tar_of(member),
+            columns["member_tokens"].item(member),
+            size,
+            columns["member_block"].item(member),
+        )
+
+    def _mask_of(self, member: int) -> "_Area | None":
+        offset = self._index.columns["member_mask"].item(member)
+        if offset < 0:
+            return None
+        tokens = self._tokens_of(member)
+        return tokens._replace(
+            offset=offset, size=tokens.size // self._dtype.itemsize, block=tokens.block - (-tokens.size // BLOCK)
+        )
+
+    def _read(self, area: "_Area", begin: int, end: int) -> bytes:
+        """Reads bytes [begin, end) of the tokens or the mask of a member.
+
+        What is read are the whole blocks that hold them, and these are compared with their checksums. The last blocks
+        are kept, because the next documents mostly begin in them.
 
         Raises:
             ArtefactError: the tar is damaged.
         """
-        member = self._member_of.item(document)
-        if not self._checked[member]:
-            self._check(member)
-        return member
+        run, block = self._run, area.block + begin // BLOCK
+        stop = area.block - (-end // BLOCK)
+        if run.begin <= block < run.end:
+            offset = (run.begin - area.block) * BLOCK
+            if stop <= run.end:
+                return run.content[begin - offset : end - offset]
+            content = run.content[(block - run.begin) * BLOCK :]
+            content += self._read_blocks(area, run.end, stop)
+        else:
+            content = self._read_blocks(area, block, stop)
+
+        self._run = _Run(block, stop, content)
+        offset = (block - area.block) * BLOCK
+        return content[begin - offset : end - offset]
+
+    def _read_blocks(self, area: "_Area", first: int, end: int) -> bytes:
+        """Reads blocks [first, end), counted in the split, and compares them with their checksums.
+
+        Raises:
+            ArtefactError: the tar is damaged.
+        """
+        checksums = self._index.columns["checksums"][first:end].tolist()
+        if 0 in checksums and not self._checked[area.member]:
+            self._check(area.member)
+            checksums = self._index.columns["checksums"][first:end].tolist()
+
+        begin = (first - area.block) * BLOCK
+        size = min((end - area.block) * BLOCK, area.size) - begin
+        content = self._tars.read(area.tar, area.offset + begin, size)
+        if not _is_whole(content, checksums):
+            # Either the checksums are wrong, and are made again, or the member is damaged, which is an error.
+            self._check(area.member)
+            content = self._tars.read(area.tar, area.offset + begin, size)
+        return content
+
+    def _tar_of(self, member: int) -> int:
+        return self._index.columns["member_tar"].item(member)
 
     def _check(self, member: int) -> None:
-        """Reads a member whole, compares it with its checksum and its tokens with the vocabulary, and notes that.
+        """Reads a member whole, compares it with the manifest and its tokens with the vocabulary, and notes that. Notes
+        the checksums of its blocks, too.
 
         Raises:
             ArtefactError: they do not match, or the tar cannot be read; names the tar, the bytes and the documents.
         """
-        begin, end, first_token, _, documents = self._members[member].tolist()
-        tar, first = self._tar_of.item(member), self._firsts.item(member)
-        content = self._tars.read(tar, begin, end - begin)
-        span = f"{self._tars.paths[tar]}: bytes {begin:,} to {end:,} (documents {first:,} to {first + documents - 1:,})"
-        if (checksum := zlib.crc32(content)) != self._checksums[member]:
+        columns = self._index.columns
+        begin, end = columns["member_begin"].item(member), columns["member_end"].item(member)
+        tar, documents = self._tar_of(member), self._documents_of(member)
+        content = memoryview(self._tars.read(tar, begin, end - begin))
+        span = (
+            f"{self._tars.paths[tar]}: bytes {begin:,} to {end:,} "
+            f"(documents {documents.start:,} to {documents.stop - 1:,})"
+        )
+        number_in_tar = member - bisect_left(columns["member_tar"], tar)
+        expected = self._shards[tar].checksum(number_in_tar)
+        if (checksum := zlib.crc32(content)) != expected:
             raise ArtefactError(
-                f"{span} are damaged: CRC-32 {checksum:08x}, expected {self._checksums[member]:08x}: "
+                f"{span} are damaged: CRC-32 {checksum:08x}, expected {expected:08x}: "
                 f"build the corpus again with `{BUILD_COMMAND}`"
             )
 
         # On a GPU an id past the embedding is a device-side assertion, which names no file.
-        n_tokens = int(self.lengths[first : first + documents].sum())
-        ids = np.frombuffer(content, self._dtype, n_tokens, first_token - begin)
-        if n_tokens and (largest := int(ids.max())) >= self._vocab_size:
+        tokens, mask = self._tokens_of(member), self._mask_of(member)
+        ids = np.frombuffer(content, self._dtype, tokens.size // self._dtype.itemsize, tokens.offset - begin)
+        if len(ids) and (largest := int(ids.max())) >= self._vocab_size:
             raise ArtefactError(
                 f"{span} hold token {largest}, but the vocabulary of their tokenizer ends at "
                 f"{self._vocab_size - 1}: build the corpus again with `{BUILD_COMMAND}`"
             )
+
+        for area in filter(None, [tokens, mask]):
+            at = area.offset - begin
+            self._index.record_checksums(area.block, block_checksums(content[at : at + area.size]))
         self._checked[member] = 1
 
-    def _recode(self, index: ShardIndex) -> np.ndarray:
-        """Maps the language codes of one shard to indices in `self.languages`."""
-        codes = np.array([self.languages.index(name) for name in index.languages], np.uint8)
-        return codes[index.documents["language"]]
+
+class _Area(NamedTuple):
+    """The tokens or the mask of a member."""
+
+    member: int
+    tar: int
+    offset: int  # bytes from the start of the tar
+    size: int  # bytes
+    block: int  # number of its first block in the split
+
+
+class _Unit(NamedTuple):
+    """Consecutive documents of a member."""
+
+    first: int  # document
+    end: int  # document behind the last
+    tokens: _Area  # of its member
+    begins: list[int]  # tokens of the member before each document
+
+
+class _Run(NamedTuple):
+    """Consecutive blocks of an area, as they were read."""
+
+    begin: int  # numbers in the split
+    end: int
+    content: bytes
+
+
+def block_checksums(content: memoryview) -> list[int]:
+    """Returns the CRC-32 of each block; 1 in place of 0, which stands for a block whose checksum is not known."""
+    return [zlib.crc32(content[i : i + BLOCK]) or 1 for i in range(0, len(content), BLOCK)]
+
+
+def _is_whole(content: bytes, checksums: Sequence[int]) -> bool:
+    """Returns whether blocks have these checksums; one of 0 is not compared."""
+    crcs = block_checksums(memoryview(content))
+    return crcs == checksums or all(expected in (0, crc) for crc, expected in zip(crcs, checksums, strict=True))
 
 
 class _Tars:
@@ -215,8 +362,9 @@ class _Tars:
             ) from error
 
         if len(content) != size:
+            size_now = self.paths[tar].stat().st_size
             raise ArtefactError(
-                f"{self.paths[tar]}: ends at byte {offset + len(content):,} of the {offset + size:,} that were "
+                f"{self.paths[tar]}: ends at byte {size_now:,} of the {offset + size:,} that were "
                 f"expected: build the corpus again with `{BUILD_COMMAND}`"
             )
         return content
@@ -245,8 +393,3 @@ class _Tars:
     def __del__(self) -> None:
         for descriptor in self._open.values():
             os.close(descriptor)
-
-
-def _column(indices: Sequence[ShardIndex], name: str) -> np.ndarray:
-    """Concatenates a property of all documents: (documents,) int64."""
-    return np.concatenate([index.documents[name].astype(np.int64) for index in indices])

@@ -303,6 +303,7 @@ def sequence_options(config: Config, run: RunDirectory, tokenizer: "Tokenizer") 
         "infill": infill,
         "too_long": stage.too_long,
         "without": left_out_by(config, run),
+        "order": stage.order,
     }
 
 

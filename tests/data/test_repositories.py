@@ -6,7 +6,8 @@ from pathlib import Path
 
 import numpy as np
 
-from dist_lm.data.index import build_index, index_path
+from dist_lm.data.index import build_index
+from dist_lm.data.manifest import index_path
 from dist_lm.data.sequences import CorpusSequences
 from dist_lm.data.token_corpus import TokenCorpus
 from tests.data.synthetic_corpus import documents, write

@@ -13,12 +13,13 @@ import pytest
 from webdataset.compat import WebDataset
 
 from dist_lm.data import index as index_module
-from dist_lm.data.index import build_index, index_path, load_index, save_index
+from dist_lm.data.index import build_index, load_index, save_index
 from dist_lm.data.inspect import verify
 from dist_lm.data.manifest import (
     Manifest,
     Recipe,
     Split,
+    index_path,
     manifest_path,
     read_manifest,
     write_manifest,

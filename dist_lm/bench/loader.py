@@ -1,0 +1,320 @@
+"""Opening, ordering and reading a corpus of text.
+
+The first case is made up of lengths alone: 200 M documents in the index of a split, with tars that have a size and no
+content. It measures what a node holds, how long one process and eight at once take to open it, and an epoch's order.
+
+The second case is a corpus on disk, read by a stream in the order of units and in that of documents, against a crop at
+a random place of one mapped array that fills the same fields of a batch. Its facts count what the ranks of an epoch ask
+the file system for.
+"""
+
+import multiprocessing
+import os
+import tempfile
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from multiprocessing.queues import SimpleQueue
+from multiprocessing.synchronize import Barrier
+from pathlib import Path
+
+import numpy as np
+import psutil
+import torch
+
+from dist_lm.bench.case import TOKENS_A_SECOND, Case, Comparison, GroupSize
+from dist_lm.bench.rank import Trial
+from dist_lm.config.root import Config
+from dist_lm.data.batch import Batch, assemble
+from dist_lm.data.index import DOCUMENT, MEMBER, ShardIndex
+from dist_lm.data.manifest import Counts, Manifest, Recipe, Shard, Split, shard_name, write_manifest
+from dist_lm.data.order import splitmix64
+from dist_lm.data.sequences import DOCUMENTS, UNITS, CorpusSequences
+from dist_lm.data.shard_writer import CorpusWriter
+from dist_lm.data.split_index import SplitIndex, split_index_path
+from dist_lm.data.token_corpus import TokenCorpus
+from dist_lm.data.unit_order import UnitEpoch
+from dist_lm.document import TokenizedDocument
+from dist_lm.parallel.mesh import World
+from dist_lm.prepare.compose import compose_config
+
+ORDER, SORT = "order of units", "sorting as many keys"
+UNITS_STREAM, DOCUMENTS_STREAM, CROP = "stream, order of units", "stream, order of documents", "random crop"
+NODE, OPEN, OPEN_TOGETHER = "eight ranks of a node, a document B", "open s", "eight open at once s"
+EPOCH, READ = "order of an epoch s", "read in an epoch by eight ranks, of the corpus x"
+MANY, QUICK_MANY = 200_000_000, 2_000_000  # documents without content
+MEAN_TOKENS = 1000  # of a document
+TAR_DOCUMENTS, MEMBER_DOCUMENTS = 100_000, 256
+RANKS, EOT, VOCABULARY = 8, 1, 60_000
+SEQ_LEN, SEQUENCES, STEPS = 2048, 8, 32  # a step of the bench is `STEPS` batches of `SEQUENCES` sequences
+READ_TOKENS, QUICK_READ_TOKENS = 32_000_000, 4_000_000
+
+
+def cases(overrides: Sequence[str], quick: bool) -> list[Case]:
+    """Returns the case without content, and the one on disk.
+
+    Raises:
+        ConfigError, ArtefactError, UserError: as `compose_config`.
+    """
+
+    # The amounts of work go to `build` in keys that mean as much.
+    def config_of(steps: int) -> Config:
+        return compose_config(["stage=language", "model=nano", "tracking=none", f"stage.steps={steps}", *overrides])
+
+    many, tokens = (QUICK_MANY, QUICK_READ_TOKENS) if quick else (MANY, READ_TOKENS)
+    facts = (NODE, OPEN, OPEN_TOGETHER, EPOCH)
+    streams = (UNITS_STREAM, DOCUMENTS_STREAM)
+    return [
+        Case(
+            name=f"{many / 1e6:.0f} M documents",
+            config=config_of(many),
+            variants=dict.fromkeys((ORDER, SORT), GroupSize(1)),
+            comparisons=[
+                Comparison(variant=ORDER, ceiling=SORT),
+                *(Comparison(variant=ORDER, fact=fact) for fact in facts),
+            ],
+            rounds=3,
+            amount=many,
+            unit="documents/s",
+        ),
+        Case(
+            name=f"{tokens / 1e6:.0f} M tokens, {SEQUENCES}x{SEQ_LEN}",
+            config=config_of(tokens),
+            variants=dict.fromkeys((*streams, CROP), GroupSize(1)),
+            comparisons=[
+                *(Comparison(variant=variant, peer=CROP) for variant in streams),
+                *(Comparison(variant=variant, fact=READ) for variant in streams),
+            ],
+            rounds=7,
+            amount=STEPS * SEQUENCES * SEQ_LEN,
+            unit=TOKENS_A_SECOND,
+        ),
+    ]
+
+
+def build(variant: str, config: Config, world: World) -> Trial:
+    """Builds one variant in one process, with a corpus in a temporary folder.
+
+    Raises:
+        OSError: the folder has no space.
+    """
+    folder = tempfile.TemporaryDirectory(prefix="dlm-bench-")
+    directory, amount = Path(folder.name), config.stage.steps
+    if variant in (ORDER, SORT):
+        trial = order_trial(variant, directory, amount)
+    else:
+        trial = reading_trial(variant, directory, amount)
+
+    def step() -> float:
+        # The closure keeps the temporary folder as long as this function lives.
+        assert folder
+        return trial.step()
+
+    return replace(trial, step=step)
+
+
+# --- documents without content ---
+
+
+def order_trial(variant: str, directory: Path, n_documents: int) -> Trial:
+    """Returns the trial of an epoch's order, or of sorting as many random numbers as it has units."""
+    write_without_content(directory, n_documents)
+    if variant == SORT:
+        n_units = len(TokenCorpus.open(directory, "train").units.documents)
+        keys = splitmix64(0, n_units)
+
+        def sort() -> float:
+            np.argsort(keys)
+            return 0.0
+
+        return Trial(sort, dict, losses=list)
+
+    units = TokenCorpus.open(directory, "train").units
+
+    def order() -> float:
+        UnitEpoch(units, 0, 0, SEQ_LEN)
+        return 0.0
+
+    return Trial(order, lambda: facts_of_opening(directory, n_documents), losses=list)
+
+
+class _WithoutContent(SplitIndex):
+    """The index of a split whose tars are made up."""
+
+    def index_of(self, shard: Shard) -> ShardIndex:
+        """Returns the index of a tar that nobody has written: members of documents, end to end."""
+        random = np.random.default_rng(int(shard.name[-10:-4]))
+        documents = np.zeros(shard.counts.documents, DOCUMENT)
+        documents["length"] = random.geometric(1 / MEAN_TOKENS, len(documents))
+        documents["n_bytes"] = 4 * documents["length"]
+        documents["language"] = random.integers(0, 3, len(documents))
+
+        firsts = np.arange(0, len(documents), MEMBER_DOCUMENTS)
+        ends = np.append(0, np.cumsum(documents["length"], dtype=np.int64))
+        members = np.zeros(len(firsts), MEMBER)
+        members["documents"] = np.append(firsts[1:], len(documents)) - firsts
+        members["begin"] = members["tokens"] = 2 * ends[firsts]
+        members["end"] = 2 * ends[firsts + members["documents"]]
+        members["mask"] = -1
+        return ShardIndex(documents, members, ("bash", "python", "sql"), 2, 0)
+
+
+def write_without_content(directory: Path, n_documents: int) -> None:
+    """Writes a corpus whose tars are holes: its manifest and the index of its split."""
+    shards = []
+    for number in range(-(-n_documents // TAR_DOCUMENTS)):
+        n = min(TAR_DOCUMENTS, n_documents - number * TAR_DOCUMENTS)
+        name, size = shard_name("train", number), 2 * MEAN_TOKENS * n
+        (directory / name).touch()
+        os.truncate(directory / name, size)
+        checksums = "0" * 8 * -(-n // MEMBER_DOCUMENTS)
+        counts = Counts(n, MEAN_TOKENS * n, 4 * MEAN_TOKENS * n)
+        shards.append(Shard(name, size, "0" * 64, "0" * 64, "0" * 64, checksums, counts))
+
+    recipe = Recipe("0" * 64, VOCABULARY, "0" * 64, MEMBER_DOCUMENTS, MEAN_TOKENS * TAR_DOCUMENTS)
+    write_manifest(directory, Manifest(recipe, {"train": Split(tuple(shards))}, {}))
+    _WithoutContent(directory, "train", shards, VOCABULARY)
+
+
+def facts_of_opening(directory: Path, n_documents: int) -> dict[str, float]:
+    """Returns what a node of eight ranks holds and how long they take, each rank alone and all at once."""
+    alone = opened_by(directory, 1)
+    together = opened_by(directory, RANKS)
+    mapped = split_index_path(directory, "train").stat().st_size
+    private = sum(n_bytes for _, _, n_bytes in together)
+    return {
+        NODE: (mapped + private) / n_documents,
+        OPEN: alone[0][0],
+        OPEN_TOGETHER: max(seconds for seconds, _, _ in together),
+        EPOCH: alone[0][1],
+    }
+
+
+def opened_by(directory: Path, processes: int) -> list[tuple[float, float, int]]:
+    """Opens a corpus, computes an epoch and finds a sequence in each of some processes at once.
+
+    Returns:
+        For each process: seconds to open it, seconds for the order of an epoch, and private bytes at the end.
+    """
+    fork = multiprocessing.get_context("fork")
+    answers, ready = fork.SimpleQueue(), fork.Barrier(processes)
+    children = [fork.Process(target=_open, args=(directory, ready, answers)) for _ in range(processes)]
+    for child in children:
+        child.start()
+    measured = [answers.get() for _ in children]
+    for child in children:
+        child.join()
+    return measured
+
+
+def _open(directory: Path, ready: Barrier, answers: SimpleQueue) -> None:
+    """Puts the answer of one process of `opened_by`."""
+    private = psutil.Process().memory_full_info().uss
+    ready.wait()
+    began = time.perf_counter()
+    corpus = TokenCorpus.open(directory, "train")
+    opened = time.perf_counter()
+    epoch = UnitEpoch(corpus.units, 0, 0, SEQ_LEN)
+    epoch.sequence(epoch.n_sequences // 2)
+    ordered = time.perf_counter()
+    # Nobody ends before all have measured what they hold.
+    ready.wait()
+    private = psutil.Process().memory_full_info().uss - private
+    ready.wait()
+    answers.put((opened - began, ordered - opened, private))
+
+
+# --- a corpus on disk ---
+
+
+def reading_trial(variant: str, directory: Path, n_tokens: int) -> Trial:
+    """Returns the trial of reading some batches of an epoch."""
+    corpus = write_tokens(directory, n_tokens)
+    crop = RandomCrop(corpus, directory)
+    # Every process of a run finds the checksums that the first epoch has left.
+    corpus.check()
+    sequences = CorpusSequences(corpus, 0, SEQ_LEN, order=UNITS if variant == UNITS_STREAM else DOCUMENTS)
+    batch_of: Callable[[list[int]], Batch] = crop.batch if variant == CROP else stream_of(sequences)
+    number = 0
+
+    def step() -> float:
+        nonlocal number
+        for _ in range(STEPS):
+            batch_of([*range(number, number + SEQUENCES)])
+            number += SEQUENCES
+        return 0.0
+
+    def facts() -> dict[str, float]:
+        return {READ: bytes_of_epoch(directory, sequences) / (2 * corpus.n_tokens)}
+
+    return Trial(step, dict if variant == CROP else facts, losses=list)
+
+
+def stream_of(sequences: CorpusSequences) -> Callable[[list[int]], Batch]:
+    """Returns the function from sequence numbers to a batch, as a stream of training has it."""
+
+    def batch_of(numbers: list[int]) -> Batch:
+        contents = [sequences.content(number) for number in numbers]
+        return assemble(contents, numbers, seq_len=SEQ_LEN, document_mask=True, reset_positions=True)
+
+    return batch_of
+
+
+class RandomCrop:
+    """All tokens of a corpus in one mapped array. A sequence begins at a random place."""
+
+    def __init__(self, corpus: TokenCorpus, directory: Path) -> None:
+        path = directory / "tokens.bin"
+        with path.open("wb") as file:
+            for _, tokens in corpus.members():
+                file.write(tokens.tobytes())
+        self._tokens = np.memmap(path, np.uint16, "r")
+        self._random = np.random.default_rng(0)
+
+    def batch(self, numbers: list[int]) -> Batch:
+        """Returns the fields that `assemble` fills, of crops at random places."""
+        begins = self._random.integers(0, len(self._tokens) - SEQ_LEN - 1, len(numbers))
+        tokens = np.stack([self._tokens[begin : begin + SEQ_LEN + 1] for begin in begins.tolist()]).astype(np.int64)
+        is_start = tokens == EOT
+        is_start[:, 0] = True
+        document = np.cumsum(is_start, 1) - 1
+        place = np.arange(SEQ_LEN + 1)
+        position = place - np.maximum.accumulate(np.where(is_start, place, 0), 1)
+        return Batch(
+            tokens_BT=torch.from_numpy(np.ascontiguousarray(tokens[:, :-1])),
+            targets_BT=torch.from_numpy(np.ascontiguousarray(tokens[:, 1:])),
+            loss_mask_BT=torch.ones(len(numbers), SEQ_LEN),
+            document_BT=torch.from_numpy(np.ascontiguousarray(document[:, :-1])),
+            position_BT=torch.from_numpy(np.ascontiguousarray(position[:, :-1])),
+            sequence_B=torch.tensor(numbers),
+            n_tokens=len(numbers) * SEQ_LEN,
+        )
+
+
+def write_tokens(directory: Path, n_tokens: int) -> TokenCorpus:
+    """Writes and opens a corpus of random tokens, with documents of `MEAN_TOKENS` on average."""
+    random = np.random.default_rng(0)
+    recipe = Recipe("0" * 64, VOCABULARY, "0" * 64, MEMBER_DOCUMENTS, n_tokens // 4)
+    corpus_directory = directory / "corpus"
+    with CorpusWriter(corpus_directory, recipe) as writer:
+        for length in random.geometric(1 / MEAN_TOKENS, n_tokens // MEAN_TOKENS).tolist():
+            tokens = random.integers(2, VOCABULARY, length).astype(np.uint16)
+            tokens[0] = EOT
+            writer.write("train", TokenizedDocument(tokens, 4 * length, "python", "made up", "MIT"))
+        writer.finish({})
+    return TokenCorpus.open(corpus_directory, "train")
+
+
+def bytes_of_epoch(directory: Path, sequences: CorpusSequences) -> int:
+    """Returns the bytes that eight ranks ask the file system for in an epoch, each with a corpus of its own."""
+    ranks = [TokenCorpus.open(directory / "corpus", "train") for _ in range(RANKS)]
+    before = _bytes_asked_for()
+    for number in range(sequences.n_sequences):
+        for document, start, stop in sequences.slices(number):
+            ranks[number // SEQUENCES % RANKS].tokens(document, start, stop)
+    return _bytes_asked_for() - before
+
+
+def _bytes_asked_for() -> int:
+    """Returns the bytes that this process has read so far, those of the page cache included."""
+    return psutil.Process().io_counters().read_chars

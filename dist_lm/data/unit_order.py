@@ -1,0 +1,202 @@
+"""An order of text in two levels, for corpora of hundreds of millions of documents (`stage.order=units`).
+
+Units of at most 64 consecutive documents (`data.split_index`) are shuffled in place of documents; those that share a
+repository are a group and stay together. A group keeps its stored order; one of a single unit begins at a random
+repository of it, so that other documents meet in a sequence. Groups are laid end to end and cut into sequences as
+documents are in `data.order`, and the sequences are visited in the order of a keyed permutation that is computed for
+each number alone. So an epoch sorts the keys of groups and nothing longer.
+
+The price is that neighbours in a corpus are neighbours in every epoch. Sequences far from one another meet in a batch,
+but a sequence of many short documents of a sorted corpus is of one language.
+
+All of it is pure functions of (seed, epoch, documents, sequence length). A change of this file that changes an order
+needs another name of the order, because runs continue in theirs.
+"""
+
+import math
+from bisect import bisect_right
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import cached_property
+from itertools import accumulate
+
+import numpy as np
+
+from dist_lm.data.order import DocumentSlice, Shuffle, key, permutation, sequences_an_epoch, splitmix64_at
+
+_ROUNDS = 6
+
+
+class Permutation:
+    """A permutation of the numbers 0 .. n-1 that is computed for each number alone, in both directions.
+
+    A Feistel network over pairs of numbers below the square root of n, rounded up, with sums modulo that; numbers from
+    n on are mapped again until they are below ('cycle walking', Black and Rogaway, 'Ciphers with arbitrary finite
+    domains', CT-RSA 2002).
+    """
+
+    def __init__(self, n: int, permutation_key: int) -> None:
+        """`permutation_key`: of 64 bits; equal keys give equal permutations."""
+        self.n = n
+        self._side = math.isqrt(max(n - 1, 0)) + 1  # the smallest number whose square is at least n
+        self._round_keys = [splitmix64_at(permutation_key, i) for i in range(_ROUNDS)]
+
+    def __getitem__(self, i: int) -> int:
+        """Returns the number at place i."""
+        assert 0 <= i < self.n, (i, self.n)
+        side = self._side
+        while True:
+            left, right = divmod(i, side)
+            for round_key in self._round_keys:
+                left, right = right, (left + splitmix64_at(round_key, right)) % side
+            i = left * side + right
+            if i < self.n:
+                return i
+
+    def place(self, number: int) -> int:
+        """Returns the place of a number: the inverse."""
+        assert 0 <= number < self.n, (number, self.n)
+        side = self._side
+        while True:
+            left, right = divmod(number, side)
+            for round_key in reversed(self._round_keys):
+                left, right = (right - splitmix64_at(round_key, left)) % side, left
+            number = left * side + right
+            if number < self.n:
+                return number
+
+
+@dataclass
+class Units:
+    """The units of a corpus, in the order of its documents."""
+
+    documents: np.ndarray  # (units,) int64; documents before each unit
+    tokens: np.ndarray  # (units,) int64; tokens before each unit
+    n_tokens: int  # of all units
+    continues: np.ndarray  # (units,) bool; whether a unit is of the repository of the unit before it
+    lengths: Callable[[int], np.ndarray]  # from a unit to the tokens of each of its documents: (n,) int
+    is_border: Callable[[int], np.ndarray]  # from a unit to whether each document begins a repository: (n,) bool
+    _last: tuple[int, list[int]] = (-1, [])  # the last result of `ends`
+
+    def ends(self, unit: int) -> list[int]:
+        """Returns the tokens of the corpus before each document of a unit, and those before the end of its last."""
+        number, ends = self._last
+        if number != unit:
+            ends = list(accumulate(self.lengths(unit).tolist(), initial=self.tokens.item(unit)))
+            self._last = unit, ends
+        return ends
+
+    @cached_property
+    def first_of_group(self) -> np.ndarray:
+        """(groups,) int64: the first of the units that stay together."""
+        is_first = ~self.continues
+        is_first[:1] = True
+        return np.flatnonzero(is_first)
+
+    @cached_property
+    def group_tokens(self) -> np.ndarray:
+        """(groups + 1,) int64: tokens before each group, and those of all."""
+        return np.append(self.tokens[self.first_of_group], self.n_tokens)
+
+    def slices(self, begin: int, end: int) -> list[DocumentSlice]:
+        """Returns the slices that cover tokens [begin, end) of the corpus as it is stored, in order."""
+        slices = []
+        unit = bisect_right(self.tokens, begin) - 1
+        while begin < end:
+            first, ends = self.documents.item(unit), self.ends(unit)
+            i = bisect_right(ends, begin) - 1
+            while begin < end and i < len(ends) - 1:
+                stop = min(end, ends[i + 1])
+                if begin < stop:  # an empty document gives no slice
+                    slices.append(DocumentSlice(first + i, begin - ends[i], stop - ends[i]))
+                begin, i = stop, i + 1
+            unit += 1
+        return slices
+
+
+class UnitEpoch:
+    """The sequences of one epoch, as `order.EpochOrder` defines them, in the order of units.
+
+    In memory are two arrays of int64 over the groups.
+    """
+
+    def __init__(self, units: Units, seed: int, epoch: int, seq_len: int) -> None:
+        self.seq_len = seq_len
+        self._units = units
+        sizes = np.diff(units.group_tokens)
+        self._groups = permutation(len(sizes), key(Shuffle.UNITS, seed, epoch))  # in the order of the epoch
+        self._ends = np.cumsum(sizes[self._groups])  # (groups,) positions behind each of them
+        self._rotation_key = key(Shuffle.UNIT_ROTATIONS, seed, epoch)
+
+        self.n_sequences = sequences_an_epoch(units.n_tokens, seq_len)
+        self._cut_of_visit = Permutation(self.n_sequences, key(Shuffle.UNIT_SEQUENCES, seed, epoch))
+
+    def begin(self, i: int) -> int:
+        """Returns the position in the concatenated tokens where the i-th sequence visited begins."""
+        return self._cut_of_visit[i] * self.seq_len
+
+    def sequence(self, i: int) -> list[DocumentSlice]:
+        """Returns the slices of the i-th sequence visited: `seq_len + 1` tokens in all."""
+        begin = self.begin(i)
+        return self.slices(begin, begin + self.seq_len + 1)
+
+    def slices(self, begin: int, end: int) -> list[DocumentSlice]:
+        """Returns the slices that cover the tokens [begin, end) of the epoch, in order."""
+        assert 0 <= begin <= end <= self._units.n_tokens, (begin, end)
+        slices = []
+        place = bisect_right(self._ends, begin)
+        while begin < end:
+            group, group_end = self._groups.item(place), self._ends.item(place)
+            stored, stored_end = self._units.group_tokens[group : group + 2].tolist()
+            group_begin = group_end - (stored_end - stored)
+
+            # Up to the end of the group as it is stored, then from its beginning up to where the epoch began.
+            middle = self._rotated_begin(group)
+            turn = group_begin + stored_end - middle
+            if begin < turn:
+                stop = min(end, turn)
+                slices += self._units.slices(middle + begin - group_begin, middle + stop - group_begin)
+                begin = stop
+            if begin < min(end, group_end):
+                stop = min(end, group_end)
+                slices += self._units.slices(stored + begin - turn, stored + stop - turn)
+                begin = stop
+            place += 1
+        return slices
+
+    def visits(self, part: DocumentSlice) -> list[int]:
+        """Returns the sequences visited that hold a token of a slice, as input or target: rising numbers."""
+        units = self._units
+        unit = bisect_right(units.documents, part.document) - 1
+        document_begin = units.ends(unit)[part.document - units.documents.item(unit)]
+
+        # A document stays whole when its group is rotated.
+        group = bisect_right(units.first_of_group, unit) - 1
+        stored, stored_end = units.group_tokens[group : group + 2].tolist()
+        size = stored_end - stored
+        group_begin = self._ends.item(int((self._groups == group).argmax())) - size
+        begin = group_begin + (document_begin - self._rotated_begin(group)) % size + part.start
+        end = begin + part.stop - part.start
+
+        # A cut has one token more than `seq_len`: the first of the next cut.
+        first_cut = max(0, -(-begin // self.seq_len) - 1)
+        last_cut = min(self.n_sequences - 1, (end - 1) // self.seq_len)
+        return sorted(self._cut_of_visit.place(cut) for cut in range(first_cut, last_cut + 1))
+
+    def _rotated_begin(self, group: int) -> int:
+        """Returns the tokens of the corpus before the document with which a group begins in this epoch."""
+        units = self._units
+        unit = units.first_of_group.item(group)
+        next_unit = units.first_of_group.item(group + 1) if group + 1 < len(self._groups) else len(units.tokens)
+        begin = units.tokens.item(unit)
+        if next_unit - unit > 1:  # of several units the first repository is a part
+            return begin
+
+        is_border = units.is_border(unit)
+        first_choice = splitmix64_at(self._rotation_key, group) % len(is_border)
+        # The first repository that begins there or later; without one the group stays as it is stored.
+        document = first_choice + int(is_border[first_choice:].argmax())
+        if document == 0 or not is_border[document]:
+            return begin
+        rotated_begin = units.ends(unit)[document]
+        return rotated_begin if rotated_begin < units.group_tokens.item(group + 1) else begin

@@ -1,0 +1,120 @@
+"""The documents of a split in one mapped file: as the tars have them, whatever happens to that file."""
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from dist_lm.data import split_index
+from dist_lm.data.index import load_index
+from dist_lm.data.manifest import index_path, read_manifest
+from dist_lm.data.split_index import BLOCK, UNIT, split_index_path, unit_begins
+from dist_lm.data.token_corpus import TokenCorpus
+from tests.data.synthetic_corpus import documents, lengths, write
+
+LENGTHS = lengths(90, 700)
+
+
+def written(directory: Path) -> Path:
+    return write(directory, documents(LENGTHS, masked=True), documents_per_member=16, shard_tokens=12_000)
+
+
+def content(directory: Path) -> list[list[list[int]]]:
+    """Tokens, masks and languages of all documents."""
+    corpus = TokenCorpus.open(directory, "train")
+    assert corpus.lengths.tolist() == LENGTHS
+    read = [(corpus.tokens(i, 0, n).tolist(), corpus.mask(i, 0, n).tolist()) for i, n in enumerate(LENGTHS)]
+    return [*map(list, read), [[code] for code in corpus.language_codes.tolist()]]
+
+
+@given(st.lists(st.lists(st.booleans(), min_size=1, max_size=300), min_size=1, max_size=4))
+def test_units_hold_whole_repositories(members: list[list[bool]]) -> None:
+    """Finds units that mix a part of a repository with others, or that no unit of it follows."""
+    continues = np.concatenate([np.array(member) for member in members])
+    sizes = [len(member) for member in members]
+    member_begins = np.cumsum(sizes) - sizes
+    begins = unit_begins(continues, member_begins)
+    ends = np.append(begins[1:], len(continues))
+    assert begins[0] == 0
+    assert (ends > begins).all()
+    assert (ends - begins).max() <= UNIT
+    assert set(member_begins) <= set(begins)  # no unit is of two members
+
+    borders = {*np.flatnonzero(~continues).tolist(), len(continues)}
+    for begin, end in zip(begins.tolist(), ends.tolist(), strict=True):
+        if begin not in borders:  # a part of a repository stands alone
+            assert not borders & set(range(begin + 1, end))
+        if end not in borders and end not in member_begins:  # only a long repository is cut
+            assert not borders & set(range(begin + 1, end))
+            assert end - begin == UNIT
+
+
+def test_columns_are_those_of_the_tars(tmp_path: Path) -> None:
+    """Finds a column in another order, or languages that keep the codes of their tar."""
+    written(tmp_path)
+    corpus = TokenCorpus.open(tmp_path, "train")
+    tars = [tmp_path / shard.name for shard in read_manifest(tmp_path).splits["train"].shards]
+    indices = [index for tar in tars if (index := load_index(index_path(tar)))]
+    assert len(indices) == len(tars) > 2
+    expected = np.concatenate([index.documents for index in indices])
+    for column, name in ((corpus.lengths, "length"), (corpus.n_bytes, "n_bytes"), (corpus.continues, "continues")):
+        assert column.tolist() == expected[name].tolist(), name
+    names = [index.languages[code] for index in indices for code in index.documents["language"].tolist()]
+    assert [corpus.languages[code] for code in corpus.language_codes.tolist()] == names
+
+
+@pytest.mark.heavy
+def test_no_damage_to_the_file_changes_what_is_read(tmp_path: Path) -> None:
+    """Finds a byte of the file that no checksum covers."""
+    path = split_index_path(written(tmp_path), "train")
+    expected = content(tmp_path)
+    whole = path.read_bytes()
+    for place in [*range(0, len(whole), 31), *range(len(whole) - 16, len(whole))]:
+        damaged = bytearray(whole)
+        damaged[place] ^= 0x10
+        path.write_bytes(damaged)
+        assert content(tmp_path) == expected, place
+    for size in (0, 5, 16, len(whole) // 2, len(whole) - 1):
+        path.write_bytes(whole[:size])
+        assert content(tmp_path) == expected, size
+
+
+@pytest.mark.parametrize("name", ["lengths", "languages", "unit_token", "checksums"])
+def test_a_damaged_column_is_made_again(tmp_path: Path, name: str) -> None:
+    """Finds a column that is believed because the file opened."""
+    path = split_index_path(written(tmp_path), "train")
+    expected = content(tmp_path)
+    whole = path.read_bytes()
+    place = TokenCorpus.open(tmp_path, "train")._index._header["columns"][name]["offset"]
+    path.write_bytes(whole[:place] + bytes([whole[place] ^ 1]) + whole[place + 1 :])
+    assert content(tmp_path) == expected
+    assert content(tmp_path) == expected  # whatever was made again, the checksums of all blocks are known now
+    assert path.read_bytes() == whole
+
+
+def test_a_folder_that_is_not_writable_gets_no_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Finds an index of a split that read-only corpora cannot be opened without."""
+    written(tmp_path)
+    monkeypatch.setattr(split_index.os, "access", lambda path, mode: False)
+    first = content(tmp_path)
+    assert not split_index_path(tmp_path, "train").exists()
+    monkeypatch.undo()
+    assert content(tmp_path) == first
+
+
+def test_what_is_read_is_little_more_than_what_is_asked_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Finds documents that are read one behind the other, but a block of their border twice."""
+    directory = write(tmp_path, documents(LENGTHS), documents_per_member=16, shard_tokens=12_000)
+    corpus = TokenCorpus.open(directory, "train")
+    corpus.check()
+    sizes = []
+    read = corpus._tars.read
+    monkeypatch.setattr(corpus._tars, "read", lambda tar, at, size: sizes.append(size) or read(tar, at, size))
+    for document, length in enumerate(LENGTHS):
+        corpus.tokens(document, 0, length)
+    assert sum(sizes) == 2 * sum(LENGTHS)  # no byte twice
+    sizes.clear()
+    corpus.tokens(0, LENGTHS[0] - 2, LENGTHS[0])
+    assert sum(sizes) <= BLOCK
