@@ -74,13 +74,17 @@ class ServingActor(PoolActor):
         self._thread: EngineThread | None = None
         self._events: queue.SimpleQueue[Event] = queue.SimpleQueue()
 
-    def load(self, chunks: Sequence[Any], version: int) -> Loaded:
+    def load(self, chunks: Sequence[Any], version: int, under_way: bool = False) -> Loaded:
         """Uses other weights from now on; requests under way end on the old ones, and it returns after them. The first
         call builds the engine.
+
+        Args:
+            under_way: False, as an answer of a server is of one version.
 
         Raises:
             UserError: the weights do not fit the model, or the node has too few devices.
         """
+        assert not under_way
         if self._thread is None:
             # Each thread of a process has a number of its own.
             torch.set_num_threads(self._threads)
