@@ -26,6 +26,7 @@ from dist_lm.config.root import Config, load_yaml
 from dist_lm.data import new
 from dist_lm.data.manifest import read_manifest
 from dist_lm.data.shard_writer import CorpusWriter
+from dist_lm.data.split_index import split_index_path
 from dist_lm.document import Document
 from dist_lm.gpu_check import results as gpu_results
 from dist_lm.gpu_check import run as gpu_check
@@ -108,6 +109,7 @@ def of_documents(world: World) -> list[Path]:
         world.work.corpus_manifest("code"),
         origins,
         index,
+        split_index_path(corpus, "train"),
         tar,
         world.work.tokenizer_model,
     ]
@@ -177,7 +179,8 @@ CASES: dict[str, tuple[Case, ...]] = {
             lambda world: ["data", "inspect", world.work.corpus("code")],
             lambda world: [
                 world.work.corpus_manifest("code"),
-                *sorted(world.work.corpus("code").glob("*.index"))[:1],
+                *sorted(world.work.corpus("code").glob("*-*.index"))[:1],
+                split_index_path(world.work.corpus("code"), "train"),
                 *sorted(world.work.corpus("code").glob("*.tar"))[:1],
                 world.work.tokenizer_model,
             ],
