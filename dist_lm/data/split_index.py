@@ -3,6 +3,9 @@
 `train.index` joins the indices of the tars (`data.index`). It is a cache as they are, made again when it is missing or
 damaged, when a tar or an index was touched since, or when it is not of the tars in the manifest.
 
+A new file is renamed into its place and never changes its length, so that no process of ours takes pages from another's
+mapping. If a user cuts it in place, the ranks that have mapped it end (SIGBUS), and the next start makes it again.
+
 Columns, each an array in the file:
 
     lengths     (documents,) int32    tokens; signed, so that no difference wraps
@@ -176,35 +179,34 @@ class SplitIndex:
     def _make(self) -> None:
         """Makes the file and maps it; in a folder that is not writable, in memory."""
         if not self._is_saved:
-            descriptor = os.memfd_create(self.path.name)
-            try:
-                self._write(descriptor)
-                assert self._map(descriptor, is_writable=True), "a new file can be used"
-            except BaseException:
-                os.close(descriptor)
-                raise
+            self._make_in(os.memfd_create(self.path.name))
             return
 
         # Of the ranks of a node one makes the file, and the others map it.
         with _locked(self._directory):
             if self._load():
                 return
+
             temporary = self.path.with_name(f".{self.path.name}.{secrets.token_hex(8)}.tmp")
-            descriptor = os.open(temporary, os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o644)
-            is_mapped = False
             try:
-                self._write(descriptor)
-                os.fsync(descriptor)
+                self._make_in(os.open(temporary, os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o644))
                 # Another node, which the lock does not stop, may have been faster. Its file stays, because on a network
                 # file system a process ends (SIGBUS) when the file that it has mapped is replaced.
                 if not self._load():
+                    os.fsync(self._descriptor)
                     temporary.replace(self.path)
-                    is_mapped = self._map(descriptor, is_writable=True)
-                    assert is_mapped, "a new file can be used"
             finally:
                 temporary.unlink(missing_ok=True)
-                if not is_mapped:
-                    os.close(descriptor)
+
+    def _make_in(self, descriptor: int) -> None:
+        """Writes the file through a new descriptor, which the index then owns, and maps it."""
+        try:
+            self._write(descriptor)
+            is_mapped = self._map(descriptor, is_writable=True)
+            assert is_mapped, "a new file can be used"
+        except BaseException:
+            os.close(descriptor)
+            raise
 
     def _remake(self, column: str) -> None:
         logging.getLogger(__name__).warning("%s: %s are damaged: it is made again", self.path, column)

@@ -50,7 +50,7 @@ class Place:
     language: str
     source: str
     licence: str
-    steps: tuple[int, ...]  # of the run that read it, rising; from 1
+    steps: tuple[int, ...]  # steps of the run that read it, rising; from 1
     left_out: bool = False  # whether its loss does not count (stage.without)
     near_duplicates: tuple[str, ...] = ()  # sources of texts that the build dropped because they resemble the document
 
@@ -110,6 +110,8 @@ def _places(
     places = []
     for part, steps_of_part in zip(parts, steps, strict=True):
         origin = origins[part.document]
+        near_duplicates = dropped.get(origin.source, ())
+
         place = Place(
             run=str(run.path),
             corpus=corpus.directory.name,
@@ -121,7 +123,7 @@ def _places(
             licence=origin.licence,
             steps=steps_of_part,
             left_out=part.document in left_out,
-            near_duplicates=tuple(dropped.get(origin.source, ())),
+            near_duplicates=tuple(near_duplicates),
         )
         places.append(place)
     return places

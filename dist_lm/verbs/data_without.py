@@ -49,7 +49,7 @@ class Repeat:
 
     old: RunDirectory
     new: RunDirectory
-    config: Config  # of the new run
+    config: Config  # configuration of the new run
     without: DocumentIds
     first_step: int | None  # the first step that reads one of the documents; None: only the start of the run changes
     start: Path | None  # checkpoint of the old run that the new one continues; None: it begins at step 0
@@ -100,10 +100,12 @@ def repeats_of(run: RunDirectory, ids: DocumentIds) -> Repeats:
         if not _is_beside(old, run):
             remarks.append(f"{old.path} lies in another work directory, whose documents have other numbers")
             continue
+
         start_changes = parent is not None and _start_step(config, parent) >= parent.first_changed
         if not start_changes:
             # It began before its ancestor learned from them, which then need not be trained again for this run.
             repeats, parent = [], None
+
         parent = _repeat_of(old, config, ids, parent, is_target=old == run)
         if parent:
             repeats.append(parent)
