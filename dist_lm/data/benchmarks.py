@@ -7,6 +7,7 @@ words is in no document.
 
 import hashlib
 import json
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -27,7 +28,7 @@ SOLUTIONS = ("canonical_solution", "solution")  # fields of HumanEval, of our ow
 class Contamination(NamedTuple):
     """What a document has of a benchmark."""
 
-    benchmark: str  # name of its file, without folders
+    benchmark: str  # name of its file; with its folders if several files have that name
     words: str  # the first 13 words, with a space between them
 
 
@@ -55,7 +56,7 @@ class Benchmarks:
         Raises:
             ConfigError: a file cannot be read, or no text has 13 words.
         """
-        return cls([(name, text) for path in paths for name, content in _files(path) for text in _texts(name, content)])
+        return cls([(name, text) for name, content in _files(paths) for text in _texts(name, content)])
 
     def first_in(self, text: str) -> Contamination | None:
         """Returns the first 13 words of a text that a benchmark has too; None: there are none."""
@@ -84,24 +85,43 @@ def fingerprints(paths: Sequence[str]) -> dict[str, str]:
     Raises:
         ConfigError: a file cannot be read.
     """
-    return {name: hashlib.sha256(content).hexdigest() for path in paths for name, content in _files(path)}
+    return {name: hashlib.sha256(content).hexdigest() for name, content in _files(paths)}
 
 
-def _files(path: str) -> Iterator[tuple[str, bytes]]:
-    """Yields (name, content without compression) of a file, or of those that `own` stands for."""
-    names = sorted(map(str, OWN_FOLDER.glob("*.jsonl"))) if path == OWN else [path]
-    for name in names:
-        try:
-            with open_content(name) as file:
-                content = file.read()
-        # Libraries of compressions and of remote files raise errors of their own.
-        except Exception as error:
-            raise ConfigError(f"{KEY}={path}: cannot be read ({error})") from error
-        yield f"{OWN}_{Path(name).name}" if path == OWN else Path(name).name, content
+def _files(paths: Sequence[str]) -> Iterator[tuple[str, bytes]]:
+    """Yields (name, content without compression) of each file, also of those that `own` stands for. Names differ.
+
+    Raises:
+        ConfigError: a file cannot be read.
+    """
+    times_of_name = Counter(Path(path).name for path in set(paths))
+    for path in dict.fromkeys(paths):
+        if path == OWN:
+            for own_path in sorted(OWN_FOLDER.glob("*.jsonl")):
+                yield f"{OWN}_{own_path.name}", _content(str(own_path))
+            continue
+
+        # Of two files `test.jsonl`, each must count and be compared for itself.
+        name = Path(path).name
+        yield path if times_of_name[name] > 1 else name, _content(path)
+
+
+def _content(path: str) -> bytes:
+    """Reads a file, without its compression.
+
+    Raises:
+        ConfigError: it cannot be read.
+    """
+    try:
+        with open_content(path) as file:
+            return file.read()
+    # Libraries of compressions and of remote files raise errors of their own.
+    except Exception as error:
+        raise ConfigError(f"{KEY}={path}: cannot be read ({error})") from error
 
 
 def _texts(name: str, content: bytes) -> Iterator[str]:
-    """Yields the texts of a benchmark: of a list or lines of JSON the strings of each row; else the content.
+    """Yields the texts of a benchmark: the strings of each row of a list or lines of JSON; else the content.
 
     Raises:
         ConfigError: it is no UTF-8.

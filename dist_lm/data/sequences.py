@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 SEQ_LEN = "stage.seq_len"
 CACHED_EPOCHS = 2  # sequences are read in rising numbers, and a step may cross the end of an epoch
 BLOCK = 100  # sequences; shares are whole per cent
-DOCUMENTS, UNITS = ORDERS = ("documents", "units")  # what an epoch of text shuffles
+DOCUMENTS, UNITS = ORDERS = ("documents", "units")  # items that an epoch of text shuffles
 
 Order = TypeVar("Order")
 

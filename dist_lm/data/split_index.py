@@ -3,6 +3,9 @@
 `train.index` joins the indices of the tars (`data.index`). It is a cache as they are, made again when it is missing or
 damaged, when a tar or an index was touched since, or when it is not of the tars in the manifest.
 
+A new file is renamed into its place and never changes its length, so that no process of ours takes pages from another's
+mapping. If a user cuts it in place, the ranks that have mapped it end (SIGBUS), and the next start makes it again.
+
 Columns, each an array in the file:
 
     lengths     (documents,) int32    tokens; signed, so that no difference wraps
@@ -159,12 +162,16 @@ class SplitIndex:
 
     def _load(self) -> bool:
         """Maps the file of the split; returns False if there is none, or none that can be used."""
-        flags = os.O_RDWR if self._is_saved else os.O_RDONLY
         try:
-            descriptor = os.open(self.path, flags)
+            # A file of another user is as good, but no checksums can be noted in it.
+            is_writable = self._is_saved and os.access(self.path, os.W_OK)
+            descriptor = os.open(self.path, os.O_RDWR if is_writable else os.O_RDONLY)
         except OSError:
             return False
-        if self._map(descriptor, is_writable=self._is_saved):
+
+        header = _read_header(descriptor)
+        is_current = header is not None and header["times"] == self._times()
+        if is_current and self._map(descriptor, is_writable=is_writable):
             return True
         os.close(descriptor)
         return False
@@ -172,40 +179,50 @@ class SplitIndex:
     def _make(self) -> None:
         """Makes the file and maps it; in a folder that is not writable, in memory."""
         if not self._is_saved:
-            descriptor = os.memfd_create(self.path.name)
-            self._write(descriptor)
-            assert self._map(descriptor, is_writable=True), "a new file can be used"
+            self._make_in(os.memfd_create(self.path.name))
             return
 
         # Of the ranks of a node one makes the file, and the others map it.
         with _locked(self._directory):
             if self._load():
                 return
+
             temporary = self.path.with_name(f".{self.path.name}.{secrets.token_hex(8)}.tmp")
-            descriptor = os.open(temporary, os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o644)
             try:
-                self._write(descriptor)
-                os.fsync(descriptor)
-                temporary.replace(self.path)
-            except BaseException:
-                os.close(descriptor)
+                self._make_in(os.open(temporary, os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o644))
+                # Another node, which the lock does not stop, may have been faster. Its file stays, because on a network
+                # file system a process ends (SIGBUS) when the file that it has mapped is replaced.
+                if not self._load():
+                    os.fsync(self._descriptor)
+                    temporary.replace(self.path)
+            finally:
                 temporary.unlink(missing_ok=True)
-                raise
-            assert self._map(descriptor, is_writable=True), "a new file can be used"
+
+    def _make_in(self, descriptor: int) -> None:
+        """Writes the file through a new descriptor, which the index then owns, and maps it."""
+        try:
+            self._write(descriptor)
+            is_mapped = self._map(descriptor, is_writable=True)
+            assert is_mapped, "a new file can be used"
+        except BaseException:
+            os.close(descriptor)
+            raise
 
     def _remake(self, column: str) -> None:
         logging.getLogger(__name__).warning("%s: %s are damaged: it is made again", self.path, column)
         with contextlib.suppress(OSError):
-            self.path.unlink(missing_ok=True)
+            # Another rank may have found the damage first: the file that it made stays.
+            if os.path.samestat(os.fstat(self._descriptor), self.path.stat()):
+                self.path.unlink()
         self._make()
 
     def _map(self, descriptor: int, *, is_writable: bool) -> bool:
-        """Maps an open file, and returns whether it is whole, of these tars, and not older than they are.
+        """Maps an open file, and returns whether it is whole and of these tars.
 
         If it is, the index owns the descriptor.
         """
         header = _read_header(descriptor)
-        if header is None or header["identity"] != self._identity or header["times"] != self._times():
+        if header is None or header["identity"] != self._identity:
             return False
 
         content = mmap.mmap(descriptor, 0, access=mmap.ACCESS_READ)
@@ -234,8 +251,7 @@ class SplitIndex:
         times = []
         for shard in self._shards:
             tar = self._directory / shard.name
-            paths = (tar, index_path(tar))
-            times.append([path.stat().st_mtime_ns if path.is_file() else 0 for path in paths])
+            times.append([_modified_ns(path) for path in (tar, index_path(tar))])
         return times
 
     def _write(self, descriptor: int) -> None:
@@ -431,6 +447,14 @@ def _identity(shards: Sequence[Shard], vocab_size: int) -> str:
         entry = f"\n{shard.name} {shard.size} {shard.sha256} {shard.index_sha256} {shard.members} {counts}"
         digest.update(entry.encode())
     return digest.hexdigest()
+
+
+def _modified_ns(path: Path) -> int:
+    """Returns when a file was changed last, in ns; 0 for a file that is missing."""
+    try:
+        return path.stat().st_mtime_ns
+    except OSError:
+        return 0
 
 
 def _read_header(descriptor: int) -> dict[str, Any] | None:

@@ -310,7 +310,7 @@ class _Unit(NamedTuple):
 
     first: int  # document
     end: int  # document behind the last
-    tokens: _Area  # of its member
+    tokens: _Area  # tokens of the member that holds the unit
     begins: list[int]  # tokens of the member before each document
 
 

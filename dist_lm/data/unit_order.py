@@ -72,7 +72,7 @@ class Units:
 
     documents: np.ndarray  # (units,) int64; documents before each unit
     tokens: np.ndarray  # (units,) int64; tokens before each unit
-    n_tokens: int  # of all units
+    n_tokens: int  # tokens of all units
     continues: np.ndarray  # (units,) bool; whether a unit is of the repository of the unit before it
     lengths: Callable[[int], np.ndarray]  # from a unit to the tokens of each of its documents: (n,) int
     is_border: Callable[[int], np.ndarray]  # from a unit to whether each document begins a repository: (n,) bool
@@ -189,7 +189,7 @@ class UnitEpoch:
         unit = units.first_of_group.item(group)
         next_unit = units.first_of_group.item(group + 1) if group + 1 < len(self._groups) else len(units.tokens)
         begin = units.tokens.item(unit)
-        if next_unit - unit > 1:  # of several units the first repository is a part
+        if next_unit - unit > 1:  # a group of several units stays as it is stored
             return begin
 
         is_border = units.is_border(unit)

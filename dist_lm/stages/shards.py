@@ -298,6 +298,7 @@ def inspect_corpora(
             notes += [f"{name} {words}" for path, words in words_of.items() if path.is_file()]
             notes += _beside(config, name, directory, list_inputs)
             notes += _unlisted(config, name, list_inputs)
+            notes += _not_compared(config, name)
             continue
 
         check_tokenizer(config, directory)
@@ -358,6 +359,19 @@ def _unlisted(config: Config, name: str, list_inputs: ListInputs) -> list[str]:
             raise
         return [str(error)]
     return []
+
+
+def _not_compared(config: Config, name: str) -> list[str]:
+    """Returns a note about each comparison of `corpus.cleaning` that is set but passes over a corpus of this form.
+
+    Raises:
+        ConfigError: a source is invalid.
+    """
+    form = form_of(config.corpus, name)
+    if form == "text":
+        return []
+    keys = [key for key in ("across_corpora", "near_duplicates", "benchmarks") if getattr(config.corpus.cleaning, key)]
+    return [f"corpus.cleaning.{key} compares texts, not the {form}s of {name}" for key in keys]
 
 
 def _licences(config: Config, name: str) -> list[str]:

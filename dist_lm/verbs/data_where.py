@@ -35,7 +35,7 @@ from dist_lm.verbs.data_step import (
 log = logging.getLogger(__name__)
 
 STEP_OF_RUN = re.compile(r"@\d+$")  # end of a start that names a step of a run
-NAMED_STEPS = 8  # that a line names
+NAMED_STEPS = 8  # most steps that a line names
 
 
 @dataclass(frozen=True)
@@ -50,7 +50,7 @@ class Place:
     language: str
     source: str
     licence: str
-    steps: tuple[int, ...]  # of the run that read it, rising; from 1
+    steps: tuple[int, ...]  # steps of the run that read it, rising; from 1
     left_out: bool = False  # whether its loss does not count (stage.without)
     near_duplicates: tuple[str, ...] = ()  # sources of texts that the build dropped because they resemble the document
 
@@ -95,24 +95,38 @@ def _places(
     steps: Sequence[tuple[int, ...]],
     left_out: Collection[int],
 ) -> list[Place]:
+    """Returns the place of each part of a corpus.
+
+    Args:
+        steps: for each part, the steps that read it.
+        left_out: documents of the corpus whose loss the run leaves out.
+
+    Raises:
+        ArtefactError: origins or the list of dropped documents are damaged.
+    """
     origins = origins_of(corpus, {part.document for part in parts})
     dropped = _near_duplicates(corpus.directory, {origin.source for origin in origins.values()})
-    return [
-        Place(
+
+    places = []
+    for part, steps_of_part in zip(parts, steps, strict=True):
+        origin = origins[part.document]
+        near_duplicates = dropped.get(origin.source, ())
+
+        place = Place(
             run=str(run.path),
             corpus=corpus.directory.name,
             document=part.document,
             start=part.start,
             stop=part.stop,
             language=corpus.languages[corpus.language_codes[part.document]],
-            source=origins[part.document].source,
-            licence=origins[part.document].licence,
+            source=origin.source,
+            licence=origin.licence,
             steps=steps_of_part,
             left_out=part.document in left_out,
-            near_duplicates=tuple(dropped.get(origins[part.document].source, ())),
+            near_duplicates=tuple(near_duplicates),
         )
-        for part, steps_of_part in zip(parts, steps, strict=True)
-    ]
+        places.append(place)
+    return places
 
 
 def _near_duplicates(directory: Path, sources: Collection[str]) -> dict[str, list[str]]:

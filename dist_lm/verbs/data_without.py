@@ -39,7 +39,7 @@ if TYPE_CHECKING:
     from dist_lm.data.token_corpus import TokenCorpus
 
 SIMILARITY = 0.8  # least Jaccard index of five-word windows of a near-duplicate
-SUFFIX = re.compile(r"-without-[0-9a-f]{8}$")  # of the run_id of a run that this verb made
+SUFFIX = re.compile(r"-without-[0-9a-f]{8}$")  # end of the run_id of a run that this verb made
 STEP = re.compile(r"(?:@|/step_)(\d+)$")  # end of a path that names a checkpoint
 
 
@@ -49,7 +49,7 @@ class Repeat:
 
     old: RunDirectory
     new: RunDirectory
-    config: Config  # of the new run
+    config: Config  # configuration of the new run
     without: DocumentIds
     first_step: int | None  # the first step that reads one of the documents; None: only the start of the run changes
     start: Path | None  # checkpoint of the old run that the new one continues; None: it begins at step 0
@@ -100,10 +100,12 @@ def repeats_of(run: RunDirectory, ids: DocumentIds) -> Repeats:
         if not _is_beside(old, run):
             remarks.append(f"{old.path} lies in another work directory, whose documents have other numbers")
             continue
+
         start_changes = parent is not None and _start_step(config, parent) >= parent.first_changed
         if not start_changes:
             # It began before its ancestor learned from them, which then need not be trained again for this run.
             repeats, parent = [], None
+
         parent = _repeat_of(old, config, ids, parent, is_target=old == run)
         if parent:
             repeats.append(parent)
@@ -170,6 +172,7 @@ def _repeat_of(
     first_step = None
     if isinstance(stage_named(config.stage.name), TextStage):
         n_steps = config.stage.steps if is_target else trained
+        # Documents that the old run left out already were not learned from.
         learned = {folder: numbers - earlier.get(folder, frozenset()) for folder, numbers in ids.items()}
         first = first_reading(training_sequences(config, old), learned, n_steps * config.stage.global_batch)
         first_step = None if first is None else first // config.stage.global_batch + 1
@@ -180,12 +183,12 @@ def _repeat_of(
         )
     if first_step is None and parent is None:
         return None
+
     if first_step is not None and not config.stage.document_mask:
         raise ConfigError(
             f"{old.path}: stage.document_mask=false: other documents of a sequence have seen these, so leaving out "
             "their loss undoes nothing: train without them"
         )
-
     if parent and config.stage.branch_from:
         raise ConfigError(
             f"{old.path} branched from {config.stage.branch_from}, whose own start has learned from these documents: "
@@ -207,6 +210,7 @@ def _repeat_of(
         start = _newest_before(old, config, first_step)
         # A branch may have no checkpoint of its own before that step: then it begins anew where it did.
         stage = replace(stage, branch_from=str(start.resolve()) if start else "")
+
     work_dir = str(old.work.path)
     new_config = replace(config, stage=stage, run_id=new.path.name, work_dir=work_dir, dry_run=False)
     first_changed = 1 if parent or first_step is None else first_step
@@ -313,23 +317,25 @@ def near_duplicates_in(run: RunDirectory, ids: DocumentIds) -> tuple[dict[str, f
                 yield content[begin:stop].decode(errors="replace")
                 begin = stop
 
+    # Texts are decoded from the tars, because sources may be gone.
     sought = [(folder, number) for folder, numbers in ids.items() for number in sorted(numbers)]
     sought_texts = [
         table.text(train[folder].tokens(number, 0, int(train[folder].lengths[number])))[0].decode(errors="replace")
         for folder, number in sought
     ]
-    found: dict[str, set[int]] = {}
+    near_duplicates: dict[str, set[int]] = {}
     lines = []
     for folder, corpus in train.items():
         for number, resembled in resembling(texts(corpus), sought_texts, SIMILARITY):
             if number not in ids.get(folder, ()):
-                found.setdefault(folder, set()).add(number)
+                near_duplicates.setdefault(folder, set()).add(number)
                 lines.append("{}:{} resembles {}:{}".format(folder, number, *sought[resembled]))
+
         val = TokenCorpus.open(corpus.directory, "val")
         for number, resembled in resembling(texts(val), sought_texts, SIMILARITY):
             likeness = "{}:{}".format(*sought[resembled])
             lines.append(f"val document {number:,} of {folder} resembles {likeness}: no step learns from val")
-    return {folder: frozenset(numbers) for folder, numbers in found.items()}, lines
+    return {folder: frozenset(numbers) for folder, numbers in near_duplicates.items()}, lines
 
 
 # --- the verb ---
@@ -337,21 +343,20 @@ def near_duplicates_in(run: RunDirectory, ids: DocumentIds) -> tuple[dict[str, f
 
 def print_cost(run: RunDirectory, ids: DocumentIds, repeats: Repeats, console: Console) -> None:
     """Prints which runs are trained again from where, the steps that this takes, and what it cannot undo."""
+    rows = [
+        (
+            repeat.config.stage.name,
+            f"step {repeat.first_step:,}" if repeat.first_step else "by its start",
+            repeat.start.name if repeat.start else "step 0",
+            f"{repeat.repeated_steps:,} of {repeat.trained:,}",
+            str(repeat.new.path),
+        )
+        for repeat in repeats.runs
+    ]
     documents = ", ".join(f"{len(numbers):,} of {folder}" for folder, numbers in ids.items())
-    console.table(
-        f"{run.path} without {counted(count_of(ids), 'document')} ({documents})",
-        ("stage", "first read", "goes on from", "steps again", "new run"),
-        [
-            (
-                repeat.config.stage.name,
-                f"step {repeat.first_step:,}" if repeat.first_step else "by its start",
-                repeat.start.name if repeat.start else "step 0",
-                f"{repeat.repeated_steps:,} of {repeat.trained:,}",
-                str(repeat.new.path),
-            )
-            for repeat in repeats.runs
-        ],
-    )
+    title = f"{run.path} without {counted(count_of(ids), 'document')} ({documents})"
+    console.table(title, ("stage", "first read", "goes on from", "steps again", "new run"), rows)
+
     console.line(f"steps to take again: {sum(repeat.repeated_steps for repeat in repeats.runs):,}")
     for remark in repeats.remarks:
         console.line(f"not undone: {remark}")
@@ -417,6 +422,8 @@ def train(repeat: Repeat, console: Console, words: Sequence[str]) -> int:
     prepare(repeat)
     stage = stage_named(repeat.config.stage.name)
     look = stage.look(repeat.config, is_target=True, rebuilt=())
+
+    # A run that was stopped goes on with the configuration that it began with.
     continued = None
     if look.action is Action.RESUME:
         continued = ContinuedRun(load_config(repeat.new.config), frozenset())

@@ -125,6 +125,23 @@ def test_a_changed_benchmark_is_another_corpus_and_none_is_today_s(tmp_path: Pat
     assert tokenizer_fingerprint(config) == tokenizer_fingerprint(plain)
 
 
+def test_files_of_one_name_are_compared_each_for_itself(tmp_path: Path):
+    """Finds a changed file whose hash that of another `test.jsonl` hides, and a count that does not tell them apart."""
+    problems = prose(2, seed=6, words=20)
+    paths = [tmp_path / folder / "test.jsonl" for folder in ("humaneval", "mbpp")]
+    for path, problem in zip(paths, problems, strict=True):
+        path.parent.mkdir()
+        path.write_text(json.dumps({"prompt": problem}))
+    names = [*map(str, paths)]
+
+    benchmarks = Benchmarks.read(names)
+    contaminations = [benchmarks.first_in(problem) for problem in problems]
+    assert [contamination and contamination.benchmark for contamination in contaminations] == names
+    before = fingerprints(names)
+    paths[0].write_text(json.dumps({"prompt": problems[1]}))
+    assert fingerprints(names) != before
+
+
 def test_files_without_a_benchmark_are_refused(tmp_path: Path):
     """Finds a name with a typing error, by which nothing would be dropped."""
     path = tmp_path / "b.txt"

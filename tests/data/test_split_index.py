@@ -1,6 +1,9 @@
 """The documents of a split in one mapped file: as the tars have them, whatever happens to that file."""
 
+import contextlib
+import os
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -10,7 +13,7 @@ from hypothesis import strategies as st
 from dist_lm.data import split_index
 from dist_lm.data.index import load_index
 from dist_lm.data.manifest import index_path, read_manifest
-from dist_lm.data.split_index import BLOCK, UNIT, split_index_path, unit_begins
+from dist_lm.data.split_index import BLOCK, UNIT, SplitIndex, split_index_path, unit_begins
 from dist_lm.data.token_corpus import TokenCorpus
 from tests.data.synthetic_corpus import documents, lengths, write
 
@@ -102,6 +105,73 @@ def test_a_folder_that_is_not_writable_gets_no_file(tmp_path: Path, monkeypatch:
     assert not split_index_path(tmp_path, "train").exists()
     monkeypatch.undo()
     assert content(tmp_path) == first
+
+
+def test_the_file_of_another_user_is_used_as_it_is(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Finds users of one folder who make the file of each other again whenever they begin."""
+    path = split_index_path(written(tmp_path), "train")
+    expected = content(tmp_path)
+    inode, really_open, really_access = path.stat().st_ino, os.open, os.access
+
+    def open_for_reading(name: Any, flags: int, *mode: int) -> int:
+        if Path(name) == path and flags & os.O_RDWR:
+            raise PermissionError
+        return really_open(name, flags, *mode)
+
+    monkeypatch.setattr(split_index.os, "open", open_for_reading)
+    monkeypatch.setattr(split_index.os, "access", lambda name, mode: Path(name) != path and really_access(name, mode))
+    assert content(tmp_path) == expected
+    assert path.stat().st_ino == inode
+
+
+def test_a_tar_that_is_touched_while_the_file_is_made(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Finds a process that ends because a neighbour saved the index of a tar at the same time."""
+    path = split_index_path(written(tmp_path), "train")
+    expected = content(tmp_path)
+    path.unlink()
+    write_file, tar = SplitIndex._write, next(tmp_path.glob("train-*.tar"))
+
+    def write_and_touch(index: SplitIndex, descriptor: int) -> None:
+        write_file(index, descriptor)
+        os.utime(tar, ns=(1, 1))
+
+    monkeypatch.setattr(SplitIndex, "_write", write_and_touch)
+    assert content(tmp_path) == expected
+    assert not list(tmp_path.glob(".*.tmp"))
+
+
+def test_of_several_nodes_the_first_file_stays(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Finds a node that replaces a file which others have mapped; on a network file system that ends them."""
+    path = split_index_path(written(tmp_path), "train")
+    monkeypatch.setattr(split_index, "_locked", lambda directory: contextlib.nullcontext())  # a lock of one node
+    write_file, first = SplitIndex._write, []
+
+    def write_more_slowly(index: SplitIndex, descriptor: int) -> None:
+        write_file(index, descriptor)
+        monkeypatch.setattr(SplitIndex, "_write", write_file)
+        if not first:
+            first.append(TokenCorpus.open(tmp_path, "train"))
+            first.append(path.stat().st_ino)
+
+    monkeypatch.setattr(SplitIndex, "_write", write_more_slowly)
+    assert TokenCorpus.open(tmp_path, "train").lengths.tolist() == LENGTHS
+    assert path.stat().st_ino == first[1]
+    assert not list(tmp_path.glob(".*.tmp"))
+
+
+def test_damage_that_several_ranks_find_is_mended_once(tmp_path: Path) -> None:
+    """Finds ranks that each remove the file which another has just made."""
+    path = split_index_path(written(tmp_path), "train")
+    ranks = [TokenCorpus.open(tmp_path, "train") for _ in range(3)]
+    offset = ranks[0]._index._header["columns"]["lengths"]["offset"]
+    with path.open("r+b") as file:
+        file.seek(offset)
+        file.write(b"\xff\x01")
+    inodes = []
+    for corpus in ranks:
+        assert corpus.lengths.tolist() == LENGTHS
+        inodes.append(path.stat().st_ino)
+    assert len(set(inodes)) == 1
 
 
 def test_what_is_read_is_little_more_than_what_is_asked_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

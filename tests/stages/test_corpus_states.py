@@ -217,6 +217,23 @@ def test_settings_that_change_no_document_are_not_compared_and_others_are_named(
     assert all(word in other.detail for word in words), other.detail
 
 
+def test_the_plan_names_comparisons_that_pass_over_conversations(work: WorkDirectory, tmp_path: Path) -> None:
+    """Finds a setting of corpus.cleaning that silently does nothing for a corpus."""
+    rows = tmp_path / "rows.jsonl"
+    turns = [{"role": "user", "content": "hello"}, {"role": "assistant", "content": "good day"}]
+    rows.write_text(json.dumps({"messages": turns}) + "\n")
+    config = config_of(work, SourceConfig("messages", "english", "MIT", path=str(rows)))
+    assert "compares texts" not in shards.STAGE.inspect(config).detail
+    config.corpus.cleaning.near_duplicates = 0.8
+    detail = shards.STAGE.inspect(config).detail
+    assert "corpus.cleaning.near_duplicates compares texts, not the conversations of mine" in detail
+    assert "benchmarks" not in detail
+
+    write_rows(rows, 10)
+    config.corpus.corpora["mine"] = [source_of(rows)]
+    assert "compares texts" not in shards.STAGE.inspect(config).detail
+
+
 @pytest.mark.heavy
 def test_inputs_that_are_gone_are_no_reason_to_build_again(work: WorkDirectory, tmp_path: Path) -> None:
     rows = tmp_path / "rows.jsonl"
