@@ -22,6 +22,7 @@ WINDOW = 13  # words
 KEY = "corpus.cleaning.benchmarks"
 OWN = "own"  # stands for the problems of this package
 OWN_FOLDER = Path(__file__).parents[1] / "evaluation" / "problems"
+JSON_SUFFIXES = {".json", ".jsonl", ".ndjson"}
 SOLUTIONS = ("canonical_solution", "solution")  # fields of HumanEval, of our own problems
 
 
@@ -124,7 +125,7 @@ def _texts(name: str, content: bytes) -> Iterator[str]:
     """Yields the texts of a benchmark: the strings of each row of a list or lines of JSON; else the content.
 
     Raises:
-        ConfigError: it is no UTF-8.
+        ConfigError: it is no UTF-8, or no JSON although its name says so.
     """
     try:
         text = content.decode()
@@ -134,7 +135,10 @@ def _texts(name: str, content: bytes) -> Iterator[str]:
         # No splitlines: JSON may hold U+2028 as it is.
         is_list = text.lstrip().startswith("[")
         rows = json.loads(text) if is_list else [json.loads(line) for line in text.split("\n") if line.strip()]
-    except (ValueError, RecursionError):
+    except (ValueError, RecursionError) as error:
+        # As one text, words of it would have the escapes of JSON, and no document would be dropped for them.
+        if JSON_SUFFIXES.intersection(Path(name).suffixes):
+            raise ConfigError(f"{KEY}: {name}: is no JSON ({error}): repair or rename it") from error
         yield text
         return
 

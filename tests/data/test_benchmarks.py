@@ -143,7 +143,7 @@ def test_files_of_one_name_are_compared_each_for_itself(tmp_path: Path):
 
 
 def test_files_without_a_benchmark_are_refused(tmp_path: Path):
-    """Finds a name with a typing error, by which nothing would be dropped."""
+    """Finds a name with a typing error and a download that was cut, by which nothing would be dropped."""
     path = tmp_path / "b.txt"
     with pytest.raises(ConfigError, match=r"corpus\.cleaning\.benchmarks=.*b\.txt: cannot be read"):
         Benchmarks.read([str(path)])
@@ -153,5 +153,9 @@ def test_files_without_a_benchmark_are_refused(tmp_path: Path):
     path.write_bytes(b"\xff\xfe\x00")
     with pytest.raises(ConfigError, match=r"b\.txt: expected UTF-8"):
         Benchmarks.read([str(path)])
+    cut = tmp_path / "he.jsonl.gz"
+    cut.write_bytes(gzip.compress(b'{"prompt": "def above(values, limit):\\n    # keep'))
+    with pytest.raises(ConfigError, match=r"he\.jsonl\.gz: is no JSON"):
+        Benchmarks.read([str(cut)])
     with pytest.raises(ConfigError, match=r"corpus\.cleaning\.benchmarks="):
         CleaningConfig(benchmarks=[""])
