@@ -36,8 +36,6 @@ from dist_lm.rlhf.rollouts import ScoredRollouts
 from dist_lm.rlhf.schedule import Drawn
 from dist_lm.rlhf.schedule_record import STALE, Assignment, ScheduleRecord, first_version, metrics_of
 
-LOOK_EVERY_S = 1.0  # between two signs of life of the learner while it waits
-
 
 @dataclass(eq=False)
 class _Group:
@@ -79,7 +77,8 @@ class AsynchronousSchedule:
         self._version = 0  # of the policy
         self._groups: dict[int, _Group] = {}  # begun, and neither taken nor refused
         self._finished: list[_Group] = []  # of these, those that have ended, in this order
-        self._over: set[int] = set()  # positions of tasks that were taken or refused
+        self._over: set[int] = set()  # positions of tasks that were taken or refused, from `_next_position` on
+        self._next_position = 0  # all tasks before it have begun
         self._refused: dict[int, str] = {}  # since the last assignment
         self._n_taken = 0
         self._error: BaseException | None = None
@@ -172,6 +171,7 @@ class AsynchronousSchedule:
         wait([self._sampling])
         self._feed.leave()
         self._thread.join()
+        self._supply.alive.passes = True
 
     # --- of the learner's thread ---
 
@@ -191,8 +191,7 @@ class AsynchronousSchedule:
             if is_first:
                 self._take_over()
             for group in [*self._groups.values()]:
-                if group.version is not None and version - group.version > self._config.max_staleness:
-                    self._refuse(group, STALE)
+                self._refuse_if_stale(group)
 
         conversations = self._supply.conversations
         if not is_first:
@@ -201,6 +200,8 @@ class AsynchronousSchedule:
         self._sampling = conversations.begin(self._sample())
         self._sampling.add_done_callback(lambda sampling: self._fail(sampling.exception()))
         self._thread = threading.Thread(target=self._generate, name="rollouts")
+        # Engines never pause, so they would hide that the learner, or a rank that it waits for, hangs.
+        self._supply.alive.passes = False
         self._thread.start()
 
     def _take_over(self) -> None:
@@ -220,12 +221,21 @@ class AsynchronousSchedule:
             self._enqueue(group)
         self._finished = [group for group in self._groups.values() if len(group.episodes) == len(self._samples)]
 
-    def _refuse(self, group: _Group, reason: str) -> None:
+    def _end(self, group: _Group) -> None:
+        """Forgets a group that is taken or refused, and sees to it that its task does not begin again."""
         del self._groups[group.position]
+        # Earlier positions need no entry, or the set would grow with the run.
+        if group.position >= self._next_position:
+            self._over.add(group.position)
+
+    def _refuse_if_stale(self, group: _Group) -> None:
+        """Refuses a group whose first token is too old for the present policy."""
+        if group.is_refused or group.version is None or self._version - group.version <= self._config.max_staleness:
+            return
+        self._end(group)
         if group in self._finished:
             self._finished.remove(group)
-        self._over.add(group.position)
-        self._refused[group.position] = reason
+        self._refused[group.position] = STALE
         group.is_refused = True
         self._supply.conversations.call_soon(lambda: [holding.cancel() for holding in group.holding])
 
@@ -237,15 +247,14 @@ class AsynchronousSchedule:
         """
         count = self._config.prompts
         with self._changed:
-            while len(self._finished) < count and self._error is None:
-                self._changed.wait(LOOK_EVERY_S)
-                self._supply.alive()
+            # Meanwhile only the engines show that the run is alive, so that one that hangs is found.
+            with self._supply.alive.passing():
+                self._changed.wait_for(lambda: len(self._finished) >= count or self._error is not None)
             if self._error is not None:
                 raise self._error
             taken, self._finished = self._finished[:count], self._finished[count:]
             for group in taken:
-                del self._groups[group.position]
-                self._over.add(group.position)
+                self._end(group)
             self._n_taken += count
         return taken
 
@@ -319,10 +328,15 @@ class AsynchronousSchedule:
         with self._changed:
             # Not fewer at the end: the last iteration waits for no group that hangs.
             most = (self._version + self._config.max_staleness + 1) * self._config.prompts
-            position = 0
             while self._n_taken + len(self._groups) < most:
-                while position in self._over or position in self._groups:
-                    position += 1
+                position = self._next_position
+                self._next_position += 1
+                if position in self._groups:
+                    continue
+                if position in self._over:
+                    self._over.remove(position)
+                    continue
+
                 (task,) = self._supply.prompts(position, 1)
                 self._groups[position] = _Group(position, task)
                 self._enqueue(self._groups[position])
@@ -365,8 +379,12 @@ class AsynchronousSchedule:
             nonlocal has_begun
             answer = await ask_timed(request)
             if not has_begun:
+                # The version is known once the first answer has ended, and the policy may have left it behind by then.
                 with self._changed:
                     group.drawn_by(answer.version)
+                    self._refuse_if_stale(group)
+                if group.is_refused:
+                    self._admit()
             has_begun = True
             return answer
 

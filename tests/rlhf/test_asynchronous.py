@@ -17,6 +17,8 @@ import torch
 
 from dist_lm.environments.protocol import Limits, Verdict
 from dist_lm.errors import ArtefactError, ConfigError
+from dist_lm.rlhf import request_feed
+from dist_lm.rlhf.environment_rollouts import SignsOfLife
 from dist_lm.rlhf.episodes import Episode, Turn, line_of, read_episodes
 from dist_lm.rlhf.learner import IterationReport
 from dist_lm.rlhf.schedule_record import (
@@ -29,7 +31,7 @@ from dist_lm.rlhf.schedule_record import (
     versions_of_tokens,
 )
 from dist_lm.rlhf.transcript import Sample
-from tests.rlhf.guessing import GameHost, KilledError, config_of, game
+from tests.rlhf.guessing import GameHost, KilledError, config_of, fail_after_an_answer, game
 from tests.rlhf.test_environment_rollouts import deadline, short_turns, stack, tokenizer
 from tests.rlhf.toy import MODEL, Toy, run_from, saving
 
@@ -225,16 +227,71 @@ def test_an_environment_that_hangs_stops_no_iteration(tokenizer, stack, tmp_path
 
 
 @pytest.mark.heavy
-def test_an_error_of_the_engines_ends_the_run(tokenizer, stack, one_rank):
-    """Finds a learner that waits for ever for conversations that nobody answers."""
-    run = asynchronous(tokenizer, stack, None, host := GameHost())
+def test_a_first_answer_that_ends_too_late_is_refused(tokenizer, stack, tmp_path, one_rank):
+    """Finds a group whose first token is too old and is trained on, because no version of it was known at the pushes:
+    its first answers outlast `max_staleness` updates."""
+    iterations, late_task = 12, "0."
+    config = config_of(asynchronous=True, max_staleness=STALENESS)
+    run = game(config, iterations, tokenizer, stack, folder=tmp_path, host=(host := GameHost()))
     source: Any = run.learner.supply.source  # type: ignore[union-attr]
 
     def results(requests: Any) -> Iterator[Any]:
-        yield next(r for r in source._source.results(requests))
-        raise RuntimeError("no engine")
+        held_back = []
+        for result in source._source.results(requests):
+            if result.request.startswith(late_task) and source.version <= STALENESS:
+                held_back.append(result)
+            else:
+                yield result
+            if source.version > STALENESS:
+                yield from held_back
+                held_back = []
 
     source.results = results
+    with deadline(120):
+        run.run()
+    assert host.closed == len(host.resets)
+    for version, report in enumerate(run.reports):
+        assert (version - report.rollouts.version_B <= STALENESS).all()
+    assert 0 in [position for assignment in assignments_in(tmp_path) for position in assignment.refused]
+
+
+@pytest.mark.heavy
+def test_engines_beside_the_learner_do_not_hide_that_it_hangs(tokenizer, stack, one_rank, monkeypatch):
+    """Finds signs of life of engines while the learner updates: the gang would seem alive for ever."""
+    monkeypatch.setattr(request_feed, "ALIVE_EVERY_S", 0.01)
+    signs, calls = [], []
+
+    class Counted(SignsOfLife):
+        def __call__(self) -> None:
+            calls.append(None)
+            super().__call__()
+
+    run = asynchronous(tokenizer, stack, None)
+    alive = Counted(lambda: signs.append(None))
+    reported = run.learner.report
+
+    def hangs(report: IterationReport) -> None:
+        reported(report)
+        # A sign that was under way may still come.
+        for n_signs in (None, len(signs)):
+            n_calls, until = len(calls), time.monotonic() + 30
+            while len(calls) < n_calls + 3:
+                assert time.monotonic() < until, "engines do not go on"
+        assert len(signs) == n_signs
+
+    supply = replace(run.learner.supply, alive=alive)  # type: ignore[type-var]
+    run.learner = replace(run.learner, supply=supply, report=hangs)
+    with deadline(120):
+        run.run()
+    assert signs, "nobody sees that engines work while the learner waits"
+    assert alive.passes, "what follows the run waits for engines, too"
+
+
+@pytest.mark.heavy
+def test_an_error_of_the_engines_ends_the_run(tokenizer, stack, one_rank):
+    """Finds a learner that waits for ever for conversations that nobody answers."""
+    run = asynchronous(tokenizer, stack, None, host := GameHost())
+    fail_after_an_answer(run)
     with deadline(60), pytest.raises(RuntimeError, match="no engine"):
         run.run()
     assert host.closed == len(host.resets)
