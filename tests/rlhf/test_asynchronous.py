@@ -230,21 +230,21 @@ def test_an_environment_that_hangs_stops_no_iteration(tokenizer, stack, tmp_path
 def test_a_first_answer_that_ends_too_late_is_refused(tokenizer, stack, tmp_path, one_rank):
     """Finds a group whose first token is too old and is trained on, because no version of it was known at the pushes:
     its first answers outlast `max_staleness` updates."""
-    iterations, late_task = 12, "0."
-    config = config_of(asynchronous=True, max_staleness=STALENESS)
-    run = game(config, iterations, tokenizer, stack, folder=tmp_path, host=(host := GameHost()))
+    config, limits = config_of(asynchronous=True, max_staleness=STALENESS), Limits(turns=1, tokens=160)
+    host = GameHost()
+    run = game(config, ITERATIONS, tokenizer, stack, folder=tmp_path, host=host, limits=limits, at_once=64)
     source: Any = run.learner.supply.source  # type: ignore[union-attr]
+    n_early = 3 * (STALENESS + 1)
 
     def results(requests: Any) -> Iterator[Any]:
+        """Gives answers of tasks 1 to `n_early` at once, then those of task 0, then the others."""
         held_back = []
         for result in source._source.results(requests):
-            if result.request.startswith(late_task) and source.version <= STALENESS:
-                held_back.append(result)
-            else:
-                yield result
-            if source.version > STALENESS:
-                yield from held_back
-                held_back = []
+            held_back.append(result)
+            if source.version > STALENESS or 1 <= int(result.request.split(".")[0]) <= n_early:
+                due = held_back if source.version > STALENESS else [held_back.pop()]
+                yield from due
+                due.clear()
 
     source.results = results
     with deadline(120):
