@@ -103,7 +103,7 @@ class AsynchronousSchedule:
         assert not pending, "rollouts of a run that was not asynchronous"
         self._supply.source.load_weights(weights, version)
         self._version = version
-        self._recorded, self._recorded_episodes = self._record.assignments(), self._record.episodes()
+        self._recorded = self._record.assignments()
         if self._record.folder is None:
             # Nothing tells which tasks were taken out of their order.
             self._over, self._n_taken = set(range(position)), version * self._config.prompts
@@ -112,9 +112,12 @@ class AsynchronousSchedule:
                 f"{self._record.folder}: the schedule ends after iteration {len(self._recorded)}, and the checkpoint "
                 f"is of iteration {version}: restore the files from a copy"
             )
-        for assignment in self._recorded:
-            self._over |= {*assignment.groups, *assignment.refused}
-            self._n_taken += len(assignment.groups)
+
+        for assignment in self._recorded[:version]:
+            self._note(assignment)
+        self._recorded_episodes = self._record.episodes(besides=self._over)
+        for assignment in self._recorded[version:]:
+            self._note(assignment)
         self._go_on(version)
 
     def push(self, version: int, weights: WeightStream) -> None:
@@ -178,6 +181,11 @@ class AsynchronousSchedule:
     @property
     def _samples(self) -> range:
         return range(self._config.rollouts_per_prompt)
+
+    def _note(self, assignment: Assignment) -> None:
+        """Counts the groups of a recorded assignment, whose tasks do not begin again."""
+        self._over |= {*assignment.groups, *assignment.refused}
+        self._n_taken += len(assignment.groups)
 
     def _go_on(self, version: int) -> None:
         """Refuses what is too old for this version of the policy, and lets new tasks begin. The first call after the

@@ -8,13 +8,14 @@ before its iteration trains, so there are never weights whose schedule is not kn
 import json
 import zlib
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence, Set
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 import numpy as np
 
 from dist_lm.errors import ArtefactError, one_line
+from dist_lm.rlhf.environment_rollouts import file_name, recorded_positions
 from dist_lm.rlhf.episodes import DAMAGES, Episode, EpisodeFile, line_of
 from dist_lm.storage import durable
 
@@ -99,12 +100,18 @@ class ScheduleRecord:
             durable.write_text(path, "".join(lines[:-1]))
         return read_assignments(path, self.settings)
 
-    def episodes(self) -> dict[tuple[int, int], Episode]:
-        """Returns the conversations that are recorded, by (position, sample). Damaged lines are removed."""
+    def episodes(self, besides: Set[int] = frozenset()) -> dict[tuple[int, int], Episode]:
+        """Returns the conversations that are recorded, by (position, sample). Damaged lines are removed.
+
+        Args:
+            besides: positions of tasks that nobody asks for. Files that hold no others are not read, so a restart costs
+                as much in a long run as in a short one.
+        """
         episodes: dict[tuple[int, int], Episode] = {}
-        for path in sorted(self.folder.glob("tasks_*.jsonl")) if self.folder else ():
-            with EpisodeFile(path, self.settings) as file:
-                episodes |= file.finished
+        for first in recorded_positions(self.folder) if self.folder else ():
+            if not besides >= {*range(first, first + self.tasks_a_file)}:
+                with EpisodeFile(self.folder / file_name(first), self.settings) as file:
+                    episodes |= file.finished
         return episodes
 
     def add(self, episode: Episode) -> None:
@@ -127,6 +134,9 @@ class ScheduleRecord:
             return
         for path in sorted({self._file_of(self.folder, position) for position in assignment.groups}):
             durable.fsync(path)
+        # The names of new files must be on disk before the line that needs them.
+        durable.fsync(self.folder)
+
         value = asdict(assignment)
         line = json.dumps({"settings": self.settings, "crc32": _checksum(value), "assignment": value}) + "\n"
         _append(self.folder / SCHEDULE, line)
@@ -134,8 +144,7 @@ class ScheduleRecord:
         durable.fsync(self.folder)
 
     def _file_of(self, folder: Path, position: int) -> Path:
-        first = position // self.tasks_a_file * self.tasks_a_file
-        return folder / f"tasks_{first:08d}.jsonl"
+        return folder / file_name(position // self.tasks_a_file * self.tasks_a_file)
 
 
 def read_assignments(path: Path, settings: str) -> list[Assignment]:

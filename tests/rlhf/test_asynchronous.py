@@ -31,6 +31,7 @@ from dist_lm.rlhf.schedule_record import (
     versions_of_tokens,
 )
 from dist_lm.rlhf.transcript import Sample
+from dist_lm.storage import durable
 from tests.rlhf.guessing import GameHost, KilledError, config_of, fail_after_an_answer, game
 from tests.rlhf.test_environment_rollouts import deadline, short_turns, stack, tokenizer
 from tests.rlhf.toy import MODEL, Toy, run_from, saving
@@ -95,6 +96,12 @@ def test_a_schedule_is_read_as_it_was_written_and_damage_is_named(tmp_path):
     assert record.assignments() == written
     assert [*record.episodes()] == [(0, 0), (1, 0), (3, 0), (5, 0)]
 
+    # A restart after these iterations reads no conversation of theirs again, nor writes their files again.
+    file_of_done = tmp_path / "tasks_00000000.jsonl"
+    inode = file_of_done.stat().st_ino
+    assert [*record.episodes(besides={0, 1, 3})] == [(3, 0), (5, 0)]
+    assert file_of_done.stat().st_ino == inode
+
     path = tmp_path / SCHEDULE
     whole = path.read_text()
     path.write_text(whole + whole.splitlines()[0][:-9])  # a kill has torn it
@@ -110,6 +117,18 @@ def test_a_schedule_is_read_as_it_was_written_and_damage_is_named(tmp_path):
         path.write_text(content)
         with pytest.raises(ArtefactError, match=message):
             record.assignments()
+
+
+def test_what_a_line_of_the_schedule_names_is_on_disk_before_it(tmp_path, monkeypatch):
+    """Finds a line that outlives a failure of power while the names of new files do not: no restart would go on."""
+    record = ScheduleRecord(tmp_path, "s", 2)
+    record.add(episode_of((1, ((0, 0),))))
+    flushed = []
+    monkeypatch.setattr(durable, "fsync", lambda path: flushed.append((path.name, (tmp_path / SCHEDULE).exists())))
+    record.assign(Assignment(1, (0,)))
+    before = [name for name, has_line in flushed if not has_line]
+    assert before == ["tasks_00000000.jsonl", tmp_path.name]
+    assert [name for name, has_line in flushed if has_line] == [SCHEDULE, tmp_path.name]
 
 
 @pytest.mark.parametrize(
