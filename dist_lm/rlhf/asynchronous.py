@@ -54,6 +54,12 @@ class _Group:
             self.version = version if self.version is None else min(self.version, version)
 
 
+def _episodes(groups: Sequence[_Group]) -> list[Episode]:
+    """Returns the conversations of groups that have ended, by task, then by sample."""
+    by_position = sorted(groups, key=lambda group: group.position)
+    return [group.episodes[sample] for group in by_position for sample in sorted(group.episodes)]
+
+
 class AsynchronousSchedule:
     """Samples conversations beside the learner, on the rank that has the engines. Takes the place of a
     `RolloutSchedule`. A context manager; leaving it ends the conversations under way.
@@ -79,7 +85,7 @@ class AsynchronousSchedule:
         self._finished: list[_Group] = []  # of these, those that have ended, in this order
         self._over: set[int] = set()  # positions of tasks that were taken or refused, from `_next_position` on
         self._next_position = 0  # all tasks before it have begun
-        self._refused: dict[int, str] = {}  # since the last assignment
+        self._refused: list[_Group] = []  # since the last assignment
         self._n_taken = 0
         self._error: BaseException | None = None
 
@@ -145,20 +151,21 @@ class AsynchronousSchedule:
         """
         if iteration < len(self._recorded):
             assignment = self._recorded[iteration]
-            return self._drawn(assignment, self._episodes_of(assignment))
+            refused = [key for key in sorted(self._recorded_episodes) if key[0] in assignment.refused]
+            refused_episodes = [self._recorded_episodes[key] for key in refused]
+            return self._drawn(assignment, self._episodes_of(assignment), refused_episodes)
 
         taken = self._first_groups()
         with self._changed:
+            refused, self._refused = self._refused, []
             assignment = Assignment(
                 iteration + 1,
                 tuple(group.position for group in taken),
-                self._refused,
+                {group.position: STALE for group in refused},
                 carried=len(self._groups),
             )
-            self._refused = {}
         self._record.assign(assignment)
-        by_position = sorted(taken, key=lambda group: group.position)
-        return self._drawn(assignment, [group.episodes[sample] for group in by_position for sample in self._samples])
+        return self._drawn(assignment, _episodes(taken), _episodes(refused))
 
     def ahead(self, version: int) -> dict[int, ScoredRollouts]:
         """Returns nothing: a checkpoint needs no conversations, because the record has them."""
@@ -243,7 +250,7 @@ class AsynchronousSchedule:
         self._end(group)
         if group in self._finished:
             self._finished.remove(group)
-        self._refused[group.position] = STALE
+        self._refused.append(group)
         group.is_refused = True
         self._supply.conversations.call_soon(lambda: [holding.cancel() for holding in group.holding])
 
@@ -281,10 +288,10 @@ class AsynchronousSchedule:
                 )
         return [self._recorded_episodes[key] for key in keys]
 
-    def _drawn(self, assignment: Assignment, episodes: Sequence[Episode]) -> Drawn:
+    def _drawn(self, assignment: Assignment, episodes: Sequence[Episode], refused: Sequence[Episode]) -> Drawn:
         scored = self._supply.judge(rollouts_of_episodes(episodes))
         scored = replace(scored, replaced=len(assignment.refused))
-        return Drawn(scored, 0.0, 0.0, metrics_of(assignment, episodes))
+        return Drawn(scored, 0.0, 0.0, metrics_of(assignment, episodes, refused))
 
     def _fail(self, error: BaseException | None) -> None:
         """Ends all threads for an error, which `take` raises; the first one counts. None: there is none."""
@@ -398,11 +405,11 @@ class AsynchronousSchedule:
 
         host = waiting.host(self._supply.conversations.host)
         episode = await self._how.hold(host, group.task, group.position, sample, ask)
-        if group.is_refused:
-            return
-        self._record.add(episode)
         with self._changed:
+            if group.is_refused:
+                return
+            self._record.add(episode)
             group.episodes[sample] = episode
-            if len(group.episodes) == len(self._samples) and not group.is_refused:
+            if len(group.episodes) == len(self._samples):
                 self._finished.append(group)
                 self._changed.notify_all()

@@ -39,11 +39,14 @@ class Assignment:
             raise ValueError("a number is no integer from 0 on")
 
 
-def metrics_of(assignment: Assignment, episodes: Sequence[Episode]) -> dict[str, float]:
+def metrics_of(
+    assignment: Assignment, episodes: Sequence[Episode], refused: Sequence[Episode] = ()
+) -> dict[str, float]:
     """Returns what an iteration tells about its schedule.
 
     Args:
         episodes: the conversations of its groups.
+        refused: conversations of refused groups that had ended.
     """
     # The policy before iteration i, from 1, has version i - 1.
     policy = assignment.iteration - 1
@@ -58,7 +61,17 @@ def metrics_of(assignment: Assignment, episodes: Sequence[Episode]) -> dict[str,
     }
     for reason, count in Counter(assignment.refused.values()).items():
         metrics[f"rollout/refused_{reason}"] = count / n_tasks
+
+    # Slow groups are refused, so rewards of the others flatter a policy that is slow where it is bad.
+    reward_B, refused_reward_B = (_rewards(chosen) for chosen in (episodes, refused))
+    if len(reward_B) and len(refused_reward_B):
+        metrics["rollout/refused_reward_gap"] = float(refused_reward_B.mean() - reward_B.mean())
     return metrics
+
+
+def _rewards(episodes: Sequence[Episode]) -> np.ndarray:
+    """Returns the rewards of the conversations that have a verdict, fp64."""
+    return np.array([episode.reward for episode in episodes if episode.reward is not None], np.float64)
 
 
 def versions_of_tokens(episode: Episode) -> Iterator[int]:

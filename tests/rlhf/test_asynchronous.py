@@ -71,6 +71,17 @@ def test_each_token_is_of_the_weights_that_drew_it():
     }
 
 
+def test_rewards_of_refused_groups_are_compared_with_those_of_trained_ones():
+    """Finds a policy that is slow where it is bad, and whose rewards look better than they are."""
+    episode = episode_of((1, ((0, 1),)))
+    rewards = [replace(episode, verdict=Verdict.of(reward)) for reward in (1.0, 0.5, 0.0, 0.5)]
+    failed = replace(episode, verdict=Verdict.failed("timeout", ""), samples=(), logprobs=())
+    assignment = Assignment(2, (0,), {4: STALE})
+    gap = metrics_of(assignment, [*rewards[:2], failed], [*rewards[2:], failed])["rollout/refused_reward_gap"]
+    assert gap == -0.5
+    assert "rollout/refused_reward_gap" not in metrics_of(assignment, rewards, [failed])
+
+
 def test_versions_are_recorded_and_conversations_of_lock_step_look_as_before(tmp_path):
     """Finds a record that loses versions, and lines of other runs that change."""
     episode = episode_of((4, ((0, 1), (1, 2))), (3, ((0, 2),)))
