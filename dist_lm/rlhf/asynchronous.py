@@ -9,7 +9,8 @@ values stay (`generation.engine.Engine.swap_weights`), so nothing waits for the 
     learner      wait | train a, b  | wait  | train c, ...                       the calling thread
 
 A task begins only if the groups under way and those that wait are not more than max_staleness + 1 iterations take. A
-group whose first token is older than `max_staleness` versions is refused, and its conversations end.
+group whose first token is older than `max_staleness` versions is refused, and its conversations end. Its tokens have no
+known version before the first answer has ended, so groups are looked at then, and when the policy has a new version.
 
 What happened by chance is the schedule (`schedule_record.py`). A run that is resumed takes the groups of the recorded
 schedule as far as it goes, and samples from there on.
@@ -43,8 +44,10 @@ class _Group:
 
     position: int
     task: Task
-    episodes: dict[int, Episode] = field(default_factory=dict)  # those that have ended, by sample
-    holding: set[asyncio.Future[None]] = field(default_factory=set)  # those under way; of the event loop's thread
+    episodes: dict[int, Episode] = field(default_factory=dict)  # conversations that have ended, by sample
+    holding: set[asyncio.Future[None]] = field(
+        default_factory=set
+    )  # conversations under way; for the event loop's thread
     version: int | None = None  # the oldest weights that drew a first token
     is_refused: bool = False
 
@@ -75,17 +78,17 @@ class AsynchronousSchedule:
         self._how = supply.conversing(config, seed)
         settings = settings_digest(config, seed, supply.limits, supply.judge.name)
         self._record = ScheduleRecord(supply.folder, settings, config.prompts)
-        self._recorded: list[Assignment] = []  # that a resumed run follows
+        self._recorded: list[Assignment] = []  # the schedule that a resumed run follows
         self._recorded_episodes: dict[tuple[int, int], Episode] = {}
 
-        # What follows is guarded by `_changed`, for the learner's thread and the event loop's one.
+        # `_changed` guards the state that the learner's thread and the event loop's one share, down to `_error`.
         self._changed = threading.Condition()
-        self._version = 0  # of the policy
-        self._groups: dict[int, _Group] = {}  # begun, and neither taken nor refused
-        self._finished: list[_Group] = []  # of these, those that have ended, in this order
+        self._version = 0  # version of the policy
+        self._groups: dict[int, _Group] = {}  # groups that are neither taken nor refused, by position
+        self._finished: list[_Group] = []  # those of `_groups` that have ended, in this order
         self._over: set[int] = set()  # positions of tasks that were taken or refused, from `_next_position` on
         self._next_position = 0  # all tasks before it have begun
-        self._refused: list[_Group] = []  # since the last assignment
+        self._refused: list[_Group] = []  # groups refused since the last assignment
         self._n_taken = 0
         self._error: BaseException | None = None
 

@@ -29,8 +29,8 @@ class Assignment:
     """The groups of an iteration. A group, the conversations of a task, is named by the task's position."""
 
     iteration: int  # from 1, as in metrics
-    groups: tuple[int, ...]  # that it trains on, in the order in which they were finished
-    refused: Mapping[int, str] = field(default_factory=dict)  # dropped since the iteration before -> the reason
+    groups: tuple[int, ...]  # groups that it trains on, in the order in which they were finished
+    refused: Mapping[int, str] = field(default_factory=dict)  # groups dropped since the iteration before -> the reason
     carried: int = 0  # other groups that were under way or finished when it began
 
     def __post_init__(self) -> None:
@@ -121,7 +121,9 @@ class ScheduleRecord:
                 as much in a long run as in a short one.
         """
         episodes: dict[tuple[int, int], Episode] = {}
-        for first in recorded_positions(self.folder) if self.folder else ():
+        if self.folder is None:
+            return episodes
+        for first in recorded_positions(self.folder):
             if not besides >= {*range(first, first + self.tasks_a_file)}:
                 with EpisodeFile(self.folder / file_name(first), self.settings) as file:
                     episodes |= file.finished
