@@ -187,6 +187,7 @@ class Engine:
         """
         # A page of the prefix cache may be shared, so prompts are admitted again instead of read again in place.
         for answers in reversed(self._prefilling):
+            self._clear_nan(answers[0])
             self._page_pool.give_back(answers[0].pages)
             for sequence in answers:
                 sequence.pages, sequence.cached, sequence.n_reused, sequence.has_nan = [], 0, 0, None
@@ -322,8 +323,7 @@ class Engine:
         for queue in (self._waiting, self._prefilling):
             for answers in [answers for answers in queue if answers[0].request.id == request]:
                 queue.remove(answers)
-                if answers[0].has_nan is not None and answers[0].has_nan.item():
-                    self._clear_pages(answers[0])
+                self._clear_nan(answers[0])
                 for sequence in answers:
                     self._finish(sequence, "cancelled")
         for queue in (self._running, self._preempted):
@@ -798,6 +798,11 @@ class Engine:
                 self._release(sequence)
                 sequence.finish = "cancelled"
         self._finished.append(Refusal(request.id, reason))
+
+    def _clear_nan(self, sequence: AnswerSequence) -> None:
+        """Clears the pages of a prompt that is not read to its end, if they hold nan."""
+        if sequence.has_nan is not None and sequence.has_nan.item():
+            self._clear_pages(sequence)
 
     def _clear_pages(self, sequence: AnswerSequence) -> None:
         """Writes zeros into the pages that the sequence alone holds, because they may hold nan."""

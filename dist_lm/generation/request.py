@@ -418,6 +418,8 @@ class AnswerSequence:
         """
         assert self.finish
         assert not self.n_unscored or self.finish == "cancelled"
+        has_swapped = len(self.versions) > 1
+
         return Answer(
             request=self.request.id,
             index=self.index,
@@ -433,7 +435,7 @@ class AnswerSequence:
             top_logprobs=tuple(self.top_logprobs),
             reused_tokens=self.n_reused,
             grammar=self.matcher.record if self.matcher else None,
-            versions=tuple(self.versions) if len(self.versions) > 1 or self.request.versions else (),
+            versions=tuple(self.versions) if has_swapped or self.request.versions else (),
         )
 
 

@@ -9,7 +9,8 @@ values stay (`generation.engine.Engine.swap_weights`), so nothing waits for the 
     learner      wait | train a, b  | wait  | train c, ...                       the calling thread
 
 A task begins only if the groups under way and those that wait are not more than max_staleness + 1 iterations take. A
-group whose first token is older than `max_staleness` versions is refused, and its conversations end.
+group whose first token is older than `max_staleness` versions is refused, and its conversations end. Its tokens have no
+known version before the first answer has ended, so groups are looked at then, and when the policy has a new version.
 
 What happened by chance is the schedule (`schedule_record.py`). A run that is resumed takes the groups of the recorded
 schedule as far as it goes, and samples from there on.
@@ -36,8 +37,6 @@ from dist_lm.rlhf.rollouts import ScoredRollouts
 from dist_lm.rlhf.schedule import Drawn
 from dist_lm.rlhf.schedule_record import STALE, Assignment, ScheduleRecord, first_version, metrics_of
 
-LOOK_EVERY_S = 1.0  # between two signs of life of the learner while it waits
-
 
 @dataclass(eq=False)
 class _Group:
@@ -45,8 +44,10 @@ class _Group:
 
     position: int
     task: Task
-    episodes: dict[int, Episode] = field(default_factory=dict)  # those that have ended, by sample
-    holding: set[asyncio.Future[None]] = field(default_factory=set)  # those under way; of the event loop's thread
+    episodes: dict[int, Episode] = field(default_factory=dict)  # conversations that have ended, by sample
+    holding: set[asyncio.Future[None]] = field(
+        default_factory=set
+    )  # conversations under way; for the event loop's thread
     version: int | None = None  # the oldest weights that drew a first token
     is_refused: bool = False
 
@@ -54,6 +55,12 @@ class _Group:
         """Notes the weights that drew the first token of a conversation."""
         if version is not None:
             self.version = version if self.version is None else min(self.version, version)
+
+
+def _episodes(groups: Sequence[_Group]) -> list[Episode]:
+    """Returns the conversations of groups that have ended, by task, then by sample."""
+    by_position = sorted(groups, key=lambda group: group.position)
+    return [group.episodes[sample] for group in by_position for sample in sorted(group.episodes)]
 
 
 class AsynchronousSchedule:
@@ -71,16 +78,17 @@ class AsynchronousSchedule:
         self._how = supply.conversing(config, seed)
         settings = settings_digest(config, seed, supply.limits, supply.judge.name)
         self._record = ScheduleRecord(supply.folder, settings, config.prompts)
-        self._recorded: list[Assignment] = []  # that a resumed run follows
+        self._recorded: list[Assignment] = []  # the schedule that a resumed run follows
         self._recorded_episodes: dict[tuple[int, int], Episode] = {}
 
-        # What follows is guarded by `_changed`, for the learner's thread and the event loop's one.
+        # `_changed` guards the state that the learner's thread and the event loop's one share, down to `_error`.
         self._changed = threading.Condition()
-        self._version = 0  # of the policy
-        self._groups: dict[int, _Group] = {}  # begun, and neither taken nor refused
-        self._finished: list[_Group] = []  # of these, those that have ended, in this order
-        self._over: set[int] = set()  # positions of tasks that were taken or refused
-        self._refused: dict[int, str] = {}  # since the last assignment
+        self._version = 0  # version of the policy
+        self._groups: dict[int, _Group] = {}  # groups that are neither taken nor refused, by position
+        self._finished: list[_Group] = []  # those of `_groups` that have ended, in this order
+        self._over: set[int] = set()  # positions of tasks that were taken or refused, from `_next_position` on
+        self._next_position = 0  # all tasks before it have begun
+        self._refused: list[_Group] = []  # groups refused since the last assignment
         self._n_taken = 0
         self._error: BaseException | None = None
 
@@ -104,7 +112,7 @@ class AsynchronousSchedule:
         assert not pending, "rollouts of a run that was not asynchronous"
         self._supply.source.load_weights(weights, version)
         self._version = version
-        self._recorded, self._recorded_episodes = self._record.assignments(), self._record.episodes()
+        self._recorded = self._record.assignments()
         if self._record.folder is None:
             # Nothing tells which tasks were taken out of their order.
             self._over, self._n_taken = set(range(position)), version * self._config.prompts
@@ -113,9 +121,12 @@ class AsynchronousSchedule:
                 f"{self._record.folder}: the schedule ends after iteration {len(self._recorded)}, and the checkpoint "
                 f"is of iteration {version}: restore the files from a copy"
             )
-        for assignment in self._recorded:
-            self._over |= {*assignment.groups, *assignment.refused}
-            self._n_taken += len(assignment.groups)
+
+        for assignment in self._recorded[:version]:
+            self._note(assignment)
+        self._recorded_episodes = self._record.episodes(besides=self._over)
+        for assignment in self._recorded[version:]:
+            self._note(assignment)
         self._go_on(version)
 
     def push(self, version: int, weights: WeightStream) -> None:
@@ -143,20 +154,21 @@ class AsynchronousSchedule:
         """
         if iteration < len(self._recorded):
             assignment = self._recorded[iteration]
-            return self._drawn(assignment, self._episodes_of(assignment))
+            refused = [key for key in sorted(self._recorded_episodes) if key[0] in assignment.refused]
+            refused_episodes = [self._recorded_episodes[key] for key in refused]
+            return self._drawn(assignment, self._episodes_of(assignment), refused_episodes)
 
         taken = self._first_groups()
         with self._changed:
+            refused, self._refused = self._refused, []
             assignment = Assignment(
                 iteration + 1,
                 tuple(group.position for group in taken),
-                self._refused,
+                {group.position: STALE for group in refused},
                 carried=len(self._groups),
             )
-            self._refused = {}
         self._record.assign(assignment)
-        by_position = sorted(taken, key=lambda group: group.position)
-        return self._drawn(assignment, [group.episodes[sample] for group in by_position for sample in self._samples])
+        return self._drawn(assignment, _episodes(taken), _episodes(refused))
 
     def ahead(self, version: int) -> dict[int, ScoredRollouts]:
         """Returns nothing: a checkpoint needs no conversations, because the record has them."""
@@ -172,12 +184,18 @@ class AsynchronousSchedule:
         wait([self._sampling])
         self._feed.leave()
         self._thread.join()
+        self._supply.alive.passes = True
 
     # --- of the learner's thread ---
 
     @property
     def _samples(self) -> range:
         return range(self._config.rollouts_per_prompt)
+
+    def _note(self, assignment: Assignment) -> None:
+        """Counts the groups of a recorded assignment, whose tasks do not begin again."""
+        self._over |= {*assignment.groups, *assignment.refused}
+        self._n_taken += len(assignment.groups)
 
     def _go_on(self, version: int) -> None:
         """Refuses what is too old for this version of the policy, and lets new tasks begin. The first call after the
@@ -191,8 +209,7 @@ class AsynchronousSchedule:
             if is_first:
                 self._take_over()
             for group in [*self._groups.values()]:
-                if group.version is not None and version - group.version > self._config.max_staleness:
-                    self._refuse(group, STALE)
+                self._refuse_if_stale(group)
 
         conversations = self._supply.conversations
         if not is_first:
@@ -201,6 +218,8 @@ class AsynchronousSchedule:
         self._sampling = conversations.begin(self._sample())
         self._sampling.add_done_callback(lambda sampling: self._fail(sampling.exception()))
         self._thread = threading.Thread(target=self._generate, name="rollouts")
+        # Engines never pause, so they would hide that the learner, or a rank that it waits for, hangs.
+        self._supply.alive.passes = False
         self._thread.start()
 
     def _take_over(self) -> None:
@@ -220,12 +239,21 @@ class AsynchronousSchedule:
             self._enqueue(group)
         self._finished = [group for group in self._groups.values() if len(group.episodes) == len(self._samples)]
 
-    def _refuse(self, group: _Group, reason: str) -> None:
+    def _end(self, group: _Group) -> None:
+        """Forgets a group that is taken or refused, and sees to it that its task does not begin again."""
         del self._groups[group.position]
+        # Earlier positions need no entry, or the set would grow with the run.
+        if group.position >= self._next_position:
+            self._over.add(group.position)
+
+    def _refuse_if_stale(self, group: _Group) -> None:
+        """Refuses a group whose first token is too old for the present policy."""
+        if group.is_refused or group.version is None or self._version - group.version <= self._config.max_staleness:
+            return
+        self._end(group)
         if group in self._finished:
             self._finished.remove(group)
-        self._over.add(group.position)
-        self._refused[group.position] = reason
+        self._refused.append(group)
         group.is_refused = True
         self._supply.conversations.call_soon(lambda: [holding.cancel() for holding in group.holding])
 
@@ -237,15 +265,14 @@ class AsynchronousSchedule:
         """
         count = self._config.prompts
         with self._changed:
-            while len(self._finished) < count and self._error is None:
-                self._changed.wait(LOOK_EVERY_S)
-                self._supply.alive()
+            # Meanwhile only the engines show that the run is alive, so that one that hangs is found.
+            with self._supply.alive.passing():
+                self._changed.wait_for(lambda: len(self._finished) >= count or self._error is not None)
             if self._error is not None:
                 raise self._error
             taken, self._finished = self._finished[:count], self._finished[count:]
             for group in taken:
-                del self._groups[group.position]
-                self._over.add(group.position)
+                self._end(group)
             self._n_taken += count
         return taken
 
@@ -264,10 +291,10 @@ class AsynchronousSchedule:
                 )
         return [self._recorded_episodes[key] for key in keys]
 
-    def _drawn(self, assignment: Assignment, episodes: Sequence[Episode]) -> Drawn:
+    def _drawn(self, assignment: Assignment, episodes: Sequence[Episode], refused: Sequence[Episode]) -> Drawn:
         scored = self._supply.judge(rollouts_of_episodes(episodes))
         scored = replace(scored, replaced=len(assignment.refused))
-        return Drawn(scored, 0.0, 0.0, metrics_of(assignment, episodes))
+        return Drawn(scored, 0.0, 0.0, metrics_of(assignment, episodes, refused))
 
     def _fail(self, error: BaseException | None) -> None:
         """Ends all threads for an error, which `take` raises; the first one counts. None: there is none."""
@@ -319,10 +346,15 @@ class AsynchronousSchedule:
         with self._changed:
             # Not fewer at the end: the last iteration waits for no group that hangs.
             most = (self._version + self._config.max_staleness + 1) * self._config.prompts
-            position = 0
             while self._n_taken + len(self._groups) < most:
-                while position in self._over or position in self._groups:
-                    position += 1
+                position = self._next_position
+                self._next_position += 1
+                if position in self._groups:
+                    continue
+                if position in self._over:
+                    self._over.remove(position)
+                    continue
+
                 (task,) = self._supply.prompts(position, 1)
                 self._groups[position] = _Group(position, task)
                 self._enqueue(self._groups[position])
@@ -365,18 +397,22 @@ class AsynchronousSchedule:
             nonlocal has_begun
             answer = await ask_timed(request)
             if not has_begun:
+                # The version is known once the first answer has ended, and the policy may have left it behind by then.
                 with self._changed:
                     group.drawn_by(answer.version)
+                    self._refuse_if_stale(group)
+                if group.is_refused:
+                    self._admit()
             has_begun = True
             return answer
 
         host = waiting.host(self._supply.conversations.host)
         episode = await self._how.hold(host, group.task, group.position, sample, ask)
-        if group.is_refused:
-            return
-        self._record.add(episode)
         with self._changed:
+            if group.is_refused:
+                return
+            self._record.add(episode)
             group.episodes[sample] = episode
-            if len(group.episodes) == len(self._samples) and not group.is_refused:
+            if len(group.episodes) == len(self._samples):
                 self._finished.append(group)
                 self._changed.notify_all()

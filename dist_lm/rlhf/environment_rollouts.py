@@ -17,6 +17,7 @@ import json
 from collections import Counter
 from collections.abc import Awaitable, Callable, Iterable, Iterator, Sequence
 from concurrent.futures import wait
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from functools import partial
 from pathlib import Path
@@ -104,6 +105,31 @@ class VersionedSource:
         return self._source.results(requests)
 
 
+@dataclass
+class SignsOfLife:
+    """Calls a function regularly, from any thread, while the run waits for engines.
+
+    A hang shows in that no rank gives a sign of life. Engines that work beside the learner would hide its hangs, so
+    their signs pass only while it waits for them (`asynchronous.py`).
+    """
+
+    sign: Callable[[], None] = lambda: None
+    passes: bool = True
+
+    def __call__(self) -> None:
+        if self.passes:
+            self.sign()
+
+    @contextmanager
+    def passing(self) -> Iterator[None]:
+        """Lets signs pass in a block, and none behind it."""
+        self.passes = True
+        try:
+            yield
+        finally:
+            self.passes = False
+
+
 @dataclass(frozen=True)
 class EnvironmentSupply:
     """Tasks, engines and environments of a run, on the first rank. Takes the place of a `RolloutSupply`."""
@@ -119,7 +145,7 @@ class EnvironmentSupply:
     weight: float = 1.0  # factor of the reward
     constraint_of: ConstraintOf | None = None
     folder: Path | None = None  # for the files of finished conversations; None: they are not kept
-    alive: Callable[[], None] = lambda: None
+    alive: SignsOfLife = field(default_factory=SignsOfLife)
     waiting: WaitingTimes = field(default_factory=WaitingTimes)
 
     def times(self) -> dict[str, float]:

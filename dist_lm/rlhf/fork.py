@@ -77,6 +77,7 @@ async def forked(
     turn: int,
     edit: Sequence[int] | None,
     is_exact: bool,
+    edit_option: str = "--edit",
 ) -> Forked:
     """Holds a recorded conversation again up to a turn, and goes on from there.
 
@@ -87,13 +88,14 @@ async def forked(
         turn: of the model, from 1; see `check_fork`.
         edit: token ids of that turn, with the one that ends it; None: the model draws it again.
         is_exact: whether log-probabilities of a fork without an edit must have the same bits.
+        edit_option: option that gave the edit, for messages.
 
     Raises:
         ConfigError: the edit has more tokens than a turn may have there.
         ArtefactError: the record does not hold turns of a model.
         AbortedError: of `ask`.
     """
-    fork = _Fork(host, recorded, ask, turn, edit, how.tokenizer)
+    fork = _Fork(host, recorded, ask, turn, edit, edit_option, how.tokenizer)
     try:
         episode = await how.hold(fork, task, recorded.position, recorded.sample, fork.ask)
     except DifferenceError as error:
@@ -140,6 +142,7 @@ class _Fork:
     ask_model: Ask
     turn: int
     edit: Sequence[int] | None
+    edit_option: str
     tokenizer: Tokenizer
     spoken: list[SpokenTurn] = field(default_factory=list)
     n_steps: int = 0
@@ -181,7 +184,8 @@ class _Fork:
             origin: Origin = "recorded"
         elif number == self.turn and self.edit is not None:
             most = request.params.max_new_tokens
-            require(len(self.edit) <= most, "--edit", f"{len(self.edit)} tokens", f"at most {most} in this turn")
+            accepted = f"at most {most} in this turn"
+            require(len(self.edit) <= most, self.edit_option, f"{len(self.edit)} tokens", accepted)
             answer = self._answer(request, self.edit, [float("nan")] * len(self.edit), ())
             origin = "edited"
         else:

@@ -8,6 +8,7 @@ Dimensions: B rollouts, N their tokens (prompts and completions) concatenated, M
 S samples, X bytes of their sets, G bytes that identify a grammar.
 """
 
+from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import lru_cache
@@ -146,17 +147,18 @@ class EngineRollouts:
     def __init__(self, engine: Engine, sleeps: bool = False) -> None:
         """`sleeps`: free the cache between two calls of `generate`."""
         self.engine, self._sleeps = engine, sleeps
-        self._next_weights: tuple[Weights, int] | None = None  # of `swap_weights`
+        # Weights of the last `swap_weights`, which another thread calls: each of its methods is atomic.
+        self._next_weights: deque[tuple[Weights, int]] = deque(maxlen=1)
 
     def load_weights(self, weights: Weights, version: int) -> None:
-        self._next_weights = None
+        self._next_weights.clear()
         self.engine.load_weights(weights, version)
 
     def hold(self, weights: WeightStream) -> Weights:
         return dict(weights)
 
     def swap_weights(self, weights: Weights, version: int) -> None:
-        self._next_weights = weights, version
+        self._next_weights.append((weights, version))
 
     def generate(self, requests: Sequence[Request], finished: Finished = ignore_answer) -> list[Answer]:
         return in_order(requests, reporting(requests, self.results(requests), finished))
@@ -201,9 +203,8 @@ class EngineRollouts:
 
     def _renew(self) -> None:
         """Gives the engine the weights of the last `swap_weights`, between two steps."""
-        next_weights, self._next_weights = self._next_weights, None
-        if next_weights:
-            self.engine.swap_weights(*next_weights)
+        if self._next_weights:
+            self.engine.swap_weights(*self._next_weights.pop())
 
 
 @dataclass(frozen=True)

@@ -8,13 +8,14 @@ before its iteration trains, so there are never weights whose schedule is not kn
 import json
 import zlib
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence, Set
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 import numpy as np
 
 from dist_lm.errors import ArtefactError, one_line
+from dist_lm.rlhf.environment_rollouts import file_name, recorded_positions
 from dist_lm.rlhf.episodes import DAMAGES, Episode, EpisodeFile, line_of
 from dist_lm.storage import durable
 
@@ -28,8 +29,8 @@ class Assignment:
     """The groups of an iteration. A group, the conversations of a task, is named by the task's position."""
 
     iteration: int  # from 1, as in metrics
-    groups: tuple[int, ...]  # that it trains on, in the order in which they were finished
-    refused: Mapping[int, str] = field(default_factory=dict)  # dropped since the iteration before -> the reason
+    groups: tuple[int, ...]  # groups that it trains on, in the order in which they were finished
+    refused: Mapping[int, str] = field(default_factory=dict)  # groups dropped since the iteration before -> the reason
     carried: int = 0  # other groups that were under way or finished when it began
 
     def __post_init__(self) -> None:
@@ -38,11 +39,14 @@ class Assignment:
             raise ValueError("a number is no integer from 0 on")
 
 
-def metrics_of(assignment: Assignment, episodes: Sequence[Episode]) -> dict[str, float]:
+def metrics_of(
+    assignment: Assignment, episodes: Sequence[Episode], refused: Sequence[Episode] = ()
+) -> dict[str, float]:
     """Returns what an iteration tells about its schedule.
 
     Args:
         episodes: the conversations of its groups.
+        refused: conversations of refused groups that had ended.
     """
     # The policy before iteration i, from 1, has version i - 1.
     policy = assignment.iteration - 1
@@ -57,7 +61,17 @@ def metrics_of(assignment: Assignment, episodes: Sequence[Episode]) -> dict[str,
     }
     for reason, count in Counter(assignment.refused.values()).items():
         metrics[f"rollout/refused_{reason}"] = count / n_tasks
+
+    # Slow groups are refused, so rewards of the others flatter a policy that is slow where it is bad.
+    reward_B, refused_reward_B = (_rewards(chosen) for chosen in (episodes, refused))
+    if len(reward_B) and len(refused_reward_B):
+        metrics["rollout/refused_reward_gap"] = float(refused_reward_B.mean() - reward_B.mean())
     return metrics
+
+
+def _rewards(episodes: Sequence[Episode]) -> np.ndarray:
+    """Returns the rewards of the conversations that have a verdict, fp64."""
+    return np.array([episode.reward for episode in episodes if episode.reward is not None], np.float64)
 
 
 def versions_of_tokens(episode: Episode) -> Iterator[int]:
@@ -99,12 +113,20 @@ class ScheduleRecord:
             durable.write_text(path, "".join(lines[:-1]))
         return read_assignments(path, self.settings)
 
-    def episodes(self) -> dict[tuple[int, int], Episode]:
-        """Returns the conversations that are recorded, by (position, sample). Damaged lines are removed."""
+    def episodes(self, besides: Set[int] = frozenset()) -> dict[tuple[int, int], Episode]:
+        """Returns the conversations that are recorded, by (position, sample). Damaged lines are removed.
+
+        Args:
+            besides: positions of tasks that nobody asks for. Files that hold no others are not read, so a restart costs
+                as much in a long run as in a short one.
+        """
         episodes: dict[tuple[int, int], Episode] = {}
-        for path in sorted(self.folder.glob("tasks_*.jsonl")) if self.folder else ():
-            with EpisodeFile(path, self.settings) as file:
-                episodes |= file.finished
+        if self.folder is None:
+            return episodes
+        for first in recorded_positions(self.folder):
+            if not besides >= {*range(first, first + self.tasks_a_file)}:
+                with EpisodeFile(self.folder / file_name(first), self.settings) as file:
+                    episodes |= file.finished
         return episodes
 
     def add(self, episode: Episode) -> None:
@@ -127,6 +149,9 @@ class ScheduleRecord:
             return
         for path in sorted({self._file_of(self.folder, position) for position in assignment.groups}):
             durable.fsync(path)
+        # The names of new files must be on disk before the line that needs them.
+        durable.fsync(self.folder)
+
         value = asdict(assignment)
         line = json.dumps({"settings": self.settings, "crc32": _checksum(value), "assignment": value}) + "\n"
         _append(self.folder / SCHEDULE, line)
@@ -134,8 +159,7 @@ class ScheduleRecord:
         durable.fsync(self.folder)
 
     def _file_of(self, folder: Path, position: int) -> Path:
-        first = position // self.tasks_a_file * self.tasks_a_file
-        return folder / f"tasks_{first:08d}.jsonl"
+        return folder / file_name(position // self.tasks_a_file * self.tasks_a_file)
 
 
 def read_assignments(path: Path, settings: str) -> list[Assignment]:

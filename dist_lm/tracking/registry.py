@@ -488,6 +488,12 @@ REINFORCEMENT = (
         ("rollout/refused_stale", "", "lower", "Share of tasks dropped: their first token was too old."),
         only="with rlhf.asynchronous",
     ),
+    *_table(
+        "agents",
+        RLHF,
+        ("rollout/refused_reward_gap", "", "", "Mean reward in dropped tasks, minus that in trained ones."),
+        only="with rlhf.asynchronous",
+    ),
 )
 
 GENERATION = (

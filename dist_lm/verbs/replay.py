@@ -60,7 +60,9 @@ def replay(
     from dist_lm.stages.rlhf.replay import Chosen, draw_again, execute_again
     from dist_lm.verbs.data_step import config_of
 
-    require(fork is not None or (edit is None and edit_file is None), "--edit", "...", "--fork beside it")
+    edit_option = "--edit" if edit_file is None else "--edit-file"
+    has_edit = edit is not None or edit_file is not None
+    require(fork is not None or not has_edit, edit_option, "...", "--fork beside it")
     require(fork is None or not verify, "--verify", "true", "no --fork beside it")
     text = edited_text(edit, edit_file)
     chosen, directory = Chosen(iteration, rollout), RunDirectory(run)
@@ -74,7 +76,7 @@ def replay(
     if fork is not None:
         from dist_lm.stages.rlhf.fork import fork as forked
 
-        if not print_fork(forked(record, chosen, fork, text), as_json=as_json):
+        if not print_fork(forked(record, chosen, fork, text, edit_option), as_json=as_json):
             raise typer.Exit(DIFFERENT)
         return
     results = execute_again(record, chosen) if verify else draw_again(record, chosen)
@@ -142,6 +144,7 @@ def value_of(fork: "Fork") -> dict[str, Any]:
         {"origin": spoken.origin, "text": text, **asdict(turn)}
         for spoken, text, turn in zip(fork.forked.spoken, fork.texts, now.turns, strict=False)
     ]
+
     return {
         "iteration": fork.iteration,
         "rollout": fork.rollout,
@@ -151,6 +154,7 @@ def value_of(fork: "Fork") -> dict[str, Any]:
         "threads": fork.threads,
         "equal": None if fork.is_edited else difference is None,
         "difference": asdict(difference) if difference else None,
+        # The conversation as it ended now, and the recorded one.
         "task": now.position,
         "sample": now.sample,
         "opening": now.opening,

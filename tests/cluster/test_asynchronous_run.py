@@ -4,7 +4,6 @@ import json
 import os
 import re
 import shutil
-import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -19,10 +18,9 @@ from dist_lm.prepare.compose import compose_config
 from dist_lm.rlhf.schedule_record import SCHEDULE
 from dist_lm.stages.rlhf.stage import check_inputs
 from dist_lm.storage.run_directory import RunDirectory, WorkDirectory
-from tests.cluster.launched import assert_gone, ranks_on, steps_of, wait_until
 from tests.cluster.test_environment_run import ENVIRONMENT, overrides_of, prepared, started_work
-from tests.cluster.test_rlhf_run import actors_of
-from tests.training_run import DEADLINE_S, linked, numbers, train
+from tests.cluster.test_rlhf_run import kill_in_turn
+from tests.training_run import linked, numbers, train
 
 pytestmark = [pytest.mark.cluster, pytest.mark.heavy]
 __all__ = ["started_work"]  # a fixture
@@ -134,19 +132,7 @@ def test_a_run_with_actors_is_a_function_of_its_schedule_wherever_it_was_killed(
         env=os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)},
         start_new_session=True,
     )
-    try:
-        for kill in range(kills):
-            goal = 3 * kill + 1
-            wait_until(lambda goal=goal: max(steps_of(run), default=0) >= goal, process, f"iteration {goal}")
-            wait_until(lambda: actors_of(process) and ranks_on(run), process, "an actor and a rank")
-            victim = actors_of(process)[-1] if kill % 2 else ranks_on(run)[-1]
-            os.kill(victim.pid, signal.SIGKILL)
-            assert_gone([victim])
-        _, err = process.communicate(timeout=DEADLINE_S)
-    finally:
-        if process.poll() is None:
-            os.killpg(process.pid, signal.SIGKILL)
-    assert process.returncode == 0, err
+    kill_in_turn(process, run, kills, every=3)
 
     lines = replayed(run)
     assert len(lines) == 4 * kills

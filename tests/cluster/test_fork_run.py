@@ -103,8 +103,10 @@ def test_what_cannot_be_forked_is_one_line(run):
     ]:
         with pytest.raises(ConfigError, match=words):
             forked(run, 3, rollout, turn, edit)
-    for options in (["--fork", "1"], ["--edit", "a"], ["--fork", "1", "--verify"]):
-        assert isinstance(replay(run, *options).exception, ConfigError), options
+    for options in (["--fork", "1"], ["--edit", "a"], ["--edit-file", str(run.config)], ["--fork", "1", "--verify"]):
+        error = replay(run, *options).exception
+        assert isinstance(error, ConfigError), options
+        assert str(error).startswith(f"{'--verify' if '--verify' in options else options[0]}="), options
 
     name = next(word for word in run.config.read_text().split() if word.endswith("letters.py:Letters"))
     environment = Path(name.rpartition(":")[0])

@@ -123,6 +123,23 @@ def actors_of(process: subprocess.Popen) -> list[psutil.Process]:
     return sorted(found, key=lambda actor: actor.create_time())
 
 
+def kill_in_turn(process: subprocess.Popen, run: RunDirectory, kills: int, every: int) -> None:
+    """Kills a rank and an actor in turn, one every so many iterations, and waits until the launch has succeeded."""
+    try:
+        for kill in range(kills):
+            goal = every * kill + 1
+            wait_until(lambda goal=goal: max(steps_of(run), default=0) >= goal, process, f"iteration {goal}")
+            wait_until(lambda: actors_of(process) and ranks_on(run), process, "an actor and a rank")
+            victim = actors_of(process)[-1] if kill % 2 else ranks_on(run)[-1]
+            os.kill(victim.pid, signal.SIGKILL)
+            assert_gone([victim])
+        _, err = process.communicate(timeout=DEADLINE_S)
+    finally:
+        if process.poll() is None:
+            os.killpg(process.pid, signal.SIGKILL)
+    assert process.returncode == 0, err
+
+
 @pytest.fixture(scope="module")
 def reference(started_work: WorkDirectory, tmp_path_factory: pytest.TempPathFactory) -> RunDirectory:
     """One rank whose own engine draws the rollouts, never disturbed."""
@@ -367,19 +384,7 @@ def test_kills_of_actors_and_ranks_change_no_number(started_work, tmp_path, algo
     expected, work = undisturbed_and_other(started_work, tmp_path, *steps)
     run = work.run("rlhf", "default")
     process = launch(work, *steps)
-    try:
-        for kill in range(kills):
-            goal = 4 * kill + 1
-            wait_until(lambda goal=goal: max(steps_of(run), default=0) >= goal, process, f"iteration {goal}")
-            wait_until(lambda: actors_of(process) and ranks_on(run), process, "an actor and a rank")
-            victim = actors_of(process)[-1] if kill % 2 else ranks_on(run)[-1]
-            os.kill(victim.pid, signal.SIGKILL)
-            assert_gone([victim])
-        _, err = process.communicate(timeout=DEADLINE_S)
-    finally:
-        if process.poll() is None:
-            os.killpg(process.pid, signal.SIGKILL)
-    assert process.returncode == 0, err
+    kill_in_turn(process, run, kills, every=4)
     assert numbers(run) == numbers(expected)
     events = [json.loads(line) for line in run.events.read_bytes().splitlines()]
     assert sum(event["event"] == "failed" for event in events) >= kills // 2

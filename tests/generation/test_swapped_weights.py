@@ -141,6 +141,23 @@ def test_a_prompt_under_way_is_read_by_one_version(weights):
     assert engine.free_pages == plain.free_pages
 
 
+def test_a_prompt_that_is_read_again_leaves_no_nan_behind(weights):
+    """Finds keys of nan, by weights that have diverged, in a page that goes to another request."""
+    diverged = {name: value.clone() for name, value in weights[0].items()}
+    diverged["embedding.weight"][63] = torch.nan
+    engine = engine_of([diverged], 12)
+    engine.submit(Request("r", [4] * 25 + [63] + [5] * 174, SamplingParams(max_new_tokens=9)))
+    engine.step()
+    engine.swap_weights(weights[1], 1)
+    engine.cancel("r")
+    request = Request("next", [3, 3, 3], SamplingParams(max_new_tokens=9, ignore_eot=True), seed=3)
+    engine.submit(request)
+    _, answer = engine.run()
+    plain = engine_of(weights, 12, version=1)
+    plain.submit(request)
+    assert [answer] == plain.run()
+
+
 def test_nothing_is_left_of_requests_that_are_cancelled_together(weights):
     """Finds requests of a caller who has left in the answers of the next one."""
     engine = engine_of(weights, 6)

@@ -1,7 +1,7 @@
 """A guessing game in process: an environment of several turns that takes no time, and failures on demand."""
 
 import asyncio
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -144,3 +144,14 @@ def game(
         )
         run.learner = replace(run.learner, supply=supply)
     return run
+
+
+def fail_after_an_answer(run: Toy) -> None:
+    """Lets the engines of a game raise RuntimeError("no engine") after their first answer."""
+    source: Any = run.learner.supply.source  # type: ignore[union-attr]
+
+    def results(requests: Any) -> Iterator[Any]:
+        yield next(r for r in source._source.results(requests))
+        raise RuntimeError("no engine")
+
+    source.results = results

@@ -17,6 +17,8 @@ import torch
 
 from dist_lm.environments.protocol import Limits, Verdict
 from dist_lm.errors import ArtefactError, ConfigError
+from dist_lm.rlhf import request_feed
+from dist_lm.rlhf.environment_rollouts import SignsOfLife
 from dist_lm.rlhf.episodes import Episode, Turn, line_of, read_episodes
 from dist_lm.rlhf.learner import IterationReport
 from dist_lm.rlhf.schedule_record import (
@@ -29,7 +31,8 @@ from dist_lm.rlhf.schedule_record import (
     versions_of_tokens,
 )
 from dist_lm.rlhf.transcript import Sample
-from tests.rlhf.guessing import GameHost, KilledError, config_of, game
+from dist_lm.storage import durable
+from tests.rlhf.guessing import GameHost, KilledError, config_of, fail_after_an_answer, game
 from tests.rlhf.test_environment_rollouts import deadline, short_turns, stack, tokenizer
 from tests.rlhf.toy import MODEL, Toy, run_from, saving
 
@@ -68,6 +71,17 @@ def test_each_token_is_of_the_weights_that_drew_it():
     }
 
 
+def test_rewards_of_refused_groups_are_compared_with_those_of_trained_ones():
+    """Finds a policy that is slow where it is bad, and whose rewards look better than they are."""
+    episode = episode_of((1, ((0, 1),)))
+    rewards = [replace(episode, verdict=Verdict.of(reward)) for reward in (1.0, 0.5, 0.0, 0.5)]
+    failed = replace(episode, verdict=Verdict.failed("timeout", ""), samples=(), logprobs=())
+    assignment = Assignment(2, (0,), {4: STALE})
+    gap = metrics_of(assignment, [*rewards[:2], failed], [*rewards[2:], failed])["rollout/refused_reward_gap"]
+    assert gap == -0.5
+    assert "rollout/refused_reward_gap" not in metrics_of(assignment, rewards, [failed])
+
+
 def test_versions_are_recorded_and_conversations_of_lock_step_look_as_before(tmp_path):
     """Finds a record that loses versions, and lines of other runs that change."""
     episode = episode_of((4, ((0, 1), (1, 2))), (3, ((0, 2),)))
@@ -93,6 +107,12 @@ def test_a_schedule_is_read_as_it_was_written_and_damage_is_named(tmp_path):
     assert record.assignments() == written
     assert [*record.episodes()] == [(0, 0), (1, 0), (3, 0), (5, 0)]
 
+    # A restart after these iterations reads no conversation of theirs again, nor writes their files again.
+    file_of_done = tmp_path / "tasks_00000000.jsonl"
+    inode = file_of_done.stat().st_ino
+    assert [*record.episodes(besides={0, 1, 3})] == [(3, 0), (5, 0)]
+    assert file_of_done.stat().st_ino == inode
+
     path = tmp_path / SCHEDULE
     whole = path.read_text()
     path.write_text(whole + whole.splitlines()[0][:-9])  # a kill has torn it
@@ -108,6 +128,18 @@ def test_a_schedule_is_read_as_it_was_written_and_damage_is_named(tmp_path):
         path.write_text(content)
         with pytest.raises(ArtefactError, match=message):
             record.assignments()
+
+
+def test_what_a_line_of_the_schedule_names_is_on_disk_before_it(tmp_path, monkeypatch):
+    """Finds a line that outlives a failure of power while the names of new files do not: no restart would go on."""
+    record = ScheduleRecord(tmp_path, "s", 2)
+    record.add(episode_of((1, ((0, 0),))))
+    flushed = []
+    monkeypatch.setattr(durable, "fsync", lambda path: flushed.append((path.name, (tmp_path / SCHEDULE).exists())))
+    record.assign(Assignment(1, (0,)))
+    before = [name for name, has_line in flushed if not has_line]
+    assert before == ["tasks_00000000.jsonl", tmp_path.name]
+    assert [name for name, has_line in flushed if has_line] == [SCHEDULE, tmp_path.name]
 
 
 @pytest.mark.parametrize(
@@ -225,16 +257,74 @@ def test_an_environment_that_hangs_stops_no_iteration(tokenizer, stack, tmp_path
 
 
 @pytest.mark.heavy
+def test_a_first_answer_that_ends_too_late_is_refused(tokenizer, stack, tmp_path, one_rank):
+    """Finds a group whose first token is too old and is trained on, because no version of it was known at the pushes:
+    its first answers outlast `max_staleness` updates."""
+    config, limits = config_of(asynchronous=True, max_staleness=STALENESS), Limits(turns=1, tokens=160)
+    host = GameHost()
+    run = game(config, ITERATIONS, tokenizer, stack, folder=tmp_path, host=host, limits=limits, at_once=64)
+    source: Any = run.learner.supply.source  # type: ignore[union-attr]
+    n_early = 3 * (STALENESS + 1)
+
+    def results(requests: Any) -> Iterator[Any]:
+        """Gives answers of tasks 1 to `n_early` at once, then those of task 0, then the others."""
+        held_back = []
+        for result in source._source.results(requests):
+            held_back.append(result)
+            if source.version > STALENESS or 1 <= int(result.request.split(".")[0]) <= n_early:
+                due = held_back if source.version > STALENESS else [held_back.pop()]
+                yield from due
+                due.clear()
+
+    source.results = results
+    with deadline(120):
+        run.run()
+    assert host.closed == len(host.resets)
+    for version, report in enumerate(run.reports):
+        assert (version - report.rollouts.version_B <= STALENESS).all()
+    assert 0 in [position for assignment in assignments_in(tmp_path) for position in assignment.refused]
+
+
+@pytest.mark.heavy
+def test_engines_beside_the_learner_do_not_hide_that_it_hangs(tokenizer, stack, one_rank, monkeypatch):
+    """Finds signs of life of engines while the learner updates: the gang would seem alive for ever."""
+    monkeypatch.setattr(request_feed, "ALIVE_EVERY_S", 0.01)
+    signs, calls = [], []
+
+    class Counted(SignsOfLife):
+        def __call__(self) -> None:
+            calls.append(None)
+            super().__call__()
+
+    run = asynchronous(tokenizer, stack, None)
+    alive = Counted(lambda: signs.append(None))
+    reported = run.learner.report
+
+    def engines_go_on() -> None:
+        n_calls, until = len(calls), time.monotonic() + 30
+        while len(calls) < n_calls + 3:
+            assert time.monotonic() < until, "engines do not go on"
+
+    def hangs(report: IterationReport) -> None:
+        reported(report)
+        engines_go_on()  # a sign that was under way may still come
+        n_signs = len(signs)
+        engines_go_on()
+        assert len(signs) == n_signs
+
+    supply = replace(run.learner.supply, alive=alive)  # type: ignore[type-var]
+    run.learner = replace(run.learner, supply=supply, report=hangs)
+    with deadline(120):
+        run.run()
+    assert signs, "nobody sees that engines work while the learner waits"
+    assert alive.passes, "what follows the run waits for engines, too"
+
+
+@pytest.mark.heavy
 def test_an_error_of_the_engines_ends_the_run(tokenizer, stack, one_rank):
     """Finds a learner that waits for ever for conversations that nobody answers."""
     run = asynchronous(tokenizer, stack, None, host := GameHost())
-    source: Any = run.learner.supply.source  # type: ignore[union-attr]
-
-    def results(requests: Any) -> Iterator[Any]:
-        yield next(r for r in source._source.results(requests))
-        raise RuntimeError("no engine")
-
-    source.results = results
+    fail_after_an_answer(run)
     with deadline(60), pytest.raises(RuntimeError, match="no engine"):
         run.run()
     assert host.closed == len(host.resets)

@@ -5,7 +5,6 @@ import signal
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import replace
-from typing import Any
 
 import numpy as np
 import pytest
@@ -18,7 +17,7 @@ from dist_lm.rlhf.rollouts import ShuffledPrompts
 from dist_lm.storage.run_directory import WorkDirectory
 from dist_lm.tokenizer.tokenizer import Tokenizer
 from tests.patience import patient
-from tests.rlhf.guessing import GUESS, TASKS, GameHost, KilledError, config_of, game
+from tests.rlhf.guessing import GUESS, TASKS, GameHost, KilledError, config_of, fail_after_an_answer, game
 from tests.rlhf.toy import assert_ends_alike, run_from, saving
 
 REQUIRED = ToolChoice("required")
@@ -223,13 +222,7 @@ def test_an_error_of_the_engines_closes_all_environments(tokenizer, stack, one_r
     """Finds conversations that wait for ever after their engine has failed."""
     host = GameHost()
     run = game(config_of(), 1, tokenizer, stack, host=host)
-    source: Any = run.learner.supply.source  # type: ignore[union-attr]
-
-    def results(requests: Any) -> Iterator[Any]:
-        yield next(r for r in source._source.results(requests))
-        raise RuntimeError("no engine")
-
-    source.results = results
+    fail_after_an_answer(run)
     with deadline(60), pytest.raises(RuntimeError, match="no engine"):
         run.run()
     assert host.closed == 9

@@ -97,3 +97,14 @@ def test_marks_of_an_edit_are_marks(how):
     for empty in ("", "<|im_end|>"):
         with pytest.raises(ConfigError, match="expected the text of a turn"):
             edited_turn(empty, how.tokenizer)
+
+
+def test_errors_name_the_option_that_gave_an_edit(how, recorded):
+    """Finds an error of a file that tells people to mend an option that they have not given."""
+    for text in ("", "a<|im_end|>b"):
+        with pytest.raises(ConfigError, match=r"^--edit-file="):
+            edited_turn(text, how.tokenizer, "--edit-file")
+    ids = edited_turn("many words " * 40, how.tokenizer)
+    forking = forked(how, Echo(), recorded, TASK, model(how), 2, ids, is_exact=True, edit_option="--edit-file")
+    with pytest.raises(ConfigError, match=r"^--edit-file=\d+ tokens: expected at most"):
+        asyncio.run(forking)

@@ -1,7 +1,7 @@
 """The supply of conversations with the environment of stage `rlhf`, on the first rank."""
 
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from contextlib import ExitStack
 from functools import lru_cache, partial
 
@@ -14,7 +14,7 @@ from dist_lm.generation.constraint import Constraint
 from dist_lm.rlhf.config import CALLS
 from dist_lm.rlhf.conversation_loop import ConversationLoop
 from dist_lm.rlhf.conversing import ConstraintOf
-from dist_lm.rlhf.environment_rollouts import EnvironmentJudge, EnvironmentSupply, VersionedSource
+from dist_lm.rlhf.environment_rollouts import EnvironmentJudge, EnvironmentSupply, SignsOfLife, VersionedSource
 from dist_lm.rlhf.rollouts import RolloutSource, ShuffledPrompts
 from dist_lm.stages.rlhf.config import RlhfRunConfig, RlhfRunGroup
 from dist_lm.stages.rlhf.constraint import as_json, read_constraint
@@ -29,7 +29,7 @@ def open_environment_supply(
     tasks: Sequence[Task],
     source: RolloutSource,
     stack: ExitStack,
-    alive: Callable[[], None],
+    alive: SignsOfLife,
 ) -> EnvironmentSupply:
     """Returns the supply of conversations, on the first rank.
 

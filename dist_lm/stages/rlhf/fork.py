@@ -30,12 +30,13 @@ class Fork:
     texts: tuple[str, ...]  # of the model's turns, with marks: as an edit is written
 
 
-def fork(record: ConversationRecord, chosen: Chosen, turn: int, edit: str | None) -> Fork:
+def fork(record: ConversationRecord, chosen: Chosen, turn: int, edit: str | None, edit_option: str = "--edit") -> Fork:
     """Returns a recorded conversation that goes on differently from a turn on.
 
     Args:
         turn: of the model, from 1.
         edit: text of that turn, with marks by their names; None: the model draws it.
+        edit_option: option that gave the edit, for messages.
 
     Raises:
         ConfigError: there is no such conversation or turn, or the edit does not fit.
@@ -57,7 +58,7 @@ def fork(record: ConversationRecord, chosen: Chosen, turn: int, edit: str | None
 
     with own_threads(), ConversationLoop(fresh_environment(record)) as conversations:
         drawing = Drawing(record, conversations)
-        edited_ids = None if edit is None else edited_turn(edit, drawing.how.tokenizer)
+        edited_ids = None if edit is None else edited_turn(edit, drawing.how.tokenizer, edit_option)
         # Drawing the record again finds the number of threads that gives its bits.
         if drawing.is_exact:
             drawing.outcomes({iteration.version: checkpoint}, [recorded])
@@ -68,7 +69,9 @@ def fork(record: ConversationRecord, chosen: Chosen, turn: int, edit: str | None
         async def hold(ask: Ask) -> None:
             host = conversations.host
             ended.append(
-                await forked(drawing.how, host, recorded, task, ask, turn, edited_ids, is_exact=drawing.is_exact)
+                await forked(
+                    drawing.how, host, recorded, task, ask, turn, edited_ids, drawing.is_exact, edit_option=edit_option
+                )
             )
 
         hold_together(source, conversations, [hold], at_once=1)
@@ -95,11 +98,12 @@ def fork(record: ConversationRecord, chosen: Chosen, turn: int, edit: str | None
     )
 
 
-def edited_turn(text: str, tokenizer: Tokenizer) -> list[int]:
+def edited_turn(text: str, tokenizer: Tokenizer, option: str = "--edit") -> list[int]:
     """Returns the token ids of a turn that a person wrote, with the one that ends it.
 
     Args:
         text: with marks by their names, such as `<tool_call>`.
+        option: option that gave the text, for messages.
 
     Raises:
         ConfigError: it is empty, or the mark that ends a turn stands within it.
@@ -108,7 +112,7 @@ def edited_turn(text: str, tokenizer: Tokenizer) -> list[int]:
     ids = tokens_with_marks(text, tokenizer)
     if ids and ids[-1] in ends:
         ids.pop()
-    require(bool(ids), "--edit", repr(text), "the text of a turn")
+    require(bool(ids), option, repr(text), "the text of a turn")
     within = [token for token in ids if token in ends]
-    require(not within, "--edit", text_with_marks(within[:1], tokenizer), "a turn's end only at the end")
+    require(not within, option, text_with_marks(within[:1], tokenizer), "a turn's end only at the end")
     return [*ids, ends[1]]

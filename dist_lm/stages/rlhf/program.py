@@ -34,7 +34,7 @@ from dist_lm.parallel.sharding import compute_dtype
 from dist_lm.rlhf.algorithms.registry import ALGORITHMS
 from dist_lm.rlhf.config import CALLS
 from dist_lm.rlhf.constrained_rollouts import RolloutConstraints
-from dist_lm.rlhf.environment_rollouts import EnvironmentSupply
+from dist_lm.rlhf.environment_rollouts import EnvironmentSupply, SignsOfLife
 from dist_lm.rlhf.learner import IterationReport, Learner, Pretraining, RolloutSupply
 from dist_lm.rlhf.models import own_threads, sent_weights
 from dist_lm.rlhf.rewards import Judge, Tasks
@@ -252,7 +252,7 @@ def open_supply(
         return None
 
     settings, tokenizer = config.rlhf, start.tokenizer
-    generating = partial(reporter.alive, Phase.GENERATING)
+    generating = SignsOfLife(partial(reporter.alive, Phase.GENERATING))
     if not isinstance(prompts, Prompts):
         source = stack.enter_context(rollout_source(config, tokenizer, weights, start.world.device, generating, pool))
         return open_environment_supply(config, run, tokenizer, prompts, source, stack, generating)

@@ -1,8 +1,8 @@
 """The conversations that a run of stage `rlhf` has recorded, iteration by iteration. Nothing is written."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
-from functools import cached_property
+from functools import cached_property, lru_cache
 from pathlib import Path
 
 import numpy as np
@@ -35,6 +35,7 @@ class RecordedIteration:
     episodes: list[Episode]  # by task, then by sample
     scored: ScoredRollouts | None  # those of the tasks that were trained on; None: some are not recorded yet
     assignment: Assignment | None = None  # with rlhf.asynchronous
+    refused: Sequence[Episode] = ()  # conversations that had ended in groups that it refused
 
     @property
     def versions(self) -> set[int]:
@@ -153,27 +154,35 @@ class ConversationRecord:
         if not assignments or (only is not None and only > len(assignments)):
             raise ArtefactError(f"{path}: iteration {only or 1} has not begun yet")
 
-        recorded: dict[str, dict[tuple[int, int], Episode]] = {}  # by file
+        # Groups of an iteration are of a few files, which later iterations share.
+        n_files = group.max_staleness + 3
+        recorded_in = lru_cache(maxsize=n_files)(lambda name: self._all_in(self.run.conversations / name, settings))
         for assignment in assignments:
             if only not in (None, assignment.iteration):
                 continue
             episodes: list[Episode] = []
             for position in sorted(assignment.groups):
                 name = file_name(position // group.prompts * group.prompts)
-                if name not in recorded:
-                    recorded[name] = self._all_in(self.run.conversations / name, settings)
                 for sample in range(group.rollouts_per_prompt):
-                    if (position, sample) not in recorded[name]:
+                    if (position, sample) not in recorded_in(name):
                         raise ArtefactError(
                             f"{self.run.conversations / name}: conversation {sample + 1} of task {position} is "
                             f"missing, on which iteration {assignment.iteration} trained: restore the file from a copy"
                         )
-                    episodes.append(recorded[name][position, sample])
+                    episodes.append(recorded_in(name)[position, sample])
+
+            refused: list[Episode] = []
+            for position in sorted(assignment.refused):
+                name = file_name(position // group.prompts * group.prompts)
+                # There is no file if none of its conversations has ended.
+                if (self.run.conversations / name).exists():
+                    refused += [recorded_in(name)[key] for key in sorted(recorded_in(name)) if key[0] == position]
+
             scored = replace(self._judged(rollouts_of_episodes(episodes)), replaced=len(assignment.refused))
             # The environment may have failed before there was a token.
             versions = [version for episode in episodes if (version := first_version(episode)) is not None]
             oldest = min(versions, default=assignment.iteration - 1)
-            yield RecordedIteration(assignment.iteration, oldest, episodes, scored, assignment)
+            yield RecordedIteration(assignment.iteration, oldest, episodes, scored, assignment, refused)
 
     def _all_in(self, path: Path, settings: str) -> dict[tuple[int, int], Episode]:
         """Returns the conversations of a file, by (position, sample).
@@ -349,7 +358,7 @@ class ConversationRecord:
             computed |= score_metrics(iteration.number - 1, rollouts, score_B, prompt_B)
             computed |= {f"rlhf/part_{name}": mean for name, mean in usable.means(part_B).items()}
         if iteration.assignment:
-            computed |= schedule_metrics(iteration.assignment, iteration.episodes)
+            computed |= schedule_metrics(iteration.assignment, iteration.episodes, iteration.refused)
         return {name: (value, written[name]) for name, value in computed.items() if name in written}
 
     def is_equal(self, computed: float, written: float | None) -> bool:

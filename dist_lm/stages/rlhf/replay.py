@@ -156,11 +156,13 @@ class Drawing:
         """
         run, config = record.run, record.config
         self._record, self._conversations = record, conversations
+
         self._tokenizer = Tokenizer.load(run.work.tokenizer_model)
         self._device = choose_device(config.device, 0)
         self._dtype = compute_dtype(config.parallel, self._device)
         # Elsewhere, sums are added in another order each time.
         self.is_exact = self._device.type == "cpu" and self._dtype == torch.float32
+
         self.how = conversing(
             config.rlhf,
             config.seed,
@@ -170,6 +172,7 @@ class Drawing:
             *(part.weight for part in config.rlhf.rewards.values()),
             constraint_of=turn_constraint(config.rlhf, self._tokenizer),
         )
+
         self._source: _FollowingRollouts | None = None
         # Weights that change in a conversation alternate.
         most = WEIGHTS_IN_MEMORY if config.rlhf.asynchronous else 1
