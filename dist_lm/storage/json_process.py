@@ -100,8 +100,8 @@ class JsonProcess:
             remaining = deadline - time.monotonic()
             if remaining <= 0:
                 raise TimeoutError(f"took longer than {seconds:g} s and was ended")
-            # Short waits, so that `interrupted` is called often. The socket's own time limit serves any descriptor; that
-            # of select.select is for those below 1,024, and a rank of a large job has more connections.
+            # Short waits, so that `interrupted` is called often. The time limit of the socket serves any descriptor;
+            # select.select takes those below 1,024 alone, and a rank of a large job has more connections.
             self._connection.settimeout(min(LOOK_S, remaining) if interrupted else remaining)
             try:
                 received = self._connection.recv(1 << 16)

@@ -154,9 +154,8 @@ class ShardCopy:
 
 
 def _shared_memory(n_bytes: int) -> int:
-    """Returns the descriptor of memory that other processes can map. It has no name in a file system: the size of
-    /dev/shm does not limit it, and a kill leaves none. Returns -1, with a warning, where the system gives none so large.
-    """
+    """Returns the descriptor of memory that other processes can map; -1, with a warning, if the system gives none so
+    large. The memory has no name in a file system: the size of /dev/shm does not limit it, and a kill leaves none."""
     descriptor = -1
     try:
         descriptor = os.memfd_create("checkpoint")
@@ -166,8 +165,8 @@ def _shared_memory(n_bytes: int) -> int:
         if descriptor >= 0:
             os.close(descriptor)
         log.warning(
-            "saves slow training down: a thread writes them, as no process can share their copy of %s bytes (%s): raise "
-            "the limit on the size of files (ulimit -f) if it is lower",
+            "saves slow training down: a thread writes them, as no process can share their copy of %s bytes (%s); "
+            "if the limit on the size of files (ulimit -f) is lower, raise it",
             f"{n_bytes:,}",
             error,
         )

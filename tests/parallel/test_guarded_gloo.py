@@ -118,7 +118,7 @@ def test_a_look_at_many_connections_reads_the_kernels_table_once(monkeypatch):
 
 
 def test_the_buffer_for_a_filter_holds_the_longest_one():
-    """It would find a kernel that writes behind the buffer, into memory of others: it counts instructions, not bytes."""
+    """It would find a buffer that the kernel writes behind, into memory of others: it counts in instructions."""
     with socket.create_server(("127.0.0.1", 0)) as server:
         for program in (guarded_gloo.DROP_ALL, guarded_gloo.DROP_DATA):
             guarded_gloo._attach(server, program)

@@ -1,15 +1,14 @@
 """A process that answers JSON ends with its parent, in whatever state the parent left the socket."""
 
 import os
-import resource
 import socket
 import subprocess
 import sys
-from contextlib import ExitStack
 
 import pytest
 
 from dist_lm.storage.json_process import JsonProcess
+from tests.descriptors import SELECTABLE, thousand_descriptors
 from tests.patience import patient
 
 WAITS = """
@@ -69,16 +68,11 @@ def test_a_process_that_does_not_read_costs_a_time_limit(tmp_path):
 def test_a_rank_with_thousands_of_connections_hears_its_process(tmp_path):
     """Finds a wait by select.select, which raises for descriptors above 1,023: 512 ranks have more connections."""
     (tmp_path / "answers.py").write_text(WAITS)
-    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    resource.setrlimit(resource.RLIMIT_NOFILE, (min(2048, hard), hard))
-    with ExitStack() as descriptors:
-        descriptors.callback(resource.setrlimit, resource.RLIMIT_NOFILE, (soft, hard))
-        while (descriptor := os.open(os.devnull, os.O_RDONLY)) < 1023:
-            descriptors.callback(os.close, descriptor)
-        descriptors.callback(os.close, descriptor)
-
-        environment = {"PYTHONPATH": os.pathsep.join([str(tmp_path), *sys.path])}
+    environment = {"PYTHONPATH": os.pathsep.join([str(tmp_path), *sys.path])}
+    with thousand_descriptors():
         process = JsonProcess("answers", environment=environment)
-        descriptors.callback(process.end)
-        assert process._connection.fileno() > 1023
-        assert process.receive(60) == {"ready": True}
+        try:
+            assert process._connection.fileno() >= SELECTABLE
+            assert process.receive(60) == {"ready": True}
+        finally:
+            process.end()
