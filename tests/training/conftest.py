@@ -2,6 +2,7 @@
 
 from collections.abc import Iterable
 from pathlib import Path
+from typing import cast
 
 import pytest
 import torch
@@ -9,7 +10,7 @@ import torch.distributed as dist
 
 from dist_lm.config.root import Config
 from dist_lm.data.batch import Batch
-from dist_lm.data.stream import StepData
+from dist_lm.data.stream import StepData, StepStream
 from dist_lm.parallel.layout import Layout
 from dist_lm.parallel.mesh import World, build_mesh
 from dist_lm.parallel.sharding import build_model
@@ -42,7 +43,7 @@ def trainer_of(config: Config, world: World, stream: Iterable[StepData], checkpo
         model=model,
         optimizer=build_optimizer(model, config.stage),
         objective=next_token(config.stage.label_smoothing),
-        stream=iter(stream),
+        stream=cast(StepStream, iter(stream)),
         evaluate=lambda model, everything, alive: {},
         checkpoints=checkpoints,
         metrics=None,
