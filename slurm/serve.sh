@@ -35,13 +35,12 @@ for root in "${DIST_LM_ROOT:-}" "${script%/slurm/*}" "$SLURM_SUBMIT_DIR"; do
     work_dir=$SLURM_SUBMIT_DIR
     load_environment
     say "job $SLURM_JOB_ID on $SLURMD_NODENAME: dist-lm serve $*"
-    if [ "$SLURM_JOB_NUM_NODES" -gt 1 ]; then
-      # shellcheck source=SCRIPTDIR/serve_nodes.sh
-      . "$root/slurm/serve_nodes.sh"
-      serve_over_nodes "$@"
-    fi
-    # srun passes TERM on to a server in a container
-    exec "${on_head[@]}" python -m dist_lm serve "$@" </dev/null
+    # shellcheck source=SCRIPTDIR/serve_nodes.sh
+    . "$root/slurm/serve_nodes.sh"
+    if [ "$SLURM_JOB_NUM_NODES" -gt 1 ]; then serve_over_nodes "$@"; fi
+    # srun would take the TERM that is meant for the server, and kill it
+    if [ "${#on_head[@]}" -gt 0 ]; then serve_in_container "$@"; fi
+    exec python -m dist_lm serve "$@" </dev/null
   fi
 done
 echo "error: no checkout of dist_lm at $root; set DIST_LM_ROOT to it before sbatch" |

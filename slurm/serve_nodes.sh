@@ -1,8 +1,10 @@
 # shellcheck shell=bash
 # shellcheck disable=SC2034,SC2154 # variables are shared with slurm/common.sh, which is sourced before
-# Sourced by slurm/serve.sh in a job of several nodes: a Ray of the job's own over all of them, the server on the first
-# node, and one actor for each GPU (--tp GPUs) of every node. A lost worker node is replaced as in other jobs; without the
-# first node Slurm requeues the job. Files are in slurm-JOBID beside the log, in the directory of submission:
+# Sourced by slurm/serve.sh: servers that are children of the batch script, which tells them when to end.
+#
+# In a job of several nodes the server uses a Ray of the job's own over all of them, with one actor for each GPU (--tp
+# GPUs) of every node. A lost worker node is replaced as in other jobs; without the first node Slurm requeues the job.
+# Files are in slurm-JOBID beside the log, in the directory of submission:
 #   node_NAME.log  Ray on one node
 #   token          of the job's Ray, mode 0600, while it runs
 
@@ -21,9 +23,7 @@ serve_over_nodes() { # ARGUMENT of `dist-lm serve` ...; does not return
   if ! start_ray; then exit 1; fi
 
   # The server starts with the nodes that have joined, and takes in the others as they do. Later options win.
-  "${on_head[@]}" ${on_head[0]:+--job-name=driver} python -m dist_lm serve \
-    --actors -1 --ray "$head_address" --nodes "$SLURM_JOB_NUM_NODES" "$@" </dev/null &
-  driver=$!
+  start_server --actors -1 --ray "$head_address" --nodes "$SLURM_JOB_NUM_NODES" "$@"
   while running "$driver"; do
     if [ "$stop" = TERM ]; then
       end_server
@@ -36,6 +36,24 @@ serve_over_nodes() { # ARGUMENT of `dist-lm serve` ...; does not return
       pause 1
     fi
   done
+  exit_as_server
+}
+
+serve_in_container() { # ARGUMENT of `dist-lm serve` ...; on one node; does not return
+  trap 'stop=TERM' TERM
+  start_server "$@"
+  while running "$driver"; do
+    if [ "$stop" = TERM ]; then end_server; else pause 1; fi
+  done
+  exit_as_server
+}
+
+start_server() { # ARGUMENT of `dist-lm serve` ...
+  "${on_head[@]}" ${on_head[0]:+--job-name=driver} python -m dist_lm serve "$@" </dev/null &
+  driver=$!
+}
+
+exit_as_server() {
   local code=0
   wait "$driver" || code=$?
   exit "$code"

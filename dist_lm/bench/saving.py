@@ -34,24 +34,24 @@ RUN_QUEUE = Path("/proc/thread-self/schedstat")  # nanoseconds: on a core, waiti
 
 
 def cases(overrides: Sequence[str], quick: bool) -> list[Case]:
-    """Returns a case of one model (`overrides`: of another).
+    """Returns one case: of the model of SHAPES, or of that of `overrides`.
 
     Raises:
         ConfigError, ArtefactError, UserError: as `compose_config`.
     """
-    size = GroupSize(1)
-    return [
-        Case(
-            name=describe(config),
-            config=config,
-            variants=dict.fromkeys((ALONE, SAVING, TORCH), size),
-            comparisons=[Comparison(SAVING, peer=TORCH, ceiling=ALONE), Comparison(TORCH, ceiling=ALONE)],
-            rounds=12,
-            amount=LOOPS,
-            unit="loops/s",
-        )
-        for config in configurations(SHAPES, overrides, quick)
-    ]
+    return [_case(config) for config in configurations(SHAPES, overrides, quick)]
+
+
+def _case(config: Config) -> Case:
+    return Case(
+        name=describe(config),
+        config=config,
+        variants=dict.fromkeys((ALONE, SAVING, TORCH), GroupSize(1)),
+        comparisons=[Comparison(SAVING, peer=TORCH, ceiling=ALONE), Comparison(TORCH, ceiling=ALONE)],
+        rounds=12,
+        amount=LOOPS,
+        unit="loops/s",
+    )
 
 
 def build(variant: str, config: Config, world: World) -> Trial:

@@ -8,7 +8,6 @@ import asyncio
 import contextlib
 import json
 import os
-import select
 import signal
 import socket
 import subprocess
@@ -72,8 +71,14 @@ class EnvironmentProcess:
         """Whether the process can begin a conversation: it lives, and has sent nothing that nobody asked for."""
         if self._process is None or self._connection is None or self._process.poll() is not None:
             return False
-        is_silent = not select.select([self._connection], [], [], 0)[0]
-        return is_silent and not self._received
+        # select.select would refuse descriptors above 1,023, which a rank of a large job has.
+        try:
+            self._connection.recv(1, socket.MSG_PEEK)
+        except BlockingIOError:
+            return not self._received
+        except ConnectionError:
+            return False
+        return False
 
     async def reset(self, task: Task) -> Observation:
         return observation_of(await self._ask("observation", task=task_value(task)))

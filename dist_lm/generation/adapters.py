@@ -139,10 +139,9 @@ def layer_factors(
         prefix = f"blocks.{number}.{part}{ADAPTERS}{name}."
         a = factors.get(f"{prefix}a")
         if a is None:
-            some = next(iter(factors.values()))
-            n_inputs = config.d_ff if name == "down" else config.d_model
-            n_inputs = config.n_heads * config.d_head if name == "output" else n_inputs
-            return some.new_zeros(0, n_inputs), some.new_zeros(n_outputs, 0)
+            n_inputs = {"down": config.d_ff, "output": config.n_heads * config.d_head}.get(name, config.d_model)
+            new_zeros = next(iter(factors.values())).new_zeros  # with the dtype and device of all factors
+            return new_zeros(0, n_inputs), new_zeros(n_outputs, 0)
         return a.flatten(1), factors[f"{prefix}b"].flatten(1).t() * (config.scale * scale)
 
     def concatenated(*pairs: tuple[torch.Tensor, torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor] | None:

@@ -38,7 +38,7 @@ log = logging.getLogger(__name__)
 ATTACH_FILTER, DETACH_FILTER, GET_FILTER = 26, 27, 26  # asm-generic/socket.h
 LOOK_S, LONGEST_LOOK_S = 0.002, 0.02  # between two looks at the connections; it grows while a rank waits for others
 N_PORTS = 20  # most ports that a stranger may reach before their filter is there
-LONGEST_FILTER = 64  # instructions
+INSTRUCTION_BYTES = 8
 ACCEPTED_S = 0.005  # for gloo's thread to accept a connection
 DESCRIPTORS = Path("/proc/self/fd")
 TABLES = (Path("/proc/net/tcp"), Path("/proc/net/tcp6"))
@@ -54,6 +54,8 @@ DROP_DATA = (
     (0x06, 0, 0, 0),
     (0x06, 0, 0, 0xFFFFFFFF),
 )
+# The kernel takes the size of the buffer for a number of instructions, so it writes behind one that is too short.
+FILTER_BYTES = INSTRUCTION_BYTES * max(len(DROP_ALL), len(DROP_DATA))
 
 
 class StrangerError(RuntimeError):
@@ -252,7 +254,7 @@ class _Connections:
             and has none for a process that has left. Behind its filter such a connection can wait.
         """
         here, there = connection.getsockname(), connection.getpeername()
-        has_filter = bool(connection.getsockopt(socket.SOL_SOCKET, GET_FILTER, LONGEST_FILTER))
+        has_filter = bool(connection.getsockopt(socket.SOL_SOCKET, GET_FILTER, FILTER_BYTES))
         uid = owners.get((_in_table(there), _in_table(here)))
         if uid == os.geteuid() or (uid is None and not _is_of_this_machine(there)):
             if has_filter:

@@ -8,7 +8,6 @@ import contextlib
 import json
 import os
 import queue
-import select
 import signal
 import socket
 import subprocess
@@ -101,13 +100,16 @@ class JsonProcess:
             remaining = deadline - time.monotonic()
             if remaining <= 0:
                 raise TimeoutError(f"took longer than {seconds:g} s and was ended")
-            # Short waits, so that `interrupted` is called often.
-            wait_s = min(LOOK_S, remaining) if interrupted else remaining
-            if select.select([self._connection], [], [], wait_s)[0]:
+            # Short waits, so that `interrupted` is called often. The time limit of the socket serves any descriptor;
+            # select.select takes those below 1,024 alone, and a rank of a large job has more connections.
+            self._connection.settimeout(min(LOOK_S, remaining) if interrupted else remaining)
+            try:
                 received = self._connection.recv(1 << 16)
-                if not received:
-                    raise EOFError
-                self._received += received
+            except TimeoutError:
+                continue
+            if not received:
+                raise EOFError
+            self._received += received
 
         # More than one message may have arrived; the rest stays for the next call.
         line, _, self._received = self._received.partition(b"\n")

@@ -93,17 +93,27 @@ class ShardCopy:
     """A copy of the shards that this rank writes, pinned if they are on CUDA; another process can map a large one."""
 
     def __init__(self, plan: Plan, device: torch.device) -> None:
+        """Takes the memory.
+
+        Raises:
+            UserError: there is too little.
+        """
         self.parts = [part for file in plan for part in file.parts]
         self.bytes = max((part.begin + part.bytes for part in self.parts), default=1)
         self.descriptor = -1  # of the memory; -1: no other process can map it
         self.is_pinned = False
         self._copied: torch.cuda.Event | None = None
 
-        # Memory without a name in a file system: the size of /dev/shm does not limit it, and a kill leaves none.
         if sys.platform == "linux" and self.bytes >= PROCESS_BYTES:
-            self.descriptor = os.memfd_create("checkpoint")
-            os.ftruncate(self.descriptor, self.bytes)
-        self._memory = torch.frombuffer(mmap.mmap(self.descriptor, self.bytes), dtype=torch.uint8)
+            self.descriptor = _shared_memory(self.bytes)
+        try:
+            memory = mmap.mmap(self.descriptor, self.bytes)
+        except OSError as error:
+            raise UserError(
+                f"no memory for the copy of {self.bytes:,} bytes that a save needs beside training ({error}): "
+                "stage.checkpoint_async=false saves without it"
+            ) from error
+        self._memory = torch.frombuffer(memory, dtype=torch.uint8)
         if device.type == "cuda":
             self._pin()
 
@@ -141,6 +151,27 @@ class ShardCopy:
             os.close(self.descriptor)
             self.descriptor = -1
         del self._memory
+
+
+def _shared_memory(n_bytes: int) -> int:
+    """Returns the descriptor of memory that other processes can map; -1, with a warning, if the system gives none so
+    large. The memory has no name in a file system: the size of /dev/shm does not limit it, and a kill leaves none."""
+    descriptor = -1
+    try:
+        descriptor = os.memfd_create("checkpoint")
+        # Takes all pages now: for want of one, the copy would end this process by SIGBUS.
+        os.posix_fallocate(descriptor, 0, n_bytes)
+    except OSError as error:
+        if descriptor >= 0:
+            os.close(descriptor)
+        log.warning(
+            "saves slow training down: a thread writes them, as no process can share their copy of %s bytes (%s); "
+            "if the limit on the size of files (ulimit -f) is lower, raise it",
+            f"{n_bytes:,}",
+            error,
+        )
+        return -1
+    return descriptor
 
 
 class CheckpointSaver:

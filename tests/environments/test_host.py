@@ -20,10 +20,11 @@ from dist_lm.environments.protocol import (
     Verdict,
 )
 from dist_lm.environments.served import failure_in
-from dist_lm.environments.user_process import MARK
+from dist_lm.environments.user_process import MARK, EnvironmentProcess
 from dist_lm.environments.values import checked_step
 from dist_lm.errors import UserError
 from dist_lm.storage.process import marked
+from tests.descriptors import SELECTABLE, thousand_descriptors
 from tests.environments.hostile import EXPECTED
 from tests.patience import patient
 
@@ -179,3 +180,19 @@ def test_the_environment_of_a_page_is_played(tmp_path, monkeypatch, page, reward
     assert [step.done for step in steps] == [False, False, True]
     assert [step.observation.messages[0].content for step in steps[:2]] == ["Too low.", "Too high."]
     assert steps[-1].verdict == Verdict.of(reward)
+
+
+def test_a_rank_with_thousands_of_connections_knows_that_its_process_is_alive():
+    """Finds a look by select.select, which raises for descriptors above 1,023: 512 ranks have more connections."""
+
+    async def look() -> list[bool]:
+        process = EnvironmentProcess(NAME, Limits())
+        await process.start()
+        assert process._connection is not None
+        assert process._connection.fileno() >= SELECTABLE
+        looks = [process.is_alive]
+        await process.end()
+        return [*looks, process.is_alive]
+
+    with thousand_descriptors():
+        assert asyncio.run(look()) == [True, False]

@@ -117,6 +117,17 @@ def test_a_look_at_many_connections_reads_the_kernels_table_once(monkeypatch):
     assert n_reads == 1
 
 
+def test_the_buffer_for_a_filter_holds_the_longest_one():
+    """It would find a buffer that the kernel writes behind, into memory of others: it counts in instructions."""
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        for program in (guarded_gloo.DROP_ALL, guarded_gloo.DROP_DATA):
+            guarded_gloo._attach(server, program)
+            size = guarded_gloo.FILTER_BYTES
+            n_instructions = len(server.getsockopt(socket.SOL_SOCKET, guarded_gloo.GET_FILTER, size))
+            assert n_instructions == len(program)
+            assert n_instructions * guarded_gloo.ctypes.sizeof(guarded_gloo._Instruction) <= size
+
+
 def test_blocks_of_two_threads_may_overlap():
     """It would find a block that is no longer guarded once another thread's has ended, and one that leaves its guard
     behind."""

@@ -1,7 +1,9 @@
 """Functions of the batch scripts by themselves: without Slurm, whose commands are stubs here."""
 
 import os
+import signal
 import subprocess
+import time
 from pathlib import Path
 
 import pytest
@@ -388,6 +390,34 @@ def test_a_job_that_serves_takes_the_arguments_of_the_command(shell: BatchShell)
     assert done.returncode == 0, log
     assert shell.calls("python") == ["-m dist_lm serve a run --port 8080"]
     assert "it serves" in log
+
+
+def test_a_server_in_a_container_is_not_killed_by_its_srun(shell: BatchShell) -> None:
+    """Finds a TERM that goes to srun, which kills its step at once: answers under way get no time."""
+    server = shell.directory / "server"
+    shell.stub("scontrol", f"echo '   Command={CHECKOUT}/slurm/serve.sh'")
+    shell.stub("squeue", "echo 7.0 driver")
+    shell.stub("scancel", f"kill -s TERM $(<{server})")
+    loop = "while :; do sleep 0.02; done"
+    step = f"trap 'echo answers are complete; exit 0' TERM; echo \\$\\$ >{server}; {loop}"
+    shell.stub("srun", f'bash -c "{step}" &\ntrap "echo killed; kill -s KILL $!; exit 137" TERM\nwait $!')
+    environ = shell.environ | {"HOME": str(shell.directory), "SLURM_JOB_NUM_NODES": "1", "DIST_LM_CONTAINER": "image"}
+    script = (CHECKOUT / "slurm" / "serve.sh").read_text()
+    with subprocess.Popen(["bash", "-c", script, "bash", "run"], env=environ) as job:
+        try:
+            deadline = time.monotonic() + SECONDS
+            while not (server.exists() and server.read_text()):
+                assert time.monotonic() < deadline, "no server has started"
+                time.sleep(0.02)
+            job.send_signal(signal.SIGTERM)
+            code = job.wait(SECONDS)
+        finally:
+            job.kill()
+    log = (shell.directory / "slurm-7.out").read_text()
+    assert "answers are complete" in log
+    assert "killed" not in log
+    assert code == 0, log
+    assert shell.calls("scancel") == ["--signal=TERM 7.0"]
 
 
 # Sources what serve.sh does on several nodes, with a head that runs until it is told to stop.

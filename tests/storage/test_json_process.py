@@ -1,5 +1,6 @@
 """A process that answers JSON ends with its parent, in whatever state the parent left the socket."""
 
+import os
 import socket
 import subprocess
 import sys
@@ -7,6 +8,7 @@ import sys
 import pytest
 
 from dist_lm.storage.json_process import JsonProcess
+from tests.descriptors import SELECTABLE, thousand_descriptors
 from tests.patience import patient
 
 WAITS = """
@@ -61,3 +63,16 @@ def test_a_process_that_does_not_read_costs_a_time_limit(tmp_path):
             process.send({"text": "x" * 10_000_000}, 0.2)
     finally:
         process.end()
+
+
+def test_a_rank_with_thousands_of_connections_hears_its_process(tmp_path):
+    """Finds a wait by select.select, which raises for descriptors above 1,023: 512 ranks have more connections."""
+    (tmp_path / "answers.py").write_text(WAITS)
+    environment = {"PYTHONPATH": os.pathsep.join([str(tmp_path), *sys.path])}
+    with thousand_descriptors():
+        process = JsonProcess("answers", environment=environment)
+        try:
+            assert process._connection.fileno() >= SELECTABLE
+            assert process.receive(60) == {"ready": True}
+        finally:
+            process.end()

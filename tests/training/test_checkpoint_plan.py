@@ -1,6 +1,11 @@
 """Which rank writes which shards follows from the layout alone: each once, in few files, about equally many bytes."""
 
+import errno
 import math
+import mmap
+import os
+import resource
+import sys
 from collections import Counter
 
 import pytest
@@ -9,9 +14,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.distributed.checkpoint import HuggingFaceStorageReader, load
 
+from dist_lm.errors import UserError
 from dist_lm.parallel.mesh import World
 from dist_lm.training import checkpoint_saver
-from dist_lm.training.checkpoint_saver import TensorWriter, names_to_write, plan_of
+from dist_lm.training.checkpoint_saver import ShardCopy, TensorWriter, names_to_write, plan_of
 from dist_lm.training.checkpoint_writer import write_files
 
 CPU = torch.device("cpu")
@@ -70,3 +76,45 @@ def test_torch_reads_the_files(tmp_path):
     loaded = {name: torch.zeros_like(tensor) for name, tensor in tensors.items()}
     load(loaded, storage_reader=HuggingFaceStorageReader(str(tmp_path)), no_dist=True)
     assert all(torch.equal(loaded[name], tensor) for name, tensor in tensors.items())
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="no process maps the copy elsewhere")
+def test_a_copy_beyond_the_limit_on_files_stays_in_the_rank(monkeypatch, caplog):
+    """Finds a run that trains up to its first save, and ends there because `ulimit -f` is smaller than the copy."""
+    monkeypatch.setattr(checkpoint_saver, "PROCESS_BYTES", 0)
+    tensors = {"model.a": torch.arange(4096.0)}
+    plan = plan_of(tensors, World(0, 1, 0, CPU))
+
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (4096, hard))
+    try:
+        copy = ShardCopy(plan, CPU)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert copy.descriptor == -1
+    assert "File too large" in caplog.text
+    assert "ulimit -f" in caplog.text
+
+    copy.take(tensors)
+    assert torch.equal(copy.values(copy.parts[0]), tensors["model.a"])
+    copy.close()
+
+
+def test_a_copy_without_memory_names_the_setting_that_does_without(monkeypatch):
+    """Finds a bare OSError, which says neither what was too large nor what to do."""
+
+    def refuse(*arguments):
+        raise OSError(errno.ENOMEM, "Cannot allocate memory")
+
+    monkeypatch.setattr(mmap, "mmap", refuse)
+    with pytest.raises(UserError, match=r"copy of 12 bytes .*Cannot allocate memory.*stage\.checkpoint_async=false"):
+        ShardCopy(plan_of({"model.a": torch.zeros(3)}, World(0, 1, 0, CPU)), CPU)
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="no process maps the copy elsewhere")
+def test_the_copy_has_its_memory_before_it_is_written(monkeypatch):
+    """Finds pages that are missing when the copy is made: writing there ends the rank by SIGBUS, without a word."""
+    monkeypatch.setattr(checkpoint_saver, "PROCESS_BYTES", 0)
+    copy = ShardCopy(plan_of({"model.a": torch.zeros(1 << 20)}, World(0, 1, 0, CPU)), CPU)
+    assert os.fstat(copy.descriptor).st_blocks * 512 >= copy.bytes
+    copy.close()
