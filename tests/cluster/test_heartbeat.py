@@ -6,6 +6,7 @@ import sys
 import threading
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from hypothesis import given
@@ -38,7 +39,7 @@ def test_forward_passes_belong_to_the_step(monkeypatch: pytest.MonkeyPatch):
     """Finds a step of stage rlhf that ends where its log-probabilities are computed, so that a hang is seen too early
     or too late."""
     now = [100.0]
-    monkeypatch.setattr("dist_lm.cluster.heartbeat.time.monotonic", lambda: now[0])
+    monkeypatch.setattr("dist_lm.cluster.heartbeat.time", SimpleNamespace(monotonic=lambda: now[0]))
     board = HeartbeatBoard(1)
     rank = RankHeartbeat(Path(board.path), 0)
     for phase, step in ((Phase.DATA, 0), (Phase.GENERATING, 0), (Phase.SCORING, 0), (Phase.STEP, 0), (Phase.DATA, 1)):
@@ -50,7 +51,7 @@ def test_forward_passes_belong_to_the_step(monkeypatch: pytest.MonkeyPatch):
 
 def test_a_step_lasts_until_what_follows_it(monkeypatch: pytest.MonkeyPatch):
     now = [100.0]
-    monkeypatch.setattr("dist_lm.cluster.heartbeat.time.monotonic", lambda: now[0])
+    monkeypatch.setattr("dist_lm.cluster.heartbeat.time", SimpleNamespace(monotonic=lambda: now[0]))
     board = HeartbeatBoard(1)
     rank = RankHeartbeat(Path(board.path), 0)
 
