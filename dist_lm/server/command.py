@@ -29,6 +29,9 @@ if TYPE_CHECKING:
 
 KEY = "DIST_LM_API_KEY"
 HEADER_BYTES = 32 << 10
+# Longer than clients keep a connection without a request (httpx 5 s, aiohttp 15 s): the server would close some in the
+# moment in which a client uses them again.
+KEEP_ALIVE_S = 20
 
 
 @dataclass(frozen=True)
@@ -106,6 +109,7 @@ def serve(paths: Sequence[Path], tokenizer: Path | None, options: ServeOptions) 
             # A connection may be kept open without a request.
             limit_concurrency=4 * options.most_requests,
             timeout_graceful_shutdown=max(1, round(options.stop_s)),
+            timeout_keep_alive=KEEP_ALIVE_S,
         )
         # An IPv6 address stands in brackets in a URL.
         host = f"[{options.host}]" if ":" in options.host else options.host

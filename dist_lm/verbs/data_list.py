@@ -20,6 +20,8 @@ from dist_lm.storage.run_directory import WorkDirectory
 from dist_lm.tracking.readable import listed, readable_count
 
 NAMED_RUNS = 3  # runs that a line names
+COLUMNS = ("form", "documents", "train tokens", "val tokens", "built", "first source", "used by")
+NARROWEST_TABLE = 110  # characters, beside those of the longest name: below, each corpus is a paragraph
 
 
 @dataclass(frozen=True)
@@ -54,7 +56,7 @@ def list_corpora(work: WorkDirectory) -> list[ListedCorpus]:
 
 
 def print_corpora(work: WorkDirectory, console: Console, *, unused: bool) -> None:
-    """Prints a table of the corpora.
+    """Prints a table of the corpora; on a narrow terminal, a paragraph for each.
 
     Args:
         unused: print instead the commands that remove the finished corpora that no run of this work directory uses.
@@ -69,15 +71,22 @@ def print_corpora(work: WorkDirectory, console: Console, *, unused: bool) -> Non
                 console.print(Text(shlex.join(["rm", "-r", str(corpus.folder)])), soft_wrap=True)
         return
 
-    table = Table()
     # The name of a folder is a value of corpus.folders, so that no character of it may be left out.
     longest = max((len(corpus.folder.name) for corpus in corpora), default=0)
+    if console.width < NARROWEST_TABLE + longest:
+        for corpus in corpora:
+            name, *cells = _cells(corpus)
+            console.print(Text(name, style="bold"), soft_wrap=True)
+            for column, cell in zip(COLUMNS, cells, strict=True):
+                if cell:
+                    console.print(Text(f"  {column}: {cell}"), soft_wrap=True)
+        return
+
+    table = Table()
     table.add_column("folder", no_wrap=True, min_width=longest)
-    table.add_column("form", overflow="fold")
-    for name in ("documents", "train tokens", "val tokens"):
-        table.add_column(name, justify="right")
-    for name in ("built", "first source", "used by"):
-        table.add_column(name, overflow="fold")
+    for column in COLUMNS:
+        is_number = column.endswith(("documents", "tokens"))
+        table.add_column(column, justify="right" if is_number else "left", overflow="fold")
     for corpus in corpora:
         table.add_row(*map(Text, _cells(corpus)))
     console.print(table)

@@ -56,6 +56,14 @@ def test_a_narrow_terminal_shows_whole_names_of_folders(listed: WorkDirectory) -
     assert "code-1a2b3c4d" in printed(listed, width=80)
 
 
+def test_a_narrow_terminal_has_every_value_on_a_line_of_its_own(listed: WorkDirectory) -> None:
+    """Finds cells that are folded into columns of three characters."""
+    lines = printed(listed, width=80).splitlines()
+    start = lines.index("code-1a2b3c4d")
+    assert lines[start + 1] == "  documents: 25"
+    assert "  used by: code/new" in lines[start : lines.index("language")]
+
+
 def test_only_unused_finished_corpora_have_a_command_that_removes_them(listed: WorkDirectory) -> None:
     """Finds a command that would remove what a run needs, what is being built, or files of others."""
     corpora = listed.path / "corpora"

@@ -21,6 +21,7 @@ from dist_lm.generation.session import build_engine
 from dist_lm.model.keyed_random import initialise
 from dist_lm.model.transformer import Transformer
 from dist_lm.prepare.compose import compose_config
+from dist_lm.server import command
 from dist_lm.server.app import build_app
 from dist_lm.server.door import DoorRules
 from dist_lm.server.engine_thread import EngineThread
@@ -110,7 +111,10 @@ def serving_of(
     """A server of models: its address, and what its routes share."""
     serving = Serving(models, most_requests, limits=LIMITS, rewards=rewards)
     listener = socket.create_server(("127.0.0.1", 0))
-    config = uvicorn.Config(build_app(serving, rules), log_level="warning", timeout_graceful_shutdown=5)
+    app = build_app(serving, rules)
+    config = uvicorn.Config(
+        app, log_level="warning", timeout_graceful_shutdown=5, timeout_keep_alive=command.KEEP_ALIVE_S
+    )
     server = uvicorn.Server(config)
     runner = threading.Thread(target=server.run, args=([listener],), daemon=True)
     runner.start()
