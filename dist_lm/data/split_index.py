@@ -375,6 +375,7 @@ def _members_and_units(index: ShardIndex, tar: int, totals: _Totals) -> dict[str
     n_blocks = -(-n_tokens * index.token_bytes // BLOCK)
     n_blocks += np.where(index.members["mask"] >= 0, -(-n_tokens // BLOCK), 0)
 
+    # Documents are numbered in the tar up to here; columns count them in the split.
     unit_first = unit_begins(index.documents["continues"].astype(bool), first)
     unit_ends = [*unit_first[1:].tolist(), len(lengths)]
     columns = {

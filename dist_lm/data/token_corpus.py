@@ -18,6 +18,7 @@ from typing import NamedTuple
 import numpy as np
 
 from dist_lm.data.manifest import BUILD_COMMAND, Shard, Split, read_manifest, token_dtype
+from dist_lm.data.order import DocumentSlice
 from dist_lm.data.split_index import BLOCK, SplitIndex
 from dist_lm.data.unit_order import Units
 from dist_lm.errors import ArtefactError
@@ -127,11 +128,30 @@ class TokenCorpus:
         Raises:
             ArtefactError: the tar is damaged; the message names the file, the bytes and the documents.
         """
-        unit = self._unit_of(document)
-        begin = unit.begins[document - unit.first]
+        return self.tokens_of([DocumentSlice(document, start, stop)])
+
+    def tokens_of(self, slices: Sequence[DocumentSlice]) -> np.ndarray:
+        """Reads the tokens of some slices, at least one, end to end: (n,) uint16 or uint32, read-only.
+
+        Slices that are neighbours in a tar are read together.
+
+        Raises:
+            ArtefactError: as `tokens`.
+        """
         width = self._dtype.itemsize
-        content = self._read(unit.tokens, width * (begin + start), width * (begin + stop))
-        return np.frombuffer(content, dtype=self._dtype)
+        spans: list[tuple[_Area, int, int]] = []  # tokens of members
+        for document, start, stop in slices:
+            unit = self._unit_of(document)
+            begin = unit.begins[document - unit.first] + start
+            end = begin + stop - start
+
+            if spans and spans[-1][0].member == unit.tokens.member and spans[-1][2] == begin:
+                spans[-1] = (unit.tokens, spans[-1][1], end)
+            else:
+                spans.append((unit.tokens, begin, end))
+
+        contents = [self._read(area, width * begin, width * end) for area, begin, end in spans]
+        return np.frombuffer(b"".join(contents), self._dtype)
 
     def mask(self, document: int, start: int, stop: int) -> np.ndarray:
         """Reads the loss mask of tokens [start, stop): (stop - start,) uint8; ones if the document has no mask.
@@ -268,10 +288,14 @@ class TokenCorpus:
         begin, end = columns["member_begin"].item(member), columns["member_end"].item(member)
         tar, documents = self._tar_of(member), self._documents_of(member)
         content = memoryview(self._tars.read(tar, begin, end - begin))
+
+        # The documents say what a user loses; the bytes, where a disk may be bad.
         span = (
             f"{self._tars.paths[tar]}: bytes {begin:,} to {end:,} "
             f"(documents {documents.start:,} to {documents.stop - 1:,})"
         )
+
+        # The manifest has the checksums of a tar's members in the order of the tar.
         number_in_tar = member - bisect_left(columns["member_tar"], tar)
         expected = self._shards[tar].checksum(number_in_tar)
         if (checksum := zlib.crc32(content)) != expected:
@@ -289,6 +313,7 @@ class TokenCorpus:
                 f"{self._vocab_size - 1}: build the corpus again with `{BUILD_COMMAND}`"
             )
 
+        # From now on every process compares the blocks that it reads, and none reads the member whole again.
         for area in filter(None, [tokens, mask]):
             at = area.offset - begin
             self._index.record_checksums(area.block, block_checksums(content[at : at + area.size]))
