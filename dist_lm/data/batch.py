@@ -214,9 +214,9 @@ def assemble(
 
     # One call for all rows: a call for each slice would cost more than the elements that it writes.
     document = np.repeat(numbers_in_row, sizes) if document_mask else np.zeros(counts.size, np.int64)
-    position = np.tile(np.arange(seq_len), len(rows))
-    if reset_positions:
-        position -= np.repeat(begins, sizes)
+    position = np.arange(seq_len) - np.repeat(begins if reset_positions else [0] * len(sizes), sizes).reshape(
+        counts.shape
+    )
 
     inputs = np.ascontiguousarray(tokens[:, :-1])  # a copy: targets stay as they are, a document ends with end-of-text
     if first_token:
@@ -227,7 +227,7 @@ def assemble(
         targets_BT=_tensor(tokens[:, 1:]),
         loss_mask_BT=_tensor(counts),
         document_BT=_tensor(document.reshape(counts.shape)),
-        position_BT=_tensor(position.reshape(counts.shape)),
+        position_BT=_tensor(position),
         sequence_B=torch.tensor(numbers, dtype=torch.int64),
         logit_index_N=logit_indices(counts),
         n_tokens=n_tokens,
@@ -268,7 +268,7 @@ def logit_indices(learned: np.ndarray) -> torch.Tensor | None:
     Args:
         learned: (B, T); not 0 where the target counts.
     """
-    has_logits = learned.flatten() != 0
+    has_logits = (learned != 0).ravel()
     n_counted = int(np.count_nonzero(has_logits))
     size = -(-n_counted // LOGIT_MULTIPLE) * LOGIT_MULTIPLE
     if size >= SELECT_BELOW * learned.size:
