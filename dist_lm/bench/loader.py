@@ -314,8 +314,7 @@ def bytes_of_epoch(directory: Path, sequences: CorpusSequences) -> int:
     ranks = [TokenCorpus.open(directory / "corpus", "train") for _ in range(RANKS)]
     before = _bytes_asked_for()
     for number in range(sequences.n_sequences):
-        for document, start, stop in sequences.slices(number):
-            ranks[number // SEQUENCES % RANKS].tokens(document, start, stop)
+        ranks[number // SEQUENCES % RANKS].tokens_of(sequences.slices(number))
     return _bytes_asked_for() - before
 
 

@@ -280,14 +280,19 @@ class _Rearranged:
     has_mask = False
 
     def tokens_of(self, slices: Sequence[DocumentSlice]) -> np.ndarray:
-        """Returns the tokens of slices end to end, those that were chosen rearranged: (n,).
+        """Returns the tokens of slices end to end, each as `tokens`: (n,).
 
         Raises:
             ArtefactError: the tar is damaged.
         """
-        return np.concatenate([self._tokens(*part) for part in slices])
+        return np.concatenate([self.tokens(*part) for part in slices])
 
-    def _tokens(self, document: int, start: int, stop: int) -> np.ndarray:
+    def tokens(self, document: int, start: int, stop: int) -> np.ndarray:
+        """Returns the tokens of a slice, rearranged if it was chosen: (stop - start,).
+
+        Raises:
+            ArtefactError: the tar is damaged.
+        """
         form, end = self.rearranged_slices.get(DocumentSlice(document, start, stop), (PLAIN, stop))
         plain = self.corpus.tokens(document, start, end)
         if form == PLAIN:
