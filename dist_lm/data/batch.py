@@ -134,8 +134,8 @@ class Documents(Protocol):
         """Whether `mask` is needed; without it every token is learned."""
         ...
 
-    def tokens(self, document: int, start: int, stop: int) -> np.ndarray:
-        """Reads tokens [start, stop) of a document: (stop - start,) of an integer type."""
+    def tokens_of(self, slices: Sequence[DocumentSlice]) -> np.ndarray:
+        """Reads the tokens of some slices, at least one, end to end: (n,) of an integer type."""
         ...
 
     def mask(self, document: int, start: int, stop: int) -> np.ndarray:
@@ -181,60 +181,82 @@ def assemble(
         ArtefactError: a tar that the corpus reads from is damaged.
     """
     # One token more than the inputs: the last target.
-    shape = (len(rows), seq_len + 1)
-    tokens = np.full(shape, pad_id, np.int64)
-    learned = np.zeros(shape, np.float32)  # whether a token counts as a target
-    is_left_out = np.zeros(shape, bool)  # whether a token is of a document of `without`
-    document = np.zeros(shape, np.int64)
-    position = np.tile(np.arange(seq_len + 1), (len(rows), 1))
-    n_tokens = 0
+    tokens = np.full((len(rows), seq_len + 1), pad_id, np.int64)
+    counts = np.zeros((len(rows), seq_len), np.float32)  # whether a target counts; padding never does
     document_starts: list[tuple[int, int]] = []  # (row, position)
+    n_tokens = 0
+
+    # Slices of all rows, the padding of a row as its last one: number in the row, first position, and inputs.
+    numbers_in_row: list[int] = []
+    begins: list[int] = []
+    sizes: list[int] = []
 
     for b, row in enumerate(rows):
-        corpus, begin = row.corpus, 0
-        has_mask = corpus.has_mask
-        learned[b] = not has_mask  # without a mask every token counts
-        for d, (document_number, start, stop) in enumerate(row.slices):
-            end = begin + stop - start
-            tokens[b, begin:end] = corpus.tokens(document_number, start, stop)
-            if has_mask:
-                learned[b, begin:end] = corpus.mask(document_number, start, stop)
-            if document_number in row.without:
-                # The end-of-text that opens a document is a target of the one before, which counts.
-                learned[b, begin + (start == 0) : end] = 0
-                is_left_out[b, begin:end] = True
+        begin = 0
+        for number_in_row, (_, start, stop) in enumerate(row.slices):
+            numbers_in_row.append(number_in_row)
+            begins.append(begin)
+            sizes.append(min(begin + stop - start, seq_len) - begin)  # the last target is no input
             # Only a slice from the beginning of its document has the end-of-text that opens it.
             if start == 0:
                 document_starts.append((b, begin))
-            if document_mask:
-                document[b, begin:end] = d
-            if reset_positions:
-                position[b, begin:end] -= begin
-            begin = end
+            begin += stop - start
 
-        learned[b, begin:] = 0  # padding never counts
-        n_tokens += min(begin, seq_len)  # the last target is no input
-        if document_mask:
-            document[b, begin:] = len(row.slices)
+        n_inputs = min(begin, seq_len)
+        n_tokens += n_inputs
+        numbers_in_row.append(len(row.slices))
+        begins.append(0)
+        sizes.append(seq_len - n_inputs)
 
-    # What follows the last token of such a document does not count either, because it is predicted from the document.
-    counts = np.where(is_left_out[:, :-1], 0, learned[:, 1:])
+        if row.slices:
+            tokens[b, :begin] = row.corpus.tokens_of(row.slices)
+            counts[b, : begin - 1] = _counted_targets(row)
 
-    inputs = tokens[:, :-1]
+    # One call for all rows: a call for each slice would cost more than the elements that it writes.
+    document = np.repeat(numbers_in_row, sizes) if document_mask else np.zeros(counts.size, np.int64)
+    position = np.arange(seq_len) - np.repeat(begins if reset_positions else [0] * len(sizes), sizes).reshape(
+        counts.shape
+    )
+
+    inputs = np.ascontiguousarray(tokens[:, :-1])  # a copy: targets stay as they are, a document ends with end-of-text
     if first_token:
-        inputs = inputs.copy()  # targets stay as they are: a document ends with end-of-text
         for b, begin in document_starts:
             first_token.put(inputs[b, begin:])
     return Batch(
         tokens_BT=_tensor(inputs),
         targets_BT=_tensor(tokens[:, 1:]),
         loss_mask_BT=_tensor(counts),
-        document_BT=_tensor(document[:, :-1]),
-        position_BT=_tensor(position[:, :-1]),
+        document_BT=_tensor(document.reshape(counts.shape)),
+        position_BT=_tensor(position),
         sequence_B=torch.tensor(numbers, dtype=torch.int64),
         logit_index_N=logit_indices(counts),
         n_tokens=n_tokens,
     )
+
+
+def _counted_targets(row: SequenceContent) -> np.ndarray | int:
+    """Returns whether each target of a row counts, from its second token on: (n - 1,) uint8, or 1 if all do."""
+    if not row.corpus.has_mask and not row.without:
+        return 1
+
+    # Without a mask every token counts.
+    masks = [
+        row.corpus.mask(*part) if row.corpus.has_mask else np.ones(part.stop - part.start, np.uint8)
+        for part in row.slices
+    ]
+    counts = np.concatenate(masks)[1:]
+
+    # The target at position i is token i + 1. So what follows the last token of a document that is left out does not
+    # count either, because it is predicted from the document; the end-of-text that opens the document does, because it
+    # is a target of the document before.
+    begin = 0
+    for document, start, stop in row.slices:
+        end = begin + stop - start
+        if document in row.without:
+            first = begin if start == 0 else max(begin - 1, 0)
+            counts[first:end] = 0
+        begin = end
+    return counts
 
 
 def logit_indices(learned: np.ndarray) -> torch.Tensor | None:
@@ -246,14 +268,14 @@ def logit_indices(learned: np.ndarray) -> torch.Tensor | None:
     Args:
         learned: (B, T); not 0 where the target counts.
     """
-    uncounted = np.flatnonzero(learned == 0)
-    n_counted = learned.size - len(uncounted)
+    has_logits = (learned != 0).ravel()
+    n_counted = int(np.count_nonzero(has_logits))
     size = -(-n_counted // LOGIT_MULTIPLE) * LOGIT_MULTIPLE
     if size >= SELECT_BELOW * learned.size:
         return None
 
     # The last uncounted positions fill the number up to the multiple.
-    has_logits = learned.flatten() != 0
+    uncounted = np.flatnonzero(~has_logits)
     has_logits[uncounted[len(uncounted) - (size - n_counted) :]] = True
     return _tensor(np.flatnonzero(has_logits))
 

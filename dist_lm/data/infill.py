@@ -18,7 +18,7 @@ The shards hold plain documents. Which slices of an epoch are rearranged, and wh
 """
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple, Self
 
@@ -278,6 +278,14 @@ class _Rearranged:
     key_prefix: tuple[int, ...]
     rearranged_slices: Mapping[DocumentSlice, tuple[int, int]]  # slice with marks -> form, and end in the document
     has_mask = False
+
+    def tokens_of(self, slices: Sequence[DocumentSlice]) -> np.ndarray:
+        """Returns the tokens of slices end to end, each as `tokens`: (n,).
+
+        Raises:
+            ArtefactError: the tar is damaged.
+        """
+        return np.concatenate([self.tokens(*part) for part in slices])
 
     def tokens(self, document: int, start: int, stop: int) -> np.ndarray:
         """Returns the tokens of a slice, rearranged if it was chosen: (stop - start,).

@@ -3,7 +3,7 @@
 Held-out documents are cut into slices that fit a sequence with the marks, and every slice has one middle.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -57,6 +57,14 @@ class HeldOutMiddles:
         # A rest that training would not rearrange is not measured either.
         slices = np.stack([documents, begins, ends], 1)[ends - begins >= LEAST]
         return slices[evenly_spaced(len(slices), self.limit)]
+
+    def tokens_of(self, slices: Sequence[DocumentSlice]) -> np.ndarray:
+        """Returns the tokens of slices end to end, each as `tokens`: (n,).
+
+        Raises:
+            ArtefactError: a tar is damaged.
+        """
+        return np.concatenate([self.tokens(*part) for part in slices])
 
     def tokens(self, document: int, start: int, stop: int) -> np.ndarray:
         """Returns tokens [start, stop) of a text that ends with a middle: (stop - start,).

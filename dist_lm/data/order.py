@@ -17,6 +17,7 @@ from typing import NamedTuple
 import numpy as np
 
 _WORD = 2**64
+_MASK = _WORD - 1
 _GAMMA = 0x9E3779B97F4A7C15
 
 
@@ -67,9 +68,10 @@ def splitmix64(seed: int, n: int) -> np.ndarray:
 
 def splitmix64_at(seed: int, i: int) -> int:
     """Returns output number i of SplitMix64 from `seed`, counted from 0. One number is faster so than with NumPy."""
-    state = (seed + (i + 1) * _GAMMA) % _WORD
-    state = (state ^ state >> 30) * 0xBF58476D1CE4E5B9 % _WORD
-    state = (state ^ state >> 27) * 0x94D049BB133111EB % _WORD
+    # An AND takes less time than a remainder.
+    state = (seed + (i + 1) * _GAMMA) & _MASK
+    state = (state ^ state >> 30) * 0xBF58476D1CE4E5B9 & _MASK
+    state = (state ^ state >> 27) * 0x94D049BB133111EB & _MASK
     return state ^ state >> 31
 
 

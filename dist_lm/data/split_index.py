@@ -37,6 +37,7 @@ import struct
 import zlib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from itertools import accumulate
 from pathlib import Path
 from typing import Any
 
@@ -47,6 +48,7 @@ from dist_lm.data.manifest import BUILD_COMMAND, Shard, index_path, token_dtype
 from dist_lm.errors import ArtefactError
 
 UNIT = 64  # documents of a unit at most
+CACHED_UNITS = 256  # units whose lengths were added up, in memory
 BLOCK = 1024  # bytes with a checksum
 
 DOCUMENTS = {"lengths": "<i4", "n_bytes": "<u4", "languages": "u1", "continues": "u1"}
@@ -95,6 +97,7 @@ class SplitIndex:
         self._directory, self._split, self._shards, self._vocab_size = directory, split, shards, vocab_size
         self._identity = _identity(shards, vocab_size)
         self._descriptor, self._is_writable = -1, False
+        self._unit_ends: dict[int, list[int]] = {}
         self._is_saved = is_saved and os.access(directory, os.W_OK)
         if not self._load():
             self._make()
@@ -118,18 +121,31 @@ class SplitIndex:
                 self._remake(name)
         return self.columns[name]
 
-    def unit_lengths(self, unit: int) -> np.ndarray:
-        """Returns the tokens of each document of a unit: (n,) int32, read-only. Reads nothing else.
+    def unit_ends(self, unit: int) -> list[int]:
+        """Returns the tokens of the split before each document of a unit, and those before the end of its last.
+
+        Reads nothing but the unit, and keeps the last ones, because who orders documents and who reads them ask for the
+        same.
 
         Raises:
             ArtefactError, OSError: as for a new `SplitIndex`.
         """
+        ends = self._unit_ends.get(unit)
+        if ends is not None:
+            return ends
+
         begin, end = self.unit_documents(unit)
         lengths = self.columns["lengths"][begin:end]
         if "lengths" not in self._checked and zlib.crc32(lengths.data) != self.columns["unit_checksum"].item(unit):
             self._remake("lengths")
             lengths = self.columns["lengths"][begin:end]
-        return lengths
+        ends = list(accumulate(lengths.tolist(), initial=self.columns["unit_token"].item(unit)))
+
+        # All are dropped together, which needs no lock where several threads read.
+        if len(self._unit_ends) == CACHED_UNITS:
+            self._unit_ends = {}
+        self._unit_ends[unit] = ends
+        return ends
 
     def unit_documents(self, unit: int) -> tuple[int, int]:
         """Returns the first document of a unit, and the one behind its last."""
@@ -375,6 +391,7 @@ def _members_and_units(index: ShardIndex, tar: int, totals: _Totals) -> dict[str
     n_blocks = -(-n_tokens * index.token_bytes // BLOCK)
     n_blocks += np.where(index.members["mask"] >= 0, -(-n_tokens // BLOCK), 0)
 
+    # Documents are numbered in the tar up to here; columns count them in the split.
     unit_first = unit_begins(index.documents["continues"].astype(bool), first)
     unit_ends = [*unit_first[1:].tolist(), len(lengths)]
     columns = {

@@ -11,13 +11,13 @@ import zlib
 from bisect import bisect_left, bisect_right
 from collections.abc import Iterator, Sequence
 from functools import cached_property
-from itertools import accumulate
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 
 from dist_lm.data.manifest import BUILD_COMMAND, Shard, Split, read_manifest, token_dtype
+from dist_lm.data.order import DocumentSlice
 from dist_lm.data.split_index import BLOCK, SplitIndex
 from dist_lm.data.unit_order import Units
 from dist_lm.errors import ArtefactError
@@ -52,7 +52,7 @@ class TokenCorpus:
         self._shards, self._vocab_size, self._dtype = shards, vocab_size, token_dtype(vocab_size)
         self._tars = _Tars([directory / shard.name for shard in shards])
         self._checked = bytearray(self._index.n_members)  # members that this process has compared with the manifest
-        self._unit = _Unit(0, 0, _Area(0, 0, 0, 0, 0), [])  # the one that was read last
+        self._unit = _Unit(0, 0, _Area(0, 0, 0, 0, 0), 0, [])  # the one that was read last
         self._run = _Run(-1, 0, b"")  # the blocks that were read last
 
     @classmethod
@@ -106,17 +106,21 @@ class TokenCorpus:
         documents = index.columns["unit_document"]
         has_repositories = index.has_repositories
 
-        def is_border(unit: int) -> np.ndarray:
+        def border(unit: int, document: int) -> int:
+            if not has_repositories:
+                return document
             begin, end = index.unit_documents(unit)
-            return ~index.continues(np.arange(begin, end)) if has_repositories else np.ones(end - begin, bool)
+            is_border = ~index.continues(np.arange(begin + document, end))
+            first = int(is_border.argmax())
+            return document + first if is_border[first] else 0
 
         return Units(
             documents=documents,
             tokens=index.columns["unit_token"],
             n_tokens=self.n_tokens,
             continues=index.continues(documents) if has_repositories else np.zeros(len(documents), bool),
-            lengths=index.unit_lengths,
-            is_border=is_border,
+            ends=index.unit_ends,
+            border=border,
         )
 
     # --- reading ---
@@ -127,11 +131,30 @@ class TokenCorpus:
         Raises:
             ArtefactError: the tar is damaged; the message names the file, the bytes and the documents.
         """
-        unit = self._unit_of(document)
-        begin = unit.begins[document - unit.first]
+        return self.tokens_of([DocumentSlice(document, start, stop)])
+
+    def tokens_of(self, slices: Sequence[DocumentSlice]) -> np.ndarray:
+        """Reads the tokens of some slices, at least one, end to end: (n,) uint16 or uint32, read-only.
+
+        Slices that are neighbours in a tar are read together.
+
+        Raises:
+            ArtefactError: as `tokens`.
+        """
         width = self._dtype.itemsize
-        content = self._read(unit.tokens, width * (begin + start), width * (begin + stop))
-        return np.frombuffer(content, dtype=self._dtype)
+        spans: list[tuple[_Area, int, int]] = []  # tokens of members
+        for document, start, stop in slices:
+            unit = self._unit_of(document)
+            begin = unit.begin(document) + start
+            end = begin + stop - start
+
+            if spans and spans[-1][0].member == unit.tokens.member and spans[-1][2] == begin:
+                spans[-1] = (unit.tokens, spans[-1][1], end)
+            else:
+                spans.append((unit.tokens, begin, end))
+
+        contents = [self._read(area, width * begin, width * end) for area, begin, end in spans]
+        return np.frombuffer(b"".join(contents), self._dtype)
 
     def mask(self, document: int, start: int, stop: int) -> np.ndarray:
         """Reads the loss mask of tokens [start, stop): (stop - start,) uint8; ones if the document has no mask.
@@ -143,7 +166,7 @@ class TokenCorpus:
         mask = self._mask_of(unit.tokens.member)
         if mask is None:  # no document of the member has a mask
             return np.ones(stop - start, np.uint8)
-        begin = unit.begins[document - unit.first]
+        begin = unit.begin(document)
         return np.frombuffer(self._read(mask, begin + start, begin + stop), np.uint8)
 
     def members(self) -> Iterator[tuple[range, np.ndarray]]:
@@ -179,9 +202,9 @@ class TokenCorpus:
         unit = bisect_right(columns["unit_document"], document) - 1
         first, end = self._index.unit_documents(unit)
         member = columns["unit_member"].item(unit)
-        before = columns["unit_token"].item(unit) - columns["member_token"].item(member)
-        begins = list(accumulate(self._index.unit_lengths(unit).tolist(), initial=before))
-        return _Unit(first, end, self._tokens_of(member), begins)
+        return _Unit(
+            first, end, self._tokens_of(member), columns["member_token"].item(member), self._index.unit_ends(unit)
+        )
 
     def _documents_of(self, member: int) -> range:
         firsts = self._index.columns["member_document"]
@@ -268,10 +291,14 @@ class TokenCorpus:
         begin, end = columns["member_begin"].item(member), columns["member_end"].item(member)
         tar, documents = self._tar_of(member), self._documents_of(member)
         content = memoryview(self._tars.read(tar, begin, end - begin))
+
+        # The documents say what a user loses; the bytes, where a disk may be bad.
         span = (
             f"{self._tars.paths[tar]}: bytes {begin:,} to {end:,} "
             f"(documents {documents.start:,} to {documents.stop - 1:,})"
         )
+
+        # The manifest has the checksums of a tar's members in the order of the tar.
         number_in_tar = member - bisect_left(columns["member_tar"], tar)
         expected = self._shards[tar].checksum(number_in_tar)
         if (checksum := zlib.crc32(content)) != expected:
@@ -289,6 +316,7 @@ class TokenCorpus:
                 f"{self._vocab_size - 1}: build the corpus again with `{BUILD_COMMAND}`"
             )
 
+        # From now on every process compares the blocks that it reads, and none reads the member whole again.
         for area in filter(None, [tokens, mask]):
             at = area.offset - begin
             self._index.record_checksums(area.block, block_checksums(content[at : at + area.size]))
@@ -311,7 +339,12 @@ class _Unit(NamedTuple):
     first: int  # document
     end: int  # document behind the last
     tokens: _Area  # tokens of the member that holds the unit
-    begins: list[int]  # tokens of the member before each document
+    member_token: int  # tokens of the split before the member
+    ends: list[int]  # tokens of the split before each document, and before the end of the last
+
+    def begin(self, document: int) -> int:
+        """Returns the tokens of the member before a document."""
+        return self.ends[document - self.first] - self.member_token
 
 
 class _Run(NamedTuple):

@@ -18,7 +18,6 @@ from bisect import bisect_right
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property
-from itertools import accumulate
 
 import numpy as np
 
@@ -74,17 +73,11 @@ class Units:
     tokens: np.ndarray  # (units,) int64; tokens before each unit
     n_tokens: int  # tokens of all units
     continues: np.ndarray  # (units,) bool; whether a unit is of the repository of the unit before it
-    lengths: Callable[[int], np.ndarray]  # from a unit to the tokens of each of its documents: (n,) int
-    is_border: Callable[[int], np.ndarray]  # from a unit to whether each document begins a repository: (n,) bool
-    _last: tuple[int, list[int]] = (-1, [])  # the last result of `ends`
-
-    def ends(self, unit: int) -> list[int]:
-        """Returns the tokens of the corpus before each document of a unit, and those before the end of its last."""
-        number, ends = self._last
-        if number != unit:
-            ends = list(accumulate(self.lengths(unit).tolist(), initial=self.tokens.item(unit)))
-            self._last = unit, ends
-        return ends
+    # From a unit to the tokens of the corpus before each of its documents, and those before the end of its last.
+    ends: Callable[[int], list[int]]
+    # From a unit and the place of a document in it to the first document there or later that begins a repository; 0 if
+    # there is none.
+    border: Callable[[int, int], int]
 
     @cached_property
     def first_of_group(self) -> np.ndarray:
@@ -192,11 +185,8 @@ class UnitEpoch:
         if next_unit - unit > 1:  # a group of several units stays as it is stored
             return begin
 
-        is_border = units.is_border(unit)
-        first_choice = splitmix64_at(self._rotation_key, group) % len(is_border)
         # The first repository that begins there or later; without one the group stays as it is stored.
-        document = first_choice + int(is_border[first_choice:].argmax())
-        if document == 0 or not is_border[document]:
-            return begin
-        rotated_begin = units.ends(unit)[document]
+        ends = units.ends(unit)
+        first_choice = splitmix64_at(self._rotation_key, group) % (len(ends) - 1)
+        rotated_begin = ends[units.border(unit, first_choice)]
         return rotated_begin if rotated_begin < units.group_tokens.item(group + 1) else begin

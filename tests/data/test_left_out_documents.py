@@ -1,5 +1,6 @@
 """A document that is left out keeps its place, and nothing that is learned depends on it."""
 
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -29,8 +30,8 @@ class Written:
     def __init__(self, documents: list[np.ndarray], learned: list[np.ndarray] | None = None) -> None:
         self.documents, self.learned, self.has_mask = documents, learned, learned is not None
 
-    def tokens(self, document: int, start: int, stop: int) -> np.ndarray:
-        return self.documents[document][start:stop]
+    def tokens_of(self, slices: Sequence[DocumentSlice]) -> np.ndarray:
+        return np.concatenate([self.documents[document][start:stop] for document, start, stop in slices])
 
     def mask(self, document: int, start: int, stop: int) -> np.ndarray:
         assert self.learned is not None

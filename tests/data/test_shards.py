@@ -24,6 +24,7 @@ from dist_lm.data.manifest import (
     read_manifest,
     write_manifest,
 )
+from dist_lm.data.order import DocumentSlice
 from dist_lm.data.shard_writer import CorpusWriter, Origin, read_origins, shard_of
 from dist_lm.data.token_corpus import TokenCorpus
 from dist_lm.document import TokenizedDocument
@@ -53,6 +54,28 @@ def test_what_was_written_is_read(tmp_path: Path, masked: bool) -> None:
         mask = np.ones(n, np.uint8) if document.loss_mask is None else document.loss_mask
         assert np.array_equal(opened.mask(i, n // 3, n), mask[n // 3 :])
     assert not opened.tokens(0, 0, 1).flags.writeable
+
+
+def test_slices_are_read_end_to_end_and_neighbours_at_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Finds slices joined across a gap, a member or a tar, and a read for each slice of neighbours."""
+    made = documents(LENGTHS)
+    opened = corpus(tmp_path, LENGTHS)
+    n_documents = len(made)
+    whole = [DocumentSlice(i, 0, LENGTHS[i]) for i in range(n_documents)]
+    parts = [DocumentSlice(i, LENGTHS[i] // 3, LENGTHS[i]) for i in range(0, n_documents, 2) if LENGTHS[i] > 3]
+    for slices in (whole, whole[::-1], parts, [*parts, *whole[5:9]]):
+        expected = np.concatenate([made[i].tokens[start:stop] for i, start, stop in slices])
+        assert np.array_equal(opened.tokens_of(slices), expected)
+
+    # Members hold four documents.
+    reads: list[int] = []
+    pread = os.pread
+    monkeypatch.setattr(os, "pread", lambda fd, n, offset: reads.append(offset) or pread(fd, n, offset))
+    TokenCorpus.open(tmp_path, "train").check()
+    again = TokenCorpus.open(tmp_path, "train")
+    reads.clear()
+    again.tokens_of(whole[:4])
+    assert len(reads) == 1
 
 
 def test_any_webdataset_reader_reads_them(tmp_path: Path) -> None:

@@ -3,6 +3,7 @@
 import threading
 import time
 from collections import Counter
+from collections.abc import Sequence
 from dataclasses import fields
 from pathlib import Path
 from typing import Any
@@ -14,7 +15,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from dist_lm.data.batch import Batch
-from dist_lm.data.order import EpochOrder
+from dist_lm.data.order import DocumentSlice, EpochOrder
 from dist_lm.data.packing import PackedEpoch, Packing
 from dist_lm.data.stream import PREFETCH, SequenceStream, StepData, rank_micro_batches
 from dist_lm.data.token_corpus import TokenCorpus
@@ -189,13 +190,13 @@ def test_iteration_ends_on_close_and_so_does_the_thread(plain: TokenCorpus) -> N
 
 def test_an_error_in_the_thread_reaches_the_reader(plain: TokenCorpus, monkeypatch: pytest.MonkeyPatch) -> None:
     """At the step it belongs to, not earlier, and again if the reader asks again."""
-    read = plain.tokens
+    read = plain.tokens_of
     damaged = EpochOrder(plain.lengths, SETTINGS["seed"], 0, T).sequence(30)[0].document
 
-    def failing(document: int, start: int, stop: int) -> np.ndarray:
-        if document == damaged:
+    def failing(slices: Sequence[DocumentSlice]) -> np.ndarray:
+        if damaged in [part.document for part in slices]:
             raise OSError("disk gone")
-        return read(document, start, stop)
+        return read(slices)
 
     per_step = [
         {
@@ -206,7 +207,7 @@ def test_an_error_in_the_thread_reaches_the_reader(plain: TokenCorpus, monkeypat
         for step in range(3)
     ]
     first_bad = next(step for step, used in enumerate(per_step) if damaged in used)
-    monkeypatch.setattr(plain, "tokens", failing)
+    monkeypatch.setattr(plain, "tokens_of", failing)
     with SequenceStream(plain, **SETTINGS) as stream:
         for _ in range(first_bad):
             next(stream)

@@ -37,8 +37,13 @@ def units_of(document_lengths: Sequence[int], continues: Sequence[bool] = ()) ->
         tokens=before[begins],
         n_tokens=int(tokens.sum()),
         continues=follows[begins],
-        lengths=lambda unit: tokens[begins[unit] : ends[unit]],
-        is_border=lambda unit: ~follows[begins[unit] : ends[unit]],
+        ends=lambda unit: [
+            *before[begins[unit] : ends[unit]].tolist(),
+            int(before[ends[unit] - 1] + tokens[ends[unit] - 1]),
+        ],
+        border=lambda unit, document: next(
+            (i for i in range(document, ends[unit] - begins[unit]) if not follows[begins[unit] + i]), 0
+        ),
     )
 
 
