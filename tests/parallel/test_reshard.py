@@ -2,7 +2,7 @@
 
 import json
 from collections.abc import Collection, Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -11,7 +11,9 @@ import pytest
 from dist_lm.config.stage import MuonConfig
 from dist_lm.model.size import is_matrix
 from dist_lm.parallel.layout import placements
+from dist_lm.parallel.owners import make_plan, matrix_cuts
 from dist_lm.training import checkpoint_files
+from dist_lm.training.muon import Arithmetic
 from dist_lm.training.optimizer import VARIANCE
 from tests.parallel.on_a_mesh import MeshTrajectory, rank_steps
 from tests.parallel.one_process import entries_off, expected_of
@@ -114,6 +116,30 @@ def test_another_layout_continues_with_normalised_orthogonal_steps(ranks, tmp_pa
     }
     assert [name for name, value in after.start.items() if not np.array_equal(value, before.end[name])] == []
     assert after.losses == pytest.approx(expected_of(model, 3, muon).losses[2:], rel=LOSS)
+
+
+@pytest.mark.heavy
+@pytest.mark.parametrize("cpu_offload", [False, pytest.param(True, marks=pytest.mark.bars)])
+@pytest.mark.parametrize("layout", ["1x4x1", pytest.param("2x2x1", marks=pytest.mark.bars)])
+def test_a_run_whose_ranks_hand_matrices_on_goes_on_to_the_same_bits(ranks, tmp_path, layout, cpu_offload):
+    """Finds variances that a checkpoint takes from the rank that starts a matrix, not from its owner, which keeps them.
+
+    With `cpu_offload` FSDP has its policy for shards in host memory; on a CPU no shard moves to another device."""
+    model = replace(MODELS["6 heads, 3 key heads"], n_layers=3)  # costly matrices that 4 ranks cannot share evenly
+    cuts = matrix_cuts(model, layout_of(layout))
+    assert any(unit.start for unit in make_plan(cuts, layout_of(layout), 2_000, 0.0, hands_on=True).units)
+    arithmetic = Arithmetic(None, by_squares=False, flops_per_byte=1e-6, bucket_bytes=8_000)
+    options = {"muon": MuonConfig(lr=0.02, variance_beta=0.9), "arithmetic": arithmetic}
+    n_ranks, parallel = layout_of(layout).world_size, parallel_of(layout, cpu_offload=cpu_offload)
+
+    whole: MeshTrajectory = ranks.run(n_ranks, rank_steps, model, parallel, range(4), **options)
+    ranks.run(n_ranks, rank_steps, model, parallel, range(2), save=tmp_path, **options)
+    path = tmp_path / checkpoint_files.step_name(2)
+    resumed: MeshTrajectory = ranks.run(n_ranks, rank_steps, model, parallel, range(2, 4), load=path, **options)
+
+    assert resumed.losses == whole.losses[2:]
+    assert resumed.end.keys() == whole.end.keys()
+    assert [name for name, value in whole.end.items() if not np.array_equal(value, resumed.end[name])] == []
 
 
 @pytest.mark.parametrize(("model", "layout"), marked(TENSOR_PARALLEL, SMALL_TENSOR_PARALLEL))
