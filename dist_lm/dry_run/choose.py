@@ -47,8 +47,8 @@ def fits(memory: int, memory_gib: float) -> bool:
 def candidates(config: Config, world_size: int) -> list[Candidate]:
     """Returns every possible layout with all open settings, fastest first; equally fast ones in order of simplicity.
 
-    Sequences are split over ranks (cp) as `config` says. If it leaves cp at 1 and nothing fits the memory, the smallest
-    cp with which something fits is tried, too.
+    Sequences are split over ranks (cp) as `config` says. If it leaves cp at 1, larger ones are tried in turn while
+    nothing fits the memory, and within a node also while what fits computes all activations again.
 
     Raises:
         ConfigError: no layout of this many ranks fits the model and the batch, or parameters are offloaded.
@@ -64,10 +64,15 @@ def candidates(config: Config, world_size: int) -> list[Candidate]:
     config = _as_step(config)
     possible = _candidates_with(config, world_size, config.parallel.cp)
 
-    # Messages of cp are waited for, so it is the last resort: for memory alone, not for a batch that nothing divides.
+    # Messages of cp are waited for, so it is tried for memory alone, not for a batch that nothing divides. Inside a node
+    # they cost less than a second forward pass, which full checkpointing takes.
     if possible and may_split:
         for cp in divisors(world_size)[1:]:
-            if any(fits(candidate.memory, config.hardware.memory_gib) for candidate in possible):
+            fitting = [candidate for candidate in possible if fits(candidate.memory, config.hardware.memory_gib)]
+            fastest = min(fitting, key=lambda candidate: candidate.seconds, default=None)
+            if fastest and fastest.parallel.activation_checkpointing != "full":
+                break
+            if fastest and cp > config.hardware.devices_per_node:
                 break
             possible += _candidates_with(config, world_size, cp)
 

@@ -63,6 +63,19 @@ def test_sequences_are_split_over_ranks_where_nothing_else_fits():
     assert {candidate.layout.cp for candidate in candidates(roomy, 8)} == {1}
 
 
+def test_sequences_are_split_in_a_node_rather_than_computed_twice():
+    """Finds full checkpointing where ranks that share a sequence need none, and are faster."""
+    batch = ("stage.global_batch=16", "stage.micro_batch=1", "parallel.tp=1", "cluster.nodes=2")
+    config = auto(*batch, "model=llama_8b", "model.max_seq_len=32768", "stage.seq_len=32768", "model.n_layers=8")
+    tight = replace(config, hardware=replace(config.hardware, memory_gib=40.0))
+    alone = best(tight, [candidate for candidate in candidates(tight, 16) if candidate.layout.cp == 1])
+    chosen = best(tight, candidates(tight, 16))
+    assert alone.parallel.activation_checkpointing == "full"
+    assert chosen.parallel.activation_checkpointing != "full"
+    assert 1 < chosen.layout.cp <= config.hardware.devices_per_node
+    assert chosen.seconds < alone.seconds
+
+
 @pytest.mark.heavy
 def test_little_memory_makes_it_shard_more():
     roomy = best(auto(), candidates(auto(), 8))
