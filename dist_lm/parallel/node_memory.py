@@ -89,9 +89,9 @@ class NodeMemory:
         self.close()
 
 
-def share_memory(memory: NodeMemory | None, local_rank: int) -> NodeMemory | None:
+def share_memory(memory: NodeMemory | None, local_rank: int) -> NodeMemory:
     """Returns the first rank's memory on every rank (collective): the ranks of its node open it, and each other node
-    has one copy, which its first rank receives. None on every rank if the first rank gives none.
+    has one copy, which its first rank receives.
 
     Args:
         memory: read on the first rank alone.
@@ -104,9 +104,6 @@ def share_memory(memory: NodeMemory | None, local_rank: int) -> NodeMemory | Non
     first_of_node = own_rank - local_rank
     size_and_firsts = _gathered([memory.size if memory else 0, first_of_node])
     size = size_and_firsts[0][0]
-    if not size:
-        return None
-
     firsts = sorted({first for _, first in size_and_firsts})
     if own_rank in firsts:
         memory = _passed_on(memory, size, firsts, firsts.index(own_rank))

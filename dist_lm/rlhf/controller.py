@@ -3,16 +3,15 @@
     learner      begin(state, weights) | take 0 | push(1, weights) | take 1 | push(2, weights) | ...
     controller                         | draw, judge, pack         | draw, judge, pack
 
-It knows no process group. Given the state and the weights of a version, it returns the rollouts of an iteration with
-their scores as a few arrays, whatever drew them. So it may run in the first rank (`LocalController`), or in a process
-of its own that is started again when it dies (`stages/rlhf/controller_client.py`).
+It lives on the first rank and knows no process group: given a state and the weights of its version, it returns the
+rollouts of an iteration with their scores as a few arrays. `on_every_rank` hands them to all ranks.
 """
 
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 from functools import partial
-from typing import Any, Protocol, TypeVar
+from typing import Any, Protocol, TypeVar, cast
 
 from dist_lm.generation.decoder import WeightStream
 from dist_lm.generation.request import SamplingParams
@@ -44,64 +43,26 @@ class ControllerState:
     pending: Mapping[int, ScoredRollouts]  # rollouts drawn ahead by older weights, by iteration
 
 
-class Controller(Protocol):
-    """Gives the first rank the rollouts of each iteration. Methods are called one after the other.
-
-    They raise RequestError, RewardError, ArtefactError, UserError and PoolFailure as the methods of `Schedule` do.
-    """
-
-    def begin(self, state: ControllerState, weights: WeightStream) -> None:
-        """Starts, or resumes, with the weights of the state's version, which are read to the end."""
-        ...
-
-    def push(self, version: int, weights: WeightStream) -> None:
-        """Reads new weights to the end; they draw later rollouts."""
-        ...
-
-    def take(self, iteration: int) -> Drawn | NodeMemory | None:
-        """Waits for the rollouts of an iteration; None: the controller has died, and `begin` starts another one."""
-        ...
-
-    def ahead(self, version: int) -> Mapping[int, ScoredRollouts]:
-        """Returns the rollouts drawn ahead that a checkpoint at `version` keeps, by iteration."""
-        ...
-
-    def end(self) -> None:
-        """Ends what `begin` has started; answers can still be drawn."""
-        ...
-
-    def times(self) -> Mapping[str, float]:
-        """Returns metrics of waiting times since the last call."""
-        ...
-
-    def answers(self, version: int, weights: WeightStream, seed: int) -> ScoredRollouts:
-        """Returns an answer to each held-out prompt, drawn by other weights, which are read to the end.
-
-        Args:
-            seed: in place of the run's.
-        """
-        ...
-
-    def queue(self, work: Callable[[], Work], version: int, weights: WeightStream | None) -> Callable[[], Work]:
-        """Queues work that uses the engines, see `RolloutSchedule.queue`."""
-        ...
-
-
-def on_every_rank(taken: Drawn | NodeMemory | None, world: World) -> Drawn | None:
-    """Returns what the first rank has taken on every rank, in host memory that the ranks of a node share (collective).
+def on_every_rank(drawn: Drawn | None, world: World) -> Drawn:
+    """Returns the first rank's rollouts on every rank, in host memory that the ranks of a node share (collective).
 
     Args:
-        taken: read on the first rank alone.
+        drawn: read on the first rank alone.
     """
-    if world.size > 1:
-        if not HAS_SHARED_MEMORY:
-            return broadcast(taken, Drawn | None)
-        memory = NodeMemory.of(taken) if isinstance(taken, Drawn) else taken
-        taken = share_memory(memory, world.local_rank)
-    return taken.read(Drawn) if isinstance(taken, NodeMemory) else taken
+    if world.size == 1:
+        assert drawn is not None
+        return drawn
+    if not HAS_SHARED_MEMORY:
+        return broadcast(cast(Drawn, drawn), Drawn)
+
+    memory = share_memory(NodeMemory.of(drawn) if world.is_first else None, world.local_rank)
+    try:
+        return memory.read(Drawn)
+    finally:
+        memory.close()
 
 
-# --- in the first rank ---
+# --- what it draws from ---
 
 
 @dataclass(frozen=True)
@@ -166,9 +127,15 @@ class Supply(Protocol):
     def times(self) -> dict[str, float]: ...
 
 
+# --- the controller ---
+
+
 @dataclass
-class LocalController:
-    """A `Controller` in the process that calls it."""
+class Controller:
+    """Gives the first rank the rollouts of each iteration. Methods are called one after the other.
+
+    They raise RequestError, RewardError, ArtefactError, UserError and PoolFailure as the methods of `Schedule` do.
+    """
 
     supply: Supply
     config: RlhfConfig
@@ -185,40 +152,44 @@ class LocalController:
         return self._schedule
 
     def begin(self, state: ControllerState, weights: WeightStream) -> None:
-        """See `Controller`."""
+        """Starts, or resumes, with the weights of the state's version, which are read to the end."""
         self._schedule = self._stack.enter_context(self._new_schedule())
         self._schedule.begin(state.version, weights, state.pending, state.position)
 
     def push(self, version: int, weights: WeightStream) -> None:
-        """See `Controller`."""
+        """Reads new weights to the end; they draw later rollouts."""
         self._begun.push(version, weights)
 
     def take(self, iteration: int) -> Drawn:
-        """See `Controller`."""
+        """Waits for the rollouts of an iteration, with their scores."""
         return self._begun.take(iteration)
 
     def ahead(self, version: int) -> dict[int, ScoredRollouts]:
-        """See `Controller`."""
+        """Returns the rollouts drawn ahead that a checkpoint at `version` keeps, by iteration."""
         return self._begun.ahead(version)
 
     def end(self) -> None:
-        """See `Controller`."""
+        """Ends what `begin` has started; answers can still be drawn."""
         self._schedule = None
         self._stack.close()
 
     def times(self) -> dict[str, float]:
-        """See `Controller`."""
+        """Returns metrics of waiting times since the last call."""
         return self.supply.times()
 
     def answers(self, version: int, weights: WeightStream, seed: int) -> ScoredRollouts:
-        """See `Controller`."""
+        """Returns an answer to each held-out prompt, drawn by other weights, which are read to the end.
+
+        Args:
+            seed: in place of the run's.
+        """
         supply = self.held_out or self.supply
         supply.source.load_weights(weights, version)
         rollouts = supply.draw(self.held_out_prompts, 0, 1, self.config, seed)
         return supply.judge(rollouts, expected=self.config.rollouts_per_iteration)
 
     def queue(self, work: Callable[[], Work], version: int, weights: WeightStream | None) -> Callable[[], Work]:
-        """See `Controller`."""
+        """Queues work that uses the engines, see `RolloutSchedule.queue`."""
         assert isinstance(self._schedule, RolloutSchedule), "tasks beside asynchronous sampling"
         return self._schedule.queue(work, version, weights)
 

@@ -137,21 +137,17 @@ class Learner:
             UserError, PoolFailure: of the source of rollouts, see `RolloutSource`; on the first rank.
             CheckpointWriteError: of `save`. `report` and `tasks` may raise others.
         """
-        try:
-            self._begin(state)
-            return self._loop(state)
-        finally:
-            if self.controller:
-                self.controller.end()
-
-    def _begin(self, state: RlhfState) -> None:
-        """Starts the controller from a state, with the present weights (collective)."""
         # Gathering weights is collective, so every rank reads them, though only the first one sends them to engines.
-        if self.controller:
+        if self.controller is None:
+            read_to_end(self._weights())
+            return self._loop(state)
+
+        try:
             begun = ControllerState(state.version, state.prompt_position, state.pending)
             self.controller.begin(begun, self._weights())
-        else:
-            read_to_end(self._weights())
+            return self._loop(state)
+        finally:
+            self.controller.end()
 
     def _loop(self, state: RlhfState) -> RlhfState:
         """Runs iterations until the last one or a stop, and saves when a checkpoint is due and at the end. Returns the
@@ -201,7 +197,7 @@ class Learner:
         self.alive()
 
         # Sample and score: rules have judged on the first rank; all ranks go on with the same rollouts.
-        drawn = self._take(state)
+        drawn = on_every_rank(self.controller.take(state.iteration) if self.controller else None, self.world)
         usable = usable_of(drawn.scored, has_reward_model=self.models.reward is not None)
         rollouts = usable.rollouts
         clock.lap("rollout")
@@ -257,16 +253,6 @@ class Learner:
         )
         self.report(report)
         return state, updates.stop_requested
-
-    def _take(self, state: RlhfState) -> Drawn:
-        """Returns the rollouts of the next iteration, the same on every rank (collective). A controller that has died
-        begins anew."""
-        while True:
-            taken = self.controller.take(state.iteration) if self.controller else None
-            drawn = on_every_rank(taken, self.world)
-            if drawn is not None:
-                return drawn
-            self._begin(state)
 
     def _weights(self) -> WeightStream:
         return sent_weights(self.models.policy.model, self.parallel, self.world)

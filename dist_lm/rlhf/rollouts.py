@@ -426,7 +426,7 @@ def rollouts_of(requests: Sequence[Request], answers: Sequence[Answer]) -> Rollo
     def column(values: list[int]) -> np.ndarray:
         return np.array(values, np.int64)
 
-    # One array an answer: a list of all tokens would cost a Python object for each, 1.9 microseconds in all.
+    # An array an answer: one list of all tokens takes nearly twice the time.
     tokens = [np.zeros(0, np.int64)]
     logprobs = [np.zeros(0, np.float32)]
     for answer in answers:

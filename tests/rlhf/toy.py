@@ -25,7 +25,7 @@ from dist_lm.parallel.values import whole_weights
 from dist_lm.rlhf.algorithm import Algorithm, DrawnTokens, Experience, Prepared
 from dist_lm.rlhf.algorithms.registry import ALGORITHMS
 from dist_lm.rlhf.config import RewardPartConfig, RlhfConfig, not_null
-from dist_lm.rlhf.controller import LocalController, RolloutSupply
+from dist_lm.rlhf.controller import Controller, RolloutSupply
 from dist_lm.rlhf.learner import IterationReport, Learner
 from dist_lm.rlhf.models import RlhfModels, start_critic, trained
 from dist_lm.rlhf.rewards import Judge
@@ -132,7 +132,7 @@ def toy(
         start_critic(critic, reward or policy, not_null(config.value_head))
     controller = None
     if world.is_first:
-        controller = LocalController(supply_of(config, source(), seed, stop_tokens), config, seed, iterations)
+        controller = Controller(supply_of(config, source(), seed, stop_tokens), config, seed, iterations)
     learner = Learner(
         config=config,
         seed=seed,
@@ -157,13 +157,13 @@ def toy(
 
 def supply_in(made: Toy) -> Any:
     """Returns what draws and judges the rollouts of a toy, on the first rank."""
-    assert isinstance(made.learner.controller, LocalController)
+    assert isinstance(made.learner.controller, Controller)
     return made.learner.controller.supply
 
 
 def with_supply(made: Toy, supply: Any) -> None:
     """Lets another supply draw and judge the rollouts of a toy."""
-    assert isinstance(made.learner.controller, LocalController)
+    assert isinstance(made.learner.controller, Controller)
     made.learner = replace(made.learner, controller=replace(made.learner.controller, supply=supply))
 
 

@@ -1,7 +1,4 @@
-"""The controller of stage `rlhf`: opens prompts, rules or environments, and the source of rollouts.
-
-The first rank does so in its own process, or a process of its own does for it (`controller_process.py`).
-"""
+"""The controller of stage `rlhf`, on the first rank: prompts, rules or environments, source of rollouts."""
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
@@ -23,7 +20,7 @@ from dist_lm.generation.grammar import Grammars
 from dist_lm.parallel.sharding import compute_dtype
 from dist_lm.rlhf.config import CALLS
 from dist_lm.rlhf.constrained_rollouts import RolloutConstraints
-from dist_lm.rlhf.controller import LocalController, RolloutSupply
+from dist_lm.rlhf.controller import Controller, RolloutSupply
 from dist_lm.rlhf.environment_rollouts import SignsOfLife
 from dist_lm.rlhf.rewards import Judge, Tasks
 from dist_lm.rlhf.rollouts import EngineRollouts, RolloutSource, ShuffledPrompts
@@ -102,7 +99,7 @@ def open_controller(
     alive: Callable[[], None],
     stack: ExitStack,
     pool: PoolStarter | None,
-) -> LocalController:
+) -> Controller:
     """Returns a controller with prompts, rules and source of rollouts in this process.
 
     Args:
@@ -123,7 +120,7 @@ def open_controller(
     settings, train, held_out = config.rlhf, prompts.train, prompts.held_out
     generating = SignsOfLife(alive)
     to_controller = partial(
-        LocalController, config=settings, seed=config.seed, iterations=config.stage.steps, held_out_prompts=held_out
+        Controller, config=settings, seed=config.seed, iterations=config.stage.steps, held_out_prompts=held_out
     )
     if not isinstance(train, Prompts):
         source = stack.enter_context(rollout_source(config, tokenizer, weights, device, generating, pool))
