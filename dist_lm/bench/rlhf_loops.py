@@ -29,7 +29,8 @@ from dist_lm.parallel.mesh import World, build_mesh
 from dist_lm.parallel.sharding import build_model
 from dist_lm.rlhf.algorithms.registry import ALGORITHMS
 from dist_lm.rlhf.config import RewardPartConfig, RlhfConfig, not_null
-from dist_lm.rlhf.learner import IterationReport, Learner, RolloutSupply
+from dist_lm.rlhf.controller import Controller, RolloutSupply
+from dist_lm.rlhf.learner import IterationReport, Learner
 from dist_lm.rlhf.models import (
     RlhfModels,
     own_threads,
@@ -113,7 +114,7 @@ class ToyRun:
             parallel=self._parallel,
             models=self._models,
             algorithm=self._algorithm,
-            supply=self._supply,
+            controller=Controller(self._supply, self._rlhf, self._config.seed, end),
             report=reports.append,
         )
         with own_threads(self._world) as run_both:

@@ -24,6 +24,7 @@ T = TypeVar("T")
 MISFITS = (ValueError, TypeError, KeyError, IndexError, OverflowError)  # errors of reading another value
 NUMBERS = "biuf"  # kinds of arrays: bool, integers, floating point
 LENGTH_BYTES = 8  # size of the length of the JSON, little endian, before it
+ALIGNMENT = 64  # bytes; JSON and arrays end at a multiple, so that a reader can use arrays where they lie
 
 
 class MessageError(RuntimeError):
@@ -122,13 +123,45 @@ def encode(value: Any) -> bytes:
     Raises:
         TypeError: the value is of none of the types that `decode` reads.
     """
-    numbers = bytearray()
+    return b"".join(pieces_of(value))
+
+
+def pieces_of(value: Any) -> list[bytes | memoryview]:
+    """Returns the bytes of `encode` in pieces, with the arrays where they lie.
+
+    Raises:
+        TypeError: as `encode`.
+    """
+    numbers = _Numbers()
     text = json.dumps(_plain(value, numbers)).encode()
-    return len(text).to_bytes(LENGTH_BYTES, "little") + text + numbers
+    # JSON may end with blanks.
+    text = text.ljust(_aligned(LENGTH_BYTES + len(text)) - LENGTH_BYTES)
+    return [len(text).to_bytes(LENGTH_BYTES, "little") + text, *numbers.pieces]
 
 
-def decode(content: bytes, expected: Any) -> Any:
-    """Returns the value that `encode` has written.
+@dataclasses.dataclass
+class _Numbers:
+    """The content of arrays, one after the other."""
+
+    pieces: list[bytes | memoryview] = dataclasses.field(default_factory=list)
+    size: int = 0  # bytes
+
+    def append(self, array: np.ndarray) -> int:
+        """Adds the content of an array; returns its place in bytes."""
+        place, end = self.size, _aligned(self.size + array.nbytes)
+        if array.nbytes:
+            self.pieces.append(np.ascontiguousarray(array).reshape(-1).view(np.uint8).data)
+        self.pieces.append(bytes(end - place - array.nbytes))
+        self.size = end
+        return place
+
+
+def _aligned(size: int) -> int:
+    return -(-size // ALIGNMENT) * ALIGNMENT
+
+
+def decode(content: bytes | memoryview, expected: Any) -> Any:
+    """Returns the value that `encode` has written. Its arrays lie in `content` if that may be written to.
 
     Args:
         expected: `bool`, `int`, `float`, `str`, `bytes`, `Path`, an enumeration, `np.ndarray` of numbers, `None`, a
@@ -139,12 +172,12 @@ def decode(content: bytes, expected: Any) -> Any:
     """
     try:
         end = LENGTH_BYTES + int.from_bytes(content[:LENGTH_BYTES], "little")
-        return _typed(json.loads(content[LENGTH_BYTES:end]), expected, content[end:])
+        return _typed(json.loads(bytes(content[LENGTH_BYTES:end])), expected, content[end:])
     except (*MISFITS, RecursionError) as error:
         raise MessageError(f"a rank has sent what is no {expected}: {type(error).__name__}: {error}") from None
 
 
-def _plain(value: Any, numbers: bytearray) -> Any:
+def _plain(value: Any, numbers: _Numbers) -> Any:
     """Returns a value as JSON has it. The content of an array is appended to `numbers`; its type, shape and place there
     stand for it.
 
@@ -163,9 +196,7 @@ def _plain(value: Any, numbers: bytearray) -> Any:
     if isinstance(value, np.ndarray):
         if value.dtype.kind not in NUMBERS:
             raise TypeError(f"an array of {value.dtype}: expected numbers")
-        place = len(numbers)
-        numbers += value.tobytes()
-        return [value.dtype.str, list(value.shape), place]
+        return [value.dtype.str, list(value.shape), numbers.append(value)]
 
     if dataclasses.is_dataclass(value) and not isinstance(value, type):
         # The name tells apart the members of a union.
@@ -179,7 +210,7 @@ def _plain(value: Any, numbers: bytearray) -> Any:
     raise TypeError(f"a value of {type(value)}: expected a type that `decode` reads")
 
 
-def _typed(plain: Any, expected: Any, numbers: bytes) -> Any:
+def _typed(plain: Any, expected: Any, numbers: bytes | memoryview) -> Any:
     """Returns the value of type `expected` that `_plain` has written.
 
     Raises:
@@ -227,7 +258,7 @@ def _instance(plain: Any, expected: type) -> Any:
     return plain
 
 
-def _array(plain: Any, numbers: bytes) -> np.ndarray:
+def _array(plain: Any, numbers: bytes | memoryview) -> np.ndarray:
     dtype, shape, place = _instance(plain, list)
     kind = np.dtype(_instance(dtype, str))
     if kind.kind not in NUMBERS:
@@ -235,11 +266,12 @@ def _array(plain: Any, numbers: bytes) -> np.ndarray:
     # numpy reads -1 as "all that is left".
     if min(_instance(size, int) for size in [place, *_instance(shape, list)]) < 0:
         raise ValueError(f"an array of shape {shape} at {place}")
-    # A copy, as the receiver may write to its array.
-    return np.frombuffer(numbers, kind, math.prod(shape), place).reshape(shape).copy()
+    # The receiver may write to its array.
+    array = np.frombuffer(numbers, kind, math.prod(shape), place).reshape(shape)
+    return array if array.flags.writeable else array.copy()
 
 
-def _one_of(plain: Any, members: Sequence[Any], numbers: bytes) -> Any:
+def _one_of(plain: Any, members: Sequence[Any], numbers: bytes | memoryview) -> Any:
     for member in members:
         try:
             return _typed(plain, member, numbers)
@@ -249,7 +281,7 @@ def _one_of(plain: Any, members: Sequence[Any], numbers: bytes) -> Any:
     raise TypeError(f"{str(plain)[:40]!r} is none of {members}")
 
 
-def _dataclass(plain: Any, expected: Any, numbers: bytes) -> Any:
+def _dataclass(plain: Any, expected: Any, numbers: bytes | memoryview) -> Any:
     name, fields = _instance(plain, list)
     hints = _hints(expected)
     names = {field.name for field in dataclasses.fields(expected)}

@@ -4,8 +4,8 @@ The loop does not depend on the algorithm or the layout.
 
 An iteration:
 
-    sample      the first rank takes the rollouts that engines drew (`schedule.py`, `rollouts.py`)
-    score       rules judge them on that rank (`rewards.py`); every rank gets the rollouts that have a score
+    sample      the first rank takes the rollouts that the controller has drawn and judged (`controller.py`)
+    share       every rank gets them, in memory that the ranks of a node share; those without a score are left out
     experience  forward passes of policy, reference, critic and reward model (`experience.py`)
     advantages  the algorithm computes the inputs of its losses (`algorithm.py`)
     update      `epochs` passes over the rollouts in minibatches, each a step of policy and critic
@@ -18,8 +18,7 @@ minibatch.
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from functools import partial
-from typing import Any, Protocol
+from typing import Protocol
 
 import numpy as np
 import torch
@@ -31,29 +30,19 @@ from dist_lm.data.batch import Batch
 from dist_lm.environments.protocol import FAILURES
 from dist_lm.errors import ConfigError
 from dist_lm.generation.decoder import WeightStream
-from dist_lm.generation.request import SamplingParams
 from dist_lm.model.transformer import Transformer
 from dist_lm.parallel.mesh import World, adds_sums
 from dist_lm.rlhf.algorithm import Algorithm, DrawnTokens, Prepared
 from dist_lm.rlhf.config import RlhfConfig, not_null
 from dist_lm.rlhf.constrained_rollouts import RolloutConstraints
+from dist_lm.rlhf.controller import Controller, ControllerState, on_every_rank
 from dist_lm.rlhf.experience import Collected, collect
 from dist_lm.rlhf.models import Execution, RlhfModels, RunBoth, Trained, dealing, one_after_other, sent_weights
 from dist_lm.rlhf.packed_rollouts import Minibatch, Passes, RolloutBatch
 from dist_lm.rlhf.policy_gradient import groups_of, k1, mean_and_std
-from dist_lm.rlhf.rewards import REWARD_MODEL, Judge, UsableRollouts, refuse_void, share_usable
-from dist_lm.rlhf.rollouts import (
-    CUTS,
-    ConstraintOrder,
-    PromptOrder,
-    Rollouts,
-    RolloutSource,
-    ScoredRollouts,
-    read_to_end,
-    requests_of,
-    rollouts_of,
-)
-from dist_lm.rlhf.schedule import Drawn, RolloutSchedule, SamplingAgain, Schedule, draws_rollouts
+from dist_lm.rlhf.rewards import REWARD_MODEL, UsableRollouts, refuse_void, usable_of
+from dist_lm.rlhf.rollouts import CUTS, Rollouts, read_to_end
+from dist_lm.rlhf.schedule import Drawn, draws_rollouts
 from dist_lm.rlhf.state import RlhfState
 from dist_lm.training.heartbeat import StopRequest
 from dist_lm.training.objective import LossSum, Objective, next_token
@@ -83,73 +72,11 @@ class IterationReport:
     skipped_B: Mapping[str, torch.Tensor] = field(default_factory=dict)
 
 
-@dataclass(frozen=True)
-class RolloutSupply:
-    """The part of the loop that only the first rank has: prompts, the source of completions, and the rules."""
-
-    source: RolloutSource
-    prompts: PromptOrder
-    judge: Judge
-    stop_tokens: tuple[int, ...] = ()  # tokens that end a completion, besides end-of-text; not with rlhf.ignore_eot
-    constraint_at: ConstraintOrder | None = None  # what completions must be; None: anything
-
-    def draw(
-        self, prompts: Sequence[Sequence[int]], position: int, samples: int, config: RlhfConfig, seed: int
-    ) -> Rollouts:
-        """Returns `samples` completions of each prompt, drawn by the weights that the source has.
-
-        Rules that run programs start on each answer as soon as it is there.
-
-        Args:
-            position: position of the first prompt in the order of prompts.
-            seed: of the run; with the prompt's position it determines each answer.
-
-        Raises:
-            RequestError: a prompt cannot be answered, or its constraint not be followed.
-            RewardError: a prompt has no tests, though a part of the reward needs them.
-            UserError, PoolFailure: of the source, see `RolloutSource`.
-        """
-        params = SamplingParams(
-            max_new_tokens=config.max_new_tokens,
-            temperature=config.temperature,
-            top_k=config.top_k,
-            top_p=config.top_p,
-            stop_tokens=() if config.ignore_eot else self.stop_tokens,
-            ignore_eot=config.ignore_eot,
-        )
-        requests = requests_of(prompts, position, samples, params, seed, self.constraint_at)
-        # Rules that run programs start on each answer as soon as it is there, while the engines draw the others.
-        return rollouts_of(requests, self.source.generate(requests, self.judge.begin))
-
-    def times(self) -> dict[str, float]:
-        """Completions of one turn wait for the engines alone, whose time is measured as a whole."""
-        return {}
-
-
-class Supply(Protocol):
-    """A `RolloutSupply`, or one of conversations (`environment_rollouts.EnvironmentSupply`)."""
-
-    @property
-    def source(self) -> RolloutSource: ...
-
-    @property
-    def prompts(self) -> Callable[[int, int], Sequence[Any]]: ...
-
-    @property
-    def judge(self) -> Callable[..., ScoredRollouts]: ...
-
-    def draw(
-        self, prompts: Sequence[Any], /, position: int, samples: int, config: RlhfConfig, seed: int
-    ) -> Rollouts: ...
-
-    def times(self) -> dict[str, float]: ...
-
-
 class IterationTasks(Protocol):
     """Measurements after iterations, with the engines that draw rollouts (collective)."""
 
-    def reached(self, iteration: int, schedule: RolloutSchedule | None) -> None:
-        """Called after each iteration; `schedule`: on the first rank."""
+    def reached(self, iteration: int, controller: Controller | None) -> None:
+        """Called after each iteration; `controller`: on the first rank."""
 
     def before_checkpoint(self) -> None:
         """Called before each checkpoint."""
@@ -167,7 +94,7 @@ class Learner:
     parallel: ParallelConfig
     models: RlhfModels
     algorithm: Algorithm
-    supply: Supply | None  # on the first rank
+    controller: Controller | None  # on the first rank
     pretraining: Pretraining | None = None
     constraints: RolloutConstraints | None = None  # on every rank, if rollouts have constraints
     save_every: int = 0  # iterations; 0: only at the end
@@ -191,7 +118,7 @@ class Learner:
             coefficient = self.config.pretrain_coefficient
             raise ConfigError(f"rlhf.pretrain_coefficient={coefficient}: expected 0 without pretraining text")
         assert self.algorithm.has_critic == (self.models.critic is not None), "a critic if the algorithm has one"
-        assert self.world.is_first == (self.supply is not None), "rollouts come from the first rank"
+        assert self.world.is_first == (self.controller is not None), "rollouts come from the first rank"
 
     def run(self, state: RlhfState) -> RlhfState:
         """Trains from `state` to the last iteration, or until the ranks agree to stop (collective).
@@ -211,49 +138,20 @@ class Learner:
             CheckpointWriteError: of `save`. `report` and `tasks` may raise others.
         """
         # Gathering weights is collective, so every rank reads them, though only the first one sends them to engines.
-        if self.supply is None:
+        if self.controller is None:
             read_to_end(self._weights())
-            return self._loop(state, None)
+            return self._loop(state)
 
-        with self._schedule(self.supply) as schedule:
-            schedule.begin(state.version, self._weights(), state.pending, state.prompt_position)
-            return self._loop(state, schedule)
+        try:
+            begun = ControllerState(state.version, state.prompt_position, state.pending)
+            self.controller.begin(begun, self._weights())
+            return self._loop(state)
+        finally:
+            self.controller.end()
 
-    def _schedule(self, supply: Supply) -> Schedule:
-        """Returns what draws the rollouts of this run, on the first rank."""
-        config = self.config
-        if config.asynchronous:
-            from dist_lm.rlhf.asynchronous import AsynchronousSchedule
-            from dist_lm.rlhf.environment_rollouts import EnvironmentSupply
-
-            assert isinstance(supply, EnvironmentSupply), "rlhf.asynchronous without an environment"
-            return AsynchronousSchedule(supply, config, self.seed, self.iterations)
-
-        def draw(position: int, prompts: int) -> Rollouts:
-            return supply.draw(
-                supply.prompts(position, prompts), position, config.rollouts_per_prompt, config, self.seed
-            )
-
-        draw_again = None
-        if config.sampling_rounds:
-            judge = partial(supply.judge, expected=config.rollouts_per_iteration)
-            draw_again = SamplingAgain(draw, judge, config.rewards, config.prompts, config.sampling_rounds)
-        return RolloutSchedule(
-            supply.source,
-            partial(draw, prompts=config.prompts),
-            supply.judge,
-            staleness=config.max_staleness,
-            iterations=self.iterations,
-            prompts=config.prompts,
-            draw_scored=draw_again,
-        )
-
-    def _loop(self, state: RlhfState, schedule: Schedule | None) -> RlhfState:
+    def _loop(self, state: RlhfState) -> RlhfState:
         """Runs iterations until the last one or a stop, and saves when a checkpoint is due and at the end. Returns the
         state after them.
-
-        Args:
-            schedule: on the first rank.
 
         Raises:
             NonFiniteGradientsError, RewardError, RequestError, ArtefactError, UserError, PoolFailure: as `run`.
@@ -272,16 +170,15 @@ class Learner:
         updater = Updater(execution, self.algorithm, self.stop, self.pretraining)
 
         while state.iteration < self.iterations:
-            # `pending` is filled only for a checkpoint; here the schedule owns the rollouts drawn ahead.
-            state, stopping = self._iteration(replace(state, pending={}), execution, updater, schedule)
+            # `pending` is filled only for a checkpoint; here the controller owns the rollouts drawn ahead.
+            state, stopping = self._iteration(replace(state, pending={}), execution, updater)
             if self.tasks:
-                assert schedule is None or isinstance(schedule, RolloutSchedule), "tasks beside asynchronous sampling"
-                self.tasks.reached(state.iteration, schedule)
+                self.tasks.reached(state.iteration, self.controller)
 
             is_last = state.iteration == self.iterations or stopping
             if is_last or is_due(state.iteration, self.save_every):
                 # Save the rollouts that older weights have drawn: the saved weights would draw different ones.
-                state = replace(state, pending=schedule.ahead(state.version) if schedule else {})
+                state = replace(state, pending=self.controller.ahead(state.version) if self.controller else {})
                 if self.tasks:
                     self.tasks.before_checkpoint()
                 self.save(state)
@@ -289,9 +186,7 @@ class Learner:
                 break
         return state
 
-    def _iteration(
-        self, state: RlhfState, execution: Execution, updater: "Updater", schedule: Schedule | None
-    ) -> tuple[RlhfState, bool]:
+    def _iteration(self, state: RlhfState, execution: Execution, updater: "Updater") -> tuple[RlhfState, bool]:
         """Runs one iteration and reports it (collective). Returns the state after it, and whether a stop was
         requested. Changes models and optimizers, and sends the new weights to the source if they draw later rollouts.
 
@@ -302,8 +197,8 @@ class Learner:
         self.alive()
 
         # Sample and score: rules have judged on the first rank; all ranks go on with the same rollouts.
-        drawn = schedule.take(state.iteration) if schedule else None
-        usable = share_usable(drawn.scored if drawn else None, has_reward_model=self.models.reward is not None)
+        drawn = on_every_rank(self.controller.take(state.iteration) if self.controller else None, self.world)
+        usable = usable_of(drawn.scored, has_reward_model=self.models.reward is not None)
         rollouts = usable.rollouts
         clock.lap("rollout")
 
@@ -337,21 +232,21 @@ class Learner:
         clock.lap("update")
 
         # Metrics describe the policy that drew the rollouts, so they come before the state moves on.
-        metrics = iteration_metrics(state, usable, collected, prepared, updates, drawn)
+        metrics = iteration_metrics(state, usable, collected, prepared, updates, drawn if self.controller else None)
         state = _after_iteration(updates.state, usable.prompts, collected, metrics)
         # Asynchronous sampling goes on by whatever weights there are.
         staleness = 0 if self.config.asynchronous else self.config.max_staleness
         if draws_rollouts(state.version, staleness, self.iterations):
-            if schedule:
-                schedule.push(state.version, self._weights())
+            if self.controller:
+                self.controller.push(state.version, self._weights())
             else:
                 read_to_end(self._weights())
         clock.lap("push")
 
         laps = {f"timing/{name}_s": seconds for name, seconds in clock.take().items()}
         metrics |= laps | {"timing/iteration_s": sum(laps.values())}
-        if self.supply:
-            metrics |= self.supply.times()
+        if self.controller:
+            metrics |= self.controller.times()
         score_B = collected.experience.score_B
         report = IterationReport(
             state.iteration, metrics, updates.metrics, rollouts, collected.part_B, score_B, usable.skipped_B

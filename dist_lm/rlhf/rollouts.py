@@ -415,7 +415,7 @@ def requests_of(
 def rollouts_of(requests: Sequence[Request], answers: Sequence[Answer]) -> Rollouts:
     """Returns the answers to `requests_of` as arrays, in their order: by request, then by index. None may be missing.
     Either all requests have a constraint, or none has."""
-    prompts = {request.id: request.prompt for request in requests}
+    prompts = {request.id: np.array(request.prompt, np.int64) for request in requests}
     assert [answer.request for answer in answers] == [r.id for r in requests for _ in range(r.n)], "order of answers"
 
     # Sets have different sizes, so they are one array of bytes with the size of each.
@@ -426,9 +426,16 @@ def rollouts_of(requests: Sequence[Request], answers: Sequence[Answer]) -> Rollo
     def column(values: list[int]) -> np.ndarray:
         return np.array(values, np.int64)
 
+    # An array an answer: one list of all tokens takes nearly twice the time.
+    tokens = [np.zeros(0, np.int64)]
+    logprobs = [np.zeros(0, np.float32)]
+    for answer in answers:
+        tokens += [prompts[answer.request], np.array(answer.tokens, np.int64)]
+        logprobs.append(np.array(answer.logprobs, np.float32))
+
     return Rollouts(
-        tokens_N=column([token for answer in answers for token in (*prompts[answer.request], *answer.tokens)]),
-        logprobs_M=np.array([logprob for answer in answers for logprob in answer.logprobs], np.float32),
+        tokens_N=np.concatenate(tokens),
+        logprobs_M=np.concatenate(logprobs),
         prompt_tokens_B=column([len(prompts[answer.request]) for answer in answers]),
         new_tokens_B=column([len(answer.tokens) for answer in answers]),
         finish_B=column([FINISHES.index(answer.finish) for answer in answers]),

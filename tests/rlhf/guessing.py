@@ -20,7 +20,7 @@ from dist_lm.rlhf.conversing import ConstraintOf
 from dist_lm.rlhf.environment_rollouts import EnvironmentJudge, EnvironmentSupply, VersionedSource
 from dist_lm.rlhf.rollouts import EngineRollouts, ShuffledPrompts
 from dist_lm.tokenizer.tokenizer import Tokenizer
-from tests.rlhf.toy import MODEL, Toy, toy
+from tests.rlhf.toy import MODEL, Toy, supply_in, toy, with_supply
 
 TASKS = [Task.of(str(number), {"letter": "abcdefgh"[number % 8]}) for number in range(40)]
 LIMITS = Limits(turns=3, tokens=160)
@@ -129,9 +129,9 @@ def game(
         )
 
     run = toy(config, iterations, model=model, source=source, **options)
-    if run.learner.supply:
+    if run.learner.controller:
         supply = EnvironmentSupply(
-            VersionedSource(run.learner.supply.source),
+            VersionedSource(supply_in(run).source),
             ShuffledPrompts(TASKS, 0),
             EnvironmentJudge("game", "environment", config.max_failed_fraction),
             tokenizer,
@@ -142,13 +142,13 @@ def game(
             constraint_of=constraint_of,
             folder=folder,
         )
-        run.learner = replace(run.learner, supply=supply)
+        with_supply(run, supply)
     return run
 
 
 def fail_after_an_answer(run: Toy) -> None:
     """Lets the engines of a game raise RuntimeError("no engine") after their first answer."""
-    source: Any = run.learner.supply.source  # type: ignore[union-attr]
+    source: Any = supply_in(run).source
 
     def results(requests: Any) -> Iterator[Any]:
         yield next(r for r in source._source.results(requests))

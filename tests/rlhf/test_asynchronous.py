@@ -34,7 +34,7 @@ from dist_lm.rlhf.transcript import Sample
 from dist_lm.storage import durable
 from tests.rlhf.guessing import GameHost, KilledError, config_of, fail_after_an_answer, game
 from tests.rlhf.test_environment_rollouts import deadline, short_turns, stack, tokenizer
-from tests.rlhf.toy import MODEL, Toy, run_from, saving
+from tests.rlhf.toy import MODEL, Toy, run_from, saving, supply_in, with_supply
 
 __all__ = ["short_turns", "stack", "tokenizer"]  # fixtures
 
@@ -263,7 +263,7 @@ def test_a_first_answer_that_ends_too_late_is_refused(tokenizer, stack, tmp_path
     config, limits = config_of(asynchronous=True, max_staleness=STALENESS), Limits(turns=1, tokens=160)
     host = GameHost()
     run = game(config, ITERATIONS, tokenizer, stack, folder=tmp_path, host=host, limits=limits, at_once=64)
-    source: Any = run.learner.supply.source  # type: ignore[union-attr]
+    source: Any = supply_in(run).source
     n_early = 3 * (STALENESS + 1)
 
     def results(requests: Any) -> Iterator[Any]:
@@ -312,8 +312,8 @@ def test_engines_beside_the_learner_do_not_hide_that_it_hangs(tokenizer, stack, 
         engines_go_on()
         assert len(signs) == n_signs
 
-    supply = replace(run.learner.supply, alive=alive)  # type: ignore[type-var]
-    run.learner = replace(run.learner, supply=supply, report=hangs)
+    with_supply(run, replace(supply_in(run), alive=alive))
+    run.learner = replace(run.learner, report=hangs)
     with deadline(120):
         run.run()
     assert signs, "nobody sees that engines work while the learner waits"

@@ -29,7 +29,7 @@ from dist_lm.rlhf.packed_rollouts import Dealing, completion_mask, rollout_batch
 from dist_lm.rlhf.rollouts import EngineRollouts, Rollouts, ScoredRollouts, concatenated, library_of, packed_record
 from dist_lm.storage.run_directory import WorkDirectory
 from dist_lm.tokenizer.tokenizer import Tokenizer
-from tests.rlhf.toy import MODEL, Toy, assert_ends_alike, run_from, saving, toy
+from tests.rlhf.toy import MODEL, Toy, assert_ends_alike, run_from, saving, supply_in, toy, with_supply
 
 SCHEMA = {
     "type": "object",
@@ -89,10 +89,8 @@ def constrained_toy(
         return EngineRollouts(Engine(model, weights, eot_id=tokenizer.eot_id, options=options, grammars=grammars))
 
     made = toy(config, iterations, model=model, source=source, stop_tokens=constraints.ends[1:])
-    supply = made.learner.supply
-    assert supply
-    supply = replace(supply, constraint_at=constraints.constraint_at)
-    made.learner = replace(made.learner, supply=supply, constraints=constraints)
+    with_supply(made, replace(supply_in(made), constraint_at=constraints.constraint_at))
+    made.learner = replace(made.learner, constraints=constraints)
     return made
 
 
@@ -102,8 +100,7 @@ def drawn_under(
     """Rollouts of one iteration, and the model that drew them."""
     config = config_of("grpo", **params)
     made = constrained_toy(config, 1, model, tokenizer, constraints)
-    supply, policy = made.learner.supply, made.learner.models.policy.model
-    assert supply
+    supply, policy = supply_in(made), made.learner.models.policy.model
     supply.source.load_weights(dict(policy.named_parameters()), 0)
     return supply.draw(supply.prompts(0, config.prompts), 0, config.rollouts_per_prompt, config, 0), policy
 

@@ -25,7 +25,7 @@ from dist_lm.rlhf.rewards import Judge, Tasks
 from dist_lm.rlhf.rollouts import EngineRollouts
 from dist_lm.sandbox.task import task_of
 from dist_lm.training.objective import next_token
-from tests.rlhf.toy import EOT, MODEL, WORLD, Toy, toy
+from tests.rlhf.toy import EOT, MODEL, WORLD, Toy, supply_in, toy
 
 pytestmark = [
     pytest.mark.usefixtures("one_rank"),
@@ -102,8 +102,7 @@ def learn_the_form(model: Transformer, words: Words, solved: Sequence[TinyTask],
 
 def passes(made: Toy, words: Words, held_out: Sequence[TinyTask], seed: int) -> tuple[float, float]:
     """pass@1, the share of sampled answers that pass all tests, and the share of tasks with such an answer."""
-    supply = made.learner.supply
-    assert supply
+    supply = supply_in(made)
     supply.source.load_weights(sent_weights(made.learner.models.policy.model, ParallelConfig(), WORLD), -2)
     rollouts = supply.draw([words.prompt(task) for task in held_out], 0, SAMPLES, GRPO, seed + 1)
     score_B, position_B = supply.judge(rollouts).scores["solved"], rollouts.position_B
@@ -130,8 +129,7 @@ def climb(monkeypatch: pytest.MonkeyPatch, seed: int, iterations: int) -> tuple[
     made = toy(
         GRPO, iterations, seed=seed, model=shape, reference=False, source=lambda: EngineRollouts(engine_for(shape))
     )
-    supply, report = made.learner.supply, made.learner.report
-    assert supply
+    supply, report = supply_in(made), made.learner.report
 
     def told(one: IterationReport) -> None:
         report(one)

@@ -11,7 +11,7 @@ from dist_lm.errors import ConfigError
 from dist_lm.generation.request import Answer, Request
 from dist_lm.rlhf.algorithms.ppo import Ppo
 from dist_lm.rlhf.config import RewardPartConfig
-from dist_lm.rlhf.learner import RolloutSupply
+from dist_lm.rlhf.controller import RolloutSupply
 from dist_lm.rlhf.models import start_critic
 from dist_lm.rlhf.reward_model import RewardScale
 from dist_lm.rlhf.rewards import RewardError
@@ -27,8 +27,10 @@ from tests.rlhf.toy import (
     engine_of,
     run_from,
     saving,
+    supply_in,
     tensors_of,
     weights_of,
+    with_supply,
 )
 from tests.rlhf.toy import toy as plain_toy
 from tests.rlhf.toy_rewards import VOCABULARY
@@ -157,9 +159,7 @@ def test_a_completion_without_a_score_takes_no_part_in_anything():
 
     config = replace(WITH_REWARD_MODEL, rewards=WITH_REWARD_MODEL.rewards | FAILING, max_failed_fraction=0.9, samples=2)
     failing, other = (toy(config, 3, reward_model=True) for _ in range(2))
-    supply = other.learner.supply
-    assert supply
-    other.learner = replace(other.learner, supply=Sorted(**vars(supply)))
+    with_supply(other, Sorted(**vars(supply_in(other))))
     failing.run()
     other.run()
     assert sum(failing.metric("rlhf/failed_starts")) > 5

@@ -15,7 +15,7 @@ from dist_lm.rlhf.rules import Failure, RuleInput, TestsRule
 from dist_lm.sandbox.pool import SandboxPool
 from dist_lm.sandbox.program import Limits, Program, Test, Verdict, infrastructure_error
 from dist_lm.sandbox.task import Task, task_of
-from tests.rlhf.toy import PROMPTS, TOKENS, EngineRollouts, Toy, engine_of, rollouts_with, toy
+from tests.rlhf.toy import PROMPTS, TOKENS, EngineRollouts, Toy, engine_of, rollouts_with, supply_in, toy
 
 pytestmark = pytest.mark.skipif(shutil.which("bwrap") is None, reason="needs bubblewrap")
 PATIENT = RewardPartConfig(kind="tests", cpu_s=2.0, wall_s=60.0, workers=2)
@@ -248,8 +248,7 @@ def run_of_tests(monkeypatch, bombs: bool, iterations: int, **keys) -> Toy:
 
     monkeypatch.setattr("tests.rlhf.toy.Judge", judge)
     made = toy(replace(TESTED, **keys), iterations, source=lambda: EngineRollouts(engine_of()))
-    assert made.learner.supply
-    with made.learner.supply.judge:
+    with supply_in(made).judge:
         made.run()
     return made
 

@@ -25,7 +25,8 @@ from dist_lm.parallel.values import whole_weights
 from dist_lm.rlhf.algorithm import Algorithm, DrawnTokens, Experience, Prepared
 from dist_lm.rlhf.algorithms.registry import ALGORITHMS
 from dist_lm.rlhf.config import RewardPartConfig, RlhfConfig, not_null
-from dist_lm.rlhf.learner import IterationReport, Learner, RolloutSupply
+from dist_lm.rlhf.controller import Controller, RolloutSupply
+from dist_lm.rlhf.learner import IterationReport, Learner
 from dist_lm.rlhf.models import RlhfModels, start_critic, trained
 from dist_lm.rlhf.rewards import Judge
 from dist_lm.rlhf.rollouts import FINISHES, EngineRollouts, Rollouts, RolloutSource, ShuffledPrompts
@@ -129,6 +130,9 @@ def toy(
     if algorithm.has_critic:
         critic = build(replace(model, head="scalar"))
         start_critic(critic, reward or policy, not_null(config.value_head))
+    controller = None
+    if world.is_first:
+        controller = Controller(supply_of(config, source(), seed, stop_tokens), config, seed, iterations)
     learner = Learner(
         config=config,
         seed=seed,
@@ -143,12 +147,24 @@ def toy(
             reward=reward.requires_grad_(False) if reward else None,
         ),
         algorithm=algorithm,
-        supply=supply_of(config, source(), seed, stop_tokens) if world.is_first else None,
+        controller=controller,
         **options,
     )
     run = Toy(learner, RlhfState(KlController.of(config)))
     run.learner = replace(learner, report=run.reports.append, save=run.saved.append)
     return run
+
+
+def supply_in(made: Toy) -> Any:
+    """Returns what draws and judges the rollouts of a toy, on the first rank."""
+    assert isinstance(made.learner.controller, Controller)
+    return made.learner.controller.supply
+
+
+def with_supply(made: Toy, supply: Any) -> None:
+    """Lets another supply draw and judge the rollouts of a toy."""
+    assert isinstance(made.learner.controller, Controller)
+    made.learner = replace(made.learner, controller=replace(made.learner.controller, supply=supply))
 
 
 def weights_of(trained: Toy) -> dict[str, torch.Tensor]:

@@ -16,7 +16,8 @@ from dist_lm.prepare.compose import compose_config
 from dist_lm.rlhf.learner import IterationReport
 from dist_lm.stages.rlhf.config import RlhfRunConfig
 from dist_lm.stages.rlhf.constraint import check_constraint, constraint_of_index
-from dist_lm.stages.rlhf.program import Reporter, rollout_constraints
+from dist_lm.stages.rlhf.controller import rollout_constraints
+from dist_lm.stages.rlhf.program import Reporter
 from dist_lm.stages.rlhf.prompts import Prompts, read_all
 from dist_lm.storage.run_directory import RunDirectory, WorkDirectory
 from dist_lm.tokenizer.tokenizer import KeptTemplate, Tokenizer, text_with_marks

@@ -19,13 +19,13 @@ from dist_lm.evaluation.in_loop import Round, loop_tasks
 from dist_lm.evaluation.tasks import Record
 from dist_lm.model.transformer import Transformer
 from dist_lm.parallel.mesh import adds_sums
+from dist_lm.rlhf.controller import Controller
 from dist_lm.rlhf.experience import add_up, end_scores, with_signs_of_life
-from dist_lm.rlhf.learner import Supply
 from dist_lm.rlhf.models import RlhfModels, as_reference, dealing, sent_weights
 from dist_lm.rlhf.reward_model import RewardScale
 from dist_lm.rlhf.rewards import UsableRollouts, share_usable, total_score
 from dist_lm.rlhf.rollouts import Rollouts, RolloutSource, read_to_end
-from dist_lm.rlhf.schedule import RolloutSchedule, draws_rollouts
+from dist_lm.rlhf.schedule import draws_rollouts
 from dist_lm.stages.rlhf.config import RlhfRunConfig
 from dist_lm.stages.training.eval_tasks import Evaluated
 from dist_lm.stages.training.program import RankStart
@@ -55,7 +55,7 @@ class HeldOut:
     config: RlhfRunConfig
     start: RankStart
     models: RlhfModels
-    supply: Supply | None  # on the first rank
+    controller: Controller | None  # on the first rank
     prompts: Sequence[Any]  # token ids of each, or the tasks of an environment
     alive: Callable[[], None]
 
@@ -101,13 +101,10 @@ class HeldOut:
             RewardError: rules failed on too many answers.
             UserError, PoolFailure: of the source, see `RolloutSource`.
         """
-        group = self.config.rlhf
         weights = sent_weights(model, self.config.parallel, self.start.world)
         judged = None
-        if self.supply:
-            self.supply.source.load_weights(weights, version)
-            rollouts = self.supply.draw(self.prompts, 0, 1, group, self.config.seed + seed)
-            judged = self.supply.judge(rollouts, expected=group.rollouts_per_iteration)
+        if self.controller:
+            judged = self.controller.answers(version, weights, self.config.seed + seed)
         else:
             read_to_end(weights)
 
@@ -151,14 +148,14 @@ class TasksOfIterations:
     staleness: int
     _open: dict[int, Callable[[], Records]] = field(default_factory=dict)  # iteration -> records, in their order
 
-    def reached(self, iteration: int, schedule: RolloutSchedule | None) -> None:
+    def reached(self, iteration: int, controller: Controller | None) -> None:
         """Has the tasks answered that are due after so many iterations (collective); with staleness 0 it waits for the
         figures and writes them.
 
         With staleness 0 it raises, on the first rank, what the evaluation has raised; else `before_checkpoint` does.
 
         Args:
-            schedule: on the first rank.
+            controller: on the first rank.
         """
         parts, due = self.parts, self.parts.tasks.due(iteration)
         if not due:
@@ -170,10 +167,10 @@ class TasksOfIterations:
         has_weights = draws_rollouts(iteration, self.staleness, parts.tasks.steps)
         weights = None
         if not has_weights:
-            weights = parts.weights(receives=schedule is not None)
-        if schedule:
+            weights = parts.weights(receives=controller is not None)
+        if controller:
             work = partial(self._evaluate, parts.tasks.of(due))
-            self._open[iteration] = schedule.queue(work, iteration, weights)
+            self._open[iteration] = controller.queue(work, iteration, weights)
         elif weights:
             read_to_end(weights)
 

@@ -1,56 +1,37 @@
 """The program of a rank in stage `rlhf`: builds the parts of the learner, runs it, reports and saves.
 
 All ranks hold the models and their share of pretraining text. The first rank holds the prompts, the rules and the
-source of rollouts: a pool of actors on the gang's Ray cluster, or an engine in this process.
+source of rollouts (`controller.py`): a pool of actors on the gang's Ray cluster, or an engine in this process.
 """
 
 import json
 import logging
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager, nullcontext
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from functools import partial
-from typing import TYPE_CHECKING
 
 import torch
 
-from dist_lm.chat.template import stop_tokens
-from dist_lm.cluster.pool import PoolRollouts
-from dist_lm.cluster.sandboxes import sandboxes_of
 from dist_lm.config.corpus import SPLITS
-from dist_lm.config.pool import PUSH_AUTO, PUSH_RAY
-from dist_lm.config.root import TRUST_ME
 from dist_lm.data.batch import Batch
 from dist_lm.data.sequences import note_of_left_out
 from dist_lm.data.stream import SequenceStream, StepStream
 from dist_lm.data.token_corpus import TokenCorpus
-from dist_lm.environments.protocol import Task
 from dist_lm.errors import ArtefactError
-from dist_lm.generation.decoder import WeightStream
-from dist_lm.generation.grammar import Grammars
 from dist_lm.parallel.mesh import World, data_mesh
-from dist_lm.parallel.sharding import compute_dtype
 from dist_lm.rlhf.algorithms.registry import ALGORITHMS
-from dist_lm.rlhf.config import CALLS
-from dist_lm.rlhf.constrained_rollouts import RolloutConstraints
-from dist_lm.rlhf.environment_rollouts import EnvironmentSupply, SignsOfLife
-from dist_lm.rlhf.learner import IterationReport, Learner, Pretraining, RolloutSupply
+from dist_lm.rlhf.learner import IterationReport, Learner, Pretraining
 from dist_lm.rlhf.models import own_threads, sent_weights
-from dist_lm.rlhf.rewards import Judge, Tasks
-from dist_lm.rlhf.rollouts import EngineRollouts, RolloutSource, ShuffledPrompts, read_to_end
+from dist_lm.rlhf.rollouts import read_to_end
 from dist_lm.rlhf.state import RlhfState
-from dist_lm.rlhf.waiting_times import WaitingTimes
-from dist_lm.stages.pool_start import PoolStarter, pool_starter
+from dist_lm.stages.pool_start import pool_starter
 from dist_lm.stages.registry import load_config
 from dist_lm.stages.rlhf.config import RlhfRunConfig
-from dist_lm.stages.rlhf.constraint import NO_TOOLS, constraint_of_index
-from dist_lm.stages.rlhf.engine import local_engine, rollout_spec
-from dist_lm.stages.rlhf.environment import open_environment_supply
-from dist_lm.stages.rlhf.environment_tasks import read_tasks
+from dist_lm.stages.rlhf.controller import open_controller, read_prompts
 from dist_lm.stages.rlhf.evaluations import HeldOut, tasks_of_iterations
 from dist_lm.stages.rlhf.models import LoadedRun, load_run, saved_files, train_state
-from dist_lm.stages.rlhf.prompts import Prompts, check_columns, forms_of, read_all, request_reader, tasks_of
 from dist_lm.stages.rlhf.record import remove_old_conversations
 from dist_lm.stages.training.program import (
     RankStart,
@@ -71,14 +52,9 @@ from dist_lm.training.step_meter import Eta, peak_memory_gib
 from dist_lm.training.step_profiler import StepProfiler
 from dist_lm.training.trainer import is_due
 
-if TYPE_CHECKING:
-    from dist_lm.cluster.pool_actor import EngineSpec
-    from dist_lm.cluster.pool_push import Sender
-
 log = logging.getLogger(__name__)
 
 SEQ_LEN = "rlhf.pretrain_seq_len"
-FIRST_WEIGHTS = -1  # version of the weights that actors start with; no rollout uses it
 
 
 def run_rank(run: RunDirectory, stop: StopRequest, heartbeat: Heartbeat) -> None:
@@ -93,7 +69,7 @@ def run_rank(run: RunDirectory, stop: StopRequest, heartbeat: Heartbeat) -> None
             sandbox.
         NonFiniteGradientsError, RewardError, RequestError: see `Learner.run`.
         CheckpointWriteError: a checkpoint could not be written.
-        UserError: a task of stage.eval_tasks cannot be asked, or as `rollout_constraints` and `open_supply`.
+        UserError: a task of stage.eval_tasks cannot be asked, or as `read_prompts` and `open_controller`.
         ClusterError, PoolFailure: Ray refuses the first rank, or actors find no place or keep dying.
     """
     began = time.time()
@@ -116,34 +92,29 @@ def run_rank(run: RunDirectory, stop: StopRequest, heartbeat: Heartbeat) -> None
         # Prompts, rules and engines, on the first rank.
         check_corpora(run, config, tokenizer, world)
         run.require_files(config.noted_files)  # prompts must not change while the run goes on
-        if config.rlhf.environment:
-            train_prompts, held_out_prompts = read_tasks(config.rlhf)
-        else:
-            train_prompts, held_out_prompts = read_all(config, run, tokenizer, judges=world.is_first)
+        prompts = read_prompts(config, run, tokenizer, judges=world.is_first)
         pool = stack.enter_context(pool_starter(config, world.device)) if world.is_first else None
-        constraints = constraint_of_held_out = None
-        # Rollouts of conversations carry the sets that constraints allowed.
-        if isinstance(train_prompts, Prompts) and isinstance(held_out_prompts, Prompts) and config.rlhf.constraint:
-            constraints = rollout_constraints(config, train_prompts, tokenizer)
-            constraint_of_held_out = constraint_of_index(config.rlhf, held_out_prompts, tokenizer)
-        supply = open_supply(config, run, start, loaded, train_prompts, constraints, reporter, stack, pool)
+        controller = None
+        # Reading the weights is collective, although only the first rank has a controller.
+        weights = sent_weights(loaded.models.policy.model, config.parallel, world)
+        if world.is_first:
+            generating = partial(reporter.alive, Phase.GENERATING)
+            controller = open_controller(
+                config, run, tokenizer, world.device, prompts, weights, generating, stack, pool
+            )
+        else:
+            read_to_end(weights)
 
         tasks = None
         if config.stage.eval_tasks:
-            source = supply.source if supply else None
+            source = controller.supply.source if controller else None
             cluster = pool.cluster if pool else None
             tasks = tasks_of_iterations(
                 config, run, start, loaded.models.policy.model, source, metrics, heartbeat, cluster
             )
         # Before the first iteration policy and reference are equal, so this win rate measures only noise.
         evaluating = partial(reporter.alive, Phase.EVALUATING)
-        compared = supply
-        if isinstance(supply, EnvironmentSupply):
-            compared = replace(supply, folder=None, waiting=WaitingTimes())
-        elif isinstance(supply, RolloutSupply) and isinstance(held_out_prompts, Prompts):
-            judge = supply.judge.for_prompts(held_out_prompts.row_of)
-            compared = replace(supply, judge=judge, constraint_at=constraint_of_held_out)
-        held_out = HeldOut(config, start, loaded.models, compared, held_out_prompts, evaluating)
+        held_out = HeldOut(config, start, loaded.models, controller, prompts.held_out, evaluating)
         if state.iteration == 0:
             comparison = held_out.compare(state.reward_scale)
             if metrics and comparison:
@@ -169,9 +140,9 @@ def run_rank(run: RunDirectory, stop: StopRequest, heartbeat: Heartbeat) -> None
                 parallel=config.parallel,
                 models=loaded.models,
                 algorithm=algorithm,
-                supply=supply,
+                controller=controller,
                 pretraining=text,
-                constraints=constraints,
+                constraints=prompts.constraints,
                 save_every=config.stage.checkpoint_every,
                 save=Saving(saver, loaded, reporter, world.is_first),
                 report=reporter,
@@ -193,138 +164,6 @@ def run_rank(run: RunDirectory, stop: StopRequest, heartbeat: Heartbeat) -> None
                 counters = train_state(state, reporter.tokens, tokenizer.sha256)
                 more = {"prompts": state.prompt_position, "first": metrics_of_step(run, 1)}
                 write_success(run, config, counters, time.time() - began, last, more)
-
-
-# --- the source of rollouts ---
-
-
-def rollout_constraints(config: RlhfRunConfig, prompts: Prompts, tokenizer: Tokenizer) -> RolloutConstraints:
-    """Returns the constraints of completions, on every rank: engines draw under them, and ranks follow them again.
-
-    The constraint of the first prompt is compiled, so that one that cannot be followed is refused before it is used.
-
-    Raises:
-        ArtefactError: calls are constrained, and no prompt has tools.
-        UserError: a constraint cannot be followed (GrammarError, SchemaError), or as `constraint_of_index`.
-    """
-    if config.rlhf.constraint == CALLS and not any(prompts.tools):
-        raise ArtefactError(NO_TOOLS)
-
-    constraint_of = constraint_of_index(config.rlhf, prompts, tokenizer)
-    order = ShuffledPrompts(prompts, config.seed)
-    grammars, ends = Grammars(lambda: tokenizer), (tokenizer.eot_id, *stop_tokens(tokenizer))
-    grammars.matcher(constraint_of(0), ends).allowed()
-    return RolloutConstraints(
-        grammars, lambda position: constraint_of(order.index(position)), ends, tokenizer.vocab_size
-    )
-
-
-def open_supply(
-    config: RlhfRunConfig,
-    run: RunDirectory,
-    start: RankStart,
-    loaded: LoadedRun,
-    prompts: Prompts | list[Task],
-    constraints: RolloutConstraints | None,
-    reporter: "Reporter",
-    stack: ExitStack,
-    pool: PoolStarter | None,
-) -> RolloutSupply | EnvironmentSupply | None:
-    """Returns prompts, rules and source of rollouts on the first rank; None on other ranks (collective).
-
-    Args:
-        prompts: or the tasks of an environment.
-        stack: closes rules, environments and source.
-        pool: the cluster of the actors; None: an engine in this process.
-
-    Raises:
-        ClusterError: Ray has no free resources for an actor.
-        ArtefactError: a prompt lacks the tests that a reward asks for.
-        ConfigError: there is no file of prompts, or this machine has no parser or no sandbox that a reward needs.
-        UserError: the tokenizer lacks the mark that ends a turn, a kept chat template cannot write a request, or as
-            `PoolStarter.start`.
-        PoolFailure: actors die while they start.
-    """
-    weights = sent_weights(loaded.models.policy.model, config.parallel, start.world)
-    # Reading the weights is collective, although only the first rank has an engine.
-    if not start.world.is_first:
-        read_to_end(weights)
-        return None
-
-    settings, tokenizer = config.rlhf, start.tokenizer
-    generating = SignsOfLife(partial(reporter.alive, Phase.GENERATING))
-    if not isinstance(prompts, Prompts):
-        source = stack.enter_context(rollout_source(config, tokenizer, weights, start.world.device, generating, pool))
-        return open_environment_supply(config, run, tokenizer, prompts, source, stack, generating)
-
-    # Programs of a reward of kind tests run on the cores of all nodes of the pool's cluster.
-    on_nodes = partial(sandboxes_of, pool.cluster if pool else None)
-    tasks = Tasks(tasks_of(settings, tokenizer), config.sandbox == TRUST_ME, on_nodes, config.seed)
-    order = ShuffledPrompts(prompts, config.seed)
-    judge = Judge(
-        settings.rewards,
-        tokenizer.decode,
-        settings.max_failed_fraction,
-        generating,
-        tasks,
-        request_reader(tokenizer),
-        lambda position: prompts.row_of(order.index(position)),
-    )
-    stack.enter_context(judge)
-    # The columns of files were compared with the functions before the run started.
-    if prompts.rows and not settings.prompts_from:
-        origin = f"stage.corpus={config.stage.corpus}"
-        check_columns(forms_of(settings), [(origin, row.columns) for row in prompts.rows])
-    source = stack.enter_context(rollout_source(config, tokenizer, weights, start.world.device, generating, pool))
-    constraint_at = constraints.constraint_at if constraints else None
-    return RolloutSupply(source, order, judge, stop_tokens(tokenizer), constraint_at)
-
-
-@contextmanager
-def rollout_source(
-    config: RlhfRunConfig,
-    tokenizer: Tokenizer,
-    weights: WeightStream,
-    device: torch.device,
-    alive: Callable[[], None],
-    pool: PoolStarter | None,
-) -> Iterator[RolloutSource]:
-    """Yields the source of rollouts: actors, which end with the block, or a local engine.
-
-    Args:
-        weights: weights of any version of the policy; read to the end.
-        alive: called regularly during generation.
-        pool: the cluster of the actors; None: a local engine.
-
-    Raises:
-        ClusterError: Ray has no free resources for an actor.
-        PoolFailure: actors die while they start.
-        UserError: as `PoolStarter.start`.
-        ConfigError: bf16 is asked for on a GPU without it.
-    """
-
-    def keep_going() -> bool:
-        alive()
-        return True
-
-    spec = rollout_spec(config, tokenizer, compute_dtype(config.parallel, device), device)
-    if pool is not None:
-        with pool.start(spec, weights, FIRST_WEIGHTS, keep_going, _sender(config, spec, device)) as actors:
-            yield PoolRollouts(actors, sleeps=config.in_turns)
-        return
-    yield EngineRollouts(local_engine(config, spec, tokenizer, weights, device), sleeps=config.in_turns)
-
-
-def _sender(config: RlhfRunConfig, spec: "EngineSpec", device: torch.device) -> "Sender | None":
-    """Returns the sender of weights straight to actors; None if rlhf.pool.push leaves that to Ray."""
-    push = config.pool.push
-    # A sender waits for idle actors, which asynchronous sampling never has.
-    if push == PUSH_RAY or (push == PUSH_AUTO and device.type == "cpu") or config.rlhf.asynchronous:
-        return None
-    from dist_lm.cluster.pool_push import sender_for
-
-    patience_s = config.cluster.hang_min_s / 4  # must end before the silence of this rank counts as a hang
-    return sender_for(push, spec.model, spec.dtype, device, tp=spec.tp, patience_s=patience_s)
 
 
 # --- pretraining text ---
