@@ -218,7 +218,8 @@ def assemble(
         counts.shape
     )
 
-    inputs = np.ascontiguousarray(tokens[:, :-1])  # a copy: targets stay as they are, a document ends with end-of-text
+    # A copy, even of one row, which numpy takes for contiguous: targets keep the end-of-text that `first_token` replaces.
+    inputs = tokens[:, :-1].copy()
     if first_token:
         for b, begin in document_starts:
             first_token.put(inputs[b, begin:])
