@@ -218,7 +218,7 @@ def assemble(
         counts.shape
     )
 
-    # A copy, even of one row, which numpy takes for contiguous: targets keep the end-of-text that `first_token` replaces.
+    # A copy, even of one row, which numpy takes for contiguous: targets keep the end-of-text that opens a document.
     inputs = tokens[:, :-1].copy()
     if first_token:
         for b, begin in document_starts:

@@ -141,8 +141,8 @@ class SplitIndex:
             lengths = self.columns["lengths"][begin:end]
         ends = list(accumulate(lengths.tolist(), initial=self.columns["unit_token"].item(unit)))
 
-        # All are dropped together, which needs no lock where several threads read.
-        if len(self._unit_ends) == CACHED_UNITS:
+        # All are dropped together, which needs no lock where several threads read. Two may pass the bound at once.
+        if len(self._unit_ends) >= CACHED_UNITS:
             self._unit_ends = {}
         self._unit_ends[unit] = ends
         return ends

@@ -48,7 +48,7 @@ def candidates(config: Config, world_size: int) -> list[Candidate]:
     """Returns every possible layout with all open settings, fastest first; equally fast ones in order of simplicity.
 
     Sequences are split over ranks (cp) as `config` says. If it leaves cp at 1, larger ones are tried in turn while
-    nothing fits the memory, and within a node also while what fits computes all activations again.
+    nothing fits the memory, and within a node also while the fastest that fits computes all activations again.
 
     Raises:
         ConfigError: no layout of this many ranks fits the model and the batch, or parameters are offloaded.
@@ -64,8 +64,8 @@ def candidates(config: Config, world_size: int) -> list[Candidate]:
     config = _as_step(config)
     possible = _candidates_with(config, world_size, config.parallel.cp)
 
-    # Messages of cp are waited for, so it is tried for memory alone, not for a batch that nothing divides. Inside a node
-    # they cost less than a second forward pass, which full checkpointing takes.
+    # Messages of cp are waited for, so it is tried for memory alone, not for a batch that nothing divides. Inside a
+    # node they cost less than a second forward pass, which full checkpointing takes.
     if possible and may_split:
         for cp in divisors(world_size)[1:]:
             fitting = [candidate for candidate in possible if fits(candidate.memory, config.hardware.memory_gib)]

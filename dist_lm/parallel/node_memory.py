@@ -1,23 +1,39 @@
 """Values with large arrays, in memory that the processes of a node share.
 
-A value is written once, as `messages.encode` has it, into memory without a name. Other processes get a file
-descriptor of it, over a socket or from `/proc`, and use the arrays where they lie: a process that writes to one gets a
-copy of the pages that it changes. The memory is free when the last process has let go of it, so a process that is
-killed leaves nothing behind.
+A value is written once, as `messages.encode` has it, into memory without a name. Other processes open it in `/proc` and
+use the arrays where they lie: a process that writes to one gets a copy of the pages that it changes. The memory is free
+when the last process has let go of it, so a process that is killed leaves nothing behind.
 """
 
+import errno
+import logging
 import mmap
 import os
 import sys
-from typing import Any, Self
+from pathlib import Path
+from typing import Any, NamedTuple, Self
 
 import torch
 import torch.distributed as dist
 
 from dist_lm.parallel.messages import decode, pieces_of
 
+log = logging.getLogger(__name__)
+
 HAS_SHARED_MEMORY = sys.platform == "linux"
 MOST_PIECES = 512  # of one system call; Linux takes 1,024
+
+
+class MemoryPlace(NamedTuple):
+    """Where the memory of a process is found, and what tells it from any other file."""
+
+    process: int
+    descriptor: int
+    device: int  # of the file system, with `inode`: no two files of a node have both
+    inode: int
+
+
+NOWHERE = MemoryPlace(-1, -1, -1, -1)
 
 
 class NodeMemory:
@@ -55,13 +71,24 @@ class NodeMemory:
             raise
 
     @classmethod
-    def opened(cls, process: int, descriptor: int) -> Self:
-        """Opens the memory of another process of this user on this node, by its number there.
+    def opened(cls, place: MemoryPlace) -> Self:
+        """Opens the memory of another process of this user on this node.
 
         Raises:
-            OSError: there is none.
+            OSError: this process may not open it, or another file is in its place.
         """
-        return cls(os.open(f"/proc/{process}/fd/{descriptor}", os.O_RDONLY | os.O_CLOEXEC))
+        path = Path(f"/proc/{place.process}/fd/{place.descriptor}")
+        # In another PID namespace the number is another process's; to open a pipe of it could wait forever.
+        status = path.stat()
+        if (status.st_dev, status.st_ino) != (place.device, place.inode):
+            raise FileNotFoundError(errno.ENOENT, "another file than the memory", str(path))
+        return cls(os.open(path, os.O_RDONLY | os.O_CLOEXEC))
+
+    @property
+    def place(self) -> MemoryPlace:
+        """Where other processes find this memory while it is open here."""
+        status = os.fstat(self._descriptor)
+        return MemoryPlace(os.getpid(), self._descriptor, status.st_dev, status.st_ino)
 
     def fileno(self) -> int:
         return self._descriptor
@@ -89,16 +116,19 @@ class NodeMemory:
         self.close()
 
 
-def share_memory(memory: NodeMemory | None, local_rank: int) -> NodeMemory:
+def share_memory(memory: NodeMemory | None, local_rank: int) -> NodeMemory | None:
     """Returns the first rank's memory on every rank (collective): the ranks of its node open it, and each other node
     has one copy, which its first rank receives.
+
+    Returns None on every rank if one of them cannot open the memory of another: a container or a security module can
+    forbid it, and ranks of one node can have PID namespaces of their own.
 
     Args:
         memory: read on the first rank alone.
         local_rank: number of this rank on its node; ranks of a node have consecutive numbers.
 
     Raises:
-        OSError: a rank cannot open the memory of another, or has no memory left.
+        OSError: the first rank of a node has no memory left.
     """
     own_rank = dist.get_rank()
     first_of_node = own_rank - local_rank
@@ -108,12 +138,19 @@ def share_memory(memory: NodeMemory | None, local_rank: int) -> NodeMemory:
     if own_rank in firsts:
         memory = _passed_on(memory, size, firsts, firsts.index(own_rank))
 
-    # Whoever has the memory keeps it open until all others have opened it.
-    holders = _gathered([os.getpid(), memory.fileno() if memory else -1])
-    if memory is None or own_rank != first_of_node:
-        memory = NodeMemory.opened(*holders[first_of_node])
-    dist.barrier()
-    return memory
+    places = _gathered(list(memory.place if memory else NOWHERE))
+    if own_rank != first_of_node:
+        try:
+            memory = NodeMemory.opened(MemoryPlace(*places[first_of_node]))
+        except OSError as error:
+            log.info("rank %d cannot open the memory of rank %d: %s", own_rank, first_of_node, error)
+
+    # Whoever has the memory keeps it open until all others have tried to open it, and all go on in the same way.
+    if all(has_memory for (has_memory,) in _gathered([memory is not None])):
+        return memory
+    if memory:
+        memory.close()
+    return None
 
 
 def _passed_on(memory: NodeMemory | None, size: int, firsts: list[int], number: int) -> NodeMemory:

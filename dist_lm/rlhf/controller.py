@@ -8,7 +8,7 @@ rollouts of an iteration with their scores as a few arrays. `on_every_rank` hand
 """
 
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import ExitStack
+from contextlib import ExitStack, closing
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any, Protocol, TypeVar, cast
@@ -46,20 +46,23 @@ class ControllerState:
 def on_every_rank(drawn: Drawn | None, world: World) -> Drawn:
     """Returns the first rank's rollouts on every rank, in host memory that the ranks of a node share (collective).
 
+    Where ranks cannot share memory, each gets a copy.
+
     Args:
         drawn: read on the first rank alone.
     """
     if world.size == 1:
         assert drawn is not None
         return drawn
-    if not HAS_SHARED_MEMORY:
+
+    memory = None
+    if HAS_SHARED_MEMORY:
+        memory = share_memory(NodeMemory.of(drawn) if world.is_first else None, world.local_rank)
+    if memory is None:
         return broadcast(cast(Drawn, drawn), Drawn)
 
-    memory = share_memory(NodeMemory.of(drawn) if world.is_first else None, world.local_rank)
-    try:
+    with closing(memory):
         return memory.read(Drawn)
-    finally:
-        memory.close()
 
 
 # --- what it draws from ---

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from dist_lm.data import split_index
 from dist_lm.data.index import load_index
 from dist_lm.data.manifest import index_path, read_manifest
-from dist_lm.data.split_index import BLOCK, UNIT, SplitIndex, split_index_path, unit_begins
+from dist_lm.data.split_index import BLOCK, CACHED_UNITS, UNIT, SplitIndex, split_index_path, unit_begins
 from dist_lm.data.token_corpus import TokenCorpus
 from tests.data.synthetic_corpus import documents, lengths, write
 
@@ -66,6 +66,14 @@ def test_columns_are_those_of_the_tars(tmp_path: Path) -> None:
         assert column.tolist() == expected[name].tolist(), name
     names = [index.languages[code] for index in indices for code in index.documents["language"].tolist()]
     assert [corpus.languages[code] for code in corpus.language_codes.tolist()] == names
+
+
+def test_units_in_memory_are_bounded_even_if_threads_have_passed_the_bound(tmp_path: Path) -> None:
+    """Finds units that are never dropped again after two threads, each below the bound, have added one at once."""
+    index = TokenCorpus.open(written(tmp_path), "train")._index
+    index._unit_ends = {-number: [] for number in range(1, CACHED_UNITS + 2)}
+    assert index.unit_ends(1) == index.unit_ends(1)
+    assert len(index._unit_ends) <= CACHED_UNITS
 
 
 @pytest.mark.heavy

@@ -43,6 +43,18 @@ def test_a_value_of_many_arrays_is_written_whole():
     assert [array.tolist() for array in read] == [[i] * 3 for i in range(2000)]
 
 
+def test_another_file_in_the_place_of_the_memory_is_not_opened():
+    """Finds a rank that reads another value, or waits for a pipe, because a process number is of another namespace."""
+    memory, other = NodeMemory.of(value_of(3)), NodeMemory.of(value_of(4))
+    reader, writer = os.pipe()
+    assert NodeMemory.opened(memory.place).read(Value).large.tolist() == [0, 1, 2]
+    for descriptor in (other.fileno(), writer):
+        with pytest.raises(FileNotFoundError):
+            NodeMemory.opened(memory.place._replace(descriptor=descriptor))
+    os.close(reader)
+    os.close(writer)
+
+
 def shared(world: World, per_node: int, n: int) -> list:
     """Returns, for each rank: whether it read the value, and the inode of the memory that it has mapped."""
     local_rank = world.rank % per_node
