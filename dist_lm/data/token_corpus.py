@@ -142,7 +142,7 @@ class TokenCorpus:
             ArtefactError: as `tokens`.
         """
         width = self._dtype.itemsize
-        spans: list[tuple[_Area, int, int]] = []  # tokens of members
+        spans: list[tuple[_Area, int, int]] = []  # tokens of a member: its area, the first, and the one behind the last
         for document, start, stop in slices:
             unit = self._unit_of(document)
             begin = unit.begin(document) + start
