@@ -61,6 +61,7 @@ def shared(world: World, per_node: int, n: int) -> list:
     n_before = psutil.Process().num_fds()
     for size in (n, 3):
         memory = share_memory(NodeMemory.of(value_of(size)) if world.is_first else None, local_rank)
+        assert memory is not None
         inode = os.fstat(memory.fileno()).st_ino
         value = memory.read(Value)
         memory.close()
