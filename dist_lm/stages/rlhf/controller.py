@@ -122,6 +122,7 @@ def open_controller(
     to_controller = partial(
         Controller, config=settings, seed=config.seed, iterations=config.stage.steps, held_out_prompts=held_out
     )
+
     if not isinstance(train, Prompts):
         source = stack.enter_context(rollout_source(config, tokenizer, weights, device, generating, pool))
         environments = open_environment_supply(config, run, tokenizer, train, source, stack, generating)
@@ -143,10 +144,12 @@ def open_controller(
         lambda position: train.row_of(order.index(position)),
     )
     stack.enter_context(judge)
+
     # The columns of files were compared with the functions before the run started.
     if train.rows and not settings.prompts_from:
         origin = f"stage.corpus={config.stage.corpus}"
         check_columns(forms_of(settings), [(origin, row.columns) for row in train.rows])
+
     source = stack.enter_context(rollout_source(config, tokenizer, weights, device, generating, pool))
     constraint_at = prompts.constraints.constraint_at if prompts.constraints else None
     supply = RolloutSupply(source, order, judge, stop_tokens(tokenizer), constraint_at)
