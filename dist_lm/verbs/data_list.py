@@ -71,6 +71,10 @@ def print_corpora(work: WorkDirectory, console: Console, *, unused: bool) -> Non
                 console.print(Text(shlex.join(["rm", "-r", str(corpus.folder)])), soft_wrap=True)
         return
 
+    if not corpora:
+        console.print(Text(f"no corpus in {work.path / 'corpora'}"), soft_wrap=True)
+        return
+
     # The name of a folder is a value of corpus.folders, so that no character of it may be left out.
     longest = max((len(corpus.folder.name) for corpus in corpora), default=0)
     if console.width < NARROWEST_TABLE + longest:

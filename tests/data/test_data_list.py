@@ -1,6 +1,7 @@
 """`dist-lm data list`: every folder of corpora, and the runs that use it."""
 
 import io
+from pathlib import Path
 
 import pytest
 from rich.console import Console as RichConsole
@@ -62,6 +63,12 @@ def test_a_narrow_terminal_has_every_value_on_a_line_of_its_own(listed: WorkDire
     start = lines.index("code-1a2b3c4d")
     assert lines[start + 1] == "  documents: 25"
     assert "  used by: code/new" in lines[start : lines.index("language")]
+
+
+def test_a_work_directory_without_a_corpus_says_so(tmp_path: Path) -> None:
+    """Finds an answer of no character, which looks like a failure."""
+    (tmp_path / "corpora").mkdir()
+    assert printed(WorkDirectory(tmp_path)) == f"no corpus in {tmp_path / 'corpora'}\n"
 
 
 def test_only_unused_finished_corpora_have_a_command_that_removes_them(listed: WorkDirectory) -> None:
