@@ -17,7 +17,7 @@ from dist_lm.errors import ConfigError, UserError, require
 from dist_lm.parallel.mesh import option_device
 from dist_lm.server.door import DoorRules
 from dist_lm.server.follow import Follower
-from dist_lm.server.model_files import ModelFiles, by_base, find_models
+from dist_lm.server.model_files import ModelFiles, by_base, find_models, refuse_repeated
 from dist_lm.server.models import ModelOptions, check_memory, load_over_pool, load_reward, load_served
 from dist_lm.server.served import ServeLimits
 from dist_lm.server.serving import Serving
@@ -174,6 +174,7 @@ def _load(
         UserError: no actor starts.
     """
     model_files = find_models(paths, options.names, options.follow)
+    refuse_repeated(model_files)
     language_models = [model for model in model_files if model.config.head == "tokens"]
     reward_models = [model for model in model_files if model.config.head == "scalar"]
     # The option counts the tokens of all models together.

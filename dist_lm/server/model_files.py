@@ -78,6 +78,22 @@ def find_models(paths: Sequence[Path], names: Sequence[str], follow: bool = Fals
     return models
 
 
+def refuse_repeated(models: Sequence[ModelFiles]) -> None:
+    """Refuses models that requests could not tell apart, before any of them is loaded.
+
+    Raises:
+        ConfigError: a checkpoint is named twice, or a further name is that of another model.
+    """
+    ids = [model.name for model in models]
+    for model in models:
+        expected = "each model once: requests name a model by its run and checkpoint"
+        require(ids.count(model.name) == 1, "run", model.path, expected)
+
+    names = [name for model in models for name in (model.name, *model.aliases)]
+    repeated = sorted({name for name in names if names.count(name) > 1})
+    require(not repeated, "--name", ", ".join(repeated), "another name for each model")
+
+
 def by_base(models: Sequence[ModelFiles]) -> list[list[ModelFiles]]:
     """Returns the models in groups that can share one copy of a base, each group and model in the order of `models`; a
     group of one is loaded whole."""

@@ -231,7 +231,9 @@ def print_step(run: RunDirectory, step: int, console: Console, *, as_json: bool,
             if number == 0:
                 console.print(Text(f"sequence {sequence:,}, of {part.corpus}", style="bold"), soft_wrap=True)
             tokens = f"{part.start:>7,} to {part.stop:>7,} of {part.document_tokens:>7,}"
-            line = f"{tokens}  document {part.document:,}  {part.licence or 'licence not given'}  {part.source}"
+            # As `data without` takes it.
+            document = f"{part.corpus}:{part.document}"
+            line = f"{tokens}  {document}  {part.licence or 'licence not given'}  {part.source}"
             console.print(Text(line), soft_wrap=True)
             if with_text:
                 console.print(Text(part.text, style="dim"))

@@ -50,7 +50,7 @@ class Place:
     language: str
     source: str
     licence: str
-    steps: tuple[int, ...]  # steps of the run that read it, rising; from 1
+    steps: tuple[int, ...]  # steps of the run that read a token of the place, rising; from 1
     left_out: bool = False  # whether its loss does not count (stage.without)
     near_duplicates: tuple[str, ...] = ()  # sources of texts that the build dropped because they resemble the document
 
@@ -207,7 +207,8 @@ def print_places(run: RunDirectory, text: str, most: int, console: Console, *, a
         console.print(Text(f"{searched_run.path}: {counted(len(places), 'place')}", style="bold"), soft_wrap=True)
         for place in places:
             console.print(Text(f"  {place.source}  ({place.licence or 'licence not given'})"), soft_wrap=True)
-            where = f"document {place.document:,} of {place.corpus}, tokens {place.start:,} to {place.stop:,}"
+            # The document as `data without` takes it; the steps are those of these tokens, not of all its tokens.
+            where = f"{place.corpus}:{place.document}, tokens {place.start:,} to {place.stop:,}"
             left_out = ", without its loss" if place.left_out else ""
             console.print(Text(f"    {where}: {_in_words(place.steps)}{left_out}"), soft_wrap=True)
             for source in place.near_duplicates:
@@ -216,7 +217,7 @@ def print_places(run: RunDirectory, text: str, most: int, console: Console, *, a
 
 def _in_words(steps: Sequence[int]) -> str:
     if not steps:
-        return "read by no step"
+        return "these tokens were read by no step"
     named = ", ".join(f"{step:,}" for step in steps[:NAMED_STEPS])
     more = f" and {len(steps) - NAMED_STEPS:,} more" if len(steps) > NAMED_STEPS else ""
-    return f"read by step {named}{more}"
+    return f"these tokens were read by step {named}{more}"

@@ -17,13 +17,14 @@ import torch.distributed as dist
 from dist_lm.config.model import AdaptedModelConfig
 from dist_lm.config.root import save_config
 from dist_lm.config.stage import LoraConfig
+from dist_lm.errors import ConfigError
 from dist_lm.model.keyed_random import initialise
 from dist_lm.model.transformer import Transformer
 from dist_lm.parallel.mesh import World
 from dist_lm.prepare.compose import compose_config
 from dist_lm.server.command import ServeOptions, _groups
 from dist_lm.server.door import DoorRules
-from dist_lm.server.model_files import by_base, find_models
+from dist_lm.server.model_files import by_base, find_models, refuse_repeated
 from dist_lm.server.models import ModelOptions, check_memory, load_served
 from dist_lm.server.served import ServeLimits
 from dist_lm.server.serving import Serving
@@ -94,6 +95,16 @@ def paths_of(runs: dict[str, RunDirectory], *names: str) -> list[Path]:
 
 def ids_of(groups: Sequence[Sequence[Any]]) -> list[list[str]]:
     return [[model.name.split("/")[1] for model in group] for group in groups]
+
+
+def test_models_that_requests_cannot_tell_apart_are_refused_before_they_load(runs: dict[str, RunDirectory]):
+    """Finds a run given twice that is loaded first and then refused in words that name no option of the command."""
+    refuse_repeated(find_models(paths_of(runs, "base", "one", "two"), ["base", "one", "two"]))
+    for repeated in (["one", "one"], ["base", "base"]):
+        with pytest.raises(ConfigError, match=r"run=.*each model once"):
+            refuse_repeated(find_models(paths_of(runs, *repeated), []))
+    with pytest.raises(ConfigError, match="--name=ours: expected another name for each model"):
+        refuse_repeated(find_models(paths_of(runs, "base", "one"), ["ours", "ours"]))
 
 
 def test_models_of_one_base_are_one_group(runs: dict[str, RunDirectory], capsys: pytest.CaptureFixture[str]):

@@ -114,3 +114,5 @@ def test_people_and_programs_are_told_the_same(work: WorkDirectory, capsys: pyte
     shown = console.file.getvalue()  # pyright: ignore[reportAttributeAccessIssue]
     assert all(f"sequence {part.sequence}, of {part.corpus}" in shown for part in used)
     assert all(part.source in shown for part in used)
+    # `data without` takes this form; a number with commas would be refused there.
+    assert all(f"  {part.corpus}:{part.document}  " in shown for part in used)

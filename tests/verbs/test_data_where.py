@@ -178,6 +178,8 @@ def test_a_document_tells_what_was_dropped_for_it_and_that_it_is_left_out(work: 
     print_places(run, text, 1, console, as_json=False)
     shown = console.file.getvalue()  # pyright: ignore[reportAttributeAccessIssue]
     assert "without its loss" in shown
+    # A line must hold a document as `data without` takes it, and a copied one must not need an edit.
+    assert "    code:0, tokens " in shown
     assert "copy 2 was dropped as its near-duplicate" in shown
     rejected.write_text("[1]\n")
     with pytest.raises(ArtefactError, match=r"rejected\.jsonl: cannot be read"):
