@@ -93,7 +93,7 @@ class GroupKeys(AlgorithmKeys):
 class Experience:
     """The rollouts of an iteration as seen before its first update, the same on every rank.
 
-    Completions are left-aligned and every tensor but `importance_BT` is 0 on padding. All are fp32 except `prompt_B`.
+    Completions are left-aligned and every tensor but the two weights is 0 on padding. All are fp32 except `prompt_B`.
     """
 
     mask_BT: torch.Tensor  # 1 on the tokens of a completion
@@ -103,6 +103,7 @@ class Experience:
     reference_logprob_BT: torch.Tensor | None  # None: there is no reference model
     value_BT: torch.Tensor | None  # the critic's value before each token; None: there is no critic
     importance_BT: torch.Tensor | None  # weight of each token, see `policy_gradient.truncated_importance`; None: 1
+    kl_weight_BT: torch.Tensor | None = None  # importance of tokens that older weights drew, 1 for others; None: 1
 
     @property
     def has_finite_models(self) -> bool:

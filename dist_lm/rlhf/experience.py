@@ -45,6 +45,7 @@ def collect(
     rule_score_B: Mapping[str, torch.Tensor],
     batches: Sequence[RolloutBatch],
     reward_scale: RewardScale | None,
+    version: int,
     ratio_of: str = "token",
 ) -> Collected:
     """Runs all models over the rollouts and returns the experience of the iteration, the same on every rank
@@ -58,6 +59,7 @@ def collect(
             it rounds as the passes here do, and every ratio of that update is exactly 1.
         reward_scale: None: with rlhf.normalise_reward it is measured on these rollouts, which must come from the
             reference policy; without it, scores of the reward model stay as they are.
+        version: of the policy.
         ratio_of: see `Algorithm`.
     """
     config = execution.config
@@ -88,6 +90,13 @@ def collect(
     if config.importance_cap:
         importance_BT = truncated_importance(outputs["logprob"], engine_BT, mask_BT, config.importance_cap, ratio_of)
 
+    # The KL is that of the policy now, so tokens that older weights drew are weighted as if the policy had drawn them.
+    # Fresh ones keep weight 1: for them importance is rounding alone.
+    kl_weight_BT = None
+    is_stale_B = torch.from_numpy(rollouts.version_B < version).to(execution.device)
+    if importance_BT is not None and is_stale_B.any():
+        kl_weight_BT = torch.where(is_stale_B[:, None], importance_BT, 1.0)
+
     experience = Experience(
         mask_BT=mask_BT.float(),
         score_B=score_B,
@@ -96,6 +105,7 @@ def collect(
         reference_logprob_BT=outputs.get("reference"),
         value_BT=outputs.get("value"),
         importance_BT=importance_BT,
+        kl_weight_BT=kl_weight_BT,
     )
     return Collected(experience, outputs["entropy"], engine_BT, part_B, reward_scale)
 

@@ -39,7 +39,7 @@ from dist_lm.rlhf.controller import Controller, ControllerState, on_every_rank
 from dist_lm.rlhf.experience import Collected, collect
 from dist_lm.rlhf.models import Execution, RlhfModels, RunBoth, Trained, dealing, one_after_other, sent_weights
 from dist_lm.rlhf.packed_rollouts import Minibatch, Passes, RolloutBatch
-from dist_lm.rlhf.policy_gradient import groups_of, k1, mean_and_std
+from dist_lm.rlhf.policy_gradient import groups_of, mean_and_std, reference_kl
 from dist_lm.rlhf.rewards import REWARD_MODEL, UsableRollouts, refuse_void, usable_of
 from dist_lm.rlhf.rollouts import CUTS, Rollouts, read_to_end
 from dist_lm.rlhf.schedule import Drawn, draws_rollouts
@@ -215,7 +215,13 @@ class Learner:
         )
         batches = [batch for minibatch in passes(0) for batch in minibatch.batches]
         collected = collect(
-            execution, rollouts, usable.rule_score_B, batches, state.reward_scale, self.algorithm.ratio_of
+            execution,
+            rollouts,
+            usable.rule_score_B,
+            batches,
+            state.reward_scale,
+            state.version,
+            self.algorithm.ratio_of,
         )
         prepared = self.algorithm.prepare(collected.experience, state.kl.coefficient)
         # Where the models' own numbers are not finite, scores are not to blame: `update` skips those gradients.
@@ -510,8 +516,7 @@ def iteration_metrics(
     }
 
     if experience.reference_logprob_BT is not None:
-        kl_BT = k1(experience.logprob_BT, experience.reference_logprob_BT) * mask_BT
-        kl = float(kl_BT.double().sum() / len(rollouts))
+        kl = float(reference_kl(experience, "k1").double().sum() / len(rollouts))
         metrics |= {
             "rlhf/kl": kl,  # nats per rollout
             "rlhf/kl_coefficient": state.kl.coefficient,

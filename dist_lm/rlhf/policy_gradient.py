@@ -38,11 +38,15 @@ ESTIMATES: dict[str, Callable[[torch.Tensor, torch.Tensor], torch.Tensor]] = {"k
 
 
 def reference_kl(experience: Experience, estimate: str) -> torch.Tensor:
-    """Returns the estimated KL from the reference at each token, nats, (B, T); 0 on padding and without a reference."""
+    """Returns the estimated KL from the reference at each token, nats, (B, T); 0 on padding and without a reference.
+
+    It is weighted where older weights drew the token. Without weights its mean would be no KL: the policy makes tokens
+    that it has left improbable, and these would count, as log(policy / reference), far below 0.
+    """
     if experience.reference_logprob_BT is None:
         return torch.zeros_like(experience.mask_BT)
-    kl_BT = ESTIMATES[estimate](experience.logprob_BT, experience.reference_logprob_BT)
-    return kl_BT * experience.mask_BT
+    kl_BT = ESTIMATES[estimate](experience.logprob_BT, experience.reference_logprob_BT) * experience.mask_BT
+    return kl_BT if experience.kl_weight_BT is None else kl_BT * experience.kl_weight_BT
 
 
 # --- rewards and advantages ---
@@ -184,6 +188,8 @@ def token_columns(experience: Experience, advantage_BT: torch.Tensor) -> dict[st
         columns["reference"] = experience.reference_logprob_BT
     if experience.importance_BT is not None:
         columns["importance"] = experience.importance_BT
+    if experience.kl_weight_BT is not None:
+        columns["kl_weight"] = experience.kl_weight_BT
     return columns
 
 
@@ -267,7 +273,8 @@ def penalised_policy_loss(
     have the same value.
 
     Columns: `old_logprob`, `advantage`; where they exist, `importance` (weight of the gain of each token),
-    `token_weight` (weight of all terms of a token; 1 without it) and `reference` (log-probability, for the KL).
+    `token_weight` (weight of all terms of a token; 1 without it), `reference` (log-probability, for the KL) and
+    `kl_weight` (importance of tokens that older weights drew, for the KL; 1 without it).
 
     Args:
         clip: as in `clipped_policy_loss`, as are `clip_high` and `ratio_N`.
@@ -288,9 +295,10 @@ def penalised_policy_loss(
     )
 
     total, metrics = loss.total, dict(loss.metrics)
-    # Importance weighs only the surrogate, whose tokens other weights drew. KL and entropy belong to the policy now.
+    # KL and entropy belong to the policy now. The ratio leads there from the policy at the start of the iteration, and
+    # `kl_weight` to that one from the weights that drew the token.
     if tokens.kl_coefficient:
-        kl_N = k3(tokens.logprob_N, columns["reference"]) * ratio_N
+        kl_N = k3(tokens.logprob_N, columns["reference"]) * ratio_N * columns.get("kl_weight", 1)
         total = total + tokens.kl_coefficient * (token_weight_N * kl_N).sum()
         metrics["policy_loss"] = total.detach()
     if entropy_coefficient:

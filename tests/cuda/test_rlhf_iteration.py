@@ -58,7 +58,7 @@ class Run:
         passes = Passes(drawn, run.dealing, CARD, seed=0, iteration=number, minibatches=config.minibatches)
         traffic = Traffic(self.axes)
         first = [batch for minibatch in passes(0) for batch in minibatch.batches]
-        collected = collect(run, drawn, {}, first, None)
+        collected = collect(run, drawn, {}, first, None, number)
         prepared = Ppo(config).prepare(collected.experience, config.kl_coefficient)
         updater = Updater(run, Ppo(config), StopRequest())
         state = RlhfState(KlController(config.kl_coefficient), iteration=number)

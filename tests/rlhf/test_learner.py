@@ -358,6 +358,15 @@ def test_stale_rollouts_are_weighed_by_how_likely_the_trainer_finds_them():
     assert stale.metric("rlhf/policy_loss")[1] != pytest.approx(unweighed.metric("rlhf/policy_loss")[1], abs=1e-6)
 
 
+@pytest.mark.heavy
+def test_the_divergence_of_a_policy_that_has_moved_is_not_paid_for():
+    """Finds a KL that falls below 0 where the reference drew the tokens, and weights where none is due."""
+    stale = ran(replace(SHORT, max_staleness=1, lr=1e-2, kl_coefficient=0.1), 2)
+    unweighed = ran(replace(SHORT, max_staleness=1, lr=1e-2, kl_coefficient=0.1, importance_cap=0.0), 2)
+    assert stale.metric("rlhf/kl")[0] == unweighed.metric("rlhf/kl")[0]
+    assert unweighed.metric("rlhf/kl")[1] < 0 < stale.metric("rlhf/kl")[1]
+
+
 def test_a_stop_is_obeyed_after_an_iteration_whose_state_is_saved():
     stop = StopRequest()
     made = toy(SHORT, 5, stop=stop, alive=lambda: setattr(stop, "requested", True))

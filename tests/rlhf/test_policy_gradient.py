@@ -1,16 +1,21 @@
 """KL estimates, advantages and clipped losses: values, and where their gradients go."""
 
 import math
+from dataclasses import replace
 
 import pytest
 import torch
 
+from dist_lm.rlhf.algorithm import DrawnTokens, Experience
 from dist_lm.rlhf.policy_gradient import (
     ESTIMATES,
     clipped_policy_loss,
     clipped_value_loss,
     generalised_advantages,
     mean_and_std,
+    penalised_policy_loss,
+    reference_kl,
+    token_columns,
     token_rewards,
     truncated_importance,
     whiten,
@@ -30,6 +35,46 @@ def test_estimates_have_the_mean_they_claim_and_k2_and_k3_are_never_negative():
     small = float((policy.exp() * (policy - near)).sum())
     assert float((policy.exp() * ESTIMATES["k2"](policy, near)).sum()) == pytest.approx(small, rel=0.05)
     assert all(bool((ESTIMATES[name](policy, reference) >= 0).all()) for name in ("k2", "k3"))
+
+
+def drawn_by_older_weights() -> tuple[torch.Tensor, torch.Tensor, Experience]:
+    """Returns the log-probabilities of the older weights and of the reference, and the experience of a batch that has
+    each of 8 tokens once, at one place."""
+    torch.manual_seed(1)
+    older, policy, reference = (2 * torch.randn(3, 1, 8)).log_softmax(-1).unbind(0)
+    ones = torch.ones(1, 8)
+    importance = truncated_importance(policy, older, ones, largest=math.inf)
+    experience = Experience(ones, ones[:, 0], torch.zeros(1), policy, reference, None, importance, importance)
+    return older, reference, experience
+
+
+def test_the_divergence_on_tokens_of_older_weights_is_that_of_the_policy():
+    """Finds an estimate whose mean falls below 0, which rewards with a KL penalty would pay for."""
+    older, reference, experience = drawn_by_older_weights()
+    policy = experience.logprob_BT
+    true = float((policy.exp() * (policy - reference)).sum())
+    for name in ("k1", "k3"):
+        assert float((older.exp() * reference_kl(experience, name)).sum()) == pytest.approx(true, abs=1e-5), name
+    # At the start of a run the older weights are the reference.
+    unweighted = reference_kl(replace(experience, kl_weight_BT=None), "k1")
+    assert float((reference.exp() * unweighted).sum()) < 0 < true
+
+
+def test_the_penalty_on_tokens_of_older_weights_has_the_gradient_of_the_divergence():
+    """Finds a penalty that pulls the policy elsewhere than to the reference, after an update of the iteration, too."""
+    older, reference, experience = drawn_by_older_weights()
+    columns = {name: column.flatten() for name, column in token_columns(experience, torch.zeros(1, 8)).items()}
+    scores_now = (experience.logprob_BT[0] + 0.3 * torch.randn(8)).requires_grad_()
+
+    # The mean over tokens of the older weights, by the weight of each token.
+    columns["token_weight"] = older[0].exp()
+    now = scores_now.log_softmax(-1)
+    tokens = DrawnTokens(now, torch.zeros(8), torch.zeros(8, dtype=torch.int64), columns, kl_coefficient=1.0)
+    (gradient,) = torch.autograd.grad(penalised_policy_loss(tokens, clip=0.2).total, scores_now)
+
+    now = scores_now.log_softmax(-1)
+    (expected,) = torch.autograd.grad((now.exp() * (now - reference[0])).sum(), scores_now)
+    assert torch.allclose(gradient, expected, atol=1e-6)
 
 
 # --- advantages, and their whitening over parts of a batch ---

@@ -10,6 +10,7 @@ import openai
 import pytest
 
 from dist_lm.errors import ConfigError
+from dist_lm.server.command import KEEP_ALIVE_S
 from dist_lm.server.door import DoorRules, refusal_of
 from tests.patience import patient
 from tests.server.conftest import Running, served, wait_for
@@ -99,6 +100,13 @@ def test_long_bodies_are_not_read(server: Running):
         except httpx.TransportError:
             pass  # the server closed the connection while we were still sending
     assert wait_for(lambda: server.is_empty)
+
+
+def test_the_server_keeps_a_connection_longer_than_the_client():
+    """Finds a connection that the server closes in the moment in which a client uses it again."""
+    client_s = httpx.Limits().keepalive_expiry
+    assert client_s is not None
+    assert client_s < KEEP_ALIVE_S
 
 
 def test_a_client_that_goes_away_frees_its_pages(server: Running):
