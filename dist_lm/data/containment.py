@@ -12,8 +12,9 @@ Hashes do not depend on the process: the result is the same for any order of tex
 """
 
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
 
 import numpy as np
 
@@ -33,6 +34,14 @@ _ODD = np.array([0x9E3779B97F4A7C15, 0xD6E8FEB86659FD93, 0xBF58476D1CE4E5B9, 0x9
 _FIRST = np.array(  # masks of the first n bytes of 8
     [0, 0xFF, 0xFFFF, 0xFFFFFF, 2**32 - 1, 2**40 - 1, 2**48 - 1, 2**56 - 1, 2**64 - 1], np.uint64
 )
+
+
+@dataclass(frozen=True)
+class Evidence:
+    """What some train texts have of the held-out texts of an index."""
+
+    in_train: Mapping[int, np.ndarray]  # words of a window -> (windows,) bool: whether a train text has it
+    contained_short: frozenset[int]  # texts below SHORT words that a train text holds
 
 
 class HeldOutIndex:
@@ -125,6 +134,17 @@ class HeldOutIndex:
             is_contained = table.n_windows_in_train() > MAX_SHARE * table.n_windows
             contained.update(np.flatnonzero(is_contained).tolist())
         return contained
+
+    def evidence(self) -> "Evidence":
+        """Returns what the train texts compared so far have of the held-out texts."""
+        in_train = {size: table.in_train.copy() for size, table in self._tables.items()}
+        return Evidence(in_train, frozenset(self._contained_short))
+
+    def merge(self, evidence: "Evidence") -> None:
+        """Counts the train texts that an index of the same held-out texts compared as compared here."""
+        for size, in_train in evidence.in_train.items():
+            self._tables[size].in_train |= in_train
+        self._contained_short |= evidence.contained_short
 
     def _holders(self, size: int, owners: np.ndarray, ids: np.ndarray, texts: Sequence[bytes]) -> list[int]:
         """Returns the numbers of the train texts that contain a protected text; a number may come several times.

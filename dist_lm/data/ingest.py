@@ -371,13 +371,13 @@ class TextSplits:
         least: dict[str, int] = {}
         least_share = share
         for record in self.screened(corpus_name):
-            position = _position(record.group)
+            position = group_position(record.group)
             if position < least_share:
                 least[record.group] = least.get(record.group, 0) + record.n_bytes
             # Each halving drops the groups above it, so that few are in memory.
             while position < least_share / 2:
                 least_share /= 2
-                least = {group: n_bytes for group, n_bytes in least.items() if _position(group) < least_share}
+                least = {group: n_bytes for group, n_bytes in least.items() if group_position(group) < least_share}
 
             if record.source_config.held_out or split_of_group(record.group, share) == "val":
                 chosen.append(record)
@@ -531,7 +531,7 @@ class _Lowest:
         """Takes a record, and gives up the one with the largest hash if there are too many."""
         self._n_added += 1
         # The number decides between equal hashes, because records are not compared.
-        entry = (-_position(record.group), self._n_added, record)
+        entry = (-group_position(record.group), self._n_added, record)
         if len(self._records) < self._most:
             heapq.heappush(self._records, entry)
         else:
@@ -551,7 +551,7 @@ def _smallest_allowed(earlier: EarlierCorpora, records: Sequence[Screened]) -> f
     """
     for record, forbidden in earlier.marked(records, lambda _: "val"):
         if not forbidden:
-            return _position(record.group)
+            return group_position(record.group)
     return None
 
 
@@ -569,7 +569,7 @@ class _Groups:
         self.n_read += 1
         self.first = self.first or group
         self.several = self.several or group != self.first
-        self.smallest = min(self.smallest, _position(group))
+        self.smallest = min(self.smallest, group_position(group))
 
 
 def _why_nothing_is_held_out(
@@ -648,9 +648,9 @@ def split_of_group(group: str, val_fraction: float) -> str:
     Args:
         group: hexadecimal; the first 16 digits count.
     """
-    return "val" if _position(group) < val_fraction else "train"
+    return "val" if group_position(group) < val_fraction else "train"
 
 
-def _position(group: str) -> float:
+def group_position(group: str) -> float:
     """Returns the hash of a group as a number in [0, 1)."""
     return int(group[:16], 16) / HASH_RANGE

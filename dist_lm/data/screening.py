@@ -9,7 +9,7 @@ import json
 import math
 import re
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import NamedTuple, TextIO
 
@@ -322,7 +322,7 @@ def screened(
                 dropped[candidate.reason] += 1
                 continue
 
-            record, reason = _screen(candidate, source, config, earlier_keys)
+            record, reason = screen(candidate, source, config, earlier_keys)
             if reason:
                 report.reject(candidate, source, reason)
                 dropped[reason] += 1
@@ -415,7 +415,9 @@ def text_key(content: bytes) -> bytes:
     return hashlib.blake2b(unified, digest_size=16).digest()
 
 
-def _screen(document: Document, source: SourceConfig, config: CorpusConfig, keys: set[bytes]) -> tuple[Screened, str]:
+def screen(
+    document: Document, source: SourceConfig, config: CorpusConfig, keys: Collection[bytes]
+) -> tuple[Screened, str]:
     """Returns the document with its hashes, and why it is dropped (empty: it is not). `keys` is not changed.
 
     Texts that differ only in their line ends have one hash. A text that is not Unicode has empty hashes and 0 bytes.

@@ -66,6 +66,11 @@ def read_part(runs: Sequence[Path], part: int, parts: int) -> np.ndarray:
         begin = np.searchsorted(run["high"], first, "left")
         end = np.searchsorted(run["high"], last, "right")
         slices.append(np.array(run[begin:end]))
+    return merged(slices)
+
+
+def merged(slices: Sequence[np.ndarray]) -> np.ndarray:
+    """Returns all records, (records,) RECORD, sorted by key and then by place."""
     return _sorted(np.concatenate([np.empty(0, RECORD), *slices]))
 
 
