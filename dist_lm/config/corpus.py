@@ -49,6 +49,7 @@ class CleaningConfig:
         require(all(self.licences), "corpus.cleaning.licences", self.licences, "names such as [MIT, Apache-2.0]")
 
 
+BUILDS = ("serial", "tasks")
 SPLITS = ("train", "val")
 BYTES_PER_TOKEN = 4  # estimate for text whose tokens are not counted yet
 # names of credentials in the query of a URL
@@ -286,6 +287,9 @@ class CorpusConfig:
     val_tokens: int = 10_000_000
     documents_per_member: int = 256  # documents grouped in one member of a tar
     shard_tokens: int = 64_000_000  # tokens a tar
+    # serial: one process reads and decides | tasks: worker processes do, for corpora of texts; `shard_tokens` does not
+    # count then, each task writes a tar
+    build: str = "serial"
     cleaning: CleaningConfig = field(default_factory=CleaningConfig)
     max_bad_fraction: float = 0.001  # share of the rows of a source that may be broken; they are counted and skipped
     # corpus -> its folder in work/corpora, which the plan chooses and ranks read. A finished folder that a command
@@ -316,6 +320,7 @@ class CorpusConfig:
         require(self.val_tokens > 0, "corpus.val_tokens", self.val_tokens, ">= 1")
         require(self.documents_per_member > 0, "corpus.documents_per_member", self.documents_per_member, ">= 1")
         require(self.shard_tokens > 0, "corpus.shard_tokens", self.shard_tokens, ">= 1")
+        require(self.build in BUILDS, "corpus.build", self.build, " | ".join(BUILDS))
 
 
 @dataclass

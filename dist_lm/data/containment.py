@@ -135,12 +135,17 @@ class HeldOutIndex:
             contained.update(np.flatnonzero(is_contained).tolist())
         return contained
 
-    def evidence(self) -> "Evidence":
-        """Returns what the train texts compared so far have of the held-out texts."""
-        in_train = {size: table.in_train.copy() for size, table in self._tables.items()}
-        return Evidence(in_train, frozenset(self._contained_short))
+    def take_evidence(self) -> Evidence:
+        """Returns what the train texts compared so far have of the held-out texts, and forgets these train texts."""
+        evidence = Evidence(
+            {size: table.in_train.copy() for size, table in self._tables.items()}, frozenset(self._contained_short)
+        )
+        for table in self._tables.values():
+            table.in_train[:] = False
+        self._contained_short.clear()
+        return evidence
 
-    def merge(self, evidence: "Evidence") -> None:
+    def merge(self, evidence: Evidence) -> None:
         """Counts the train texts that an index of the same held-out texts compared as compared here."""
         for size, in_train in evidence.in_train.items():
             self._tables[size].in_train |= in_train

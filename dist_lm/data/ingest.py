@@ -385,11 +385,7 @@ class TextSplits:
 
             # A smaller share cannot help against sources that are held out as a whole.
             if share == 0 and size > max_bytes:
-                raise ConfigError(
-                    f"corpus {corpus_name}: its sources with held_out=true have more text than "
-                    f"corpus.val_tokens={self.config.val_tokens} ({BYTES_PER_TOKEN} bytes a token): expected a larger "
-                    "val_tokens, or less text"
-                )
+                raise too_much_held_out(self.config, corpus_name)
             # Groups below the half of the share are groups below the share: val only shrinks.
             while size > max_bytes:
                 share /= 2
@@ -458,7 +454,7 @@ def split_documents(
     val = []
     held_out_earlier = []  # records with the beginning of val of an earlier corpus
     next_for_val = _Lowest(MOST_TRIED)
-    groups = _Groups()
+    groups = Groups()
     for record, forbidden in marked:
         groups.add(record.group)
         # The rule was made from an earlier reading of the sources with `held_out`, and has all of their groups.
@@ -489,7 +485,7 @@ def split_documents(
 
     if not splits["val"]:
         least_val_bytes = text_splits.least_val_bytes.get(corpus_name, 0)
-        cause = _why_nothing_is_held_out(config, corpus_name, groups, len(val), least_val_bytes)
+        cause = why_nothing_is_held_out(config, corpus_name, groups, len(val), least_val_bytes)
         # Only where there are too few documents does a larger share hold some out.
         share = groups.smallest if groups.several and not val and not least_val_bytes else None
         if val and largest_share(config, corpus_name):
@@ -501,10 +497,24 @@ def split_documents(
             f"corpus {corpus_name}: none of its {splits.total()} documents is held out: {cause}", share, groups.n_read
         )
     if not splits["train"]:
-        raise ArtefactError(
-            f"corpus {corpus_name}: none of its {splits.total()} documents is left for train: val holds all of them, "
-            "or train documents contain val (contains_val): give a source of train documents"
-        )
+        raise no_train(corpus_name, splits.total())
+
+
+def too_much_held_out(config: CorpusConfig, corpus_name: str) -> ConfigError:
+    """Returns the error for sources with `held_out` that exceed `val_tokens`."""
+    return ConfigError(
+        f"corpus {corpus_name}: its sources with held_out=true have more text than "
+        f"corpus.val_tokens={config.val_tokens} ({BYTES_PER_TOKEN} bytes a token): expected a larger "
+        "val_tokens, or less text"
+    )
+
+
+def no_train(corpus_name: str, n_documents: int) -> ArtefactError:
+    """Returns the error for a corpus whose documents are all val."""
+    return ArtefactError(
+        f"corpus {corpus_name}: none of its {n_documents} documents is left for train: val holds all of them, "
+        "or train documents contain val (contains_val): give a source of train documents"
+    )
 
 
 class NothingHeldOutError(ArtefactError):
@@ -556,7 +566,7 @@ def _smallest_allowed(earlier: EarlierCorpora, records: Sequence[Screened]) -> f
 
 
 @dataclass
-class _Groups:
+class Groups:
     """Facts about the groups of a corpus for an error about held-out documents, in constant memory."""
 
     first: str = ""
@@ -572,8 +582,8 @@ class _Groups:
         self.smallest = min(self.smallest, group_position(group))
 
 
-def _why_nothing_is_held_out(
-    config: CorpusConfig, corpus_name: str, groups: _Groups, n_dropped: int, least_val_bytes: int
+def why_nothing_is_held_out(
+    config: CorpusConfig, corpus_name: str, groups: Groups, n_dropped: int, least_val_bytes: int
 ) -> str:
     """Returns why a corpus has no val document, and the way out.
 

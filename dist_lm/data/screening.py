@@ -11,7 +11,7 @@ import re
 from collections import Counter
 from collections.abc import Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
-from typing import NamedTuple, TextIO
+from typing import Any, NamedTuple, Self, TextIO
 
 from dist_lm.config.corpus import CorpusConfig, SourceConfig
 from dist_lm.data.cleaning import reason_to_drop
@@ -64,6 +64,19 @@ class Tally:
         for placeholder, times in replaced.items():
             self.replaced[placeholder] = self.replaced.get(placeholder, 0) + times
 
+    def add(self, other: Self) -> None:
+        """Adds the counts of other documents."""
+        self.seen += other.seen
+        self.kept += other.kept
+        for totals, counts in (
+            (self.dropped, other.dropped),
+            (self.replaced, other.replaced),
+            (self.documents, other.documents),
+            (self.bytes, other.bytes),
+        ):
+            for name, count in counts.items():
+                totals[name] = totals.get(name, 0) + count
+
 
 @dataclass
 class IngestReport:
@@ -84,6 +97,25 @@ class IngestReport:
         """Counts one document that is kept; `replaced`: placeholder -> times."""
         for tally in self._tallies(record.document, record.source_config):
             tally.keep(split, record.n_bytes, replaced)
+
+    def add(self, other: "IngestReport") -> None:
+        """Adds the counts of documents that were read elsewhere, after those of this report."""
+        for totals, tallies in ((self.languages, other.languages), (self.sources, other.sources)):
+            for name, tally in tallies.items():
+                totals.setdefault(name, Tally()).add(tally)
+        self.rejected = [*self.rejected, *other.rejected][:EXAMPLES]
+
+    @classmethod
+    def from_json(cls, report: Mapping[str, Any]) -> Self:
+        """Inverts `asdict`.
+
+        Raises:
+            KeyError, TypeError: a field is missing or unknown.
+        """
+        languages, sources = (
+            {name: Tally(**tally) for name, tally in report[key].items()} for key in ("languages", "sources")
+        )
+        return cls(languages, sources, list(report["rejected"]))
 
     def _tallies(self, candidate: Candidate, source: SourceConfig) -> tuple[Tally, Tally]:
         """Returns the tallies of the language and of the source, which begin empty."""
@@ -210,8 +242,8 @@ class RowErrors:
         self._source = source
         self._max_bad_fraction = max_bad_fraction
         self._rejected = rejected
-        self._first: list[Rejected] = []
-        self._n_bad = self._n_rows = 0
+        self.first: list[Rejected] = []  # the first broken rows, for messages
+        self.n_bad = self.n_rows = 0
 
     def counted(self, candidates: Iterable[Candidate]) -> Iterator[Candidate]:
         """Yields the same candidates, broken ones included, and counts them.
@@ -220,13 +252,19 @@ class RowErrors:
         are most of its rows ends early, without an error: `check` raises it.
         """
         for candidate in candidates:
-            self._n_rows += 1
+            self.n_rows += 1
             if isinstance(candidate, Rejected) and candidate.error:
                 self._count(candidate)
-                is_mostly_broken = self._n_bad > max(0.5, self._max_bad_fraction) * self._n_rows
-                if self._n_bad >= HOPELESS and is_mostly_broken:
+                is_mostly_broken = self.n_bad > max(0.5, self._max_bad_fraction) * self.n_rows
+                if self.n_bad >= HOPELESS and is_mostly_broken:
                     return  # `check` raises
             yield candidate
+
+    def add(self, n_rows: int, n_bad: int, first: Iterable[Rejected]) -> None:
+        """Adds the counts of a part of the source that was read elsewhere, and its first broken rows."""
+        self.n_rows += n_rows
+        self.n_bad += n_bad
+        self.first = [*self.first, *first][:NAMED]
 
     def check(self) -> None:
         """Judges the counts; to be called when enough of the source was read.
@@ -235,31 +273,31 @@ class RowErrors:
             ArtefactError: too many of the rows were broken; the message names the first ones, and the key where a
                 higher value helps.
         """
-        if self._n_bad <= self._max_bad_fraction * self._n_rows:
+        if self.n_bad <= self._max_bad_fraction * self.n_rows:
             return
-        named = "; ".join(f"{row.source}: {row.error}" for row in self._first)
+        named = "; ".join(f"{row.source}: {row.error}" for row in self.first)
         source = f"corpus source reader={self._source.reader}"
-        if 2 * self._n_bad > self._n_rows:
+        if 2 * self.n_bad > self.n_rows:
             # Rows are seldom damaged so often: a higher limit would hide that they are read in the wrong way.
-            how_many = f"none of the first {self._n_rows:,} rows can be read"
-            if self._n_bad < self._n_rows:
-                how_many = f"{self._n_bad:,} of the first {self._n_rows:,} rows are broken, most of them"
+            how_many = f"none of the first {self.n_rows:,} rows can be read"
+            if self.n_bad < self.n_rows:
+                how_many = f"{self.n_bad:,} of the first {self.n_rows:,} rows are broken, most of them"
             raise ArtefactError(
                 f"{source}: {how_many}, so reader or column do not fit these files: name others (`dist-lm data new` "
                 f"looks at files and proposes them), or mend the files. The first: {named}"
             )
 
         raise ArtefactError(
-            f"{source}: {self._n_bad:,} of {self._n_rows:,} rows are broken, more than "
+            f"{source}: {self.n_bad:,} of {self.n_rows:,} rows are broken, more than "
             f"corpus.max_bad_fraction={self._max_bad_fraction:g}: mend them, or set that key to "
-            f"{share_above(self._n_bad / self._n_rows):g}, and they are skipped. The first: {named}"
+            f"{share_above(self.n_bad / self.n_rows):g}, and they are skipped. The first: {named}"
         )
 
     def _count(self, row: Rejected) -> None:
         # All rows may be broken, so only the first ones are kept for the message.
-        self._n_bad += 1
-        if len(self._first) < NAMED:
-            self._first.append(row)
+        self.n_bad += 1
+        if len(self.first) < NAMED:
+            self.first.append(row)
         if self._rejected:
             line = {"place": row.source, "reason": row.reason, "error": row.error, "language": row.language}
             self._rejected.write(json.dumps(line) + "\n")
@@ -331,10 +369,7 @@ def screened(
             earlier_keys.add(record.key)
             languages.add(candidate.language)
             if len(languages) > LANGUAGES:
-                raise ConfigError(
-                    f"corpus {corpus_name}: more than {LANGUAGES} languages, the last at {candidate.source}: choose "
-                    f"some with only, or give a source one language (corpus={config.name})"
-                )
+                raise too_many_languages(config, corpus_name, candidate.source)
 
             documents.update(record.key)
             documents.update(candidate.group.encode())
@@ -348,25 +383,42 @@ def screened(
         # Broken rows are the better explanation for a source without documents, so they are checked first.
         errors.check()
         if n_source == 0:
-            origin = reasons = ""
-            if name := source_place(source):
-                key = "dataset" if source.dataset else "path"
-                origin = f" of {key}={name}"
-            if dropped:
-                only = f" (only={source.only})" if "other_language" in dropped else ""
-                listing = ", ".join(f"{reason} {count:,}" for reason, count in dropped.most_common())
-                reasons = f"dropped were {listing}{only}; "
-            # The reason that most documents were dropped for tells more than the reader can.
-            advice = source_traits(source).advice
-            if dropped:
-                main_reason = dropped.most_common(1)[0][0]
-                advice = WAYS_OUT.get(main_reason, advice)
-                if main_reason == "too_long":
-                    advice += f" (now {config.max_document_bytes:,})"
-            raise ArtefactError(
-                f"corpus {corpus_name}: reader={source.reader} gave no document{origin}: {reasons}"
-                f"{advice} (corpus={config.name})"
-            )
+            raise no_document(config, corpus_name, source, dropped)
+
+
+def no_document(config: CorpusConfig, corpus_name: str, source: SourceConfig, dropped: Counter[str]) -> ArtefactError:
+    """Returns the error for a source without documents.
+
+    Args:
+        dropped: reason -> documents that were dropped.
+    """
+    origin = reasons = ""
+    if name := source_place(source):
+        key = "dataset" if source.dataset else "path"
+        origin = f" of {key}={name}"
+    if dropped:
+        only = f" (only={source.only})" if "other_language" in dropped else ""
+        listing = ", ".join(f"{reason} {count:,}" for reason, count in dropped.most_common())
+        reasons = f"dropped were {listing}{only}; "
+    # The reason that most documents were dropped for tells more than the reader can.
+    advice = source_traits(source).advice
+    if dropped:
+        main_reason = dropped.most_common(1)[0][0]
+        advice = WAYS_OUT.get(main_reason, advice)
+        if main_reason == "too_long":
+            advice += f" (now {config.max_document_bytes:,})"
+    return ArtefactError(
+        f"corpus {corpus_name}: reader={source.reader} gave no document{origin}: {reasons}"
+        f"{advice} (corpus={config.name})"
+    )
+
+
+def too_many_languages(config: CorpusConfig, corpus_name: str, place: str) -> ConfigError:
+    """Returns the error for a corpus of more than `LANGUAGES` languages; `place` has the last one."""
+    return ConfigError(
+        f"corpus {corpus_name}: more than {LANGUAGES} languages, the last at {place}: choose "
+        f"some with only, or give a source one language (corpus={config.name})"
+    )
 
 
 def check_candidate(candidate: object, source: SourceConfig) -> None:

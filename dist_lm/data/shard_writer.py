@@ -29,7 +29,7 @@ from dataclasses import fields, replace
 from itertools import repeat
 from pathlib import Path
 from types import TracebackType
-from typing import IO, Any, NamedTuple, Self
+from typing import IO, Any, NamedTuple, Protocol, Self
 
 import numpy as np
 import zstandard
@@ -86,7 +86,7 @@ class CorpusWriter:
         """
         self._journal = Journal.start(self.directory, self.recipe)
         self.kept = self._journal.documents
-        self._splits = {split: _SplitWriter(split, self._journal) for split in SPLITS}
+        self._splits = {split: SplitWriter(split, self._journal) for split in SPLITS}
         return self
 
     def __exit__(
@@ -142,23 +142,56 @@ class CorpusWriter:
             ArtefactError: a tar on disk differs from what was written; the corpus stays incomplete.
             OSError: a file cannot be written.
         """
-        splits = {}
         for name in self._splits:
             self.finish_split(name)
-            shards = self._journal.finished[name]
-            # Opening an index compares the tar on disk with its entry once more.
-            indices = (open_index(self.directory / shard.name, shard) for shard in shards)
-            splits[name] = Split(tuple(shards), _by_language(indices))
-        manifest = Manifest(self.recipe, splits, dict(ingest), licences, inputs, settings or {}, documents or {})
-        write_manifest(self.directory, manifest)
-        self._journal.close()
-        return manifest
+        return complete(self._journal, ingest, licences, inputs, settings, documents)
 
 
-class _SplitWriter:
+def complete(
+    journal: Journal,
+    ingest: Mapping[str, Any],
+    licences: Sequence[str] = (),
+    inputs: Sequence[Sequence[Mapping[str, Any]]] = (),
+    settings: Mapping[str, Any] | None = None,
+    documents: Mapping[str, str] | None = None,
+) -> Manifest:
+    """Writes the manifest of the finished tars of a journal, which it removes. As `CorpusWriter.finish`."""
+    splits = {}
+    for name, shards in journal.finished.items():
+        # Opening an index compares the tar on disk with its entry once more.
+        indices = (open_index(journal.directory / shard.name, shard) for shard in shards)
+        splits[name] = Split(tuple(shards), _by_language(indices))
+    manifest = Manifest(journal.recipe, splits, dict(ingest), licences, inputs, settings or {}, documents or {})
+    write_manifest(journal.directory, manifest)
+    journal.close()
+    return manifest
+
+
+class Tars(Protocol):
+    """The tars that a `SplitWriter` writes, by split: a `Journal`, or those of one task."""
+
+    directory: Path
+    recipe: Recipe
+    finished: dict[str, list[Shard]]
+
+    @property
+    def documents(self) -> dict[str, int]:
+        """The number of documents of each split before the first one that is written."""
+        ...
+
+    def begin(self, split: str) -> str:
+        """Returns the name of the next tar of a split."""
+        ...
+
+    def finish(self, split: str, shard: Shard) -> None:
+        """Records a tar whose files are on disk."""
+        ...
+
+
+class SplitWriter:
     """Writes the tars of one split."""
 
-    def __init__(self, split: str, journal: Journal) -> None:
+    def __init__(self, split: str, journal: Tars) -> None:
         self._split, self._journal, self._recipe = split, journal, journal.recipe
         self._documents = journal.documents[split]
         self._path = journal.directory  # replaced by that of the tar when one is begun
@@ -250,7 +283,7 @@ class _SplitWriter:
     def _flush_member(self) -> None:
         """Writes the pending documents as one member of the tar, which it begins if none is open.
 
-        Closes the tar when it has `shard_tokens` tokens. Does nothing without documents.
+        Closes the tar when it has `shard_tokens` tokens (0: never). Does nothing without documents.
 
         Raises:
             OSError: a file cannot be written.
@@ -303,7 +336,7 @@ class _SplitWriter:
         self._members += 1
         self._tokens += len(tokens)
         # After a whole member only, so a tar may be larger than `shard_tokens`.
-        if self._tokens >= self._recipe.shard_tokens:
+        if 0 < self._recipe.shard_tokens <= self._tokens:
             self._finish_tar()
 
     def _start_tar(self) -> Any:

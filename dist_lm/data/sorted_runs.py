@@ -44,6 +44,11 @@ def write_run(path: Path, records: np.ndarray) -> None:
     durable.write_bytes(path, records.tobytes())
 
 
+def n_records(path: Path) -> int:
+    """Returns the number of records of a run."""
+    return path.stat().st_size // RECORD.itemsize
+
+
 def n_parts(n_records: int) -> int:
     """Returns the number of parts, which depends on the number of records alone and not on the cluster."""
     return max(1, -(-n_records // PART_RECORDS))

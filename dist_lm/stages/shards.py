@@ -15,6 +15,7 @@ import hashlib
 import json
 import logging
 import re
+import shutil
 from collections import deque
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
@@ -29,6 +30,9 @@ from dist_lm.chat.template import FORMAT
 from dist_lm.config.corpus import SPLITS, CorpusConfig, SourceConfig
 from dist_lm.config.root import Config
 from dist_lm.config.stage import StageGroup
+from dist_lm.data.build_by_tasks import plan_of, publish, require_possible, run_passes
+from dist_lm.data.build_plan import plan_fingerprint
+from dist_lm.data.build_tasks import REVISION, Build
 from dist_lm.data.earlier import EarlierCorpora
 from dist_lm.data.ingest import TextSplits, split_documents
 from dist_lm.data.inputs import HUB, Inputs, inputs_of
@@ -63,12 +67,14 @@ from dist_lm.data.sources.reader import (
     text_corpora,
     tokenizer_corpora,
 )
+from dist_lm.data.task_workers import in_processes
 from dist_lm.data.token_corpus import TokenCorpus
 from dist_lm.document import Document
 from dist_lm.errors import ArtefactError, ConfigError, UnreachableError, UserError, require
 from dist_lm.stages.continuing import recorded_folders
 from dist_lm.stages.stage import Action, Artefact, ArtefactStage, Look
 from dist_lm.storage import durable
+from dist_lm.storage.process import cores
 from dist_lm.storage.run_directory import WorkDirectory
 from dist_lm.tokenizer.encode import Encode, encode_documents
 from dist_lm.tokenizer.tokenizer import KeptTemplate, Tokenizer
@@ -160,8 +166,10 @@ class Shards(ArtefactStage):
         # A corpus that is repaired is compared with the earlier corpora of its first build, so its bytes come again.
         texts = [name for name in missing if form_of(config.corpus, name) == "text"]
         together = corpora_together(config, texts, reader.files)
+        if texts and config.corpus.build == "tasks":
+            build_by_tasks(config, texts, together, reader, console)
         groups: dict[tuple[Path, ...], list[str]] = {}
-        for name in texts:
+        for name in texts if config.corpus.build != "tasks" else ():
             groups.setdefault(tuple(earlier_folders(config, name, together, reader)), []).append(name)
 
         for folders, names in groups.items():
@@ -797,10 +805,8 @@ def build_corpus(
     inputs = listed_inputs(config.corpus, name, text_splits.reader.files)
     recipe = recipe_of(config, name, text_splits)
 
+    name_unread_archives(name, inputs, console)
     # A branch of the hub may have moved on since an earlier build, whose tars are then dropped.
-    for listing in inputs:
-        if hint := listing.unread_archives():
-            console.line(f"corpus {name}: {hint}")
     heads = [f"{file.name} {file.etag}" for listing in inputs for file in listing.taken if file.name.startswith(HUB)]
     if heads and is_dropped_for_inputs(directory, recipe):
         console.warning(
@@ -854,6 +860,62 @@ def build_corpus(
         writer.finish(asdict(report), _licences(config, name), listed, settings, read)
 
 
+def name_unread_archives(name: str, inputs: Sequence[Inputs], console: "Console") -> None:
+    """Names the archives that no reader of a corpus opens."""
+    for listing in inputs:
+        if hint := listing.unread_archives():
+            console.line(f"corpus {name}: {hint}")
+
+
+def build_by_tasks(
+    config: Config, names: Sequence[str], together: Sequence[str], reader: SourceReader, console: "Console"
+) -> None:
+    """Builds corpora of texts by tasks in worker processes (`corpus.build=tasks`); results of tasks of an interrupted
+    build are used again.
+
+    Args:
+        config: of `with_folders`.
+        names: corpora that are missing.
+        together: corpora of texts whose sources are compared.
+
+    Raises:
+        ConfigError: the configuration has what such a build does not know; or as `run_passes`, whose other errors pass.
+    """
+    for name in names:
+        require_possible(config.corpus, together, earlier_folders(config, name, together, reader))
+
+    work = WorkDirectory(Path(config.work_dir))
+    tasks, listings = plan_of(config.corpus, together, reader.files)
+    text_splits = TextSplits(config.corpus, config.seed, together=together, reader=reader)
+    recipes = {name: recipe_of(config, name, text_splits) for name in names}
+    key = digest([REVISION, asdict(config.corpus), plan_fingerprint(tasks), [asdict(one) for one in recipes.values()]])
+    build = Build(work.path / "builds" / key[:16])
+    build.write(config.corpus, config.seed, work.tokenizer_model, tasks, listings)
+
+    def run_pass(folder: Path, pass_name: str, numbers: Sequence[int]) -> Iterator[int]:
+        workers = in_processes(config.tokenizer.workers or cores())
+        with console.counting(f"{pass_name} of {', '.join(names)}", unit="tasks", total=len(numbers)) as count:
+            for number in workers(folder, pass_name, numbers):
+                count.advance()
+                yield number
+
+    run_passes(build.folder, tasks, run_pass, names)
+    for name in names:
+        inputs = listed_inputs(config.corpus, name, reader.files)
+        name_unread_archives(name, inputs, console)
+        publish(
+            build,
+            tasks,
+            name,
+            config.corpus_in(work, name),
+            recipes[name],
+            licences=_licences(config, name),
+            inputs=[listing.to_json() for listing in inputs],
+            settings=corpus_fingerprint(config, name, together),
+        )
+    shutil.rmtree(build.folder)
+
+
 def corpora_read(config: Config, name: str, text_splits: TextSplits) -> Sequence[str]:
     """Returns the corpora whose sources the documents of one depend on: texts on all that are built together.
 
@@ -876,6 +938,8 @@ def recipe_of(config: Config, name: str, text_splits: TextSplits | None = None) 
     """
     text_splits = text_splits or TextSplits(config.corpus, config.seed)
     tokenizer_model = WorkDirectory(Path(config.work_dir)).tokenizer_model
+    # Then each task writes one tar a split, however many tokens it has.
+    is_by_tasks = config.corpus.build == "tasks" and form_of(config.corpus, name) == "text"
     listings = (
         listing
         for corpus in corpora_read(config, name, text_splits)
@@ -886,7 +950,7 @@ def recipe_of(config: Config, name: str, text_splits: TextSplits | None = None) 
         vocab_size=Tokenizer.load(tokenizer_model).vocab_size,
         corpus_fingerprint=digest(corpus_fingerprint(config, name, text_splits.together)),
         documents_per_member=config.corpus.documents_per_member,
-        shard_tokens=config.corpus.shard_tokens,
+        shard_tokens=0 if is_by_tasks else config.corpus.shard_tokens,
         inputs_sha256=inputs_hash(listings),
         own_fingerprint=digest(_fingerprint(config, corpora_of_settings(config, name))),
         compared=text_splits.earlier.compared,
@@ -968,6 +1032,7 @@ def _fingerprint(config: Config, names: list[str]) -> dict[str, Any]:
         "shard_tokens",
         "max_bad_fraction",
         "folders",
+        "build",
     ):  # none changes a document
         corpus.pop(key)
     # Corpora from before these keys have no such setting, and are as without it.

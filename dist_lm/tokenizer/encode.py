@@ -75,7 +75,7 @@ def in_processes(
     """
     # Spawned, not forked: a fork would copy the locks that threads of the caller hold.
     context = multiprocessing.get_context("spawn")
-    pool = ProcessPoolExecutor(workers, mp_context=context, initializer=_follow_parent)
+    pool = ProcessPoolExecutor(workers, mp_context=context, initializer=follow_parent)
     in_flight: deque[Future[list[Given]]] = deque()
 
     try:
@@ -126,7 +126,7 @@ def _tokenizer(path: Path) -> Tokenizer:
     return Tokenizer.load(path)
 
 
-def _follow_parent() -> None:
+def follow_parent() -> None:
     """Prepares a process of the pool: it ignores Ctrl-C, which the parent handles, and ends with the parent (code 1).
 
     Without this it would wait forever for a parent that was killed. A thread waits for the parent.

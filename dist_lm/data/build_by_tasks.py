@@ -1,0 +1,335 @@
+"""Builds corpora of texts by tasks: their documents, splits and order are those of a build in one process.
+
+The caller of the passes holds the survey of one task at a time, all held-out texts, and the keys that are dropped for
+them. Between the passes it sums arrays; what it does grows with the documents by about a microsecond each.
+
+A corpus differs from that of `data.ingest` in its tars alone: each task writes one for each split, so `shard_tokens`
+does not count.
+"""
+
+import os
+import shutil
+from collections import Counter, deque
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from dist_lm.config.corpus import BYTES_PER_TOKEN, SPLITS, CorpusConfig
+from dist_lm.data.build_decisions import (
+    OVERLAPPING,
+    TRAIN,
+    VAL,
+    Rule,
+    fitting_share,
+    left_beside,
+    sizes_below,
+    sorted_keys,
+    source_of,
+)
+from dist_lm.data.build_plan import TASK_BYTES, BuildTask, plan_source
+from dist_lm.data.build_tasks import (
+    PARTS,
+    REJECTED_ROWS,
+    RUN,
+    Build,
+    fates,
+    is_copy,
+    merge_comparison,
+    read_survey,
+    read_val,
+    read_written,
+    write_rule,
+    write_val,
+)
+from dist_lm.data.ingest import (
+    Groups,
+    NothingHeldOutError,
+    largest_share,
+    no_train,
+    too_much_held_out,
+    why_nothing_is_held_out,
+)
+from dist_lm.data.inputs import Inputs
+from dist_lm.data.journal import REJECTED, Journal
+from dist_lm.data.manifest import ListInputs, Recipe, index_path
+from dist_lm.data.screening import LANGUAGES, IngestReport, RowErrors, no_document, too_many_languages
+from dist_lm.data.shard_writer import complete, origins_path
+from dist_lm.data.sorted_runs import n_parts, n_records
+from dist_lm.data.sources.files import by_repository
+from dist_lm.data.sources.reader import corpus_sources, source_traits
+from dist_lm.data.task_workers import RunPass
+from dist_lm.errors import ConfigError
+from dist_lm.storage import durable
+
+
+def require_possible(config: CorpusConfig, corpora: Sequence[str], earlier: Sequence[Path] = ()) -> None:
+    """Refuses what a build by tasks cannot do; returns nothing.
+
+    Args:
+        earlier: finished corpora that these must be compared with.
+
+    Raises:
+        ConfigError: names the key and the way out.
+    """
+    refused = [
+        f"corpus.cleaning.{key}" for key in ("across_corpora", "near_duplicates") if getattr(config.cleaning, key)
+    ]
+    refused += [
+        f"limit of corpus.corpora.{corpus}[{number}]"
+        for corpus in corpora
+        for number, source in enumerate(corpus_sources(config, corpus))
+        if source.limit
+    ]
+    refused += [f"a comparison with the finished corpus {folder}" for folder in earlier]
+    if refused:
+        raise ConfigError(f"corpus.build=tasks does not know {', '.join(refused)}: set corpus.build=serial")
+
+
+def plan_of(
+    config: CorpusConfig, corpora: Sequence[str], list_inputs: ListInputs, task_bytes: int = TASK_BYTES
+) -> tuple[list[BuildTask], dict[tuple[str, int], Inputs]]:
+    """Returns the tasks of corpora, in the order in which a build in one process reads their files, and by (corpus,
+    number of a source) what each task must know of the whole source.
+
+    Raises:
+        ConfigError, ArtefactError: as `list_inputs`.
+    """
+    tasks: list[BuildTask] = []
+    listings = {}
+    for corpus in corpora:
+        for number, source in enumerate(corpus_sources(config, corpus)):
+            listing = list_inputs(source)
+            files = [(file, "") for file in listing.taken]
+            if source.reader == "files":
+                files = by_repository(listing, source.path or [])
+            # A reader that does not say which files it opens reads them all.
+            if not source_traits(source).takes_files:
+                files = []
+            tasks += plan_source(corpus, number, files, task_bytes)
+            listings[corpus, number] = left_beside(source, listing)
+    return tasks, listings
+
+
+def run_passes(folder: Path, tasks: Sequence[BuildTask], run_pass: RunPass, wanted: Sequence[str]) -> None:
+    """Runs all passes of the build of a folder, but for those tasks whose results are there.
+
+    Args:
+        folder: `Build.write` has written settings and plan.
+        wanted: corpora whose tars are written; the others are only compared.
+
+    Raises:
+        ConfigError, ArtefactError: as `ingest.split_documents`.
+        UserError: workers die again and again.
+        OSError: a file cannot be read or written.
+    """
+    build = Build(folder)
+    all_numbers = range(len(tasks))
+    deque(run_pass(folder, "survey", all_numbers), maxlen=0)
+    n_documents = sum(n_records(build.result("survey", number) / RUN) for number in all_numbers)
+    durable.write_sealed(folder / PARTS, {"parts": n_parts(n_documents)})
+    deque(run_pass(folder, "copies", range(n_parts(n_documents) * len(build.classes))), maxlen=0)
+    require_readable(build, tasks)
+
+    groups, least_val_bytes = choose_val(build, tasks)
+    deque(run_pass(folder, "compare", all_numbers), maxlen=0)
+    choose_rule(build, tasks, wanted, groups, least_val_bytes)
+    deque(run_pass(folder, "write", [number for number in all_numbers if tasks[number].corpus in wanted]), maxlen=0)
+
+
+def require_readable(build: Build, tasks: Sequence[BuildTask]) -> None:
+    """Judges the surveys of each source; returns nothing.
+
+    Raises:
+        ArtefactError: too many rows of a source are broken, or it gives no document.
+        ConfigError: a corpus has too many languages.
+    """
+    languages: dict[str, set[str]] = {}
+    for (corpus, _), numbers in _numbers_by_source(tasks).items():
+        source = source_of(build.config, tasks[numbers[0]])
+        rows = RowErrors(source, build.config.max_bad_fraction)
+        dropped: Counter[str] = Counter()
+        n_documents = 0
+        for number in numbers:
+            task_survey = read_survey(build, number)
+            rows.add(task_survey.rows.n_rows, task_survey.rows.n_bad, task_survey.rows.first)
+            dropped += task_survey.dropped
+            n_copies = int(is_copy(build, number, len(task_survey.keys)).sum())
+            if n_copies:
+                dropped["duplicate"] += n_copies
+            n_documents += len(task_survey.keys) - n_copies
+            for language, place in task_survey.languages.items():
+                languages.setdefault(corpus, set()).add(language)
+                if len(languages[corpus]) > LANGUAGES:
+                    raise too_many_languages(build.config, corpus, place)
+
+        # Broken rows are the better explanation for a source without documents, so they are checked first.
+        rows.check()
+        if not n_documents:
+            raise no_document(build.config, corpus, source, dropped)
+
+
+def choose_val(build: Build, tasks: Sequence[BuildTask]) -> tuple[dict[str, Groups], dict[str, int]]:
+    """Chooses and writes the held-out texts, as `ingest.TextSplits` does.
+
+    Returns:
+        Of each corpus, facts about its groups, and the bytes of the least part that could be held out.
+
+    Raises:
+        ConfigError: the sources with `held_out` of a corpus exceed `val_tokens`.
+    """
+    config = build.config
+    max_bytes = config.val_tokens * BYTES_PER_TOKEN
+    bytes_below: dict[str, np.ndarray] = {}
+    held_out_bytes: Counter[str] = Counter()
+    groups: dict[str, Groups] = {}
+    for number, task in enumerate(tasks):
+        task_survey = read_survey(build, number)
+        is_dropped = task_survey.is_contaminated | is_copy(build, number, len(task_survey.keys))
+        below = sizes_below(task_survey, is_dropped, largest_share(config, task.corpus))
+        bytes_below[task.corpus] = bytes_below.get(task.corpus, 0) + below
+        if source_of(config, task).held_out:
+            held_out_bytes[task.corpus] += int(task_survey.n_bytes[~is_dropped].sum())
+            if held_out_bytes[task.corpus] > max_bytes:
+                raise too_much_held_out(config, task.corpus)
+        _add_positions(groups.setdefault(task.corpus, Groups()), task_survey.positions[~is_dropped])
+
+    shares = {
+        corpus: fitting_share(below, largest_share(config, corpus), max_bytes) for corpus, below in bytes_below.items()
+    }
+    texts: dict[bytes, str] = {}
+    protected: set[bytes] = set()
+    for number, task in enumerate(tasks):
+        task_survey = read_survey(build, number, with_texts=True)
+        task_fates = fates(build, number, task_survey, Rule(shares))
+        for document, text in task_survey.val_texts.items():
+            if task_fates[document] == VAL:
+                key = task_survey.keys[document].tobytes()
+                texts.setdefault(key, text)
+                if source_of(config, task).held_out:
+                    protected.add(key)
+    write_val(build, shares, texts, protected)
+    least = {corpus: int(below[below > 0][-1]) if below.any() else 0 for corpus, below in bytes_below.items()}
+    return groups, least
+
+
+def choose_rule(
+    build: Build,
+    tasks: Sequence[BuildTask],
+    wanted: Sequence[str],
+    groups: Mapping[str, Groups],
+    least_val_bytes: Mapping[str, int],
+) -> None:
+    """Merges the comparisons into the complete rule, and numbers tars and documents; writes both.
+
+    Args:
+        wanted: as of `run_passes`.
+        groups, least_val_bytes: as of `choose_val`, for errors.
+
+    Raises:
+        NothingHeldOutError: a wanted corpus has no val.
+        ArtefactError: it has no train.
+    """
+    shares, keys, protected, index = read_val(build)
+    index.take_evidence()
+    refused = set(protected)
+    for number in range(len(tasks)):
+        refused.update(key.tobytes() for key in merge_comparison(build, number, index))
+    leaked = [keys[number] for number in index.contained()]
+    rule = Rule(shares, sorted_keys(leaked), sorted_keys(refused))
+
+    n_tars = {corpus: [0] * len(SPLITS) for corpus in wanted}
+    n_documents = {corpus: [0] * len(SPLITS) for corpus in wanted}
+    n_overlapping: Counter[str] = Counter()
+    first = np.zeros((len(tasks), len(SPLITS), 2), np.int64)
+    for number, task in enumerate(tasks):
+        if task.corpus not in wanted:
+            continue
+        counts = np.bincount(fates(build, number, read_survey(build, number), rule), minlength=OVERLAPPING + 1)
+        n_overlapping[task.corpus] += int(counts[OVERLAPPING])
+        for split, n_kept in enumerate(counts[[TRAIN, VAL]].tolist()):
+            first[number, split] = n_tars[task.corpus][split], n_documents[task.corpus][split]
+            n_tars[task.corpus][split] += bool(n_kept)
+            n_documents[task.corpus][split] += n_kept
+
+    for corpus in wanted:
+        n_train, n_val = n_documents[corpus]
+        if not n_val:
+            n_chosen = n_overlapping[corpus]
+            least = 0 if n_chosen else least_val_bytes[corpus]
+            cause = why_nothing_is_held_out(build.config, corpus, groups[corpus], n_chosen, least)
+            share = groups[corpus].smallest if groups[corpus].several and not n_chosen and not least else None
+            raise NothingHeldOutError(
+                f"corpus {corpus}: none of its {n_train} documents is held out: {cause}", share, groups[corpus].n_read
+            )
+        if not n_train:
+            raise no_train(corpus, n_val)
+    write_rule(build, rule, first)
+
+
+def publish(
+    build: Build, tasks: Sequence[BuildTask], corpus: str, directory: Path, recipe: Recipe, **facts: Any
+) -> None:
+    """Completes a corpus from the tars of its tasks. The tars stay with the tasks too, so it can be repeated.
+
+    Args:
+        facts: `licences`, `inputs` and `settings` of the manifest.
+
+    Raises:
+        ArtefactError: the folder holds files that are not ours.
+        OSError: a file cannot be read or written.
+    """
+    journal = Journal.start(directory, recipe)
+    report, report_of_val = IngestReport(), IngestReport()
+    with (directory / REJECTED).open("wb") as rejected:
+        for number, task in enumerate(tasks):
+            if task.corpus != corpus:
+                continue
+            written = read_written(build, number)
+            report.add(written.report)
+            report_of_val.add(written.report_of_val)
+            result = build.result("write", number)
+            rejected.write((result / REJECTED_ROWS).read_bytes())
+            for split, shards in written.shards.items():
+                for shard in shards:
+                    if shard in journal.finished[split]:
+                        continue
+                    name = journal.begin(split)
+                    assert name == shard.name, (name, shard.name)
+                    for path in (origins_path(result / name), index_path(result / name), result / name):
+                        _link(path, directory / path.name)
+                    durable.fsync(directory)
+                    journal.finish(split, shard)
+    report.add(report_of_val)
+    complete(journal, asdict(report), **facts)
+
+
+def _numbers_by_source(tasks: Sequence[BuildTask]) -> dict[tuple[str, int], list[int]]:
+    """Returns the numbers of the tasks of each source, by (corpus, number of the source)."""
+    numbers: dict[tuple[str, int], list[int]] = {}
+    for number, task in enumerate(tasks):
+        numbers.setdefault((task.corpus, task.source), []).append(number)
+    return numbers
+
+
+def _add_positions(groups: Groups, positions: np.ndarray) -> None:
+    """Counts documents by the hashes of their groups, as `Groups.add` does."""
+    if not len(positions):
+        return
+    first = groups.first or repr(float(positions[0]))
+    groups.several = groups.several or bool((positions != float(first)).any())
+    groups.first = first
+    groups.smallest = min(groups.smallest, float(positions.min()))
+    groups.n_read += len(positions)
+
+
+def _link(path: Path, to: Path) -> None:
+    """Gives a file a second name; copies it where the file system has no links."""
+    to.unlink(missing_ok=True)
+    try:
+        os.link(path, to)
+    except OSError:
+        shutil.copy2(path, to)
+        durable.fsync(to)

@@ -1,0 +1,462 @@
+"""Runs the tasks of a build of corpora of texts: plain functions from files to a result on disk, on any node.
+
+    survey   of each task of the plan: reads, cleans, screens and hashes its documents
+    copies   of each range of keys: the documents whose text an earlier one has
+    compare  of each task: what its train texts have of the held-out texts, which were chosen in between
+    write    of each task: tokenizes what is kept, and writes a tar for each split
+
+A build has a folder: `settings.json`, the tasks of the plan, and a result for each task of each pass
+(`data.task_results`). A task depends on results of the passes before it alone, so tasks of a pass run anywhere and in
+any order, and a task that was lost runs again.
+"""
+
+import hashlib
+import json
+from collections import Counter
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field
+from functools import cached_property, lru_cache
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import zstandard
+
+from dist_lm.config.corpus import SPLITS, CleaningConfig, CorpusConfig
+from dist_lm.data.benchmarks import Benchmarks
+from dist_lm.data.build_decisions import (
+    BENCHMARK,
+    DUPLICATE,
+    OVERLAPPING,
+    TRAIN,
+    VAL,
+    Rule,
+    Screening,
+    Survey,
+    candidates_of,
+    compare,
+    fates_of,
+    same_documents,
+    screenings,
+    source_of,
+    survey,
+)
+from dist_lm.data.build_plan import BuildTask
+from dist_lm.data.containment import Evidence, HeldOutIndex
+from dist_lm.data.ingest import cleaned
+from dist_lm.data.inputs import Input, Inputs
+from dist_lm.data.manifest import Recipe, Shard, shard_name
+from dist_lm.data.screening import IngestReport, RowErrors, note_dropped, source_name
+from dist_lm.data.shard_writer import SplitWriter
+from dist_lm.data.sorted_runs import later_copies, read_part, records_of, write_run
+from dist_lm.data.sources.reader import Rejected
+from dist_lm.data.task_results import is_finished, writing
+from dist_lm.errors import UserError
+from dist_lm.storage import durable
+from dist_lm.tokenizer.tokenizer import Tokenizer
+
+REVISION = 1  # one more with every change to the results of tasks: those of another revision are not used
+RUN, COPIES, REPORT, REJECTED_ROWS = "keys.run", "copies.npy", "report.json", "rejected.jsonl"
+ARRAYS, PARTS = "arrays.npz", "parts.json"
+WINDOWS = "windows_"  # begins the name of an array about windows of a number of words
+
+
+@dataclass(frozen=True)
+class Build:
+    """The folder of a build, and what is read from it."""
+
+    folder: Path
+
+    @cached_property
+    def _settings(self) -> dict[str, Any]:
+        return durable.read_json(self.folder / "settings.json", {"config": dict, "seed": int, "tokenizer": str})
+
+    @cached_property
+    def config(self) -> CorpusConfig:
+        config = self._settings["config"]
+        return CorpusConfig(**{**config, "cleaning": CleaningConfig(**config["cleaning"])})
+
+    @property
+    def seed(self) -> int:
+        return self._settings["seed"]
+
+    @property
+    def tokenizer_model(self) -> Path:
+        return Path(self._settings["tokenizer"])
+
+    @property
+    def classes(self) -> list[tuple[str, bool]]:
+        """(corpus, whether its sources have `held_out`): copies are sought in each of these."""
+        return [(corpus, is_held_out) for corpus, is_held_out, _ in self._settings["classes"]]
+
+    def tasks_of_class(self, number: int) -> list[int]:
+        """Returns the numbers of the tasks of a class of `classes`, in their order."""
+        return self._settings["classes"][number][2]
+
+    def task(self, number: int) -> BuildTask:
+        """Returns a task of the plan."""
+        task = durable.read_json(self.folder / "tasks" / f"{number:06d}.json")
+        return BuildTask(task["corpus"], task["source"], tuple(Input(**file) for file in task["files"]))
+
+    def listing(self, task: BuildTask) -> Inputs:
+        """Returns what `left_beside` kept of the source of a task."""
+        listings = durable.read_json(self._listing_path(task.corpus, task.source))
+        return Inputs.from_json(listings["files"])
+
+    def result(self, pass_name: str, number: int) -> Path:
+        return self.folder / pass_name / f"{number:06d}"
+
+    def write(
+        self,
+        config: CorpusConfig,
+        seed: int,
+        tokenizer_model: Path,
+        tasks: list[BuildTask],
+        listings: Mapping[tuple[str, int], Inputs],
+    ) -> None:
+        """Writes settings and plan. Files that are there already are those of the same build, and stay."""
+        (self.folder / "tasks").mkdir(parents=True, exist_ok=True)
+        classes: dict[tuple[str, bool], list[int]] = {}
+        for number, task in enumerate(tasks):
+            classes.setdefault((task.corpus, source_of(config, task).held_out), []).append(number)
+            content = {"corpus": task.corpus, "source": task.source, "files": [file.to_json() for file in task.files]}
+            durable.write_sealed(self.folder / "tasks" / f"{number:06d}.json", content)
+        for (corpus, number), listing in listings.items():
+            durable.write_sealed(self._listing_path(corpus, number), {"files": listing.to_json()})
+        settings = {
+            "config": asdict(config),
+            "seed": seed,
+            "tokenizer": str(tokenizer_model.resolve()),
+            "classes": [[*key, numbers] for key, numbers in classes.items()],
+        }
+        durable.write_sealed(self.folder / "settings.json", settings)
+
+    def _listing_path(self, corpus: str, source: int) -> Path:
+        return self.folder / f"listing-{corpus}-{source}.json"
+
+
+@lru_cache(1)
+def opened(folder: Path) -> Build:
+    """Returns the build of a folder; a worker reads its settings once."""
+    return Build(folder)
+
+
+def run_task(folder: Path, pass_name: str, number: int) -> None:
+    """Runs one task of a pass, unless its result is finished.
+
+    Args:
+        folder: of the build.
+
+    Raises:
+        ConfigError, ArtefactError: as the reader of the source; ChangedInputError: an input is not as it was.
+        OSError: a file cannot be read or written.
+    """
+    build = opened(folder)
+    result = build.result(pass_name, number)
+    if is_finished(result):
+        return
+    with writing(result) as temporary:
+        PASSES[pass_name](build, number, temporary)
+
+
+# --- survey ---
+
+
+def _survey(build: Build, number: int, result: Path) -> None:
+    task = build.task(number)
+    with _named(task):
+        task_survey = survey(build.config, task, candidates_of(build.config, build.seed, task, build.listing(task)))
+    write_run(result / RUN, records_of([key.tobytes() for key in task_survey.keys], number))
+    _write_survey(result, task_survey)
+
+
+def _write_survey(result: Path, task_survey: Survey) -> None:
+    np.savez(
+        result / ARRAYS,
+        keys=task_survey.keys,
+        positions=task_survey.positions,
+        n_bytes=task_survey.n_bytes,
+        is_contaminated=task_survey.is_contaminated,
+    )
+    rows = task_survey.rows
+    counts = {
+        "n_rows": rows.n_rows,
+        "n_bad": rows.n_bad,
+        "first": [asdict(row) for row in rows.first],
+        "dropped": task_survey.dropped,
+        "languages": task_survey.languages,
+    }
+    (result / "counts.json").write_text(json.dumps(counts), encoding="utf-8")
+    (result / "val_texts.zst").write_bytes(_compressed(task_survey.val_texts))
+
+
+def read_survey(build: Build, number: int, with_texts: bool = False) -> Survey:
+    """Returns the survey of a task.
+
+    Args:
+        with_texts: read the texts that could be val, too.
+    """
+    result = build.result("survey", number)
+    counts = json.loads((result / "counts.json").read_text(encoding="utf-8"))
+    rows = RowErrors(source_of(build.config, build.task(number)), build.config.max_bad_fraction)
+    rows.add(counts["n_rows"], counts["n_bad"], [Rejected(**row) for row in counts["first"]])
+    texts = _decompressed((result / "val_texts.zst").read_bytes()) if with_texts else {}
+    val_texts = {int(document): text for document, text in texts.items()}
+    with np.load(result / ARRAYS) as arrays:
+        return Survey(
+            arrays["keys"],
+            arrays["positions"],
+            arrays["n_bytes"],
+            arrays["is_contaminated"],
+            val_texts,
+            rows,
+            Counter(counts["dropped"]),
+            counts["languages"],
+        )
+
+
+# --- copies ---
+
+
+def _copies(build: Build, number: int, result: Path) -> None:
+    class_number, part = divmod(number, parts_of(build))
+    runs = [build.result("survey", task) / RUN for task in build.tasks_of_class(class_number)]
+    copies = later_copies(read_part(runs, part, parts_of(build)))
+    places = np.stack([copies["task"], copies["number"]], axis=1)
+    np.save(result / COPIES, places[np.lexsort([places[:, 1], places[:, 0]])])
+
+
+def parts_of(build: Build) -> int:
+    """Returns the number of ranges of keys, which was chosen after the survey."""
+    return durable.read_json(build.folder / PARTS, {"parts": int})["parts"]
+
+
+def is_copy(build: Build, number: int, n_documents: int) -> np.ndarray:
+    """Returns which documents of a task are copies of earlier ones: (n_documents,) bool."""
+    parts = parts_of(build)
+    task = build.task(number)
+    class_number = build.classes.index((task.corpus, source_of(build.config, task).held_out))
+    copies = np.zeros(n_documents, bool)
+    for part in range(parts):
+        places = np.load(build.result("copies", class_number * parts + part) / COPIES, mmap_mode="r")
+        begin, end = np.searchsorted(places[:, 0], [number, number + 1])
+        copies[places[begin:end, 1]] = True
+    return copies
+
+
+def fates(build: Build, number: int, task_survey: Survey, rule: Rule) -> np.ndarray:
+    """Returns what becomes of each document of a task, as `fates_of`."""
+    task = build.task(number)
+    copies = is_copy(build, number, len(task_survey.keys))
+    return fates_of(
+        task_survey, copies, source_of(build.config, task).held_out, rule.shares.get(task.corpus, 0.0), rule
+    )
+
+
+# --- compare ---
+
+
+def write_val(build: Build, shares: Mapping[str, float], texts: Mapping[bytes, str], protected: set[bytes]) -> None:
+    """Writes the held-out texts of all corpora, by key, for the tasks that compare."""
+    result = build.result("val", 0)
+    if is_finished(result):
+        return
+    with writing(result) as temporary:
+        (temporary / "shares.json").write_text(json.dumps(shares))
+        by_key = {key.hex(): [text, key in protected] for key, text in texts.items()}
+        (temporary / "texts.zst").write_bytes(_compressed(by_key))
+
+
+@lru_cache(1)
+def read_val(build: Build) -> tuple[dict[str, float], list[bytes], set[bytes], HeldOutIndex]:
+    """Returns (shares by corpus, keys of the held-out texts, those of protected ones, index of the texts).
+
+    A worker makes the index once; the index has seen no train text when a task begins.
+    """
+    result = build.result("val", 0)
+    shares = json.loads((result / "shares.json").read_text())
+    by_key = _decompressed((result / "texts.zst").read_bytes())
+    keys = [bytes.fromhex(key) for key in by_key]
+    protected = {key for key, (_, is_protected) in zip(keys, by_key.values(), strict=True) if is_protected}
+    index = HeldOutIndex([text for text, _ in by_key.values()], [key in protected for key in keys])
+    return shares, keys, protected, index
+
+
+def _compare(build: Build, number: int, result: Path) -> None:
+    shares, _, protected, index = read_val(build)
+    index.take_evidence()  # of a task that failed
+    task_survey = read_survey(build, number)
+    task_fates = fates(build, number, task_survey, Rule(shares))
+    documents = (record for _, record, _ in _read_again(build, number, task_survey) if record is not None)
+    refused = compare(index, protected, task_fates, documents)
+    evidence = index.take_evidence()
+    arrays = {f"{WINDOWS}{size}": in_train for size, in_train in evidence.in_train.items()}
+    arrays |= {"refused": refused, "short": np.array(sorted(evidence.contained_short), np.int64)}
+    np.savez_compressed(result / ARRAYS, **arrays)
+
+
+def merge_comparison(build: Build, number: int, index: HeldOutIndex) -> np.ndarray:
+    """Adds what the train texts of a task have of val to `index`; returns the keys of the refused ones."""
+    with np.load(build.result("compare", number) / ARRAYS) as arrays:
+        windows = (name for name in arrays.files if name.startswith(WINDOWS))
+        in_train = {int(name.removeprefix(WINDOWS)): arrays[name] for name in windows}
+        index.merge(Evidence(in_train, frozenset(arrays["short"].tolist())))
+        return arrays["refused"]
+
+
+# --- write ---
+
+
+def write_rule(build: Build, rule: Rule, first: np.ndarray) -> None:
+    """Writes the complete rule and the places of tasks in the corpus.
+
+    Args:
+        first: (tasks, splits, 2) int64: number of the tar, and of its first document in the split.
+    """
+    result = build.result("rule", 0)
+    if is_finished(result):
+        return
+    with writing(result) as temporary:
+        (temporary / "shares.json").write_text(json.dumps(rule.shares))
+        np.savez(temporary / ARRAYS, leaked=rule.leaked, refused=rule.refused, first=first)
+
+
+@lru_cache(1)
+def read_rule(build: Build) -> tuple[Rule, np.ndarray]:
+    """Inverts `write_rule`."""
+    result = build.result("rule", 0)
+    with np.load(result / ARRAYS) as arrays:
+        shares = json.loads((result / "shares.json").read_text())
+        return Rule(shares, arrays["leaked"], arrays["refused"]), arrays["first"]
+
+
+@dataclass
+class _TarsOfTask:
+    """The tars of one task, as `SplitWriter` needs them."""
+
+    directory: Path
+    recipe: Recipe
+    numbers: dict[str, int]  # split -> number of the tar
+    documents: dict[str, int]  # split -> number of its first document
+    finished: dict[str, list[Shard]] = field(default_factory=lambda: {split: [] for split in SPLITS})
+
+    def begin(self, split: str) -> str:
+        assert not self.finished[split], "a task writes one tar a split"
+        return shard_name(split, self.numbers[split])
+
+    def finish(self, split: str, shard: Shard) -> None:
+        self.finished[split].append(shard)
+
+
+def _write(build: Build, number: int, result: Path) -> None:
+    config, task = build.config, build.task(number)
+    source = source_of(config, task)
+    rule, first = read_rule(build)
+    task_survey = read_survey(build, number)
+    task_fates = iter(fates(build, number, task_survey, rule).tolist())
+    benchmarks = Benchmarks.read(config.cleaning.benchmarks) if task_survey.is_contaminated.any() else None
+    tokenizer = Tokenizer.load(build.tokenizer_model)
+
+    # Neither `shard_tokens` nor the settings that only a manifest compares change the bytes of a tar.
+    recipe = Recipe("", tokenizer.vocab_size, "", config.documents_per_member, shard_tokens=0)
+    places = {split: first[number, place].tolist() for place, split in enumerate(SPLITS)}
+    tars = _TarsOfTask(
+        result,
+        recipe,
+        {split: tar for split, (tar, _) in places.items()},
+        {split: document for split, (_, document) in places.items()},
+    )
+    writers = {split: SplitWriter(split, tars) for split in SPLITS}
+    report, report_of_val = IngestReport(), IngestReport()
+
+    with (result / REJECTED_ROWS).open("w", encoding="utf-8") as rejected:
+        for candidate, record, reason in _read_again(build, number, task_survey, rejected):
+            if record is None:
+                report.reject(candidate, source, reason)
+                continue
+
+            fate = next(task_fates)
+            if fate in (TRAIN, VAL):
+                split = SPLITS[fate]
+                document = cleaned(config, record, split, report)
+                writers[split].write(tokenizer.encode_document(document), task.source, _content(document.text))
+            elif fate == BENCHMARK:
+                contamination = benchmarks.first_in(record.document.text) if benchmarks else None
+                assert contamination is not None, "the survey found it in the same text"
+                reason = f"benchmark {contamination.benchmark}"
+                report.reject(candidate, source, reason)
+                note_dropped(rejected, record.document, reason, words=contamination.words)
+            elif fate == DUPLICATE:
+                report.reject(candidate, source, "duplicate")
+            elif fate == OVERLAPPING:
+                report_of_val.reject(candidate, source, "overlapping")
+            else:
+                report.reject(candidate, source, "contains_val")
+    for writer in writers.values():
+        writer.finish()
+
+    shards = {split: [shard.to_json() for shard in tars.finished[split]] for split in SPLITS}
+    content = {"report": asdict(report), "report_of_val": asdict(report_of_val), "shards": shards}
+    (result / REPORT).write_text(json.dumps(content), encoding="utf-8")
+
+
+@dataclass(frozen=True)
+class Written:
+    """What a task of the pass `write` made."""
+
+    report: IngestReport
+    report_of_val: IngestReport  # val documents that were dropped, which are judged behind all of train
+    shards: dict[str, list[Shard]]
+
+
+def read_written(build: Build, number: int) -> Written:
+    """Returns what a task wrote."""
+    content = json.loads((build.result("write", number) / REPORT).read_text(encoding="utf-8"))
+    shards = {
+        split: [Shard.parse(shard, shard["name"]) for shard in shards] for split, shards in content["shards"].items()
+    }
+    reports = (IngestReport.from_json(content[key]) for key in ("report", "report_of_val"))
+    return Written(*reports, shards)
+
+
+def _read_again(build: Build, number: int, task_survey: Survey, rejected: Any = None) -> Iterator[Screening]:
+    """Reads a task as the survey did.
+
+    Raises:
+        ChangedInputError: it has other documents.
+    """
+    task = build.task(number)
+    source = source_of(build.config, task)
+    with _named(task):
+        candidates = candidates_of(build.config, build.seed, task, build.listing(task))
+        _, screened_candidates = screenings(build.config, source, candidates, rejected)
+        yield from same_documents(task_survey.keys, screened_candidates, source_name(source))
+
+
+@contextmanager
+def _named(task: BuildTask) -> Iterator[None]:
+    """Adds the files of a task to an unexpected error."""
+    try:
+        yield
+    except UserError:
+        raise  # it names its file
+    except Exception as error:
+        names = [file.name for file in task.files] or ["generated text"]
+        error.add_note(f"corpus {task.corpus}, a task of {len(names)} inputs: {names[0]} to {names[-1]}")
+        raise
+
+
+def _content(text: str) -> bytes:
+    return hashlib.blake2b(text.encode(), digest_size=16).digest()
+
+
+def _compressed(value: Any) -> bytes:
+    return zstandard.ZstdCompressor().compress(json.dumps(value).encode())
+
+
+def _decompressed(content: bytes) -> Any:
+    return json.loads(zstandard.ZstdDecompressor().decompress(content))
+
+
+PASSES = {"survey": _survey, "copies": _copies, "compare": _compare, "write": _write}

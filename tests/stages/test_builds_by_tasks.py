@@ -1,0 +1,213 @@
+"""A build by tasks gives the corpus of a build in one process, whatever the tasks, the workers and their ends."""
+
+import multiprocessing
+import os
+import random
+import shutil
+import signal
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from dist_lm.config.corpus import SPLITS, CleaningConfig, CorpusConfig
+from dist_lm.config.root import Config
+from dist_lm.data.build_by_tasks import plan_of
+from dist_lm.data.build_tasks import run_task
+from dist_lm.data.journal import REJECTED
+from dist_lm.data.manifest import read_manifest
+from dist_lm.data.shard_writer import read_origins
+from dist_lm.data.task_workers import RunPass, in_processes
+from dist_lm.errors import ConfigError
+from dist_lm.prepare.compose import compose_config
+from dist_lm.stages import shards
+from dist_lm.storage import durable
+from dist_lm.storage.run_directory import WorkDirectory
+from dist_lm.tracking.console import Console
+from tests.conftest import TINY_MODEL
+from tests.data.mixed_corpora import write_corpora
+
+CORPORA = ("first", "second")
+
+
+def in_random_order(generator: random.Random) -> RunPass:
+    """Returns a runner that runs each pass in this process in a random order, and some tasks twice."""
+
+    def run(folder: Path, pass_name: str, numbers: Sequence[int]) -> Iterator[int]:
+        for number in generator.sample(numbers, len(numbers)):
+            for _ in range(generator.choice([1, 1, 2])):
+                run_task(folder, pass_name, number)
+            yield number
+
+    return run
+
+
+@pytest.fixture
+def new_work(tiny_work: WorkDirectory, tmp_path: Path) -> Callable[[str], WorkDirectory]:
+    """Makes work directories with a tokenizer and no corpus."""
+
+    def make(name: str) -> WorkDirectory:
+        shutil.copytree(tiny_work.tokenizer, tmp_path / name / "tokenizer")
+        return WorkDirectory(tmp_path / name)
+
+    return make
+
+
+def config_of(work: WorkDirectory, corpus: CorpusConfig, **changes: Any) -> Config:
+    config = compose_config(["stage=shards", *TINY_MODEL, "tokenizer.workers=1", f"work_dir={work.path}"])
+    settings = {"documents_per_member": 8, "shard_tokens": 10**9} | changes
+    return replace(config, corpus=replace(corpus, **settings))
+
+
+def build(work: WorkDirectory, corpus: CorpusConfig, **changes: Any) -> dict[str, Path]:
+    config = config_of(work, corpus, **changes)
+    shards.STAGE.build(config, Console())
+    assert shards.STAGE.inspect(config).ready
+    return {name: shards.folder_of(config, name) for name in corpus.corpora}
+
+
+def by_tasks(
+    monkeypatch: pytest.MonkeyPatch, work: WorkDirectory, corpus: CorpusConfig, task_bytes: int, run_pass: RunPass
+) -> dict[str, Path]:
+    """Builds by tasks of a size with a runner of its own."""
+    monkeypatch.setattr(shards, "plan_of", partial(plan_of, task_bytes=task_bytes))
+    monkeypatch.setattr(shards, "in_processes", lambda workers: run_pass)
+    return build(work, corpus, build="tasks")
+
+
+def described(folder: Path) -> dict[str, Any]:
+    """Returns all that a corpus holds and records, apart from how it is cut into tars."""
+    manifest = read_manifest(folder)
+    description: dict[str, Any] = {split: manifest.splits[split].languages for split in SPLITS}
+    description |= {"content": manifest.content, "ingest": manifest.ingest, "settings": manifest.settings}
+    description["rejected"] = (folder / REJECTED).read_text()
+    description["origins"] = {
+        split: [origin for shard in manifest.splits[split].shards for origin in read_origins(folder / shard.name)]
+        for split in SPLITS
+    }
+    return description
+
+
+def files_of(folders: dict[str, Path]) -> dict[str, bytes]:
+    """Returns the bytes of all tars, origins and manifests."""
+    return {
+        f"{name}/{path.name}": path.read_bytes()
+        for name, folder in folders.items()
+        for path in folder.iterdir()
+        if path.suffix != ".index"
+    }
+
+
+@pytest.mark.heavy
+@pytest.mark.parametrize("held_out", [False, True])
+@pytest.mark.parametrize("seed", range(3))
+def test_tasks_build_what_one_process_builds(monkeypatch, new_work, tmp_path, seed, held_out):
+    """Would find another winner of equal texts, another share of val, val text that stays in train, another order, and
+    a document that a report does not count."""
+    generator = random.Random(seed)
+    corpus = write_corpora(tmp_path, generator, held_out)
+    expected = build(new_work("serial"), corpus)
+    for task_bytes in (1, 3000, 1 << 30):
+        folders = by_tasks(monkeypatch, new_work(f"tasks{task_bytes}"), corpus, task_bytes, in_random_order(generator))
+        for name in CORPORA:
+            assert described(folders[name]) == described(expected[name])
+
+
+@pytest.mark.heavy
+def test_any_number_of_workers_gives_the_same_bytes(monkeypatch, new_work, tmp_path):
+    """Would find a tar or a count that depends on who read it, and on the order in which tasks end."""
+    generator = random.Random(0)
+    corpus = write_corpora(tmp_path, generator, held_out=True)
+    monkeypatch.setattr(shards, "plan_of", partial(plan_of, task_bytes=3000))
+    expected: dict[str, bytes] = {}
+    for workers in (1, 2, 4):
+        work = new_work(str(workers))
+        config = config_of(work, corpus, build="tasks")
+        config = replace(config, tokenizer=replace(config.tokenizer, workers=workers))
+        shards.STAGE.build(config, Console())
+        files = files_of({name: shards.folder_of(config, name) for name in CORPORA})
+        expected = expected or files
+        assert files == expected
+    assert len([name for name in expected if name.startswith("first/train-")]) > 2 * 2
+
+
+class Killed(BaseException):
+    """Ends a build where a kill could."""
+
+
+@pytest.mark.heavy
+@pytest.mark.parametrize("seed", range(3))
+def test_a_build_that_is_killed_anywhere_gives_the_same_bytes(monkeypatch, new_work, tmp_path, seed):
+    """Would find a half-written result that is used, a finished one that is lost, and a tar of the first attempt in the
+    second."""
+    generator = random.Random(seed)
+    corpus = write_corpora(tmp_path, generator, held_out=bool(seed % 2))
+    expected = files_of(by_tasks(monkeypatch, new_work("whole"), corpus, 3000, in_random_order(random.Random(seed))))
+
+    work = new_work("killed")
+    counted = {"left": 0}
+    fsync = durable.fsync
+
+    def fsync_or_end(path: Path) -> None:
+        counted["left"] -= 1
+        if counted["left"] == 0:
+            raise Killed
+        fsync(path)
+
+    monkeypatch.setattr(durable, "fsync", fsync_or_end)
+    n_kills = 0
+    while True:
+        counted["left"] = generator.randrange(1, 400)
+        try:
+            folders = by_tasks(monkeypatch, work, corpus, 3000, in_random_order(generator))
+            break
+        except Killed:
+            n_kills += 1
+            damage_a_result(generator, work)
+    assert n_kills
+    assert files_of(folders) == expected
+    assert not list((work.path / "builds").iterdir())
+
+
+def damage_a_result(generator: random.Random, work: WorkDirectory) -> None:
+    """Shortens a file of a result, as a failing disk could."""
+    files = [path for path in (work.path / "builds").glob("*/*/*/*") if path.stat().st_size]
+    if files:
+        damaged = generator.choice(sorted(files))
+        content = damaged.read_bytes()[:-1]
+        damaged.unlink()  # a tar of the corpus may be the same file under another name
+        damaged.write_bytes(content)
+
+
+@pytest.mark.heavy
+def test_killed_workers_cost_their_tasks_alone(monkeypatch, new_work, tmp_path):
+    """Would find a build that ends, waits forever or has other bytes after SIGKILL of its workers."""
+    corpus = write_corpora(tmp_path, random.Random(1), held_out=False)
+    expected = files_of(by_tasks(monkeypatch, new_work("whole"), corpus, 3000, in_random_order(random.Random(1))))
+
+    def run_and_kill(folder: Path, pass_name: str, numbers: Sequence[int]) -> Iterator[int]:
+        killed = False
+        for number in in_processes(2)(folder, pass_name, numbers):
+            if not killed:
+                killed = True
+                os.kill(multiprocessing.active_children()[0].pid or 0, signal.SIGKILL)
+            yield number
+
+    assert files_of(by_tasks(monkeypatch, new_work("killed"), corpus, 3000, run_and_kill)) == expected
+
+
+@pytest.mark.parametrize(
+    ("changes", "key"),
+    [
+        ({"cleaning": CleaningConfig(across_corpora=True)}, "corpus.cleaning.across_corpora"),
+        ({"cleaning": CleaningConfig(near_duplicates=0.8)}, "corpus.cleaning.near_duplicates"),
+    ],
+)
+def test_what_tasks_cannot_do_is_refused_by_name(new_work, tmp_path, changes, key):
+    """Would find a key that is silently passed over."""
+    corpus = replace(write_corpora(tmp_path, random.Random(0), held_out=False), **changes)
+    with pytest.raises(ConfigError, match=key):
+        build(new_work("refused"), corpus, build="tasks")
