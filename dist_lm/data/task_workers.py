@@ -1,4 +1,4 @@
-"""Runs the tasks of one pass of a build in worker processes of this machine, and goes on when one is lost.
+"""Runs the tasks of a build in worker processes of this machine, and goes on when one is lost.
 
 A lost worker costs the tasks in work: results of all others are on disk. Tasks may end in any order.
 """
@@ -7,6 +7,7 @@ import multiprocessing
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
+from contextlib import contextmanager
 from pathlib import Path
 
 from dist_lm.data.build_tasks import run_task
@@ -26,42 +27,46 @@ def in_this_process(folder: Path, pass_name: str, numbers: Sequence[int]) -> Ite
         yield number
 
 
-def in_processes(workers: int) -> RunPass:
-    """Returns a `RunPass` that uses `workers` processes of this machine."""
+@contextmanager
+def local_workers(workers: int) -> Iterator[RunPass]:
+    """Gives a `RunPass` to a block that uses `workers` processes of this machine, or this process if that is one.
+
+    At the end of the block tasks in work are waited for, and others do not begin. The pass raises UserError if workers
+    die again and again; an error of a task is raised unchanged.
+    """
+    if workers == 1:
+        yield in_this_process
+        return
+    pool = _new_pool(workers)
 
     def run(folder: Path, pass_name: str, numbers: Sequence[int]) -> Iterator[int]:
+        nonlocal pool
         left = set(numbers)
         n_losses = 0
         while left:
             try:
-                for number in _in_pool(folder, pass_name, sorted(left), min(workers, len(left))):
-                    left.discard(number)
+                futures = {pool.submit(run_task, folder, pass_name, number): number for number in sorted(left)}
+                for future in as_completed(futures):
+                    future.result()
+                    left.discard(futures[future])
                     n_losses = 0
-                    yield number
+                    yield futures[future]
             except BrokenProcessPool as error:
+                pool.shutdown()
                 n_losses += 1
                 if n_losses == LOSSES:
                     raise UserError(
                         f"a process of pass {pass_name} died {LOSSES} times, with {len(left)} tasks left (out of "
                         f"memory, or killed): set tokenizer.workers below {workers}"
                     ) from error
+                pool = _new_pool(workers)
 
-    return in_this_process if workers == 1 else run
-
-
-def _in_pool(folder: Path, pass_name: str, numbers: Sequence[int], workers: int) -> Iterator[int]:
-    """Yields the number of each task that has ended.
-
-    Raises:
-        BrokenProcessPool: a worker died.
-        Exception: an error of a task is raised unchanged; tasks in work are waited for, and others do not begin.
-    """
-    # Spawned, not forked: a fork would copy the locks that threads of the caller hold.
-    pool = ProcessPoolExecutor(workers, multiprocessing.get_context("spawn"), initializer=follow_parent)
     try:
-        futures = {pool.submit(run_task, folder, pass_name, number): number for number in numbers}
-        for future in as_completed(futures):
-            future.result()
-            yield futures[future]
+        yield run
     finally:
         pool.shutdown(cancel_futures=True)
+
+
+def _new_pool(workers: int) -> ProcessPoolExecutor:
+    # Spawned, not forked: a fork would copy the locks that threads of the caller hold.
+    return ProcessPoolExecutor(workers, multiprocessing.get_context("spawn"), initializer=follow_parent)

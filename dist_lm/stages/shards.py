@@ -67,7 +67,7 @@ from dist_lm.data.sources.reader import (
     text_corpora,
     tokenizer_corpora,
 )
-from dist_lm.data.task_workers import in_processes
+from dist_lm.data.task_workers import local_workers
 from dist_lm.data.token_corpus import TokenCorpus
 from dist_lm.document import Document
 from dist_lm.errors import ArtefactError, ConfigError, UnreachableError, UserError, require
@@ -892,14 +892,14 @@ def build_by_tasks(
     build = Build(work.path / "builds" / key[:16])
     build.write(config.corpus, config.seed, work.tokenizer_model, tasks, listings)
 
-    def run_pass(folder: Path, pass_name: str, numbers: Sequence[int]) -> Iterator[int]:
-        workers = in_processes(config.tokenizer.workers or cores())
-        with console.counting(f"{pass_name} of {', '.join(names)}", unit="tasks", total=len(numbers)) as count:
-            for number in workers(folder, pass_name, numbers):
-                count.advance()
-                yield number
+    with local_workers(config.tokenizer.workers or cores()) as workers:
 
-    run_passes(build.folder, tasks, run_pass, names)
+        def run_pass(folder: Path, pass_name: str, numbers: Sequence[int]) -> Iterator[int]:
+            with console.counting(f"{pass_name} of {', '.join(names)}", unit="tasks", total=len(numbers)) as count:
+                yield from map(count.each, workers(folder, pass_name, numbers))
+
+        run_passes(build.folder, tasks, run_pass, names)
+
     for name in names:
         inputs = listed_inputs(config.corpus, name, reader.files)
         name_unread_archives(name, inputs, console)

@@ -6,6 +6,7 @@ import random
 import shutil
 import signal
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import nullcontext
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -20,7 +21,7 @@ from dist_lm.data.build_tasks import run_task
 from dist_lm.data.journal import REJECTED
 from dist_lm.data.manifest import read_manifest
 from dist_lm.data.shard_writer import read_origins
-from dist_lm.data.task_workers import RunPass, in_processes
+from dist_lm.data.task_workers import RunPass, local_workers
 from dist_lm.errors import ConfigError
 from dist_lm.prepare.compose import compose_config
 from dist_lm.stages import shards
@@ -74,7 +75,7 @@ def by_tasks(
 ) -> dict[str, Path]:
     """Builds by tasks of a size with a runner of its own."""
     monkeypatch.setattr(shards, "plan_of", partial(plan_of, task_bytes=task_bytes))
-    monkeypatch.setattr(shards, "in_processes", lambda workers: run_pass)
+    monkeypatch.setattr(shards, "local_workers", lambda workers: nullcontext(run_pass))
     return build(work, corpus, build="tasks")
 
 
@@ -189,14 +190,14 @@ def test_killed_workers_cost_their_tasks_alone(monkeypatch, new_work, tmp_path):
     expected = files_of(by_tasks(monkeypatch, new_work("whole"), corpus, 3000, in_random_order(random.Random(1))))
 
     def run_and_kill(folder: Path, pass_name: str, numbers: Sequence[int]) -> Iterator[int]:
-        killed = False
-        for number in in_processes(2)(folder, pass_name, numbers):
-            if not killed:
-                killed = True
+        for place, number in enumerate(run_pass(folder, pass_name, numbers)):
+            if place == 0 and pass_name in ("survey", "write"):
                 os.kill(multiprocessing.active_children()[0].pid or 0, signal.SIGKILL)
             yield number
 
-    assert files_of(by_tasks(monkeypatch, new_work("killed"), corpus, 3000, run_and_kill)) == expected
+    with local_workers(2) as run_pass:
+        folders = by_tasks(monkeypatch, new_work("killed"), corpus, 3000, run_and_kill)
+    assert files_of(folders) == expected
 
 
 @pytest.mark.parametrize(
