@@ -52,7 +52,7 @@ from dist_lm.data.shard_writer import SplitWriter
 from dist_lm.data.sorted_runs import later_copies, read_part, records_of, write_run
 from dist_lm.data.sources.reader import Rejected
 from dist_lm.data.task_results import is_finished, writing
-from dist_lm.errors import UserError
+from dist_lm.errors import ArtefactError, UserError
 from dist_lm.storage import durable
 from dist_lm.tokenizer.tokenizer import Tokenizer
 
@@ -70,7 +70,10 @@ class Build:
 
     @cached_property
     def _settings(self) -> dict[str, Any]:
-        return durable.read_json(self.folder / "settings.json", {"config": dict, "seed": int, "tokenizer": str})
+        path = self.folder / "settings.json"
+        if not path.exists():
+            raise ArtefactError(f"{path} is missing: work_dir must be on a file system that all nodes share")
+        return durable.read_json(path, {"config": dict, "seed": int, "tokenizer": str, "classes": list})
 
     @cached_property
     def config(self) -> CorpusConfig:

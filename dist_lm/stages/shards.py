@@ -18,6 +18,7 @@ import re
 import shutil
 from collections import deque
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import asdict, dataclass, replace
 from itertools import chain
 from pathlib import Path
@@ -67,7 +68,7 @@ from dist_lm.data.sources.reader import (
     text_corpora,
     tokenizer_corpora,
 )
-from dist_lm.data.task_workers import local_workers
+from dist_lm.data.task_workers import RunPass, local_workers
 from dist_lm.data.token_corpus import TokenCorpus
 from dist_lm.document import Document
 from dist_lm.errors import ArtefactError, ConfigError, UnreachableError, UserError, require
@@ -860,6 +861,16 @@ def build_corpus(
         writer.finish(asdict(report), _licences(config, name), listed, settings, read)
 
 
+def workers_of(config: Config) -> AbstractContextManager[RunPass]:
+    """Returns what runs the tasks of a build: all nodes of a Ray cluster, or processes of this machine, where Ray would
+    only cost its start."""
+    if config.cluster.name == "ray":
+        from dist_lm.cluster.build_workers import ray_workers
+
+        return ray_workers(config.cluster)
+    return local_workers(config.tokenizer.workers or cores())
+
+
 def name_unread_archives(name: str, inputs: Sequence[Inputs], console: "Console") -> None:
     """Names the archives that no reader of a corpus opens."""
     for listing in inputs:
@@ -870,8 +881,8 @@ def name_unread_archives(name: str, inputs: Sequence[Inputs], console: "Console"
 def build_by_tasks(
     config: Config, names: Sequence[str], together: Sequence[str], reader: SourceReader, console: "Console"
 ) -> None:
-    """Builds corpora of texts by tasks in worker processes (`corpus.build=tasks`); results of tasks of an interrupted
-    build are used again.
+    """Builds corpora of texts by tasks (`corpus.build=tasks`) in processes of this machine or of a Ray cluster; results
+    of tasks of an interrupted build are used again.
 
     Args:
         config: of `with_folders`.
@@ -889,10 +900,10 @@ def build_by_tasks(
     text_splits = TextSplits(config.corpus, config.seed, together=together, reader=reader)
     recipes = {name: recipe_of(config, name, text_splits) for name in names}
     key = digest([REVISION, asdict(config.corpus), plan_fingerprint(tasks), [asdict(one) for one in recipes.values()]])
-    build = Build(work.path / "builds" / key[:16])
+    build = Build(work.path.resolve() / "builds" / key[:16])
     build.write(config.corpus, config.seed, work.tokenizer_model, tasks, listings)
 
-    with local_workers(config.tokenizer.workers or cores()) as workers:
+    with workers_of(config) as workers:
 
         def run_pass(folder: Path, pass_name: str, numbers: Sequence[int]) -> Iterator[int]:
             with console.counting(f"{pass_name} of {', '.join(names)}", unit="tasks", total=len(numbers)) as count:

@@ -75,7 +75,7 @@ def by_tasks(
 ) -> dict[str, Path]:
     """Builds by tasks of a size with a runner of its own."""
     monkeypatch.setattr(shards, "plan_of", partial(plan_of, task_bytes=task_bytes))
-    monkeypatch.setattr(shards, "local_workers", lambda workers: nullcontext(run_pass))
+    monkeypatch.setattr(shards, "workers_of", lambda config: nullcontext(run_pass))
     return build(work, corpus, build="tasks")
 
 
