@@ -7,7 +7,7 @@ traceback.
 import difflib
 import re
 from collections.abc import Iterable
-from typing import Any
+from typing import Any, Self
 
 FOLDER_NAME = re.compile(r"\w[\w.-]{0,99}")  # excludes separators, hidden names and options of a command
 
@@ -91,3 +91,8 @@ class ChangedInputError(ArtefactError):
             f"{name}: changed while it was read ({words}), so documents held out before could be train now: run the "
             "command again when nothing writes to it (lines may be added to plain text)"
         )
+        self._arguments = name, words
+
+    def __reduce__(self) -> tuple[type[Self], tuple[str, str]]:
+        """Lets a worker process send the error: an exception is made again from `args`, which hold the message."""
+        return type(self), self._arguments

@@ -22,7 +22,7 @@ from dist_lm.data.journal import REJECTED
 from dist_lm.data.manifest import read_manifest
 from dist_lm.data.shard_writer import read_origins
 from dist_lm.data.task_workers import RunPass, local_workers
-from dist_lm.errors import ConfigError
+from dist_lm.errors import ChangedInputError, ConfigError
 from dist_lm.prepare.compose import compose_config
 from dist_lm.stages import shards
 from dist_lm.storage import durable
@@ -198,6 +198,25 @@ def test_killed_workers_cost_their_tasks_alone(monkeypatch, new_work, tmp_path):
     with local_workers(2) as run_pass:
         folders = by_tasks(monkeypatch, new_work("killed"), corpus, 3000, run_and_kill)
     assert files_of(folders) == expected
+
+
+@pytest.mark.heavy
+def test_an_input_that_changes_between_passes_is_named(monkeypatch, new_work, tmp_path):
+    """Would find text that one pass held out and the next one puts into train, and an error that a worker cannot
+    send."""
+    corpus = write_corpora(tmp_path, random.Random(0), held_out=False)
+    path = tmp_path / "first" / "rows" / "1.jsonl"
+    state = path.stat()
+
+    def run_and_change(folder: Path, pass_name: str, numbers: Sequence[int]) -> Iterator[int]:
+        yield from run_pass(folder, pass_name, numbers)
+        if pass_name == "copies":
+            # As many bytes, at the old time: only the text tells.
+            path.write_text(path.read_text().replace("w", "v"))
+            os.utime(path, ns=(state.st_atime_ns, state.st_mtime_ns))
+
+    with local_workers(2) as run_pass, pytest.raises(ChangedInputError, match="1.jsonl.*changed while it was read"):
+        by_tasks(monkeypatch, new_work("changed"), corpus, 3000, run_and_change)
 
 
 @pytest.mark.parametrize(
