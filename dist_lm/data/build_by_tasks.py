@@ -31,7 +31,7 @@ from dist_lm.data.build_decisions import (
 )
 from dist_lm.data.build_plan import TASK_BYTES, BuildTask, plan_source
 from dist_lm.data.build_tasks import (
-    PARTS,
+    PAIRS,
     REJECTED_ROWS,
     RUN,
     Build,
@@ -41,7 +41,9 @@ from dist_lm.data.build_tasks import (
     read_survey,
     read_val,
     read_written,
+    write_parts,
     write_rule,
+    write_searches,
     write_val,
 )
 from dist_lm.data.ingest import (
@@ -55,6 +57,8 @@ from dist_lm.data.ingest import (
 from dist_lm.data.inputs import Inputs
 from dist_lm.data.journal import REJECTED, Journal
 from dist_lm.data.manifest import ListInputs, Recipe, index_path
+from dist_lm.data.near_duplicate_groups import groups_of
+from dist_lm.data.near_duplicates import BANDS
 from dist_lm.data.screening import LANGUAGES, IngestReport, RowErrors, no_document, too_many_languages
 from dist_lm.data.shard_writer import complete, origins_path
 from dist_lm.data.sorted_runs import n_parts, n_records
@@ -63,6 +67,8 @@ from dist_lm.data.sources.reader import corpus_sources, source_traits
 from dist_lm.data.task_workers import RunPass
 from dist_lm.errors import ConfigError
 from dist_lm.storage import durable
+
+SEARCH_TEXTS = 100_000  # texts that one task compares for near-duplicates, unless one group has more
 
 
 def require_possible(config: CorpusConfig, corpora: Sequence[str], earlier: Sequence[Path] = ()) -> None:
@@ -74,9 +80,7 @@ def require_possible(config: CorpusConfig, corpora: Sequence[str], earlier: Sequ
     Raises:
         ConfigError: names the key and the way out.
     """
-    refused = [
-        f"corpus.cleaning.{key}" for key in ("across_corpora", "near_duplicates") if getattr(config.cleaning, key)
-    ]
+    refused = ["corpus.cleaning.across_corpora"] if config.cleaning.across_corpora else []
     refused += [
         f"limit of corpus.corpora.{corpus}[{number}]"
         for corpus in corpora
@@ -129,9 +133,17 @@ def run_passes(folder: Path, tasks: Sequence[BuildTask], run_pass: RunPass, want
     all_numbers = range(len(tasks))
     deque(run_pass(folder, "survey", all_numbers), maxlen=0)
     n_documents = sum(n_records(build.result("survey", number) / RUN) for number in all_numbers)
-    durable.write_sealed(folder / PARTS, {"parts": n_parts(n_documents)})
+    write_parts(build, "key_parts", n_parts(n_documents))
     deque(run_pass(folder, "copies", range(n_parts(n_documents) * len(build.classes))), maxlen=0)
     require_readable(build, tasks)
+
+    if build.config.cleaning.near_duplicates:
+        band_parts = n_parts(n_documents * BANDS)
+        write_parts(build, "band_parts", band_parts)
+        deque(run_pass(folder, "neighbours", range(band_parts * len(build.classes))), maxlen=0)
+        n_searches = choose_searches(build, band_parts * len(build.classes))
+        deque(run_pass(folder, "windows", all_numbers), maxlen=0)
+        deque(run_pass(folder, "search", range(n_searches)), maxlen=0)
 
     groups, least_val_bytes = choose_val(build, tasks)
     deque(run_pass(folder, "compare", all_numbers), maxlen=0)
@@ -171,6 +183,30 @@ def require_readable(build: Build, tasks: Sequence[BuildTask]) -> None:
             raise no_document(build.config, corpus, source, dropped)
 
 
+def choose_searches(build: Build, n_results: int) -> int:
+    """Joins the pairs of texts with a band in common to groups, and groups to searches of about `SEARCH_TEXTS` texts;
+    writes both. Returns the number of searches.
+
+    Memory grows with the texts that have such a neighbour, about 100 bytes each.
+
+    Args:
+        n_results: of the pass `neighbours`.
+    """
+    pairs = np.concatenate([np.load(build.result("neighbours", number) / PAIRS) for number in range(n_results)])
+    # The order of places is that of the plan, so a smaller number is an earlier text.
+    places, numbers = np.unique(pairs.reshape(-1, 2), axis=0, return_inverse=True)
+    groups = groups_of(len(places), numbers.reshape(-1, 2))
+
+    # Groups are filled into searches by their first texts.
+    roots, sizes = np.unique(groups, return_counts=True)
+    search_of_root = (np.cumsum(sizes) - sizes) // SEARCH_TEXTS
+    searches = search_of_root[np.searchsorted(roots, groups)]
+    n_searches = int(searches.max()) + 1 if len(searches) else 0
+    write_searches(build, places, searches)
+    write_parts(build, "searches", n_searches)
+    return n_searches
+
+
 def choose_val(build: Build, tasks: Sequence[BuildTask]) -> tuple[dict[str, Groups], dict[str, int]]:
     """Chooses and writes the held-out texts, as `ingest.TextSplits` does.
 
@@ -187,7 +223,7 @@ def choose_val(build: Build, tasks: Sequence[BuildTask]) -> tuple[dict[str, Grou
     groups: dict[str, Groups] = {}
     for number, task in enumerate(tasks):
         task_survey = read_survey(build, number)
-        is_dropped = task_survey.is_contaminated | is_copy(build, number, len(task_survey.keys))
+        is_dropped = fates(build, number, task_survey, Rule({})) > VAL
         below = sizes_below(task_survey, is_dropped, largest_share(config, task.corpus))
         bytes_below[task.corpus] = bytes_below.get(task.corpus, 0) + below
         if source_of(config, task).held_out:

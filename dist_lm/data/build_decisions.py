@@ -25,6 +25,7 @@ from dist_lm.data.build_plan import BuildTask
 from dist_lm.data.containment import BATCH_BYTES, HeldOutIndex
 from dist_lm.data.ingest import group_position, largest_share, split_of_group
 from dist_lm.data.inputs import Inputs, changes
+from dist_lm.data.near_duplicates import BANDS, text_bands
 from dist_lm.data.screening import RowErrors, Screened, check_candidate, screen
 from dist_lm.data.sources.reader import Candidate, Rejected, corpus_sources, reader_of, source_traits
 from dist_lm.data.sources.snapshot import Snapshot
@@ -32,7 +33,7 @@ from dist_lm.errors import ChangedInputError
 
 HALVINGS = 64  # of `val_fraction`: positions of groups have 64 bits
 KEY = 16  # bytes
-TRAIN, VAL, DUPLICATE, BENCHMARK, OVERLAPPING, CONTAINS_VAL = range(6)
+TRAIN, VAL, DUPLICATE, NEAR_DUPLICATE, BENCHMARK, OVERLAPPING, CONTAINS_VAL = range(7)
 """What becomes of a document: it is kept in a split, or dropped for a reason (`screening.Tally.dropped`)."""
 
 Screening = tuple[Candidate, Screened | None, str]
@@ -47,6 +48,7 @@ class Survey:
     positions: np.ndarray  # (D,) float64: hash of the group in [0, 1)
     n_bytes: np.ndarray  # (D,) int64, UTF-8
     is_contaminated: np.ndarray  # (D,) bool: the text has a part of a benchmark
+    bands: np.ndarray  # (D, bands) uint64: as of `near_duplicates.text_bands`; (0, bands) where these are not sought
     val_texts: dict[int, str]  # number of a document -> text, of those that `val_fraction` could hold out
     rows: RowErrors  # counts of all rows
     dropped: Counter[str]  # reason -> documents that do not pass the checks
@@ -131,7 +133,7 @@ def survey(config: CorpusConfig, task: BuildTask, candidates: Iterable[Candidate
     """
     benchmarks = Benchmarks.read(config.cleaning.benchmarks) if config.cleaning.benchmarks else None
     share = largest_share(config, task.corpus)
-    keys, positions, sizes, contaminated = [], [], [], []
+    keys, positions, sizes, contaminated, bands = [], [], [], [], []
     val_texts: dict[int, str] = {}
     dropped: Counter[str] = Counter()
     languages: dict[str, str] = {}
@@ -144,6 +146,8 @@ def survey(config: CorpusConfig, task: BuildTask, candidates: Iterable[Candidate
         text = record.document.text
         if record.source_config.held_out or split_of_group(record.group, share) == "val":
             val_texts[len(keys)] = text
+        if config.cleaning.near_duplicates and not record.source_config.held_out:
+            bands.append(text_bands(text))
         keys.append(record.key)
         positions.append(group_position(record.group))
         sizes.append(record.n_bytes)
@@ -154,6 +158,7 @@ def survey(config: CorpusConfig, task: BuildTask, candidates: Iterable[Candidate
         np.array(positions, float),
         np.array(sizes, np.int64),
         np.array(contaminated, bool),
+        np.array(bands, np.uint64).reshape(-1, BANDS),
         val_texts,
         rows,
         dropped,
@@ -198,11 +203,13 @@ def fitting_share(n_bytes: np.ndarray, val_fraction: float, max_bytes: int) -> f
     return val_fraction / 2 ** int(fits[0]) if len(fits) else 0.0
 
 
-def fates_of(task: Survey, is_copy: np.ndarray, is_held_out: bool, share: float, rule: Rule) -> np.ndarray:
+def fates_of(
+    task: Survey, is_copy: np.ndarray, is_near_copy: np.ndarray, is_held_out: bool, share: float, rule: Rule
+) -> np.ndarray:
     """Returns what becomes of each document of a task: (D,) int8 of `TRAIN` to `CONTAINS_VAL`.
 
     Args:
-        is_copy: (D,) bool: of an earlier document.
+        is_copy, is_near_copy: (D,) bool: of an earlier document.
         is_held_out: whether the source has `held_out`.
         share: of the corpus, in `rule.shares`.
     """
@@ -211,6 +218,7 @@ def fates_of(task: Survey, is_copy: np.ndarray, is_held_out: bool, share: float,
     fates[is_val & is_among(task.keys, rule.leaked)] = OVERLAPPING
     fates[~is_val & is_among(task.keys, rule.refused)] = CONTAINS_VAL
     fates[task.is_contaminated] = BENCHMARK
+    fates[is_near_copy] = NEAR_DUPLICATE
     fates[is_copy] = DUPLICATE
     return fates
 

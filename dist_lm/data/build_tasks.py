@@ -2,6 +2,7 @@
 
     survey   of each task of the plan: reads, cleans, screens and hashes its documents
     copies   of each range of keys: the documents whose text an earlier one has
+    neighbours, windows, search   only with `cleaning.near_duplicates`: see below
     compare  of each task: what its train texts have of the held-out texts, which were chosen in between
     write    of each task: tokenizes what is kept, and writes a tar for each split
 
@@ -16,7 +17,7 @@ from collections import Counter
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
-from functools import cached_property, lru_cache
+from functools import cached_property, lru_cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +29,7 @@ from dist_lm.data.benchmarks import Benchmarks
 from dist_lm.data.build_decisions import (
     BENCHMARK,
     DUPLICATE,
+    NEAR_DUPLICATE,
     OVERLAPPING,
     TRAIN,
     VAL,
@@ -47,6 +49,8 @@ from dist_lm.data.containment import Evidence, HeldOutIndex
 from dist_lm.data.ingest import cleaned
 from dist_lm.data.inputs import Input, Inputs
 from dist_lm.data.manifest import Recipe, Shard, shard_name
+from dist_lm.data.near_duplicate_groups import band_records, neighbours, with_common_bands
+from dist_lm.data.near_duplicates import BANDS, band_hashes, common_bands, search, text_windows
 from dist_lm.data.screening import IngestReport, RowErrors, note_dropped, source_name
 from dist_lm.data.shard_writer import SplitWriter
 from dist_lm.data.sorted_runs import later_copies, read_part, records_of, write_run
@@ -58,7 +62,7 @@ from dist_lm.tokenizer.tokenizer import Tokenizer
 
 REVISION = 1  # one more with every change to the results of tasks: those of another revision are not used
 RUN, COPIES, REPORT, REJECTED_ROWS = "keys.run", "copies.npy", "report.json", "rejected.jsonl"
-ARRAYS, PARTS = "arrays.npz", "parts.json"
+ARRAYS, BAND_RUN, PAIRS = "arrays.npz", "bands.run", "pairs.npy"
 WINDOWS = "windows_"  # begins the name of an array about windows of a number of words
 
 
@@ -92,6 +96,11 @@ class Build:
     def classes(self) -> list[tuple[str, bool]]:
         """(corpus, whether its sources have `held_out`): copies are sought in each of these."""
         return [(corpus, is_held_out) for corpus, is_held_out, _ in self._settings["classes"]]
+
+    @property
+    def n_tasks(self) -> int:
+        """The number of tasks of the plan."""
+        return sum(len(numbers) for _, _, numbers in self._settings["classes"])
 
     def tasks_of_class(self, number: int) -> list[int]:
         """Returns the numbers of the tasks of a class of `classes`, in their order."""
@@ -171,6 +180,8 @@ def _survey(build: Build, number: int, result: Path) -> None:
     with _named(task):
         task_survey = survey(build.config, task, candidates_of(build.config, build.seed, task, build.listing(task)))
     write_run(result / RUN, records_of([key.tobytes() for key in task_survey.keys], number))
+    if build.config.cleaning.near_duplicates:
+        write_run(result / BAND_RUN, band_records(task_survey.bands, number))
     _write_survey(result, task_survey)
 
 
@@ -212,6 +223,7 @@ def read_survey(build: Build, number: int, with_texts: bool = False) -> Survey:
             arrays["positions"],
             arrays["n_bytes"],
             arrays["is_contaminated"],
+            np.empty((0, BANDS), np.uint64),  # they are in the sorted run
             val_texts,
             rows,
             Counter(counts["dropped"]),
@@ -230,9 +242,14 @@ def _copies(build: Build, number: int, result: Path) -> None:
     np.save(result / COPIES, places[np.lexsort([places[:, 1], places[:, 0]])])
 
 
-def parts_of(build: Build) -> int:
-    """Returns the number of ranges of keys, which was chosen after the survey."""
-    return durable.read_json(build.folder / PARTS, {"parts": int})["parts"]
+def write_parts(build: Build, name: str, parts: int) -> None:
+    """Writes a number of tasks that became known between two passes."""
+    durable.write_sealed(build.folder / f"{name}.json", {"parts": parts})
+
+
+def parts_of(build: Build, name: str = "key_parts") -> int:
+    """Inverts `write_parts`."""
+    return durable.read_json(build.folder / f"{name}.json", {"parts": int})["parts"]
 
 
 def is_copy(build: Build, number: int, n_documents: int) -> np.ndarray:
@@ -252,9 +269,111 @@ def fates(build: Build, number: int, task_survey: Survey, rule: Rule) -> np.ndar
     """Returns what becomes of each document of a task, as `fates_of`."""
     task = build.task(number)
     copies = is_copy(build, number, len(task_survey.keys))
-    return fates_of(
-        task_survey, copies, source_of(build.config, task).held_out, rule.shares.get(task.corpus, 0.0), rule
-    )
+    near_copies = np.zeros(len(task_survey.keys), bool)
+    near_copies[[*resembled_sources(build, number)]] = True
+    share = rule.shares.get(task.corpus, 0.0)
+    return fates_of(task_survey, copies, near_copies, source_of(build.config, task).held_out, share, rule)
+
+
+# --- near-duplicates ---
+#
+# Each range of hashes of bands gives pairs of texts with a band in common. The caller joins them to groups, and groups
+# to searches. Then each task writes the windows of its texts that have such a neighbour, and each search compares the
+# texts of its groups in the order of the plan.
+
+
+def _neighbours(build: Build, number: int, result: Path) -> None:
+    class_number, part = divmod(number, parts_of(build, "band_parts"))
+    pairs = np.empty((0, 2, 2), np.uint32)
+    # Texts that a user holds out are in no relation to others.
+    if not build.classes[class_number][1]:
+        runs = [build.result("survey", task) / BAND_RUN for task in build.tasks_of_class(class_number)]
+        records = with_common_bands(read_part(runs, part, parts_of(build, "band_parts")))
+        pairs = neighbours(_without_copies(build, records))
+    np.save(result / PAIRS, pairs)
+
+
+def _without_copies(build: Build, records: np.ndarray) -> np.ndarray:
+    """Returns the records of texts that are no exact copies, in their order."""
+    is_kept = np.ones(len(records), bool)
+    for task in np.unique(records["task"]).tolist():
+        of_task = np.flatnonzero(records["task"] == task)
+        numbers = records["number"][of_task]
+        is_kept[of_task] = ~is_copy(build, task, int(numbers.max()) + 1)[numbers]
+    return records[is_kept]
+
+
+def write_searches(build: Build, places: np.ndarray, searches: np.ndarray) -> None:
+    """Writes which search compares which texts.
+
+    Args:
+        places: (T, 2) uint32: task and number of each text with a neighbour, rising.
+        searches: (T,) int64: number of its search.
+    """
+    result = build.result("searches", 0)
+    if is_finished(result):
+        return
+    with writing(result) as temporary:
+        np.savez(temporary / ARRAYS, places=places, searches=searches)
+
+
+def _windows(build: Build, number: int, result: Path) -> None:
+    with np.load(build.result("searches", 0) / ARRAYS) as arrays:
+        begin, end = np.searchsorted(arrays["places"][:, 0], [number, number + 1])
+        numbers = arrays["places"][begin:end, 1].astype(np.int64)
+        searches = arrays["searches"][begin:end]
+
+    wanted = set(numbers.tolist())
+    windows: list[np.ndarray] = [np.empty(0, np.uint64)]
+    sources: list[str] = []
+    if wanted:
+        documents = (record for _, record, _ in _read_again(build, number, read_survey(build, number)) if record)
+        for document_number, record in enumerate(documents):
+            if document_number in wanted:
+                windows.append(text_windows(record.document.text))
+                sources.append(record.document.source)
+    np.save(result / "windows.npy", np.concatenate(windows))
+    ends = np.cumsum([len(array) for array in windows])
+    np.savez(result / ARRAYS, numbers=numbers, searches=searches, ends=ends)
+    (result / "sources.json").write_text(json.dumps(sources), encoding="utf-8")
+
+
+def _search(build: Build, number: int, result: Path) -> None:
+    texts: list[tuple[tuple[int, int, str], np.ndarray]] = []  # ((task, number, source), windows in the mapped file)
+    for task in range(build.n_tasks):
+        windows_of_task = build.result("windows", task)
+        with np.load(windows_of_task / ARRAYS) as arrays:
+            places = np.flatnonzero(arrays["searches"] == number).tolist()
+            if not places:
+                continue
+            ends, numbers = arrays["ends"].tolist(), arrays["numbers"].tolist()
+        windows = np.load(windows_of_task / "windows.npy", mmap_mode="r")
+        sources = json.loads((windows_of_task / "sources.json").read_text(encoding="utf-8"))
+        texts += [((task, numbers[place], sources[place]), windows[ends[place] : ends[place + 1]]) for place in places]
+
+    shared_bands = common_bands(band_hashes(windows) for _, windows in texts)
+    in_order = ((key, partial(np.asarray, windows)) for key, windows in texts)
+    found = [
+        (task, document, source)
+        for (task, document, _), (_, _, source) in search(shared_bands, in_order, build.config.cleaning.near_duplicates)
+    ]
+    np.save(result / COPIES, np.array([place[:2] for place in found], np.int64).reshape(-1, 2))
+    (result / "sources.json").write_text(json.dumps([source for _, _, source in found]), encoding="utf-8")
+
+
+def resembled_sources(build: Build, number: int) -> dict[int, str]:
+    """Returns the documents of a task that are nearly earlier ones: number -> place of the earlier document."""
+    sources: dict[int, str] = {}
+    if not build.config.cleaning.near_duplicates:
+        return sources
+    for search_number in range(parts_of(build, "searches")):
+        result = build.result("search", search_number)
+        places = np.load(result / COPIES)  # rising
+        begin, end = np.searchsorted(places[:, 0], [number, number + 1]).tolist()
+        if begin < end:
+            texts = json.loads((result / "sources.json").read_text(encoding="utf-8"))
+            sources |= dict(zip(places[begin:end, 1].tolist(), texts[begin:end], strict=True))
+    return sources
 
 
 # --- compare ---
@@ -357,7 +476,8 @@ def _write(build: Build, number: int, result: Path) -> None:
     source = source_of(config, task)
     rule, first = read_rule(build)
     task_survey = read_survey(build, number)
-    task_fates = iter(fates(build, number, task_survey, rule).tolist())
+    task_fates = enumerate(fates(build, number, task_survey, rule).tolist())
+    resembled = resembled_sources(build, number)
     benchmarks = Benchmarks.read(config.cleaning.benchmarks) if task_survey.is_contaminated.any() else None
     tokenizer = Tokenizer.load(build.tokenizer_model)
 
@@ -379,7 +499,7 @@ def _write(build: Build, number: int, result: Path) -> None:
                 report.reject(candidate, source, reason)
                 continue
 
-            fate = next(task_fates)
+            document_number, fate = next(task_fates)
             if fate in (TRAIN, VAL):
                 split = SPLITS[fate]
                 document = cleaned(config, record, split, report)
@@ -390,6 +510,9 @@ def _write(build: Build, number: int, result: Path) -> None:
                 reason = f"benchmark {contamination.benchmark}"
                 report.reject(candidate, source, reason)
                 note_dropped(rejected, record.document, reason, words=contamination.words)
+            elif fate == NEAR_DUPLICATE:
+                report.reject(candidate, source, "near_duplicate")
+                note_dropped(rejected, record.document, "near_duplicate", resembles=resembled[document_number])
             elif fate == DUPLICATE:
                 report.reject(candidate, source, "duplicate")
             elif fate == OVERLAPPING:
@@ -462,4 +585,12 @@ def _decompressed(content: bytes) -> Any:
     return json.loads(zstandard.ZstdDecompressor().decompress(content))
 
 
-PASSES = {"survey": _survey, "copies": _copies, "compare": _compare, "write": _write}
+PASSES = {
+    "survey": _survey,
+    "copies": _copies,
+    "neighbours": _neighbours,
+    "windows": _windows,
+    "search": _search,
+    "compare": _compare,
+    "write": _write,
+}

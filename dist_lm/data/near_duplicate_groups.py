@@ -7,6 +7,8 @@ groups, each in the order of the texts, drop together what one search of all tex
 
 import numpy as np
 
+from dist_lm.data.sorted_runs import RECORD, merged
+
 
 def groups_of(n_texts: int, pairs: np.ndarray) -> np.ndarray:
     """Returns the group of each text, (n_texts,) int64: the number of its first text. A text without a pair is a group
@@ -33,15 +35,45 @@ def groups_of(n_texts: int, pairs: np.ndarray) -> np.ndarray:
             parents = parents[parents]
 
 
-def neighbours_in_bands(bands: np.ndarray) -> np.ndarray:
-    """Returns pairs of texts that connect all texts with a band in common: (pairs, 2) int64.
+def band_records(bands: np.ndarray, task: int) -> np.ndarray:
+    """Returns a record for each band of the texts of a task, (texts x bands,) RECORD, sorted by hash and band.
 
     Args:
         bands: (texts, bands) uint64, as `near_duplicates.band_hashes` gives them.
     """
-    pairs = [np.empty((0, 2), np.int64)]
-    for hashes in bands.T:
-        order = np.argsort(hashes, kind="stable")
-        is_equal_to_next = hashes[order[:-1]] == hashes[order[1:]]
-        pairs.append(np.stack([order[:-1][is_equal_to_next], order[1:][is_equal_to_next]], axis=1))
-    return np.concatenate(pairs)
+    n_texts, n_bands = bands.shape
+    records = np.empty(bands.size, RECORD)
+    records["high"] = bands.ravel()
+    records["low"] = np.tile(np.arange(n_bands), n_texts)
+    records["task"] = task
+    records["number"] = np.repeat(np.arange(n_texts), n_bands)
+    return merged([records])
+
+
+def with_common_bands(records: np.ndarray) -> np.ndarray:
+    """Returns the records whose band another one has, too, in their order.
+
+    Args:
+        records: of `band_records`, of several tasks, sorted.
+    """
+    is_equal = _equals_next(records)
+    is_shared = np.zeros(len(records), bool)
+    is_shared[:-1] = is_equal
+    is_shared[1:] |= is_equal
+    return records[is_shared]
+
+
+def neighbours(records: np.ndarray) -> np.ndarray:
+    """Returns pairs of texts that connect all texts with a band in common: (pairs, 2, 2) uint32, task and number of
+    each text.
+
+    Args:
+        records: as of `with_common_bands`.
+    """
+    places = np.stack([records["task"], records["number"]], axis=1)
+    is_equal = _equals_next(records)
+    return np.stack([places[:-1][is_equal], places[1:][is_equal]], axis=1)
+
+
+def _equals_next(records: np.ndarray) -> np.ndarray:
+    return (records["high"][:-1] == records["high"][1:]) & (records["low"][:-1] == records["low"][1:])

@@ -27,7 +27,8 @@ import tempfile
 from array import array
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from typing import BinaryIO
+from functools import partial
+from typing import BinaryIO, TypeVar
 
 import numpy as np
 
@@ -44,6 +45,7 @@ _GENERATOR = np.random.Generator(np.random.PCG64(20_26))
 _FACTORS = _GENERATOR.integers(0, 2**32, (BANDS * ROWS, 1), np.uint32) | np.uint32(1)
 _MIXERS = _GENERATOR.integers(0, 2**64, ROWS, np.uint64) | np.uint64(1)
 
+Key = TypeVar("Key")
 Texts = Callable[[], Iterator[tuple[bytes, str]]]
 """Yields (key, text) in the same order at each call; no key comes twice."""
 
@@ -55,30 +57,43 @@ def near_duplicates(texts: Texts, similarity: float) -> dict[bytes, bytes]:
         texts: called twice.
         similarity: the least Jaccard index of five-word windows at which a text is dropped, in (0, 1].
     """
-    shared_bands = common_bands(band_hashes(_windows_in_order(text)) for _, text in texts())
+    shared_bands = common_bands(text_bands(text) for _, text in texts())
+    in_order = ((key, partial(text_windows, text)) for key, text in texts())
+    return dict(search(shared_bands, in_order, similarity))
 
-    dropped: dict[bytes, bytes] = {}
+
+def search(
+    shared_bands: np.ndarray, texts: Iterable[tuple[Key, Callable[[], np.ndarray]]], similarity: float
+) -> Iterator[tuple[Key, Key]]:
+    """Yields the key of each text to drop, with the key of the text before it that it resembles.
+
+    Args:
+        shared_bands: (T,) uint32, of `common_bands`.
+        texts: key of each text, and a function that returns its `text_windows`, which is called if it is needed.
+        similarity: as of `near_duplicates`.
+    """
     holders: dict[tuple[int, int], list[int]] = {}  # (band, its hash) -> numbers of the texts that stay and have it
+    keys: list[Key] = []  # of texts that stay
     with tempfile.TemporaryFile() as file:
         kept = _KeptWindows(file)
-        for number, (key, text) in enumerate(texts()):
+        for number, (key, windows_of_text) in enumerate(texts):
             bits = int(shared_bands[number])
             if not bits:
                 continue
 
-            windows = text_windows(text)
+            windows = windows_of_text()
             hashes = band_hashes(windows).tolist()
             buckets = [holders.setdefault((band, hashes[band]), []) for band in range(BANDS) if bits >> band & 1]
             resembled = _resembled(windows, _candidates(buckets), kept, similarity)
             if resembled is not None:
-                dropped[key] = kept.key(resembled)
+                yield key, keys[resembled]
                 continue
 
-            index = kept.add(key, windows)
+            keys.append(key)
+            index = kept.add(windows)
             for bucket in buckets:
                 if len(bucket) < HELD:
                     bucket.append(index)
-    return dropped
 
 
 def resembling(texts: Iterable[str], sought: Sequence[str], similarity: float) -> Iterator[tuple[int, int]]:
@@ -116,6 +131,11 @@ def _resembled(windows: np.ndarray, candidates: Sequence[int], kept: "_KeptWindo
         if jaccard(windows, kept.windows(candidate)) >= similarity:
             return candidate
     return None
+
+
+def text_bands(text: str) -> np.ndarray:
+    """Returns `band_hashes` of a text, (B,) uint64."""
+    return band_hashes(_windows_in_order(text))
 
 
 def text_windows(text: str) -> np.ndarray:
@@ -205,19 +225,14 @@ class _KeptWindows:
 
     def __init__(self, file: BinaryIO) -> None:
         self._file = file
-        self._keys: list[bytes] = []
         self._ends = array("Q", [0])  # text i has the windows from _ends[i] to _ends[i + 1]
 
-    def add(self, key: bytes, windows: np.ndarray) -> int:
+    def add(self, windows: np.ndarray) -> int:
         """Keeps the windows of a text, and returns the number that it has here."""
         self._file.seek(0, 2)
         self._file.write(windows.tobytes())
-        self._keys.append(key)
         self._ends.append(self._ends[-1] + len(windows))
-        return len(self._keys) - 1
-
-    def key(self, number: int) -> bytes:
-        return self._keys[number]
+        return len(self._ends) - 2
 
     def windows(self, number: int) -> np.ndarray:
         begin, end = self._ends[number], self._ends[number + 1]

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from dist_lm.data import near_duplicates as search
-from dist_lm.data.near_duplicate_groups import groups_of, neighbours_in_bands
+from dist_lm.data.near_duplicate_groups import band_records, groups_of, neighbours
 from dist_lm.data.near_duplicates import band_hashes, near_duplicates, text_windows
 from tests.data.test_near_duplicates import changed, words
 
@@ -46,7 +46,7 @@ def test_groups_together_drop_what_one_search_drops(monkeypatch, limit):
     for seed in range(3):
         texts = [(number.to_bytes(4), text) for number, text in enumerate(families(random.Random(seed)))]
         bands = np.stack([band_hashes(text_windows(text)) for _, text in texts])
-        groups = groups_of(len(texts), neighbours_in_bands(bands))
+        groups = groups_of(len(texts), neighbours(band_records(bands, 0))[:, :, 1].astype(np.int64))
 
         of_groups: dict[bytes, bytes] = {}
         for group in np.unique(groups):
