@@ -35,6 +35,7 @@ from dist_lm.data.build_tasks import (
     REJECTED_ROWS,
     RUN,
     Build,
+    Val,
     fates,
     is_copy,
     merge_comparison,
@@ -46,6 +47,7 @@ from dist_lm.data.build_tasks import (
     write_searches,
     write_val,
 )
+from dist_lm.data.earlier import EarlierCorpora, has_placeholder
 from dist_lm.data.ingest import (
     Groups,
     NothingHeldOutError,
@@ -59,7 +61,7 @@ from dist_lm.data.journal import REJECTED, Journal
 from dist_lm.data.manifest import ListInputs, Recipe, index_path
 from dist_lm.data.near_duplicate_groups import groups_of
 from dist_lm.data.near_duplicates import BANDS
-from dist_lm.data.screening import LANGUAGES, IngestReport, RowErrors, no_document, too_many_languages
+from dist_lm.data.screening import LANGUAGES, IngestReport, RowErrors, no_document, text_key, too_many_languages
 from dist_lm.data.shard_writer import complete, origins_path
 from dist_lm.data.sorted_runs import n_parts, n_records
 from dist_lm.data.sources.files import by_repository
@@ -71,11 +73,8 @@ from dist_lm.storage import durable
 SEARCH_TEXTS = 100_000  # texts that one task compares for near-duplicates, unless one group has more
 
 
-def require_possible(config: CorpusConfig, corpora: Sequence[str], earlier: Sequence[Path] = ()) -> None:
+def require_possible(config: CorpusConfig, corpora: Sequence[str]) -> None:
     """Refuses what a build by tasks cannot do; returns nothing.
-
-    Args:
-        earlier: finished corpora that these must be compared with.
 
     Raises:
         ConfigError: names the key and the way out.
@@ -87,7 +86,6 @@ def require_possible(config: CorpusConfig, corpora: Sequence[str], earlier: Sequ
         for number, source in enumerate(corpus_sources(config, corpus))
         if source.limit
     ]
-    refused += [f"a comparison with the finished corpus {folder}" for folder in earlier]
     if refused:
         raise ConfigError(f"corpus.build=tasks does not know {', '.join(refused)}: set corpus.build=serial")
 
@@ -117,12 +115,15 @@ def plan_of(
     return tasks, listings
 
 
-def run_passes(folder: Path, tasks: Sequence[BuildTask], run_pass: RunPass, wanted: Sequence[str]) -> None:
+def run_passes(
+    folder: Path, tasks: Sequence[BuildTask], run_pass: RunPass, wanted: Sequence[str], earlier: EarlierCorpora
+) -> None:
     """Runs all passes of the build of a folder, but for those tasks whose results are there.
 
     Args:
         folder: `Build.write` has written settings and plan.
         wanted: corpora whose tars are written; the others are only compared.
+        earlier: finished corpora that stay as they are, compared in both directions.
 
     Raises:
         ConfigError, ArtefactError: as `ingest.split_documents`.
@@ -145,9 +146,9 @@ def run_passes(folder: Path, tasks: Sequence[BuildTask], run_pass: RunPass, want
         deque(run_pass(folder, "windows", all_numbers), maxlen=0)
         deque(run_pass(folder, "search", range(n_searches)), maxlen=0)
 
-    groups, least_val_bytes = choose_val(build, tasks)
+    groups, least_val_bytes = choose_val(build, tasks, earlier)
     deque(run_pass(folder, "compare", all_numbers), maxlen=0)
-    choose_rule(build, tasks, wanted, groups, least_val_bytes)
+    choose_rule(build, tasks, wanted, earlier, groups, least_val_bytes)
     deque(run_pass(folder, "write", [number for number in all_numbers if tasks[number].corpus in wanted]), maxlen=0)
 
 
@@ -207,8 +208,13 @@ def choose_searches(build: Build, n_results: int) -> int:
     return n_searches
 
 
-def choose_val(build: Build, tasks: Sequence[BuildTask]) -> tuple[dict[str, Groups], dict[str, int]]:
+def choose_val(
+    build: Build, tasks: Sequence[BuildTask], earlier: EarlierCorpora
+) -> tuple[dict[str, Groups], dict[str, int]]:
     """Chooses and writes the held-out texts, as `ingest.TextSplits` does.
+
+    Args:
+        earlier: finished corpora, whose val no train text may contain.
 
     Returns:
         Of each corpus, facts about its groups, and the bytes of the least part that could be held out.
@@ -246,7 +252,13 @@ def choose_val(build: Build, tasks: Sequence[BuildTask]) -> tuple[dict[str, Grou
                 texts.setdefault(key, text)
                 if source_of(config, task).held_out:
                     protected.add(key)
-    write_val(build, shares, texts, protected)
+    n_own, is_redacted = len(texts), False
+    for document in earlier.documents("val"):
+        key = text_key(document.text.encode())
+        texts.setdefault(key, document.text)
+        protected.add(key)
+        is_redacted = is_redacted or has_placeholder(document.text)
+    write_val(build, Val(shares, texts, protected, n_own, is_redacted))
     least = {corpus: int(below[below > 0][-1]) if below.any() else 0 for corpus, below in bytes_below.items()}
     return groups, least
 
@@ -255,26 +267,31 @@ def choose_rule(
     build: Build,
     tasks: Sequence[BuildTask],
     wanted: Sequence[str],
+    earlier: EarlierCorpora,
     groups: Mapping[str, Groups],
     least_val_bytes: Mapping[str, int],
 ) -> None:
     """Merges the comparisons into the complete rule, and numbers tars and documents; writes both.
 
     Args:
-        wanted: as of `run_passes`.
+        wanted, earlier: as of `run_passes`.
         groups, least_val_bytes: as of `choose_val`, for errors.
 
     Raises:
         NothingHeldOutError: a wanted corpus has no val.
         ArtefactError: it has no train.
     """
-    shares, keys, protected, index = read_val(build)
+    val, index = read_val(build)
     index.take_evidence()
-    refused = set(protected)
+    refused = set(val.protected)
     for number in range(len(tasks)):
         refused.update(key.tobytes() for key in merge_comparison(build, number, index))
-    leaked = [keys[number] for number in index.contained()]
-    rule = Rule(shares, sorted_keys(leaked), sorted_keys(refused))
+    keys = list(val.texts)
+    leaked = {keys[number] for number in index.contained()}
+    # Train of earlier corpora is read last, because nothing is compared if no val text is left.
+    rest = [key for key in keys[: val.n_own] if key not in leaked]
+    leaked |= {rest[number] for number in earlier.contained([val.texts[key] for key in rest])}
+    rule = Rule(val.shares, sorted_keys(leaked), sorted_keys(refused))
 
     n_tars = {corpus: [0] * len(SPLITS) for corpus in wanted}
     n_documents = {corpus: [0] * len(SPLITS) for corpus in wanted}

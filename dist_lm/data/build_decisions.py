@@ -23,10 +23,11 @@ from dist_lm.config.corpus import CorpusConfig, SourceConfig
 from dist_lm.data.benchmarks import Benchmarks
 from dist_lm.data.build_plan import BuildTask
 from dist_lm.data.containment import BATCH_BYTES, HeldOutIndex
+from dist_lm.data.earlier import forms_of
 from dist_lm.data.ingest import group_position, largest_share, split_of_group
 from dist_lm.data.inputs import Inputs, changes
 from dist_lm.data.near_duplicates import BANDS, text_bands
-from dist_lm.data.screening import RowErrors, Screened, check_candidate, screen
+from dist_lm.data.screening import RowErrors, Screened, check_candidate, screen, text_key
 from dist_lm.data.sources.reader import Candidate, Rejected, corpus_sources, reader_of, source_traits
 from dist_lm.data.sources.snapshot import Snapshot
 from dist_lm.errors import ChangedInputError
@@ -223,11 +224,14 @@ def fates_of(
     return fates
 
 
-def compare(index: HeldOutIndex, protected: set[bytes], fates: np.ndarray, documents: Iterable[Screened]) -> np.ndarray:
+def compare(
+    index: HeldOutIndex, protected: set[bytes], is_redacted: bool, fates: np.ndarray, documents: Iterable[Screened]
+) -> np.ndarray:
     """Compares train of a task with the held-out texts of an index, which remembers what it finds.
 
     Args:
-        protected: keys of texts of sources with `held_out`; train documents with one of these are dropped anyway.
+        protected: keys of held-out texts that train gives way to; documents with one of these are dropped anyway.
+        is_redacted: whether some held-out texts have placeholders, so that train is compared with them, too.
         fates: of the documents, with an empty rule.
 
     Returns:
@@ -247,11 +251,17 @@ def compare(index: HeldOutIndex, protected: set[bytes], fates: np.ndarray, docum
     for record, fate in zip(documents, fates, strict=True):
         if fate != TRAIN or record.key in protected:
             continue
-        batch.append((record.key, record.document.text.encode()))
-        n_bytes += record.n_bytes
-        if n_bytes >= largest:
-            compare_batch()
-            n_bytes = 0
+        forms = forms_of(record.document.text) if is_redacted else [record.document.text]
+        # The first form is the text itself.
+        if any(text_key(form.encode()) in protected for form in forms[1:]):
+            refused.append(record.key)
+            continue
+        for form in forms:
+            batch.append((record.key, form.encode()))
+            n_bytes += len(batch[-1][1])
+            if n_bytes >= largest:
+                compare_batch()
+                n_bytes = 0
     if batch:
         compare_batch()
     return sorted_keys(refused)

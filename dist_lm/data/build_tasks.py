@@ -379,43 +379,61 @@ def resembled_sources(build: Build, number: int) -> dict[int, str]:
 # --- compare ---
 
 
-def write_val(build: Build, shares: Mapping[str, float], texts: Mapping[bytes, str], protected: set[bytes]) -> None:
-    """Writes the held-out texts of all corpora, by key, for the tasks that compare."""
+@dataclass(frozen=True)
+class Val:
+    """The held-out texts that tasks compare train with."""
+
+    shares: dict[str, float]  # corpus -> share of the groups that is held out
+    texts: dict[bytes, str]  # key -> text
+    protected: set[bytes]  # keys of texts that train gives way to: of sources with `held_out`, and of earlier corpora
+    n_own: int  # the texts behind these are of earlier corpora
+    is_redacted: bool  # whether texts of earlier corpora have placeholders
+
+
+def write_val(build: Build, val: Val) -> None:
+    """Writes the held-out texts of all corpora for the tasks that compare."""
     result = build.result("val", 0)
     if is_finished(result):
         return
     with writing(result) as temporary:
-        (temporary / "shares.json").write_text(json.dumps(shares))
-        by_key = {key.hex(): [text, key in protected] for key, text in texts.items()}
-        (temporary / "texts.zst").write_bytes(_compressed(by_key))
+        content = {
+            "shares": val.shares,
+            "texts": {key.hex(): text for key, text in val.texts.items()},
+            "protected": sorted(key.hex() for key in val.protected),
+            "n_own": val.n_own,
+            "is_redacted": val.is_redacted,
+        }
+        (temporary / "val.zst").write_bytes(_compressed(content))
 
 
 @lru_cache(1)
-def read_val(build: Build) -> tuple[dict[str, float], list[bytes], set[bytes], HeldOutIndex]:
-    """Returns (shares by corpus, keys of the held-out texts, those of protected ones, index of the texts).
+def read_val(build: Build) -> tuple[Val, HeldOutIndex]:
+    """Returns the held-out texts and their index, whose texts are in the order of `Val.texts`.
 
-    A worker makes the index once; the index has seen no train text when a task begins.
+    A worker makes the index once.
     """
-    result = build.result("val", 0)
-    shares = json.loads((result / "shares.json").read_text())
-    by_key = _decompressed((result / "texts.zst").read_bytes())
-    keys = [bytes.fromhex(key) for key in by_key]
-    protected = {key for key, (_, is_protected) in zip(keys, by_key.values(), strict=True) if is_protected}
-    index = HeldOutIndex([text for text, _ in by_key.values()], [key in protected for key in keys])
-    return shares, keys, protected, index
+    content = _decompressed((build.result("val", 0) / "val.zst").read_bytes())
+    val = Val(
+        content["shares"],
+        {bytes.fromhex(key): text for key, text in content["texts"].items()},
+        {bytes.fromhex(key) for key in content["protected"]},
+        content["n_own"],
+        content["is_redacted"],
+    )
+    return val, HeldOutIndex([*val.texts.values()], [key in val.protected for key in val.texts])
 
 
 def _compare(build: Build, number: int, result: Path) -> None:
-    shares, _, protected, index = read_val(build)
+    val, index = read_val(build)
     index.take_evidence()  # of a task that failed
     task_survey = read_survey(build, number)
-    task_fates = fates(build, number, task_survey, Rule(shares))
+    task_fates = fates(build, number, task_survey, Rule(val.shares))
     documents = (record for _, record, _ in _read_again(build, number, task_survey) if record is not None)
-    refused = compare(index, protected, task_fates, documents)
+    refused = compare(index, val.protected, val.is_redacted, task_fates, documents)
     evidence = index.take_evidence()
-    arrays = {f"{WINDOWS}{size}": in_train for size, in_train in evidence.in_train.items()}
-    arrays |= {"refused": refused, "short": np.array(sorted(evidence.contained_short), np.int64)}
-    np.savez_compressed(result / ARRAYS, **arrays)
+    arrays: dict[str, Any] = {f"{WINDOWS}{size}": in_train for size, in_train in evidence.in_train.items()}
+    short = np.array(sorted(evidence.contained_short), np.int64)
+    np.savez_compressed(result / ARRAYS, refused=refused, short=short, **arrays)
 
 
 def merge_comparison(build: Build, number: int, index: HeldOutIndex) -> np.ndarray:
@@ -542,8 +560,8 @@ def read_written(build: Build, number: int) -> Written:
     shards = {
         split: [Shard.parse(shard, shard["name"]) for shard in shards] for split, shards in content["shards"].items()
     }
-    reports = (IngestReport.from_json(content[key]) for key in ("report", "report_of_val"))
-    return Written(*reports, shards)
+    report, report_of_val = (IngestReport.from_json(content[key]) for key in ("report", "report_of_val"))
+    return Written(report, report_of_val, shards)
 
 
 def _read_again(build: Build, number: int, task_survey: Survey, rejected: Any = None) -> Iterator[Screening]:

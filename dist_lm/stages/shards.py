@@ -167,16 +167,18 @@ class Shards(ArtefactStage):
         # A corpus that is repaired is compared with the earlier corpora of its first build, so its bytes come again.
         texts = [name for name in missing if form_of(config.corpus, name) == "text"]
         together = corpora_together(config, texts, reader.files)
-        if texts and config.corpus.build == "tasks":
-            build_by_tasks(config, texts, together, reader, console)
         groups: dict[tuple[Path, ...], list[str]] = {}
-        for name in texts if config.corpus.build != "tasks" else ():
+        for name in texts:
             groups.setdefault(tuple(earlier_folders(config, name, together, reader)), []).append(name)
 
         for folders, names in groups.items():
             text_splits = TextSplits(
                 config.corpus, config.seed, together=together, earlier=earlier_corpora(config, folders), reader=reader
             )
+            if config.corpus.build == "tasks":
+                build_by_tasks(config, names, text_splits, console)
+                continue
+
             # No train text may contain a held-out text. So the other corpora of texts are compared with val before the
             # first build; the first corpus itself is compared while it is built.
             with console.waiting("comparing val with train"):
@@ -878,26 +880,22 @@ def name_unread_archives(name: str, inputs: Sequence[Inputs], console: "Console"
             console.line(f"corpus {name}: {hint}")
 
 
-def build_by_tasks(
-    config: Config, names: Sequence[str], together: Sequence[str], reader: SourceReader, console: "Console"
-) -> None:
+def build_by_tasks(config: Config, names: Sequence[str], text_splits: TextSplits, console: "Console") -> None:
     """Builds corpora of texts by tasks (`corpus.build=tasks`) in processes of this machine or of a Ray cluster; results
     of tasks of an interrupted build are used again.
 
     Args:
         config: of `with_folders`.
         names: corpora that are missing.
-        together: corpora of texts whose sources are compared.
+        text_splits: holds the corpora that are compared; it reads none.
 
     Raises:
         ConfigError: the configuration has what such a build does not know; or as `run_passes`, whose other errors pass.
     """
-    for name in names:
-        require_possible(config.corpus, together, earlier_folders(config, name, together, reader))
-
+    together, list_inputs = text_splits.together, text_splits.reader.files
+    require_possible(config.corpus, together)
     work = WorkDirectory(Path(config.work_dir))
-    tasks, listings = plan_of(config.corpus, together, reader.files)
-    text_splits = TextSplits(config.corpus, config.seed, together=together, reader=reader)
+    tasks, listings = plan_of(config.corpus, together, list_inputs)
     recipes = {name: recipe_of(config, name, text_splits) for name in names}
     key = digest([REVISION, asdict(config.corpus), plan_fingerprint(tasks), [asdict(one) for one in recipes.values()]])
     build = Build(work.path.resolve() / "builds" / key[:16])
@@ -909,10 +907,10 @@ def build_by_tasks(
             with console.counting(f"{pass_name} of {', '.join(names)}", unit="tasks", total=len(numbers)) as count:
                 yield from map(count.each, workers(folder, pass_name, numbers))
 
-        run_passes(build.folder, tasks, run_pass, names)
+        run_passes(build.folder, tasks, run_pass, names, text_splits.earlier)
 
     for name in names:
-        inputs = listed_inputs(config.corpus, name, reader.files)
+        inputs = listed_inputs(config.corpus, name, list_inputs)
         name_unread_archives(name, inputs, console)
         publish(
             build,

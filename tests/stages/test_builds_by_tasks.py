@@ -15,7 +15,7 @@ from typing import Any
 
 import pytest
 
-from dist_lm.config.corpus import SPLITS, CleaningConfig, CorpusConfig
+from dist_lm.config.corpus import SPLITS, CleaningConfig, CorpusConfig, SourceConfig
 from dist_lm.config.root import Config
 from dist_lm.data import build_by_tasks
 from dist_lm.data.build_by_tasks import plan_of
@@ -24,7 +24,7 @@ from dist_lm.data.journal import REJECTED
 from dist_lm.data.manifest import read_manifest
 from dist_lm.data.shard_writer import read_origins
 from dist_lm.data.task_workers import RunPass, local_workers
-from dist_lm.errors import ChangedInputError, ConfigError
+from dist_lm.errors import ChangedInputError, ConfigError, UserError
 from dist_lm.prepare.compose import compose_config
 from dist_lm.stages import shards
 from dist_lm.storage import durable
@@ -32,6 +32,7 @@ from dist_lm.storage.run_directory import WorkDirectory
 from dist_lm.tracking.console import Console
 from tests.conftest import TINY_MODEL
 from tests.data.mixed_corpora import write_corpora
+from tests.stages.test_several_corpora import decoded
 
 CORPORA = ("first", "second")
 
@@ -117,6 +118,30 @@ def test_tasks_build_what_one_process_builds(monkeypatch, new_work, tmp_path, se
         folders = by_tasks(monkeypatch, new_work(f"tasks{task_bytes}"), corpus, task_bytes, in_random_order(generator))
         for name in CORPORA:
             assert described(folders[name]) == described(expected[name])
+
+
+@pytest.mark.heavy
+@pytest.mark.parametrize("seed", range(2))
+def test_tasks_compare_with_earlier_corpora(monkeypatch, new_work, tmp_path, seed):
+    """Would find held-out text of a finished corpus in train of a new one, and the other way round."""
+    generator = random.Random(seed)
+    corpus = write_corpora(tmp_path, generator, held_out=False)
+    earlier, later = ({name: corpus.corpora[name]} for name in CORPORA)
+    folders = {}
+    for how in ("serial", "tasks"):
+        work = new_work(how)
+        held_out = decoded(build(work, replace(corpus, corpora=earlier))["first"], "val")
+        rows = [json.dumps({"text": f"before\n{text}", "licence": "mit"}) for text in held_out]
+        (tmp_path / "second" / "rows" / "held_out.jsonl").write_text("\n".join(rows))
+        if how == "serial":
+            folders[how] = build(work, replace(corpus, corpora=later))["second"]
+        else:
+            run_pass = in_random_order(generator)
+            folders[how] = by_tasks(monkeypatch, work, replace(corpus, corpora=later), 3000, run_pass)["second"]
+    assert described(folders["tasks"]) == described(folders["serial"])
+    assert read_manifest(folders["tasks"]).recipe.compared
+    dropped = read_manifest(folders["tasks"]).ingest["sources"].values()
+    assert any("contains_val" in source["dropped"] for source in dropped)
 
 
 @pytest.mark.heavy
@@ -270,3 +295,40 @@ def test_what_tasks_cannot_do_is_refused_by_name(new_work, tmp_path, changes, ke
     corpus = replace(write_corpora(tmp_path, random.Random(0), held_out=False), **changes)
     with pytest.raises(ConfigError, match=key):
         build(new_work("refused"), corpus, build="tasks")
+
+
+ROWS = [f'{{"text": "{number} {" ".join(f"word{number * 20 + i}" for i in range(20))}"}}' for number in range(30)]
+
+
+@pytest.mark.parametrize(
+    ("rows", "changes", "words"),
+    [
+        (["broken"] * 20 + ROWS, {}, "20 of 50 rows are broken"),
+        (["broken"] * 50, {}, "none of the first 50 rows can be read"),
+        (['{"text": ""}'] * 3, {}, "gave no document"),
+        (ROWS, {"val_fraction": 1e-9}, "is held out: there are too few"),
+        (ROWS, {"val_fraction": 0.5, "val_tokens": 1}, "val_tokens=1 is less"),
+        (ROWS[:1], {}, "are one text or of one repository"),
+        ([*ROWS, ROWS[0], *(row.replace(" w", "  w") for row in ROWS)], {}, ""),
+        (ROWS, {"val_fraction": 0.9999999}, "is left for train"),
+    ],
+)
+def test_errors_are_those_of_one_process(monkeypatch, new_work, tmp_path, rows, changes, words):
+    """Would find a limit over a whole source that each task judges alone, and a corpus without val."""
+    for number, begin in enumerate(range(0, len(rows), 10)):
+        (tmp_path / f"{number}.jsonl").write_text("\n".join(rows[begin : begin + 10]))
+    source = SourceConfig("jsonl", "english", "mit", path=f"{tmp_path}/*.jsonl")
+    corpus = CorpusConfig("test", {"text": [source]}, **changes)
+    messages = []
+    for how in ("serial", "tasks"):
+        work = new_work(how)
+        try:
+            if how == "serial":
+                build(work, corpus)
+            else:
+                by_tasks(monkeypatch, work, corpus, 1, in_random_order(random.Random(0)))
+            messages.append("")
+        except UserError as error:
+            messages.append(str(error))
+    assert words in messages[0]
+    assert messages[1] == messages[0]
