@@ -215,8 +215,8 @@ clean_up() {
   say "cleaned up"
 }
 
-# Progress so far, as text that changes with every checkpoint, file of samples, tar of a corpus and finished stage of
-# this run; of all runs where a file of the user may name it.
+# Progress so far, as text that changes with every checkpoint, file of samples, tar of a corpus, task of a build and
+# finished stage of this run; of all runs where a file of the user may name it.
 progress() {
   local file run runs=("$work_dir"/runs/*/"$run_id")
   if [ -z "$run_id" ]; then runs=("$work_dir"/runs/*/*); fi
@@ -230,6 +230,9 @@ progress() {
   done
   for file in "$work_dir"/corpora/*/manifest.json "$work_dir"/tokenizer/report.json; do
     if [ -f "$file" ]; then printf '%s\n' "$file" "$(<"$file")"; fi
+  done
+  for file in "$work_dir"/builds/*/*/*/result.json; do
+    if [ -f "$file" ]; then printf '%s\n' "$file"; fi
   done
   for file in "$work_dir"/corpora/*/journal.jsonl; do
     if [ -f "$file" ]; then grep '^{"finished"' "$file" || true; fi

@@ -1,13 +1,25 @@
 """Sorted runs find the same copies as a dictionary in the order of the documents, however keys are divided."""
 
+import multiprocessing
 import random
+import resource
 from collections.abc import Sequence
+from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 
 import numpy as np
 import pytest
 
-from dist_lm.data.sorted_runs import later_copies, n_parts, read_part, records_of, write_run
+from dist_lm.data.sorted_runs import (
+    RECORD,
+    later_copies,
+    merged,
+    n_parts,
+    n_records,
+    read_part,
+    records_of,
+    write_run,
+)
 
 KEY = 16  # bytes
 # Keys at the borders of parts, and keys that differ in one half alone.
@@ -72,3 +84,29 @@ def test_parts_grow_with_the_records():
     """Would find a process whose memory grows with the corpus."""
     assert n_parts(0) == 1
     assert n_parts(50_000_000) == 12
+
+
+@pytest.mark.bars
+def test_fifty_million_keys_are_merged_below_a_gigabyte(tmp_path):
+    """Would find a merge whose memory grows with the corpus. Measured: the figure of docs/large_corpora.md."""
+    generator = np.random.default_rng(0)
+    for task in range(25):
+        records = np.empty(2_000_000, RECORD)
+        for half in ("high", "low"):
+            records[half] = generator.integers(0, 2**64, len(records), np.uint64)
+        records["task"] = task
+        records["number"] = np.arange(len(records))
+        write_run(tmp_path / f"{task}.run", merged([records]))
+    runs = sorted(tmp_path.glob("*.run"))
+
+    parts = n_parts(sum(map(n_records, runs)))
+    with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as process:
+        peaks = [process.submit(peak_of_part, runs, part, parts).result() for part in range(parts)]
+    print(f"peak memory of a process: {max(peaks) / 2**20:.0f} MiB")
+    assert max(peaks) < 10**9
+
+
+def peak_of_part(runs: Sequence[Path], part: int, parts: int) -> int:
+    """Merges one part in a process of its own; returns the largest memory of that process so far, bytes."""
+    assert not len(later_copies(read_part(runs, part, parts)))
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
