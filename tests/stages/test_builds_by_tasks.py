@@ -6,6 +6,7 @@ import os
 import random
 import shutil
 import signal
+import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import nullcontext
 from dataclasses import replace
@@ -32,6 +33,7 @@ from dist_lm.storage.run_directory import WorkDirectory
 from dist_lm.tracking.console import Console
 from tests.conftest import TINY_MODEL
 from tests.data.mixed_corpora import write_corpora
+from tests.patience import patient
 from tests.stages.test_several_corpora import decoded
 
 CORPORA = ("first", "second")
@@ -263,6 +265,45 @@ def test_killed_workers_cost_their_tasks_alone(monkeypatch, new_work, tmp_path):
     with local_workers(2) as run_pass:
         folders = by_tasks(monkeypatch, new_work("killed"), corpus, 3000, run_and_kill)
     assert files_of(folders) == expected
+
+
+@pytest.mark.heavy
+def test_a_command_that_is_killed_goes_on(monkeypatch, new_work, tmp_path):
+    """Would find results that SIGKILL of the command and its workers leaves half written, and workers that stay."""
+    generator = random.Random(0)
+    corpus = write_corpora(tmp_path, generator, held_out=False)
+    expected = files_of(by_tasks(monkeypatch, new_work("whole"), corpus, 3000, in_random_order(random.Random(1))))
+
+    work = new_work("killed")
+    context = multiprocessing.get_context("spawn")
+    deadline = time.monotonic() + patient(300)
+    n_kills = 0
+    while True:
+        n_results = len(results_of(work)) + generator.randrange(1, 15)
+        command = context.Process(target=build_with_two_workers, args=(work, corpus))
+        command.start()
+        while command.is_alive() and len(results_of(work)) < n_results:
+            assert time.monotonic() < deadline
+            command.join(0.02)
+        if not command.is_alive():
+            break
+        command.kill()
+        command.join()
+        n_kills += 1
+    assert command.exitcode == 0
+    assert n_kills > 2
+    assert files_of({name: work.corpus(name) for name in CORPORA}) == expected
+
+
+def results_of(work: WorkDirectory) -> list[Path]:
+    return list((work.path / "builds").glob("*/*/[0-9]*/result.json"))
+
+
+def build_with_two_workers(work: WorkDirectory, corpus: CorpusConfig) -> None:
+    """Runs in a process of its own."""
+    shards.plan_of = partial(plan_of, task_bytes=3000)
+    config = config_of(work, corpus, build="tasks")
+    shards.STAGE.build(replace(config, tokenizer=replace(config.tokenizer, workers=2)), Console())
 
 
 @pytest.mark.heavy
