@@ -31,9 +31,6 @@ from dist_lm.chat.template import FORMAT
 from dist_lm.config.corpus import SPLITS, CorpusConfig, SourceConfig
 from dist_lm.config.root import Config
 from dist_lm.config.stage import StageGroup
-from dist_lm.data.build_by_tasks import plan_of, publish, require_possible, run_passes
-from dist_lm.data.build_plan import plan_fingerprint
-from dist_lm.data.build_tasks import REVISION, Build
 from dist_lm.data.earlier import EarlierCorpora
 from dist_lm.data.ingest import TextSplits, split_documents
 from dist_lm.data.inputs import HUB, Inputs, inputs_of
@@ -68,7 +65,6 @@ from dist_lm.data.sources.reader import (
     text_corpora,
     tokenizer_corpora,
 )
-from dist_lm.data.task_workers import RunPass, local_workers
 from dist_lm.data.token_corpus import TokenCorpus
 from dist_lm.document import Document
 from dist_lm.errors import ArtefactError, ConfigError, UnreachableError, UserError, require
@@ -82,6 +78,7 @@ from dist_lm.tokenizer.tokenizer import KeptTemplate, Tokenizer
 from dist_lm.training import checkpoint_files
 
 if TYPE_CHECKING:
+    from dist_lm.data.task_workers import RunPass
     from dist_lm.tracking.console import Console
 
 log = logging.getLogger(__name__)
@@ -863,13 +860,15 @@ def build_corpus(
         writer.finish(asdict(report), _licences(config, name), listed, settings, read)
 
 
-def workers_of(config: Config) -> AbstractContextManager[RunPass]:
+def workers_of(config: Config) -> AbstractContextManager["RunPass"]:
     """Returns what runs the tasks of a build: all nodes of a Ray cluster, or processes of this machine, where Ray would
     only cost its start."""
     if config.cluster.name == "ray":
         from dist_lm.cluster.build_workers import ray_workers
 
         return ray_workers(config.cluster)
+    from dist_lm.data.task_workers import local_workers
+
     return local_workers(config.tokenizer.workers or cores())
 
 
@@ -892,6 +891,11 @@ def build_by_tasks(config: Config, names: Sequence[str], text_splits: TextSplits
     Raises:
         ConfigError: the configuration has what such a build does not know; or as `run_passes`, whose other errors pass.
     """
+    # Imported here, because runs that find their corpora need none of it.
+    from dist_lm.data.build_by_tasks import plan_of, publish, require_possible, run_passes
+    from dist_lm.data.build_plan import plan_fingerprint
+    from dist_lm.data.build_tasks import REVISION, Build
+
     together, list_inputs = text_splits.together, text_splits.reader.files
     require_possible(config.corpus, together)
     work = WorkDirectory(Path(config.work_dir))

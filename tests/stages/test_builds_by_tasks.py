@@ -79,7 +79,7 @@ def by_tasks(
     monkeypatch: pytest.MonkeyPatch, work: WorkDirectory, corpus: CorpusConfig, task_bytes: int, run_pass: RunPass
 ) -> dict[str, Path]:
     """Builds by tasks of a size with a runner of its own."""
-    monkeypatch.setattr(shards, "plan_of", partial(plan_of, task_bytes=task_bytes))
+    monkeypatch.setattr(build_by_tasks, "plan_of", partial(plan_of, task_bytes=task_bytes))
     monkeypatch.setattr(shards, "workers_of", lambda config: nullcontext(run_pass))
     return build(work, corpus, build="tasks")
 
@@ -189,7 +189,7 @@ def test_any_number_of_workers_gives_the_same_bytes(monkeypatch, new_work, tmp_p
     """Would find a tar or a count that depends on who read it, and on the order in which tasks end."""
     generator = random.Random(0)
     corpus = write_corpora(tmp_path, generator, held_out=True)
-    monkeypatch.setattr(shards, "plan_of", partial(plan_of, task_bytes=3000))
+    monkeypatch.setattr(build_by_tasks, "plan_of", partial(plan_of, task_bytes=3000))
     expected: dict[str, bytes] = {}
     for workers in (1, 2, 4):
         work = new_work(str(workers))
@@ -301,7 +301,7 @@ def results_of(work: WorkDirectory) -> list[Path]:
 
 def build_with_two_workers(work: WorkDirectory, corpus: CorpusConfig) -> None:
     """Runs in a process of its own."""
-    shards.plan_of = partial(plan_of, task_bytes=3000)
+    build_by_tasks.plan_of = partial(plan_of, task_bytes=3000)
     config = config_of(work, corpus, build="tasks")
     shards.STAGE.build(replace(config, tokenizer=replace(config.tokenizer, workers=2)), Console())
 
