@@ -75,7 +75,7 @@ def search(
     holders: dict[tuple[int, int], list[int]] = {}  # (band, its hash) -> numbers of the texts that stay and have it
     keys: list[Key] = []  # of texts that stay
     with tempfile.TemporaryFile() as file:
-        kept = _KeptWindows(file)
+        kept_windows = _KeptWindows(file)
         for number, (key, windows_of_text) in enumerate(texts):
             bits = int(shared_bands[number])
             if not bits:
@@ -84,13 +84,13 @@ def search(
             windows = windows_of_text()
             hashes = band_hashes(windows).tolist()
             buckets = [holders.setdefault((band, hashes[band]), []) for band in range(BANDS) if bits >> band & 1]
-            resembled = _resembled(windows, _candidates(buckets), kept, similarity)
+            resembled = _resembled(windows, _candidates(buckets), kept_windows, similarity)
             if resembled is not None:
                 yield key, keys[resembled]
                 continue
 
             keys.append(key)
-            index = kept.add(windows)
+            index = kept_windows.add(windows)
             for bucket in buckets:
                 if len(bucket) < HELD:
                     bucket.append(index)
@@ -125,10 +125,12 @@ def _candidates(buckets: Sequence[Sequence[int]]) -> list[int]:
     return sorted(n_common, key=lambda text: (-n_common[text], text))[:COMPARED]
 
 
-def _resembled(windows: np.ndarray, candidates: Sequence[int], kept: "_KeptWindows", similarity: float) -> int | None:
+def _resembled(
+    windows: np.ndarray, candidates: Sequence[int], kept_windows: "_KeptWindows", similarity: float
+) -> int | None:
     """Returns the first of the candidates that is similar enough; None: there is none."""
     for candidate in candidates:
-        if jaccard(windows, kept.windows(candidate)) >= similarity:
+        if jaccard(windows, kept_windows.windows(candidate)) >= similarity:
             return candidate
     return None
 

@@ -396,7 +396,9 @@ class Engine:
 
     def _await_weights(self) -> None:
         """Preempts the sequences that wait for other weights."""
-        for sequence in [sequence for sequence in self._running if not self._is_due(sequence)]:
+        # Most requests ask for no version, and this runs in every step.
+        waiting = [s for s in self._running if s.request.versions and not self._is_due(s)]
+        for sequence in waiting:
             self._preempt(sequence)
 
     def _resume(self) -> None:
@@ -555,9 +557,10 @@ class Engine:
         pieces: list[Piece] = []
         next_tokens: list[int] = []
         for sequence in self._running:
-            start, tokens = sequence.cached, sequence.to_compute[: self.options.piece_tokens]
-            if len(tokens) <= 1 and not sequence.finish:
+            if sequence.n_to_compute <= 1 and not sequence.finish:
                 continue  # a usual step
+            start = sequence.cached
+            tokens = sequence.tokens[start : start + min(sequence.n_to_compute, self.options.piece_tokens)]
             if pieces and len(next_tokens) + len(tokens) > self.options.step_tokens:
                 continue
             sequences.append(sequence)
@@ -602,7 +605,7 @@ class Engine:
         Returns:
             These sequences with the logits of their next tokens; None if there are none.
         """
-        sequences = [sequence for sequence in self._running if len(sequence.to_compute) == 1 and not sequence.finish]
+        sequences = [sequence for sequence in self._running if sequence.n_to_compute == 1 and not sequence.finish]
         if not sequences:
             return None
         # Rows of one adapter are multiplied together.

@@ -343,13 +343,13 @@ class AnswerSequence:
 
     def read_by(self, version: int) -> None:
         """Notes the weights that read its next token, if they are others than before."""
-        if version != self.version:
+        if not self.versions or self.versions[-1][1] != version:
             self.versions.append((max(0, self.cached - self.n_prompt), version))
 
     @property
-    def to_compute(self) -> list[int]:
+    def n_to_compute(self) -> int:
         """Tokens that the model has not computed yet but must: of a finished answer all but the last one."""
-        return self.tokens[self.cached : len(self.tokens) - bool(self.finish)]
+        return len(self.tokens) - bool(self.finish) - self.cached
 
     @property
     def n_unscored(self) -> int:

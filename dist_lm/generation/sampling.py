@@ -12,6 +12,7 @@ Dimensions: B rows, n some of the rows, V vocabulary, M candidates, C chunks of 
 """
 
 import math
+import sys
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -28,6 +29,7 @@ from dist_lm.model.token_sets import packed
 CHUNK = 128  # tokens
 MAX_CHUNKS = 1024  # `largest` splits a row into at most this many chunks
 UNIFORM_BITS = 48
+NO_MIN_P = -sys.float_info.max  # log of a min-p that is off: all logits but -inf pass
 COLDEST = 1e-20  # smallest temperature: logits divided by less may not fit fp32
 # Special values of `DrawGroup.candidates`. ALL is more than any vocabulary has, so the whole row is sorted.
 GREEDY, UNFILTERED, ALL = 0, -1, 1 << 31
@@ -66,7 +68,7 @@ class DrawGroup:
     temperature_B1: torch.Tensor  # fp64
     top_k_B1: torch.Tensor  # int64; ALL if off
     top_p_B1: torch.Tensor  # fp64
-    log_min_p_B1: torch.Tensor  # fp64
+    log_min_p_B1: torch.Tensor  # fp64; NO_MIN_P if off
 
 
 def group_rows(params: Sequence[SamplingParams], device: torch.device) -> list[DrawGroup]:
@@ -89,7 +91,7 @@ def group_rows(params: Sequence[SamplingParams], device: torch.device) -> list[D
         torch.tensor([p.top_k or ALL for p in ordered]),
         torch.tensor([max(p.temperature, COLDEST) for p in ordered], dtype=torch.float64),
         torch.tensor([p.top_p for p in ordered], dtype=torch.float64),
-        torch.tensor([math.log(p.min_p) if p.min_p else -math.inf for p in ordered], dtype=torch.float64),
+        torch.tensor([math.log(p.min_p) if p.min_p else NO_MIN_P for p in ordered], dtype=torch.float64),
     )
 
     groups = []
@@ -439,9 +441,9 @@ def _passes(x_BM: torch.Tensor, p_BM: torch.Tensor, in_top_k_BM: torch.Tensor, g
     """
     before_BM = p_BM.cumsum(dim=-1) - p_BM
     in_top_p_BM = (before_BM < group.top_p_B1) | (group.top_p_B1 == 1)  # rounding must not drop the last tokens
+    # A token that is forbidden, by a constraint or a bias of -inf, passes no filter: `NO_MIN_P` keeps the sum finite.
     in_min_p_BM = x_BM >= x_BM[:, :1] + group.log_min_p_B1
-    # A token that is forbidden, by a constraint or a bias of -inf, passes no filter however wide.
-    passes_BM = in_top_k_BM & in_top_p_BM & in_min_p_BM & (x_BM > -math.inf)
+    passes_BM = in_top_k_BM & in_top_p_BM & in_min_p_BM
     passes_BM[:, 0] = True
     return passes_BM
 

@@ -148,8 +148,8 @@ def bounded(schema: Any) -> Any:
             elif keyword in OF_NAMED_SCHEMAS:
                 copied[keyword] = {name: part(subschema) for name, subschema in value[keyword].items()}
         if "number" in _types(value):
-            for keyword, others in (("minimum", LOWER), ("maximum", UPPER)):
-                if not any(other in value for other in others):
+            for keyword, bounds in (("minimum", LOWER), ("maximum", UPPER)):
+                if not any(bound in value for bound in bounds):
                     copied[keyword] = BOUNDS[keyword]
         return copied
 
@@ -269,13 +269,13 @@ def _exclude_each_other(branches: Sequence[Any], root: Any) -> bool:
 
 def _resolved(schema: Any, root: Any) -> Any:
     """Returns what a schema of nothing but a reference into `root` refers to; other schemas as they are."""
-    seen = 0
-    while isinstance(schema, Mapping) and isinstance(schema.get("$ref"), str) and seen < DEEPEST:
+    n_followed = 0
+    while isinstance(schema, Mapping) and isinstance(schema.get("$ref"), str) and n_followed < DEEPEST:
         target: Any = root
         for name in schema["$ref"].lstrip("#").split("/")[1:]:
             name = name.replace("~1", "/").replace("~0", "~")
             target = target.get(name) if isinstance(target, Mapping) else None
-        schema, seen = target, seen + 1
+        schema, n_followed = target, n_followed + 1
     return schema
 
 

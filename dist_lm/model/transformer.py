@@ -182,15 +182,15 @@ class Transformer(nn.Module):
             index_N: see `Block.forward`, for the last layer, of the tokens of this rank; the output is then (1, N, D).
                 Not with dropout.
         """
-        held = self._held(tokens_BT.shape[1])
-        x_BTD = self.embedding(tokens_BT[:, held])
+        held_tokens = self._held(tokens_BT.shape[1])
+        x_BTD = self.embedding(tokens_BT[:, held_tokens])
         if self.config.embedding_scale != 1:
             x_BTD = x_BTD * self.config.embedding_scale
 
         # All layers share the rotation tables, and the attention mask of their kind.
         if position_BT is None:
             position_BT = torch.arange(tokens_BT.shape[1], device=tokens_BT.device)[None]
-        rope = rope_tables(position_BT[:, held], self.config, x_BTD.dtype)
+        rope = rope_tables(position_BT[:, held_tokens], self.config, x_BTD.dtype)
         visibility = CAUSAL
         if document_BT is not None:
             visibility = within_documents(document_BT, x_BTD.dtype, self.config.d_head, branch_BT, boundary)
@@ -201,12 +201,12 @@ class Transformer(nn.Module):
             )
 
         # Dropout is keyed by the index of a token in its sequence, also where a rank holds a part of the sequence.
-        n_held = held.stop - held.start
-        first_index = held.start + self.first_held_index(n_held)
+        n_held = held_tokens.stop - held_tokens.start
+        first_index = held_tokens.start + self.first_held_index(n_held)
         sites = dropout_sites(dropout, self.config.n_layers, self.config.d_model, first_index)
         x_BTD = apply_dropout(x_BTD, sites[EMBEDDING_SITE])
         widest = max(self.config.d_model, self.config.n_heads * self.config.d_head, self.config.d_ff)
-        sites_of_adapters = adapter_sites(dropout, self.config.n_layers, widest, held.start)
+        sites_of_adapters = adapter_sites(dropout, self.config.n_layers, widest, held_tokens.start)
 
         v1_BSGK = None  # values of the first layer, with `model.value_residual`
         for layer, block in enumerate(self.blocks):
@@ -340,23 +340,23 @@ class Transformer(nn.Module):
         if self.token_axis is None or index_N is None:
             return index_N
         n_tokens = batch.tokens_BT.shape[1]
-        held = self._held(n_tokens)
+        held_tokens = self._held(n_tokens)
 
         row_N, column_N = index_N // n_tokens, index_N % n_tokens
-        is_held_N = (column_N >= held.start) & (column_N < held.stop)
-        return (row_N * (held.stop - held.start) + column_N - held.start)[is_held_N]
+        is_held_N = (column_N >= held_tokens.start) & (column_N < held_tokens.stop)
+        return (row_N * (held_tokens.stop - held_tokens.start) + column_N - held_tokens.start)[is_held_N]
 
     def _targets(self, batch: Batch, index_N: torch.Tensor | None) -> torch.Tensor:
         """Returns the targets (N,) at `index_N` of the flattened tokens of this rank."""
-        held = self._held(batch.targets_BT.shape[1])
-        return _select(batch.targets_BT[:, held].flatten(), index_N)
+        held_tokens = self._held(batch.targets_BT.shape[1])
+        return _select(batch.targets_BT[:, held_tokens].flatten(), index_N)
 
     def _scatter(self, x_N: torch.Tensor, index_N: torch.Tensor | None, batch: Batch) -> torch.Tensor:
         """Returns a (B, T) tensor with `x_N` at `index_N` of the flattened tokens of this rank (None: everywhere), 0
         elsewhere, and the numbers of other ranks where they hold the tokens (collective if ranks share tokens)."""
         n_sequences, n_tokens = batch.tokens_BT.shape
-        held = self._held(n_tokens)
-        shape = (n_sequences, held.stop - held.start)
+        held_tokens = self._held(n_tokens)
+        shape = (n_sequences, held_tokens.stop - held_tokens.start)
         if index_N is not None:
             x_N = x_N.new_zeros(math.prod(shape)).index_put((index_N,), x_N)
         x_Bt = x_N.view(shape)

@@ -92,20 +92,22 @@ def resolve_layout(parallel: ParallelConfig, model: ModelConfig, world_size: int
         ConfigError: the product of the axes is not `world_size`, the model cannot be cut that way (the message lists
             layouts that fit), tp and another axis are -1, or parallel.sp without tensor parallelism.
     """
-    asked = [name for name in AXES if name != "cp" or parallel.cp > 1]
-    requested = " ".join(f"parallel.{name}={getattr(parallel, name)}" for name in asked)
+    requested_axes = [name for name in AXES if name != "cp" or parallel.cp > 1]
+    requested = " ".join(f"parallel.{name}={getattr(parallel, name)}" for name in requested_axes)
     layout = _fill_open_axes(parallel, model, world_size)
     if layout is None:
         raise ConfigError(
             f"{requested}: the product is not {world_size} ranks (cluster.nodes x cluster.ranks_per_node); "
-            f"({', '.join(asked)}) that fit: {_list_layouts(model, world_size, parallel.cp)}"
+            f"({', '.join(requested_axes)}) that fit: {_list_layouts(model, world_size, parallel.cp)}"
         )
 
     # The product fits the ranks, but the model may not be split that way.
     reason = misfit(layout, model)
     if reason:
         fitting = _list_layouts(model, world_size, parallel.cp)
-        raise ConfigError(f"{requested}: {reason}; ({', '.join(asked)}) that fit {world_size} ranks: {fitting}")
+        raise ConfigError(
+            f"{requested}: {reason}; ({', '.join(requested_axes)}) that fit {world_size} ranks: {fitting}"
+        )
     if parallel.sp and layout.tp == 1:
         raise ConfigError(f"parallel.sp=true: expected parallel.tp > 1 to split sequences over; the layout is {layout}")
     return layout
@@ -242,7 +244,7 @@ def _list_layouts(model: ModelConfig, world_size: int, cp: int) -> str:
     layouts = layouts_of(model, world_size, cp)
     prefix = ""
     if not layouts and cp > 1:
-        layouts = [layout for other in divisors(world_size) for layout in layouts_of(model, world_size, other)]
+        layouts = [layout for other_cp in divisors(world_size) for layout in layouts_of(model, world_size, other_cp)]
         prefix = f"none with cp={cp}, but "
     if not layouts:
         return "none"

@@ -183,7 +183,7 @@ class Plan:
         if self.shares_replicas:
             # All-gather of equal parts over the replicas: the largest part decides.
             for bucket in range(self.n_buckets):
-                largest = max(n_given[bucket, other] for other in range(self.layout.dp_replicate))
+                largest = max(n_given[bucket, replica] for replica in range(self.layout.dp_replicate))
                 n_sent += largest * (self.layout.dp_replicate - 1)
         return n_sent
 
@@ -419,9 +419,9 @@ def _units(cuts: Sequence[Cut]) -> list[tuple[int, int, int]]:
     costliest = max((cut.matrix_flops for cut in cuts), default=0)
     units = []
     for number, cut in enumerate(cuts):
-        together = max(1, costliest // cut.matrix_flops)
-        for first in range(0, cut.n_matrices, together):
-            units.append((number, first, min(first + together, cut.n_matrices)))
+        n_together = max(1, costliest // cut.matrix_flops)
+        for first in range(0, cut.n_matrices, n_together):
+            units.append((number, first, min(first + n_together, cut.n_matrices)))
     return units
 
 

@@ -41,7 +41,7 @@ def _response(
     job: Job, created: int, status: str, output: Sequence[Json], answer: Answer | None = None
 ) -> dict[str, Json]:
     """Returns a response; `answer` is None while it is computed."""
-    asked = job.asked
+    settings = job.asked
 
     response: dict[str, Json] = {
         "id": f"resp_{job.id.partition('-')[2]}",
@@ -50,22 +50,22 @@ def _response(
         "status": status,
         "error": None,
         "incomplete_details": {"reason": "max_output_tokens"} if status == "incomplete" else None,
-        "instructions": asked["instructions"],
-        "max_output_tokens": asked["max_output_tokens"],
-        "metadata": asked["metadata"] or {},
+        "instructions": settings["instructions"],
+        "max_output_tokens": settings["max_output_tokens"],
+        "metadata": settings["metadata"] or {},
         "model": job.served.name,
         "output": [*output],
-        "parallel_tool_calls": asked["parallel"] is not False,
+        "parallel_tool_calls": settings["parallel"] is not False,
         "previous_response_id": None,
         "store": False,
-        "temperature": asked["temperature"],
-        "text": asked["text"] or {"format": {"type": "text"}},
-        "tool_choice": asked["tool_choice"] or "auto",
-        "tools": asked["tools"] or [],
-        "top_p": asked["top_p"],
+        "temperature": settings["temperature"],
+        "text": settings["text"] or {"format": {"type": "text"}},
+        "tool_choice": settings["tool_choice"] or "auto",
+        "tools": settings["tools"] or [],
+        "top_p": settings["top_p"],
         "truncation": "disabled",
         "usage": None,
-        "user": asked["user"],
+        "user": settings["user"],
         "remembered_tokens": job.n_remembered,
     }
     if answer is None:
@@ -213,8 +213,8 @@ class ResponseEvents:
         """Yields the events of a complete call."""
         place = {"item_id": item["id"], "output_index": index}
         # Clients build a call from its deltas: first an empty item, then one delta with all arguments.
-        begun = item | {"arguments": "", "status": "in_progress"}
-        yield self._event("response.output_item.added", output_index=index, item=begun)
+        started_item = item | {"arguments": "", "status": "in_progress"}
+        yield self._event("response.output_item.added", output_index=index, item=started_item)
         yield self._event("response.function_call_arguments.delta", **place, delta=item["arguments"])
         yield self._event(
             "response.function_call_arguments.done", **place, name=item["name"], arguments=item["arguments"]

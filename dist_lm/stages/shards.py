@@ -901,7 +901,9 @@ def build_by_tasks(config: Config, names: Sequence[str], text_splits: TextSplits
     work = WorkDirectory(Path(config.work_dir))
     tasks, listings = plan_of(config.corpus, together, list_inputs)
     recipes = {name: recipe_of(config, name, text_splits) for name in names}
-    key = digest([REVISION, asdict(config.corpus), plan_fingerprint(tasks), [asdict(one) for one in recipes.values()]])
+    key = digest(
+        [REVISION, asdict(config.corpus), plan_fingerprint(tasks), [asdict(recipe) for recipe in recipes.values()]]
+    )
     build = Build(work.path.resolve() / "builds" / key[:16])
     build.write(config.corpus, config.seed, work.tokenizer_model, tasks, listings)
 

@@ -121,11 +121,11 @@ def _own_configs(run: RunDirectory) -> list[Config]:
     Raises:
         ArtefactError, ConfigError: as `with_ancestors`.
     """
-    return [config for other, config in with_ancestors(run) if config and _is_beside(other, run)]
+    return [config for ancestor, config in with_ancestors(run) if config and _is_beside(ancestor, run)]
 
 
-def _is_beside(other: RunDirectory, run: RunDirectory) -> bool:
-    return other.work.path.resolve() == run.work.path.resolve()
+def _is_beside(ancestor: RunDirectory, run: RunDirectory) -> bool:
+    return ancestor.work.path.resolve() == run.work.path.resolve()
 
 
 def documents_in(file: Path, run: RunDirectory) -> dict[str, frozenset[int]]:
@@ -277,7 +277,7 @@ def _new_start(config: Config, parent: Repeat) -> str:
 def _with_kept_starts(repeats: Sequence[Repeat]) -> Iterator[Repeat]:
     """Yields the runs; one from whose midst another begins keeps all its checkpoints."""
     for repeat in repeats:
-        starts = [other.config.stage.init_from for other in repeats]
+        starts = [repeat.config.stage.init_from for repeat in repeats]
         stage = repeat.config.stage
         if any(start.startswith(f"{repeat.new.path.resolve()}@") for start in starts):
             n_checkpoints = stage.steps // max(1, stage.checkpoint_every) + 2
