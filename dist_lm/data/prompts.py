@@ -52,7 +52,9 @@ def find_prompts(where: str, key: str = "stage.prompts", kinds: Sequence[str] = 
     if not path.is_file():  # a file may have the letters of a glob in its name
         files = [Path(name) for name in sorted(glob.glob(str(path), recursive=True))]  # noqa: PTH207  may be absolute
     files = [file for file in files if file.is_file()]
-    if not where or not files:
+    if not where:
+        raise ConfigError(f"{key} is not set: expected a file or glob of {accepted}")
+    if not files:
         raise ConfigError(f"{key}={where}: no such file; expected a file or glob of {accepted}")
     for file in files:
         if not file.name.lower().endswith(tuple(kinds)):

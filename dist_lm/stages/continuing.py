@@ -340,7 +340,7 @@ def left_out_by(config: Config, run: RunDirectory) -> "DocumentIds":
 
     Raises:
         ArtefactError: the file has changed since the run began with it, cannot be read or has a line that is no id; or
-            there is no such corpus or document.
+            there is no such corpus or document; or no document would be left to learn from.
     """
     path = config.stage.without
     if not path:
@@ -355,7 +355,28 @@ def left_out_by(config: Config, run: RunDirectory) -> "DocumentIds":
             raise ArtefactError(
                 f"{path}: {folder}:{largest}: corpus {folder} has {train.counts.documents:,} train documents"
             )
+    require_documents_left(config, run, ids, path)
     return ids
+
+
+def require_documents_left(config: Config, run: RunDirectory, ids: "DocumentIds", path: str) -> None:
+    """Refuses to leave out every document that a run could learn from: it would train on no token.
+
+    Args:
+        path: the file of the ids, for the message.
+
+    Raises:
+        ArtefactError: names the corpora; or a corpus is damaged.
+    """
+    folders = [config.corpus_in(run.work, name).name for name in config.corpus_names]
+    splits = [read_manifest(run.work.corpus(folder)).splits.get("train", Split()) for folder in folders]
+    n_left = sum(
+        split.counts.documents - len(ids.get(folder, ())) for folder, split in zip(folders, splits, strict=True)
+    )
+    if not n_left:
+        raise ArtefactError(
+            f"{path}: all train documents of {', '.join(folders)} are left out: expected some to learn from"
+        )
 
 
 def check_unread(stage: "TrainingStage", config: Config, origin: Config, start: Path, position: int) -> None:

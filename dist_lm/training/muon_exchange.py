@@ -55,8 +55,8 @@ class Bucket:
     """The units that are sent together, as this rank sees them; pieces are listed by rank of the replica."""
 
     owned: list[Unit]  # matrices that this rank owns; in the bucket of starts: those that it starts
-    sent: Pieces  # this rank's pieces that an owner needs
-    received: Pieces  # pieces of this rank's own units
+    given: Pieces  # this rank's pieces that an owner needs
+    taken: Pieces  # pieces of this rank's own units
     returned: Pieces  # pieces of the steps of this rank's own units; of starts: the units, for their owners
     received: Pieces  # pieces of the steps that an owner returns to this rank; of starts: the units that it owns
     shared: Pieces  # this rank's pieces of all steps, by replica of the owner; empty if replicas share no work
@@ -137,11 +137,11 @@ class Owners:
         """Adds the way of a unit's shards to the rank that gathers them."""
         box = self.plan.piece(unit, self.place)
         if size_of(box) and self.plan.is_source(unit, self.place):
-            bucket.sent[peer_at[unit.gatherer]].append((unit, box))
+            bucket.given[peer_at[unit.gatherer]].append((unit, box))
         if unit.gatherer == self.place:
             for place, piece in pieces(self.plan, unit):
                 if self.plan.is_source(unit, place):
-                    bucket.received[peer_at[place]].append((unit, piece))
+                    bucket.taken[peer_at[place]].append((unit, piece))
 
     def _add_start(self, bucket: Bucket, unit: Unit, peer_at: Mapping[int, int]) -> None:
         """Adds the way of a unit from the rank that starts it to its owner."""
@@ -188,9 +188,9 @@ class Owners:
 
         # Units part a parameter along its first dimension alone.
         directions = (
-            stepped[unit.parameter].direction(self._rows(unit, box)) for peer in bucket.sent for unit, box in peer
+            stepped[unit.parameter].direction(self._rows(unit, box)) for peer in bucket.given for unit, box in peer
         )
-        return self._exchange(directions, bucket.sent, bucket.received, stepped[0].gradient.device)
+        return self._exchange(directions, bucket.given, bucket.taken, stepped[0].gradient.device)
 
     def _orthogonal(
         self, stepped: Sequence[Stepped], bucket: Bucket, gathered: torch.Tensor, started: dict[Unit, torch.Tensor]
@@ -212,7 +212,7 @@ class Owners:
             stack_NIJ = gathered.new_empty(sum(unit.n_matrices for unit in units), *shape)
             stacks[iterations, shape] = stack_NIJ
             wholes |= self._units(stack_NIJ, units)
-        for (unit, box), part in _parts(bucket.received, gathered):
+        for (unit, box), part in _parts(bucket.taken, gathered):
             wholes[unit][_within(unit, box)] = part
         for unit in wholes.keys() & started.keys():
             wholes[unit].copy_(started.pop(unit))

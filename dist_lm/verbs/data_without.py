@@ -23,7 +23,7 @@ from dist_lm.config.root import Config
 from dist_lm.data.manifest import read_manifest
 from dist_lm.data.without import DocumentIds, count_of, digest_of, merged, read_ids, text_of
 from dist_lm.errors import ArtefactError, ConfigError, UserError
-from dist_lm.stages.continuing import first_reading
+from dist_lm.stages.continuing import first_reading, require_documents_left
 from dist_lm.stages.registry import stage_named
 from dist_lm.stages.stage import Action
 from dist_lm.stages.text import TextStage
@@ -84,7 +84,7 @@ def repeats_of(run: RunDirectory, ids: DocumentIds) -> Repeats:
         ids: as `documents_in` returns them.
 
     Raises:
-        ArtefactError: there is no such run, or a corpus has changed since or is damaged.
+        ArtefactError: there is no such run, a corpus has changed since or is damaged, or no document would be left.
         ConfigError: a run reads documents with stage.document_mask=false, or a stage has no loss of its own for each
             document; names the run and the key.
         UserError: the package that a tokenizer needs is not installed.
@@ -196,6 +196,7 @@ def _repeat_of(
         )
 
     without = merged(earlier, ids)
+    require_documents_left(config, old, without, "these ids")
     base_id = SUFFIX.sub("", config.run_id)
     new = RunDirectory(old.path.with_name(f"{base_id}-without-{digest_of(without)}"))
     stage = config.stage
@@ -277,7 +278,7 @@ def _new_start(config: Config, parent: Repeat) -> str:
 def _with_kept_starts(repeats: Sequence[Repeat]) -> Iterator[Repeat]:
     """Yields the runs; one from whose midst another begins keeps all its checkpoints."""
     for repeat in repeats:
-        starts = [repeat.config.stage.init_from for repeat in repeats]
+        starts = [new.config.stage.init_from for new in repeats]
         stage = repeat.config.stage
         if any(start.startswith(f"{repeat.new.path.resolve()}@") for start in starts):
             n_checkpoints = stage.steps // max(1, stage.checkpoint_every) + 2

@@ -85,7 +85,11 @@ def test_what_is_wrong_with_all_of_them_is_refused(tmp_path, values, words):
 
 @pytest.mark.parametrize(
     ("where", "words"),
-    [("", "no such file"), ("nowhere/*.txt", r"nowhere/\*\.txt: no such file"), ("pyproject.toml", "neither .jsonl")],
+    [
+        ("", "stage.prompts is not set"),
+        ("nowhere/*.txt", r"nowhere/\*\.txt: no such file"),
+        ("pyproject.toml", "neither .jsonl"),
+    ],
 )
 def test_what_is_no_file_of_prompts_is_refused(where, words):
     with pytest.raises(ConfigError, match=f"^stage.prompts=.*{words}"):

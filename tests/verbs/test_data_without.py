@@ -190,8 +190,15 @@ def test_what_cannot_be_undone_is_refused_by_name(work: WorkDirectory, tmp_path:
         documents_in(path, run)
 
     train(run, 1)
-    path.write_text(text_of({"code": documents_read_from(run, 5, "code", 1)}))
     config = load_config(run.config)
+    every_document = {"code": frozenset(range(n_documents))}
+    path.write_text(text_of(every_document))
+    with pytest.raises(ArtefactError, match="all train documents of code are left out"):
+        repeats_of(run, every_document)
+    with pytest.raises(ArtefactError, match=r"ids\.txt: all train documents of code are left out"):
+        left_out_by(replace(config, stage=replace(config.stage, without=str(path))), run)
+
+    path.write_text(text_of({"code": documents_read_from(run, 5, "code", 1)}))
     stage = replace(config.stage, branch_from=f"{run.path}@6", without=str(path))
     branch = replace(config, run_id="branch", stage=stage)
     with pytest.raises(ConfigError, match="the first one in step 5: `dist-lm data without`"):
