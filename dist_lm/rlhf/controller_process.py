@@ -5,7 +5,8 @@
 
 Both ends talk over a socket pair. A message is one byte with two descriptors of shared memory: the message, as
 `messages.encode` has it, and a large value: weights on the way there, rollouts on the way back. The first rank passes
-the memory of the rollouts on to the others as it is. A byte without descriptors is a sign of life. Nothing is unpickled.
+the memory of the rollouts on to the others as it is. A byte without descriptors is a sign of life. No message is
+unpickled.
 
 If the child dies, the first rank starts another one from the last `ControllerState` and the weights of its version. In
 lock-step that is all a controller goes on from, so the rollouts are the same bit for bit.
@@ -29,7 +30,6 @@ from dist_lm.generation.decoder import WeightStream
 from dist_lm.parallel.node_memory import NodeMemory
 from dist_lm.rlhf.controller import Controller, ControllerState
 from dist_lm.rlhf.rollouts import ScoredRollouts
-from dist_lm.storage.process import die_with_parent
 
 log = logging.getLogger(__name__)
 
@@ -342,13 +342,8 @@ OpenController = Callable[[WeightStream, Callable[[], None]], AbstractContextMan
 """(weights, sign of life) -> opens the controller with its parts."""
 
 
-def serve_controller(connection: socket.socket, parent: int, open_controller: OpenController) -> None:
-    """Answers the first rank's requests until it closes the socket or one fails; dies with it.
-
-    Args:
-        parent: its process id.
-    """
-    die_with_parent(parent)
+def serve_controller(connection: socket.socket, open_controller: OpenController) -> None:
+    """Answers the first rank's requests until it closes the socket, or one of them fails."""
     with connection:
         try:
             sign = _signs_of_life(connection)

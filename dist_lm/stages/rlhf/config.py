@@ -7,7 +7,15 @@ from pathlib import Path
 from omegaconf import MISSING
 
 from dist_lm.config.model import ModelConfig
-from dist_lm.config.pool import FEWEST_PAGE_TOKENS, MOST_PAGE_TOKENS, PUSH_AUTO, PUSH_RAY, SHARED, RolloutPoolConfig
+from dist_lm.config.pool import (
+    FEWEST_PAGE_TOKENS,
+    MOST_PAGE_TOKENS,
+    PUSH_AUTO,
+    PUSH_DIRECT,
+    PUSH_RAY,
+    SHARED,
+    RolloutPoolConfig,
+)
 from dist_lm.config.root import Config
 from dist_lm.config.stage import TrainingGroup, check_shares
 from dist_lm.data.journal import ROWS

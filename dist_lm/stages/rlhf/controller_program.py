@@ -32,6 +32,7 @@ from dist_lm.stages.registry import load_config
 from dist_lm.stages.rlhf.config import RlhfRunConfig
 from dist_lm.stages.rlhf.controller import open_controller, read_prompts
 from dist_lm.storage.json_process import start_json_process
+from dist_lm.storage.process import die_with_parent
 from dist_lm.storage.run_directory import RunDirectory
 from dist_lm.tokenizer.tokenizer import Tokenizer
 
@@ -39,7 +40,7 @@ PROGRAM = "dist_lm.stages.rlhf.controller_program"
 # Errors that a rank tells apart; others reach it with their traceback.
 ERRORS = (
     *(UserError, ArtefactError, ConfigError, RequestError, RewardError, ClusterError, ActorsLostError),
-    *(PoolFailure, OSError),
+    PoolFailure,
 )
 
 
@@ -90,9 +91,10 @@ def main() -> None:
     os.dup2(2, 1)
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s: %(message)s", stream=sys.stderr)
     descriptor, run_path, device, parent = sys.argv[1:]
+    die_with_parent(int(parent))
     run = RunDirectory(Path(run_path))
     with socket.socket(fileno=int(descriptor)) as connection:
-        serve_controller(connection, int(parent), partial(opened_controller, run, torch.device(device)))
+        serve_controller(connection, partial(opened_controller, run, torch.device(device)))
 
 
 if __name__ == "__main__":

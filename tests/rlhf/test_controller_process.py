@@ -1,0 +1,170 @@
+"""The controller apart from the first rank: same numbers, deaths, errors. A thread serves in place of a process."""
+
+import socket
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from dataclasses import replace
+
+import pytest
+import torch
+
+from dist_lm.config.pool import RolloutPoolConfig
+from dist_lm.errors import ConfigError
+from dist_lm.generation.decoder import WeightStream
+from dist_lm.parallel.node_memory import HAS_SHARED_MEMORY
+from dist_lm.rlhf.controller import Controller
+from dist_lm.rlhf.controller_process import ControllerLostError, ControllerProcess, serve_controller
+from dist_lm.rlhf.rollouts import EngineRollouts
+from dist_lm.rlhf.rules import RewardError
+from dist_lm.stages.rlhf.config import RlhfRunGroup
+from tests.rlhf.toy import LENGTH, Toy, engine_of, supply_of, toy
+
+pytestmark = [
+    pytest.mark.usefixtures("one_rank"),
+    pytest.mark.skipif(not HAS_SHARED_MEMORY, reason="needs Linux"),
+]
+
+ITERATIONS = 3
+CONFIG = replace(LENGTH, prompts=8, max_new_tokens=8, minibatches=1)
+
+
+class ServingThread:
+    """Stands for a child process."""
+
+    pid = 1
+    returncode = -9
+
+    def __init__(self, work: Callable[[], None]) -> None:
+        self._thread = threading.Thread(target=work, daemon=True)
+        self._thread.start()
+
+    def kill(self) -> None:
+        pass
+
+    def wait(self, timeout: float | None = None) -> int:
+        self._thread.join(timeout or 30)
+        assert not self._thread.is_alive()
+        return self.returncode
+
+
+class Served:
+    """Starts controllers, whose calls of `take` first call `before_take`."""
+
+    def __init__(self, before_take: Callable[[int], None]) -> None:
+        self.before_take = before_take
+        self.starts = 0
+
+    @contextmanager
+    def opened(self, weights: WeightStream, alive: Callable[[], None]) -> Iterator[Controller]:
+        source = EngineRollouts(engine_of())
+        source.load_weights(weights, -1)
+        before_take = self.before_take
+
+        class Breaking(Controller):
+            def take(self, iteration: int):
+                alive()
+                before_take(iteration)
+                return super().take(iteration)
+
+        controller = Breaking(supply_of(CONFIG, source, 0, ()), CONFIG, 0, ITERATIONS)
+        yield controller
+        controller.end()
+
+    def start(self):
+        self.starts += 1
+        connection, child_connection = socket.socketpair()
+
+        def serve() -> None:
+            # A death of the child: it closes its end without a reply.
+            with suppress(SystemExit):
+                serve_controller(child_connection, self.opened)
+
+        return ServingThread(serve), connection
+
+
+def run_of(before_take: Callable[[int], None], signs: list[int] | None = None) -> tuple[Toy, Served]:
+    """Trains the toy with a controller that a thread serves."""
+    served, trained = Served(before_take), toy(CONFIG, ITERATIONS)
+    weights = trained.learner.models.policy.model.state_dict().items()
+    alive = lambda: signs.append(1) if signs is not None else None  # noqa: E731
+    with ControllerProcess(served.start, weights, (RewardError,), alive) as controller:  # type: ignore[arg-type]
+        trained.learner = replace(trained.learner, controller=controller)
+        trained.run()
+    return trained, served
+
+
+def figures(trained: Toy) -> list[dict[str, float]]:
+    return [
+        {
+            name: value
+            for name, value in report.metrics.items()
+            if not name.startswith(("timing/", "perf/")) and not name.endswith(("_s", "_per_s"))
+        }
+        for report in trained.reports
+    ]
+
+
+def test_numbers_are_those_of_the_first_rank_also_after_deaths():
+    """Finds weights, positions or rollouts that change on their way, and a restart that draws other prompts."""
+    expected = toy(CONFIG, ITERATIONS)
+    expected.run()
+    deaths = [0, 2, 2]
+
+    def dies(iteration: int) -> None:
+        if deaths and deaths[0] == iteration:
+            deaths.pop(0)
+            raise SystemExit
+
+    signs: list[int] = []
+    trained, served = run_of(dies, signs)
+    assert served.starts == 4
+    assert signs
+    assert trained.reports[-1].metrics["perf/controller_restarts"] == 3
+    assert figures(trained) == figures(expected)
+    weights, expected_weights = (run.learner.models.policy.model.state_dict() for run in (trained, expected))
+    assert all(torch.equal(weights[name], expected_weights[name]) for name in expected_weights)
+
+
+def test_a_controller_that_dies_each_time_ends_the_run():
+    """Finds a restart loop without an end."""
+
+    def dies(iteration: int) -> None:
+        raise SystemExit
+
+    with pytest.raises(ControllerLostError, match="4 times in a row"):
+        run_of(dies)
+
+
+@pytest.mark.parametrize(
+    ("error", "raised"),
+    [
+        (RewardError("no rollout has a score"), RewardError("no rollout has a score")),
+        (ZeroDivisionError("by zero"), RuntimeError("ZeroDivisionError: by zero\nin the controller's process")),
+        (EOFError("of a file"), RuntimeError("EOFError: of a file")),
+    ],
+)
+def test_an_error_ends_the_run_with_its_message(error, raised):
+    """Finds an error that counts as a death, so that the controller starts again, or that loses its class."""
+
+    def fails(iteration: int) -> None:
+        raise error
+
+    with pytest.raises(type(raised), match=str(raised)):
+        run_of(fails)
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"controller": "elsewhere"}, "rlhf.controller=elsewhere: expected rank or process"),
+        ({"controller": "process", "pool": RolloutPoolConfig(actors=0)}, "rlhf.pool.actors=0: .*rlhf.controller=rank"),
+        ({"controller": "process", "max_staleness": 1}, "rlhf.max_staleness=1: expected 0 with"),
+        ({"controller": "process", "pool": RolloutPoolConfig(push="direct")}, "rlhf.pool.push=direct: expected auto"),
+    ],
+)
+def test_what_the_process_does_not_do_is_refused(settings, message):
+    """Finds a combination that is met only by a rank."""
+    rewards = LENGTH.rewards
+    with pytest.raises(ConfigError, match=message):
+        RlhfRunGroup(rewards=rewards, **settings)
