@@ -2,10 +2,12 @@
 
 import socket
 import threading
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import replace
 
+import numpy as np
 import pytest
 import torch
 
@@ -13,12 +15,13 @@ from dist_lm.config.pool import RolloutPoolConfig
 from dist_lm.errors import ConfigError
 from dist_lm.generation.decoder import WeightStream
 from dist_lm.parallel.node_memory import HAS_SHARED_MEMORY
-from dist_lm.rlhf.controller import Controller
+from dist_lm.rlhf.controller import Controller, ControllerState, on_every_rank
 from dist_lm.rlhf.controller_process import ControllerLostError, ControllerProcess, serve_controller
-from dist_lm.rlhf.rollouts import EngineRollouts
+from dist_lm.rlhf.rollouts import EngineRollouts, ScoredRollouts
 from dist_lm.rlhf.rules import RewardError
+from dist_lm.rlhf.schedule import Drawn
 from dist_lm.stages.rlhf.config import RlhfRunGroup
-from tests.rlhf.toy import LENGTH, Toy, engine_of, supply_of, toy
+from tests.rlhf.toy import LENGTH, WORLD, Toy, engine_of, rollouts_with, supply_of, toy
 
 pytestmark = [
     pytest.mark.usefixtures("one_rank"),
@@ -54,18 +57,19 @@ class Served:
     def __init__(self, before_take: Callable[[int], None]) -> None:
         self.before_take = before_take
         self.starts = 0
+        self.drawn: Drawn | None = None  # in place of rollouts of an engine
 
     @contextmanager
     def opened(self, weights: WeightStream, alive: Callable[[], None]) -> Iterator[Controller]:
         source = EngineRollouts(engine_of())
         source.load_weights(weights, -1)
-        before_take = self.before_take
+        before_take, drawn = self.before_take, self.drawn
 
         class Breaking(Controller):
             def take(self, iteration: int):
                 alive()
                 before_take(iteration)
-                return super().take(iteration)
+                return drawn or super().take(iteration)
 
         controller = Breaking(supply_of(CONFIG, source, 0, ()), CONFIG, 0, ITERATIONS)
         yield controller
@@ -168,3 +172,26 @@ def test_what_the_process_does_not_do_is_refused(settings, message):
     rewards = LENGTH.rewards
     with pytest.raises(ConfigError, match=message):
         RlhfRunGroup(rewards=rewards, **settings)
+
+
+@pytest.mark.bars
+def test_a_large_iteration_costs_the_first_rank_next_to_nothing(capsys):
+    """Finds rollouts that the first rank copies or unpacks; prints its CPU seconds.
+
+    256 prompts, 16 completions each, of 1,024 tokens.
+    """
+    rollouts = rollouts_with([128] * 4096, [1024] * 4096)
+    served = Served(lambda iteration: None)
+    drawn = Drawn(ScoredRollouts(rollouts, {"a": np.zeros(len(rollouts))}), 0.0, 0.0)
+    served.drawn = drawn
+    weights = toy(CONFIG, ITERATIONS).learner.models.policy.model.state_dict()
+    with ControllerProcess(served.start, weights.items(), ()) as controller:
+        controller.begin(ControllerState(0, 0, {}), weights.items())
+        # The thread that serves is left out.
+        began = time.thread_time()
+        received = on_every_rank(controller.take(0), WORLD).scored.rollouts
+        spent = time.thread_time() - began
+    with capsys.disabled():
+        print(f"\nCPU seconds of the first rank: {spent:.3f}")
+    assert np.array_equal(received.tokens_N, rollouts.tokens_N)
+    assert np.array_equal(received.logprobs_M, rollouts.logprobs_M)
