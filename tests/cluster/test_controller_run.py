@@ -5,6 +5,7 @@ import os
 import random
 import signal
 import subprocess
+import sys
 from collections.abc import Callable
 from contextlib import suppress
 
@@ -15,6 +16,7 @@ from dist_lm.stages.rlhf.controller_program import PROGRAM
 from dist_lm.storage.run_directory import RunDirectory, WorkDirectory
 from dist_lm.training import checkpoint_files
 from tests.cluster.launched import assert_gone, is_alive, ranks_on, steps_of, wait_until
+from tests.cluster.test_environment_run import overrides_of, prepared
 from tests.cluster.test_rlhf_run import actors_of, launch, prepare, started_work, work_of
 from tests.training_run import DEADLINE_S, numbers, train
 
@@ -92,6 +94,27 @@ def test_kills_of_controller_rank_and_actor_change_no_number(expected, started_w
     killed(process, run, victims)
     assert_equal_runs(run, expected)
     assert controllers_of(run) == []
+
+
+def test_conversations_are_those_of_the_first_rank_after_a_death(started_work, tmp_path):
+    """Finds recorded conversations that another controller does not find, and environments that outlive theirs."""
+    folders = [tmp_path / name for name in ("expected", "killed")]
+    works = [work_of(started_work, folder) for folder in folders]
+    reference = prepared(works[0], folders[0])
+    train(reference, ranks=1)
+
+    more = ("rlhf.controller=process", "rlhf.pool.actors=1", "cluster.connect_timeout_s=120")
+    process = subprocess.Popen(
+        [sys.executable, "-m", "dist_lm.launch", *overrides_of(works[1], folders[1], *more)],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        env=os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)},
+        start_new_session=True,
+    )
+    run = works[1].run("rlhf", "default")
+    killed(process, run, [(1, lambda: controllers_of(run))])
+    assert_equal_runs(run, reference)
 
 
 @pytest.mark.bars
