@@ -262,16 +262,15 @@ class ControllerProcess:
         try:
             return self._exchange(asked)
         except _LostError:
-            while True:
-                self._start_again()
-                with suppress(_LostError):
-                    self._exchange(Asked("start"))
-                    # The state and its weights are those that a `begin` or a `push` has brought.
-                    if self._state is not None:
-                        reply = self._exchange(Asked("begin", state=self._state))
-                        if asked.method in ("begin", "push"):
-                            return reply
-                    return self._exchange(asked)
+            pass
+        while True:
+            self._start_again()
+            with suppress(_LostError):
+                reply = self._exchange(Asked("start"))
+                # The state and its weights are those that the last `begin` or `push` has brought.
+                if self._state is not None:
+                    reply = self._exchange(Asked("begin", state=self._state))
+                return reply if asked.method in ("start", "begin", "push") else self._exchange(asked)
 
     def _exchange(self, asked: Asked) -> tuple[Done, NodeMemory | None]:
         """Sends a request, with the present weights if it uses them, and waits for the reply.

@@ -15,6 +15,7 @@ from dist_lm.config.pool import RolloutPoolConfig
 from dist_lm.errors import ConfigError
 from dist_lm.generation.decoder import WeightStream
 from dist_lm.parallel.node_memory import HAS_SHARED_MEMORY
+from dist_lm.prepare.compose import compose_config
 from dist_lm.rlhf.controller import Controller, ControllerState, on_every_rank
 from dist_lm.rlhf.controller_process import ControllerLostError, ControllerProcess, serve_controller
 from dist_lm.rlhf.rollouts import EngineRollouts, ScoredRollouts
@@ -29,7 +30,7 @@ pytestmark = [
 ]
 
 ITERATIONS = 3
-CONFIG = replace(LENGTH, prompts=8, max_new_tokens=8, minibatches=1)
+CONFIG = replace(LENGTH, prompts=4, max_new_tokens=6, minibatches=1)
 
 
 class ServingThread:
@@ -57,10 +58,13 @@ class Served:
     def __init__(self, before_take: Callable[[int], None]) -> None:
         self.before_take = before_take
         self.starts = 0
+        self.deaths_at_start = 0
         self.drawn: Drawn | None = None  # in place of rollouts of an engine
 
     @contextmanager
     def opened(self, weights: WeightStream, alive: Callable[[], None]) -> Iterator[Controller]:
+        if self.starts <= self.deaths_at_start:
+            raise SystemExit
         source = EngineRollouts(engine_of())
         source.load_weights(weights, -1)
         before_take, drawn = self.before_take, self.drawn
@@ -140,6 +144,18 @@ def test_a_controller_that_dies_each_time_ends_the_run():
         run_of(dies)
 
 
+def test_a_controller_that_dies_while_it_starts_is_started_again():
+    """Finds a second start that is asked of one child twice."""
+    served = Served(lambda iteration: None)
+    served.deaths_at_start = 2
+    weights = toy(CONFIG, ITERATIONS).learner.models.policy.model.state_dict()
+    with ControllerProcess(served.start, weights.items(), ()) as controller:
+        controller.begin(ControllerState(0, 0, {}), weights.items())
+        drawn = controller.take(0).read(Drawn)
+    assert served.starts == 3
+    assert drawn.scored.prompts == CONFIG.prompts
+
+
 @pytest.mark.parametrize(
     ("error", "raised"),
     [
@@ -163,7 +179,6 @@ def test_an_error_ends_the_run_with_its_message(error, raised):
     [
         ({"controller": "elsewhere"}, "rlhf.controller=elsewhere: expected rank or process"),
         ({"controller": "process", "pool": RolloutPoolConfig(actors=0)}, "rlhf.pool.actors=0: .*rlhf.controller=rank"),
-        ({"controller": "process", "max_staleness": 1}, "rlhf.max_staleness=1: expected 0 with"),
         ({"controller": "process", "pool": RolloutPoolConfig(push="direct")}, "rlhf.pool.push=direct: expected auto"),
     ],
 )
@@ -195,3 +210,16 @@ def test_a_large_iteration_costs_the_first_rank_next_to_nothing(capsys):
         print(f"\nCPU seconds of the first rank: {spent:.3f}")
     assert np.array_equal(received.tokens_N, rollouts.tokens_N)
     assert np.array_equal(received.logprobs_M, rollouts.logprobs_M)
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("stage.eval_tasks={own_sql: 0}", "stage.eval_tasks=.*: expected none with rlhf.controller=process"),
+        ("rlhf.max_staleness=1", "rlhf.max_staleness=1: expected 0 with rlhf.controller=process"),
+    ],
+)
+def test_a_command_is_refused_before_a_start(override, message):
+    """Finds a run that would go on without its evaluations."""
+    with pytest.raises(ConfigError, match=message):
+        compose_config(["stage=rlhf", "rlhf.controller=process", override])
