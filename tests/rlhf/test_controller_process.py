@@ -6,6 +6,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import replace
+from typing import Any
 
 import numpy as np
 import pytest
@@ -79,7 +80,7 @@ class Served:
         yield controller
         controller.end()
 
-    def start(self):
+    def start(self) -> Any:
         self.starts += 1
         connection, child_connection = socket.socketpair()
 
@@ -96,7 +97,7 @@ def run_of(before_take: Callable[[int], None], signs: list[int] | None = None) -
     served, trained = Served(before_take), toy(CONFIG, ITERATIONS)
     weights = trained.learner.models.policy.model.state_dict().items()
     alive = lambda: signs.append(1) if signs is not None else None  # noqa: E731
-    with ControllerProcess(served.start, weights, (RewardError,), alive) as controller:  # type: ignore[arg-type]
+    with ControllerProcess(served.start, weights, (RewardError,), alive) as controller:
         trained.learner = replace(trained.learner, controller=controller)
         trained.run()
     return trained, served
