@@ -43,21 +43,41 @@ class ControllerState:
     pending: Mapping[int, ScoredRollouts]  # rollouts drawn ahead by older weights, by iteration
 
 
-def on_every_rank(drawn: Drawn | None, world: World) -> Drawn:
+class RolloutController(Protocol):
+    """A `Controller` in the first rank, or one in a process of its own (`controller_process.ControllerProcess`)."""
+
+    def begin(self, state: ControllerState, weights: WeightStream) -> None: ...
+
+    def push(self, version: int, weights: WeightStream) -> None: ...
+
+    def take(self, iteration: int) -> Drawn | NodeMemory: ...
+
+    def ahead(self, version: int) -> dict[int, ScoredRollouts]: ...
+
+    def end(self) -> None: ...
+
+    def times(self) -> dict[str, float]: ...
+
+    def answers(self, version: int, weights: WeightStream, seed: int) -> ScoredRollouts: ...
+
+
+def on_every_rank(taken: Drawn | NodeMemory | None, world: World) -> Drawn:
     """Returns the first rank's rollouts on every rank, in host memory that the ranks of a node share (collective).
 
     Where ranks cannot share memory, each gets a copy.
 
     Args:
-        drawn: read on the first rank alone.
+        taken: rollouts, or memory that holds them already; read on the first rank alone.
     """
+    drawn = taken.read(Drawn) if isinstance(taken, NodeMemory) else taken
     if world.size == 1:
         assert drawn is not None
         return drawn
 
     memory = None
     if HAS_SHARED_MEMORY:
-        memory = share_memory(NodeMemory.of(drawn) if world.is_first else None, world.local_rank)
+        own_memory = NodeMemory.of(taken) if isinstance(taken, Drawn) else taken
+        memory = share_memory(own_memory, world.local_rank)
     if memory is None:
         return broadcast(cast(Drawn, drawn), Drawn)
 

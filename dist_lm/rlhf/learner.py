@@ -35,7 +35,7 @@ from dist_lm.parallel.mesh import World, adds_sums
 from dist_lm.rlhf.algorithm import Algorithm, DrawnTokens, Prepared
 from dist_lm.rlhf.config import RlhfConfig, not_null
 from dist_lm.rlhf.constrained_rollouts import RolloutConstraints
-from dist_lm.rlhf.controller import Controller, ControllerState, on_every_rank
+from dist_lm.rlhf.controller import ControllerState, RolloutController, on_every_rank
 from dist_lm.rlhf.experience import Collected, collect
 from dist_lm.rlhf.models import Execution, RlhfModels, RunBoth, Trained, dealing, one_after_other, sent_weights
 from dist_lm.rlhf.packed_rollouts import Minibatch, Passes, RolloutBatch
@@ -75,7 +75,7 @@ class IterationReport:
 class IterationTasks(Protocol):
     """Measurements after iterations, with the engines that draw rollouts (collective)."""
 
-    def reached(self, iteration: int, controller: Controller | None) -> None:
+    def reached(self, iteration: int, controller: RolloutController | None) -> None:
         """Called after each iteration; `controller`: on the first rank."""
 
     def before_checkpoint(self) -> None:
@@ -94,7 +94,7 @@ class Learner:
     parallel: ParallelConfig
     models: RlhfModels
     algorithm: Algorithm
-    controller: Controller | None  # on the first rank
+    controller: RolloutController | None  # on the first rank
     pretraining: Pretraining | None = None
     constraints: RolloutConstraints | None = None  # on every rank, if rollouts have constraints
     save_every: int = 0  # iterations; 0: only at the end

@@ -51,7 +51,7 @@ FREE_KEYS = (
 RLHF_FREE_KEYS = (
     *("rlhf.reward_model", "rlhf.pool.", "rlhf.micro_batch_tokens", "rlhf.table_rollouts"),
     *("rlhf.max_nonfinite_updates", "rlhf.max_failed_fraction", "rlhf.environments_at_once"),
-    "rlhf.keep_conversations",
+    *("rlhf.keep_conversations", "rlhf.controller"),
     *("rlhf.rewards.*.timeout_s", "rlhf.rewards.*.workers"),
 )
 # Stages generate and evaluate compare only the keys that their answers depend on; all others are free.

@@ -169,6 +169,12 @@ SPEED = (
     ),
     *_table(
         "throughput",
+        RLHF,
+        ("perf/controller_restarts", "", "lower", "Restarts of the controller's process in this attempt."),
+        only="with rlhf.controller=process",
+    ),
+    *_table(
+        "throughput",
         TEXT_STAGES,
         ("perf/bytes_per_token", "bytes/token", "higher", "UTF-8 bytes per token of the training corpora."),
     ),

@@ -7,7 +7,15 @@ from pathlib import Path
 from omegaconf import MISSING
 
 from dist_lm.config.model import ModelConfig
-from dist_lm.config.pool import FEWEST_PAGE_TOKENS, MOST_PAGE_TOKENS, PUSH_AUTO, PUSH_RAY, SHARED, RolloutPoolConfig
+from dist_lm.config.pool import (
+    FEWEST_PAGE_TOKENS,
+    MOST_PAGE_TOKENS,
+    PUSH_AUTO,
+    PUSH_DIRECT,
+    PUSH_RAY,
+    SHARED,
+    RolloutPoolConfig,
+)
 from dist_lm.config.root import Config
 from dist_lm.config.stage import TrainingGroup, check_shares
 from dist_lm.data.journal import ROWS
@@ -20,6 +28,7 @@ from dist_lm.rlhf.config import CALLS, ENVIRONMENT, RewardPartConfig, RlhfConfig
 from dist_lm.stages.corpus_forms import CorpusFormsConfig
 from dist_lm.storage.run_directory import WorkDirectory
 
+RANK, PROCESS = "rank", "process"  # values of rlhf.controller
 AUTO, NO_MODEL = "auto", "none"  # values of rlhf.reward_model that name no run
 
 
@@ -61,6 +70,9 @@ class RlhfRunGroup(RlhfConfig):
     environment: str = ""
     environment_limits: EnvironmentLimitsConfig = field(default_factory=EnvironmentLimitsConfig)
     environments_at_once: int = 64  # most conversations at a time
+    # where prompts, environments, rules and the order of drawing are: in the first rank, or in a process that it
+    # starts, and starts again if that dies. process: with actors, in lock-step
+    controller: str = RANK
     # false: each save removes the recorded conversations of iterations before the oldest kept checkpoint
     keep_conversations: bool = True
     held_out_from: str = ""  # file of held-out prompts; empty: one in 16 of prompts_from by hash, or the val split
@@ -89,6 +101,7 @@ class RlhfRunGroup(RlhfConfig):
             self.rewards = {ENVIRONMENT: RewardPartConfig(kind=ENVIRONMENT)}
         require(bool(self.rewards), "rlhf.rewards", self.rewards, "at least one part")
         self._check_environment()
+        self._check_controller()
 
         # Tests are columns of a file of prompts; documents of a corpus have none.
         tested = [name for name, part in self.rewards.items() if part.kind == "tests"]
@@ -133,6 +146,22 @@ class RlhfRunGroup(RlhfConfig):
         self.environment_limits.check()
         if self.asynchronous:
             self._check_asynchronous()
+
+    def _check_controller(self) -> None:
+        """Refuses what a controller in a process of its own does not do.
+
+        Raises:
+            ConfigError: names the key.
+        """
+        require(self.controller in (RANK, PROCESS), "rlhf.controller", self.controller, f"{RANK} or {PROCESS}")
+        if self.controller == RANK:
+            return
+        way_out = f"with rlhf.controller={PROCESS}; or give rlhf.controller={RANK}"
+        require(self.pool.actors != 0, "rlhf.pool.actors", 0, f"actors, or -1 for as many as fit, {way_out}")
+        require(not self.asynchronous, "rlhf.asynchronous", "true", f"false {way_out}")
+        require(self.max_staleness == 0, "rlhf.max_staleness", self.max_staleness, f"0 {way_out}")
+        # Weights reach the controller through memory of the node, not from the memory of a rank's GPU.
+        require(self.pool.push != PUSH_DIRECT, "rlhf.pool.push", PUSH_DIRECT, f"{PUSH_AUTO} or {PUSH_RAY} {way_out}")
 
     def _check_asynchronous(self) -> None:
         """Refuses what asynchronous sampling does not do.
@@ -304,6 +333,10 @@ class RlhfRunConfig(CorpusFormsConfig):
         accepted = "none with rlhf.asynchronous, whose engines are never free to answer them; evaluate checkpoints"
         has_tasks = bool(self.stage.eval_tasks)
         require(not (self.rlhf.asynchronous and has_tasks), "stage.eval_tasks", self.stage.eval_tasks, accepted)
+
+        accepted = f"none with rlhf.controller={PROCESS}: evaluate checkpoints, or give rlhf.controller={RANK}"
+        is_process = self.rlhf.controller == PROCESS
+        require(not (is_process and has_tasks), "stage.eval_tasks", self.stage.eval_tasks, accepted)
 
         self._check_pretraining()
 

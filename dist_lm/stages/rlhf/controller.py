@@ -26,7 +26,7 @@ from dist_lm.rlhf.rewards import Judge, Tasks
 from dist_lm.rlhf.rollouts import EngineRollouts, RolloutSource, ShuffledPrompts
 from dist_lm.rlhf.waiting_times import WaitingTimes
 from dist_lm.stages.pool_start import PoolStarter
-from dist_lm.stages.rlhf.config import RlhfRunConfig
+from dist_lm.stages.rlhf.config import PROCESS, RlhfRunConfig
 from dist_lm.stages.rlhf.constraint import NO_TOOLS, constraint_of_index
 from dist_lm.stages.rlhf.engine import local_engine, rollout_spec
 from dist_lm.stages.rlhf.environment import open_environment_supply
@@ -198,8 +198,10 @@ def rollout_source(
 def _sender(config: RlhfRunConfig, spec: "EngineSpec", device: torch.device) -> "Sender | None":
     """Returns the sender of weights straight to actors; None if rlhf.pool.push leaves that to Ray."""
     push = config.pool.push
-    # A sender waits for idle actors, which asynchronous sampling never has.
-    if push == PUSH_RAY or (push == PUSH_AUTO and device.type == "cpu") or config.rlhf.asynchronous:
+    # A sender waits for idle actors, which asynchronous sampling never has, and reads the memory of a rank's GPU, which
+    # a controller in a process of its own does not have.
+    goes_through_ray = config.rlhf.asynchronous or config.rlhf.controller == PROCESS
+    if push == PUSH_RAY or (push == PUSH_AUTO and device.type == "cpu") or goes_through_ray:
         return None
     from dist_lm.cluster.pool_push import sender_for
 

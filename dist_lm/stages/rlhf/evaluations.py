@@ -19,7 +19,7 @@ from dist_lm.evaluation.in_loop import Round, loop_tasks
 from dist_lm.evaluation.tasks import Record
 from dist_lm.model.transformer import Transformer
 from dist_lm.parallel.mesh import adds_sums
-from dist_lm.rlhf.controller import Controller
+from dist_lm.rlhf.controller import Controller, RolloutController
 from dist_lm.rlhf.experience import add_up, end_scores, with_signs_of_life
 from dist_lm.rlhf.models import RlhfModels, as_reference, dealing, sent_weights
 from dist_lm.rlhf.reward_model import RewardScale
@@ -55,7 +55,7 @@ class HeldOut:
     config: RlhfRunConfig
     start: RankStart
     models: RlhfModels
-    controller: Controller | None  # on the first rank
+    controller: RolloutController | None  # on the first rank
     prompts: Sequence[Any]  # token ids of each, or the tasks of an environment
     alive: Callable[[], None]
 
@@ -148,7 +148,7 @@ class TasksOfIterations:
     staleness: int
     _open: dict[int, Callable[[], Records]] = field(default_factory=dict)  # iteration -> records, in their order
 
-    def reached(self, iteration: int, controller: Controller | None) -> None:
+    def reached(self, iteration: int, controller: RolloutController | None) -> None:
         """Has the tasks answered that are due after so many iterations (collective); with staleness 0 it waits for the
         figures and writes them.
 
@@ -169,6 +169,7 @@ class TasksOfIterations:
         if not has_weights:
             weights = parts.weights(receives=controller is not None)
         if controller:
+            assert isinstance(controller, Controller), "tasks beside a controller in a process of its own"
             work = partial(self._evaluate, parts.tasks.of(due))
             self._open[iteration] = controller.queue(work, iteration, weights)
         elif weights:

@@ -6,6 +6,7 @@ source of rollouts (`controller.py`): a pool of actors on the gang's Ray cluster
 
 import json
 import logging
+import os
 import time
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager, nullcontext
@@ -14,6 +15,7 @@ from functools import partial
 
 import torch
 
+from dist_lm.cluster.ray_cluster import own_access
 from dist_lm.config.corpus import SPLITS
 from dist_lm.data.batch import Batch
 from dist_lm.data.sequences import note_of_left_out
@@ -22,13 +24,14 @@ from dist_lm.data.token_corpus import TokenCorpus
 from dist_lm.errors import ArtefactError
 from dist_lm.parallel.mesh import World, data_mesh
 from dist_lm.rlhf.algorithms.registry import ALGORITHMS
+from dist_lm.rlhf.controller import Controller
 from dist_lm.rlhf.learner import IterationReport, Learner, Pretraining
 from dist_lm.rlhf.models import own_threads, sent_weights
 from dist_lm.rlhf.rollouts import read_to_end
 from dist_lm.rlhf.state import RlhfState
 from dist_lm.stages.pool_start import pool_starter
 from dist_lm.stages.registry import load_config
-from dist_lm.stages.rlhf.config import RlhfRunConfig
+from dist_lm.stages.rlhf.config import PROCESS, RlhfRunConfig
 from dist_lm.stages.rlhf.controller import open_controller, read_prompts
 from dist_lm.stages.rlhf.evaluations import HeldOut, tasks_of_iterations
 from dist_lm.stages.rlhf.models import LoadedRun, load_run, saved_files, train_state
@@ -92,13 +95,20 @@ def run_rank(run: RunDirectory, stop: StopRequest, heartbeat: Heartbeat) -> None
         # Prompts, rules and engines, on the first rank.
         check_corpora(run, config, tokenizer, world)
         run.require_files(config.noted_files)  # prompts must not change while the run goes on
-        prompts = read_prompts(config, run, tokenizer, judges=world.is_first)
-        pool = stack.enter_context(pool_starter(config, world.device)) if world.is_first else None
+        in_process = has_controller_process(config)
+        prompts = read_prompts(config, run, tokenizer, judges=world.is_first and not in_process)
+        pool = None
+        if world.is_first and not in_process:
+            pool = stack.enter_context(pool_starter(config, world.device))
         controller = None
         # Reading the weights is collective, although only the first rank has a controller.
         weights = sent_weights(loaded.models.policy.model, config.parallel, world)
-        if world.is_first:
-            generating = partial(reporter.alive, Phase.GENERATING)
+        generating = partial(reporter.alive, Phase.GENERATING)
+        if world.is_first and in_process:
+            from dist_lm.stages.rlhf.controller_program import start_controller
+
+            controller = stack.enter_context(start_controller(run, world.device, weights, generating))
+        elif world.is_first:
             controller = open_controller(
                 config, run, tokenizer, world.device, prompts, weights, generating, stack, pool
             )
@@ -107,6 +117,7 @@ def run_rank(run: RunDirectory, stop: StopRequest, heartbeat: Heartbeat) -> None
 
         tasks = None
         if config.stage.eval_tasks:
+            assert controller is None or isinstance(controller, Controller), "tasks beside a controller's process"
             source = controller.supply.source if controller else None
             cluster = pool.cluster if pool else None
             tasks = tasks_of_iterations(
@@ -164,6 +175,16 @@ def run_rank(run: RunDirectory, stop: StopRequest, heartbeat: Heartbeat) -> None
                 counters = train_state(state, reporter.tokens, tokenizer.sha256)
                 more = {"prompts": state.prompt_position, "first": metrics_of_step(run, 1)}
                 write_success(run, config, counters, time.time() - began, last, more)
+
+
+def has_controller_process(config: RlhfRunConfig) -> bool:
+    """Returns whether the controller gets a process of its own; without Ray it stays in the first rank (a warning)."""
+    if config.rlhf.controller != PROCESS:
+        return False
+    if own_access(os.environ) is None:
+        log.warning("rlhf.controller=process: this rank runs without Ray, so the controller stays in the first rank")
+        return False
+    return True
 
 
 # --- pretraining text ---

@@ -1,0 +1,413 @@
+"""The controller of RLHF in a process of its own, which the first rank starts (`rlhf.controller=process`).
+
+    first rank    request (JSON), weights  ->   child    a `Controller`, with prompts, environments and engines
+                  reply (JSON), rollouts   <-
+
+Both ends talk over a socket pair. A message is one byte with two descriptors of shared memory: the message, as
+`messages.encode` has it, and a large value: weights on the way there, rollouts on the way back. The first rank passes
+the memory of the rollouts on to the others as it is. A byte without descriptors is a sign of life. No message is
+unpickled.
+
+If the child dies, the first rank starts another one from the last `ControllerState` and the weights of its version. In
+lock-step that is all a controller goes on from, so the rollouts are the same bit for bit.
+"""
+
+import logging
+import mmap
+import os
+import socket
+import subprocess
+import threading
+import time
+import traceback
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import AbstractContextManager, suppress
+from dataclasses import dataclass, field, replace
+
+import torch
+
+from dist_lm.generation.decoder import WeightStream
+from dist_lm.parallel.node_memory import NodeMemory
+from dist_lm.rlhf.controller import Controller, ControllerState
+from dist_lm.rlhf.rollouts import ScoredRollouts
+
+log = logging.getLogger(__name__)
+
+ALIVE, MESSAGE = b".", b"m"
+SIGN_EVERY_S = 0.5  # between two signs of life
+END_S = 20.0  # for the child to end its actors, before it is killed
+MOST_DEATHS = 3  # in a row, without rollouts in between
+ALIGNMENT = 64  # bytes; where each parameter begins
+DTYPES = {str(dtype): dtype for dtype in (torch.float32, torch.bfloat16, torch.float16, torch.float64)}
+
+
+class ControllerLostError(RuntimeError):
+    """The process of the controller has died repeatedly."""
+
+
+class _LostError(Exception):
+    """The process has died once."""
+
+
+# --- messages ---
+
+
+@dataclass(frozen=True)
+class Parameter:
+    """Where a parameter lies in the memory of all of them."""
+
+    name: str
+    dtype: str
+    shape: tuple[int, ...]
+    place: int  # bytes
+
+
+@dataclass(frozen=True)
+class Asked:
+    """A call of a controller's method; what a method does not read stays at its default."""
+
+    method: str  # start, begin, push, take, answers
+    version: int = 0  # of the weights; of `take`: the iteration
+    seed: int = 0
+    state: ControllerState | None = None
+    parameters: tuple[Parameter, ...] = ()  # of the weights that come along
+
+
+@dataclass(frozen=True)
+class Done:
+    """A method has returned; rollouts come along."""
+
+    prompts: int = 0  # that an iteration has used
+    times: Mapping[str, float] = field(default_factory=dict)  # metrics of `Controller.times`
+
+
+@dataclass(frozen=True)
+class Failed:
+    """A method has raised."""
+
+    classes: tuple[str, ...]  # of the error and its bases, the nearest first
+    message: str
+    traceback: str
+
+
+def _send(connection: socket.socket, message: Asked | Done | Failed, large: NodeMemory | None = None) -> None:
+    memories = [NodeMemory.of(message), *([large] if large else [])]
+    socket.send_fds(connection, [MESSAGE], [memory.fileno() for memory in memories])
+    memories[0].close()
+
+
+def _receive(connection: socket.socket) -> tuple[NodeMemory, NodeMemory | None] | None:
+    """Returns a message and what came along; None for a sign of life.
+
+    Raises:
+        EOFError, OSError: the other end has closed.
+    """
+    content, descriptors, _, _ = socket.recv_fds(connection, 1, 2, socket.MSG_CMSG_CLOEXEC)
+    if not content:
+        raise EOFError
+    if content == ALIVE:
+        return None
+    memories = [NodeMemory(descriptor) for descriptor in descriptors]
+    return memories[0], memories[1] if len(memories) > 1 else None
+
+
+# --- weights ---
+
+
+@dataclass(frozen=True)
+class SharedWeights:
+    """Parameters one after the other in shared memory, in the order of their stream."""
+
+    memory: NodeMemory
+    parameters: tuple[Parameter, ...]
+
+    @classmethod
+    def of(cls, weights: WeightStream) -> "SharedWeights":
+        """Reads a stream to its end; one parameter at a time is copied.
+
+        Raises:
+            OSError: no memory is left.
+        """
+        parameters: list[Parameter] = []
+        descriptor = os.memfd_create("dist_lm_weights")
+        memory = NodeMemory(descriptor)
+        place = 0
+        for name, tensor in weights:
+            values = tensor.detach().cpu().contiguous()
+            parameters.append(Parameter(name, str(values.dtype), tuple(values.shape), place))
+            content = values.reshape(-1).view(torch.uint8).numpy().data
+            # A call writes 2 GiB at most.
+            while content:
+                written = os.pwrite(descriptor, content, place)
+                place, content = place + written, content[written:]
+            place += -place % ALIGNMENT
+        os.ftruncate(descriptor, max(1, place))
+        return cls(memory, tuple(parameters))
+
+    def stream(self) -> Iterator[tuple[str, torch.Tensor]]:
+        """Yields the parameters, which lie in the memory."""
+        mapped = mmap.mmap(self.memory.fileno(), 0, access=mmap.ACCESS_COPY)
+        for parameter in self.parameters:
+            dtype, count = DTYPES[parameter.dtype], torch.Size(parameter.shape).numel()
+            values = torch.frombuffer(mapped, dtype=dtype, count=count, offset=parameter.place)
+            yield parameter.name, values.view(parameter.shape)
+
+
+# --- the first rank ---
+
+
+class ControllerProcess:
+    """A `Controller` in a child process, for lock-step; a `RolloutController`. As a context manager it ends the child.
+
+    Methods raise what the controller's raise, by the classes of `errors`; another error is a RuntimeError with the
+    traceback of the child. They raise ControllerLostError if the child dies `MOST_DEATHS` times in a row.
+    """
+
+    def __init__(
+        self,
+        start: Callable[[], tuple["subprocess.Popen[bytes]", socket.socket]],
+        weights: WeightStream,
+        errors: tuple[type[Exception], ...],
+        alive: Callable[[], None] = lambda: None,
+    ) -> None:
+        """Starts the child and waits until it has its parts.
+
+        Args:
+            start: starts a process that calls `serve_controller`; see `json_process.start_json_process`. From the main
+                thread: the child dies with the thread that has started it.
+            weights: of any version of the policy; read to the end.
+            alive: called regularly while the child works.
+        """
+        self._start, self._alive = start, alive
+        self._errors = {error.__name__: error for error in errors}
+        self._weights = SharedWeights.of(weights)
+        self._state: ControllerState | None = None  # between `begin` and `end`
+        self._times: dict[str, float] = {}
+        self._deaths = 0  # since the last rollouts
+        self._restarts = 0
+        self._process, self._connection = start()
+        try:
+            self._ask(Asked("start"))
+        except BaseException:
+            self._kill()
+            raise
+
+    @property
+    def pid(self) -> int:
+        return self._process.pid
+
+    def begin(self, state: ControllerState, weights: WeightStream) -> None:
+        """Starts, or resumes, with the weights of the state's version, which are read to the end."""
+        self._weights = SharedWeights.of(weights)
+        self._state = state
+        self._ask(Asked("begin", state=state))
+
+    def push(self, version: int, weights: WeightStream) -> None:
+        """Reads new weights to the end; they draw later rollouts."""
+        assert self._state is not None
+        self._weights = SharedWeights.of(weights)
+        pending = {i: scored for i, scored in self._state.pending.items() if i >= version}
+        self._state = replace(self._state, version=version, pending=pending)
+        self._ask(Asked("push", version))
+
+    def take(self, iteration: int) -> NodeMemory:
+        """Waits for the rollouts of an iteration; returns the memory of a `Drawn`."""
+        assert self._state is not None
+        done, drawn = self._ask(Asked("take", iteration))
+        assert drawn is not None
+        self._state = replace(self._state, position=self._state.position + done.prompts)
+        self._times = dict(done.times)
+        self._deaths = 0
+        return drawn
+
+    def ahead(self, version: int) -> dict[int, ScoredRollouts]:
+        """Returns no rollouts: in lock-step none are drawn ahead."""
+        return {}
+
+    def end(self) -> None:
+        """Answers can still be drawn."""
+        self._state = None
+
+    def times(self) -> dict[str, float]:
+        """Returns metrics of waiting times of the last rollouts, and how often the child was started again."""
+        return self._times | {"perf/controller_restarts": float(self._restarts)}
+
+    def answers(self, version: int, weights: WeightStream, seed: int) -> ScoredRollouts:
+        """Returns an answer to each held-out prompt, see `Controller.answers`. Not between `begin` and `end`."""
+        assert self._state is None
+        self._weights = SharedWeights.of(weights)
+        _, answers = self._ask(Asked("answers", version, seed))
+        assert answers is not None
+        return answers.read(ScoredRollouts)
+
+    def close(self) -> None:
+        """Ends the child, which ends its actors and environments."""
+        self._connection.close()
+        with suppress(subprocess.TimeoutExpired):
+            self._process.wait(END_S)
+        self._kill()
+
+    def __enter__(self) -> "ControllerProcess":
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self.close()
+
+    def _ask(self, asked: Asked) -> tuple[Done, NodeMemory | None]:
+        """Returns the reply, of another child if this one dies.
+
+        Raises:
+            ControllerLostError, RuntimeError, and those of `errors`: see the class.
+        """
+        try:
+            return self._exchange(asked)
+        except _LostError:
+            pass
+        while True:
+            self._start_again()
+            with suppress(_LostError):
+                reply = self._exchange(Asked("start"))
+                # The state and its weights are those that the last `begin` or `push` has brought.
+                if self._state is not None:
+                    reply = self._exchange(Asked("begin", state=self._state))
+                return reply if asked.method in ("start", "begin", "push") else self._exchange(asked)
+
+    def _exchange(self, asked: Asked) -> tuple[Done, NodeMemory | None]:
+        """Sends a request, with the present weights if it uses them, and waits for the reply.
+
+        Raises:
+            _LostError: the child has died.
+            RuntimeError, and those of `errors`: see the class.
+        """
+        has_weights = asked.method != "take"
+        if has_weights:
+            asked = replace(asked, parameters=self._weights.parameters)
+        try:
+            _send(self._connection, asked, self._weights.memory if has_weights else None)
+            while (received := _receive(self._connection)) is None:
+                self._alive()
+        except (EOFError, ConnectionError) as error:
+            raise _LostError from error
+
+        message, large = received
+        reply = message.read(Done | Failed)
+        if isinstance(reply, Failed):
+            raise self._error_of(reply)
+        return reply, large
+
+    def _error_of(self, failed: Failed) -> Exception:
+        """Returns the error that the controller has raised."""
+        for name in failed.classes:
+            if error_class := self._errors.get(name):
+                log.info("the controller's process: %s", failed.traceback)
+                # A class may build its message from other arguments, so its `__init__` is left out.
+                error = error_class.__new__(error_class)
+                error.args = (failed.message,)
+                return error
+        return RuntimeError(f"{failed.classes[0]}: {failed.message}\nin the controller's process: {failed.traceback}")
+
+    def _start_again(self) -> None:
+        """Starts another child.
+
+        Raises:
+            ControllerLostError: too many have died in a row.
+        """
+        self._kill()
+        self._deaths += 1
+        code = self._process.returncode
+        how = f"by signal {-code}" if code < 0 else f"with code {code}"
+        if self._deaths > MOST_DEATHS:
+            raise ControllerLostError(
+                f"rlhf.controller=process: the controller's process has ended {self._deaths} times in a row without "
+                f"rollouts, the last time {how}; the log of rank 0 has what it printed"
+            )
+        log.warning(
+            "rlhf.controller=process: the controller's process %d ended %s; it starts again", self._process.pid, how
+        )
+        self._restarts += 1
+        self._process, self._connection = self._start()
+
+    def _kill(self) -> None:
+        """Kills the child, but not those it has started: they end with it, some after they have cleaned up."""
+        self._connection.close()
+        self._process.kill()
+        self._process.wait()
+
+
+# --- the child ---
+
+
+OpenController = Callable[[WeightStream, Callable[[], None]], AbstractContextManager[Controller]]
+"""(weights, sign of life) -> opens the controller with its parts."""
+
+
+def serve_controller(connection: socket.socket, open_controller: OpenController) -> None:
+    """Answers the first rank's requests until it closes the socket, or one of them fails."""
+    with connection:
+        try:
+            sign = _signs_of_life(connection)
+            requests = _requests(connection)
+            for asked, large in requests:
+                with open_controller(_weights_of(asked, large), sign) as controller:
+                    _send(connection, Done())
+                    for asked, large in requests:
+                        done, drawn = _called(controller, asked, large)
+                        _send(connection, done, drawn)
+        except Exception as error:
+            classes = tuple(error_class.__name__ for error_class in type(error).__mro__)
+            with suppress(ConnectionError):
+                _send(connection, Failed(classes, str(error), traceback.format_exc()))
+
+
+def _requests(connection: socket.socket) -> Iterator[tuple[Asked, NodeMemory | None]]:
+    """Yields requests with what comes along, until the other end closes."""
+    while True:
+        try:
+            received = _receive(connection)
+        except (EOFError, ConnectionError):
+            return
+        assert received is not None
+        message, large = received
+        yield message.read(Asked), large
+
+
+def _weights_of(asked: Asked, memory: NodeMemory | None) -> WeightStream:
+    assert memory is not None
+    return SharedWeights(memory, asked.parameters).stream()
+
+
+def _called(controller: Controller, asked: Asked, large: NodeMemory | None) -> tuple[Done, NodeMemory | None]:
+    """Calls the method of a request; returns the reply with what comes along."""
+    match asked.method:
+        case "begin":
+            assert asked.state is not None
+            controller.begin(asked.state, _weights_of(asked, large))
+        case "push":
+            controller.push(asked.version, _weights_of(asked, large))
+        case "take":
+            drawn = controller.take(asked.version)
+            return Done(drawn.scored.prompts, controller.times()), NodeMemory.of(drawn)
+        case "answers":
+            # Answers come before `begin`, or after the last iteration.
+            controller.end()
+            return Done(), NodeMemory.of(controller.answers(asked.version, _weights_of(asked, large), asked.seed))
+        case method:
+            raise AssertionError(method)
+    return Done(), None
+
+
+def _signs_of_life(connection: socket.socket) -> Callable[[], None]:
+    """Returns a function that sends a sign of life, from any thread, but not often."""
+    lock, sent_at = threading.Lock(), -SIGN_EVERY_S
+
+    def sign() -> None:
+        nonlocal sent_at
+        with lock:
+            if time.monotonic() - sent_at < SIGN_EVERY_S:
+                return
+            sent_at = time.monotonic()
+        # The first rank may be gone, and this process with it soon.
+        with suppress(OSError):
+            connection.send(ALIVE)
+
+    return sign

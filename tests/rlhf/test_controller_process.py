@@ -1,0 +1,226 @@
+"""The controller apart from the first rank: same numbers, deaths, errors. A thread serves in place of a process."""
+
+import socket
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from dist_lm.config.pool import RolloutPoolConfig
+from dist_lm.errors import ConfigError
+from dist_lm.generation.decoder import WeightStream
+from dist_lm.parallel.node_memory import HAS_SHARED_MEMORY
+from dist_lm.prepare.compose import compose_config
+from dist_lm.rlhf.controller import Controller, ControllerState, on_every_rank
+from dist_lm.rlhf.controller_process import ControllerLostError, ControllerProcess, serve_controller
+from dist_lm.rlhf.rollouts import EngineRollouts, ScoredRollouts
+from dist_lm.rlhf.rules import RewardError
+from dist_lm.rlhf.schedule import Drawn
+from dist_lm.stages.rlhf.config import RlhfRunGroup
+from tests.rlhf.toy import LENGTH, WORLD, Toy, engine_of, rollouts_with, supply_of, toy
+
+pytestmark = [
+    pytest.mark.usefixtures("one_rank"),
+    pytest.mark.skipif(not HAS_SHARED_MEMORY, reason="needs Linux"),
+]
+
+ITERATIONS = 3
+CONFIG = replace(LENGTH, prompts=4, max_new_tokens=6, minibatches=1)
+
+
+class ServingThread:
+    """Stands for a child process."""
+
+    pid = 1
+    returncode = -9
+
+    def __init__(self, work: Callable[[], None]) -> None:
+        self._thread = threading.Thread(target=work, daemon=True)
+        self._thread.start()
+
+    def kill(self) -> None:
+        pass
+
+    def wait(self, timeout: float | None = None) -> int:
+        self._thread.join(timeout or 30)
+        assert not self._thread.is_alive()
+        return self.returncode
+
+
+class Served:
+    """Starts controllers, whose calls of `take` first call `before_take`."""
+
+    def __init__(self, before_take: Callable[[int], None]) -> None:
+        self.before_take = before_take
+        self.starts = 0
+        self.deaths_at_start = 0
+        self.drawn: Drawn | None = None  # in place of rollouts of an engine
+
+    @contextmanager
+    def opened(self, weights: WeightStream, alive: Callable[[], None]) -> Iterator[Controller]:
+        if self.starts <= self.deaths_at_start:
+            raise SystemExit
+        source = EngineRollouts(engine_of())
+        source.load_weights(weights, -1)
+        before_take, drawn = self.before_take, self.drawn
+
+        class Breaking(Controller):
+            def take(self, iteration: int):
+                alive()
+                before_take(iteration)
+                return drawn or super().take(iteration)
+
+        controller = Breaking(supply_of(CONFIG, source, 0, ()), CONFIG, 0, ITERATIONS)
+        yield controller
+        controller.end()
+
+    def start(self) -> Any:
+        self.starts += 1
+        connection, child_connection = socket.socketpair()
+
+        def serve() -> None:
+            # A death of the child: it closes its end without a reply.
+            with suppress(SystemExit):
+                serve_controller(child_connection, self.opened)
+
+        return ServingThread(serve), connection
+
+
+def run_of(before_take: Callable[[int], None], signs: list[int] | None = None) -> tuple[Toy, Served]:
+    """Trains the toy with a controller that a thread serves."""
+    served, trained = Served(before_take), toy(CONFIG, ITERATIONS)
+    weights = trained.learner.models.policy.model.state_dict().items()
+    alive = lambda: signs.append(1) if signs is not None else None  # noqa: E731
+    with ControllerProcess(served.start, weights, (RewardError,), alive) as controller:
+        trained.learner = replace(trained.learner, controller=controller)
+        trained.run()
+    return trained, served
+
+
+def figures(trained: Toy) -> list[dict[str, float]]:
+    return [
+        {
+            name: value
+            for name, value in report.metrics.items()
+            if not name.startswith(("timing/", "perf/")) and not name.endswith(("_s", "_per_s"))
+        }
+        for report in trained.reports
+    ]
+
+
+def test_numbers_are_those_of_the_first_rank_also_after_deaths():
+    """Finds weights, positions or rollouts that change on their way, and a restart that draws other prompts."""
+    expected = toy(CONFIG, ITERATIONS)
+    expected.run()
+    deaths = [0, 2]
+
+    def dies(iteration: int) -> None:
+        if deaths and deaths[0] == iteration:
+            deaths.pop(0)
+            raise SystemExit
+
+    signs: list[int] = []
+    trained, served = run_of(dies, signs)
+    assert served.starts == 3
+    assert signs
+    assert trained.reports[-1].metrics["perf/controller_restarts"] == 2
+    assert figures(trained) == figures(expected)
+    weights, expected_weights = (run.learner.models.policy.model.state_dict() for run in (trained, expected))
+    assert all(torch.equal(weights[name], expected_weights[name]) for name in expected_weights)
+
+
+def test_a_controller_that_dies_each_time_ends_the_run():
+    """Finds a restart loop without an end."""
+
+    def dies(iteration: int) -> None:
+        raise SystemExit
+
+    with pytest.raises(ControllerLostError, match="4 times in a row"):
+        run_of(dies)
+
+
+def test_a_controller_that_dies_while_it_starts_is_started_again():
+    """Finds a second start that is asked of one child twice."""
+    served = Served(lambda iteration: None)
+    served.deaths_at_start = 2
+    weights = toy(CONFIG, ITERATIONS).learner.models.policy.model.state_dict()
+    with ControllerProcess(served.start, weights.items(), ()) as controller:
+        controller.begin(ControllerState(0, 0, {}), weights.items())
+        drawn = controller.take(0).read(Drawn)
+    assert served.starts == 3
+    assert drawn.scored.prompts == CONFIG.prompts
+
+
+@pytest.mark.parametrize(
+    ("error", "raised"),
+    [
+        (RewardError("no rollout has a score"), RewardError("no rollout has a score")),
+        (ZeroDivisionError("by zero"), RuntimeError("ZeroDivisionError: by zero\nin the controller's process")),
+        (EOFError("of a file"), RuntimeError("EOFError: of a file")),
+    ],
+)
+def test_an_error_ends_the_run_with_its_message(error, raised):
+    """Finds an error that counts as a death, so that the controller starts again, or that loses its class."""
+
+    def fails(iteration: int) -> None:
+        raise error
+
+    with pytest.raises(type(raised), match=str(raised)):
+        run_of(fails)
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"controller": "elsewhere"}, "rlhf.controller=elsewhere: expected rank or process"),
+        ({"controller": "process", "pool": RolloutPoolConfig(actors=0)}, "rlhf.pool.actors=0: .*rlhf.controller=rank"),
+        ({"controller": "process", "pool": RolloutPoolConfig(push="direct")}, "rlhf.pool.push=direct: expected auto"),
+    ],
+)
+def test_what_the_process_does_not_do_is_refused(settings, message):
+    """Finds a combination that is met only by a rank."""
+    rewards = LENGTH.rewards
+    with pytest.raises(ConfigError, match=message):
+        RlhfRunGroup(rewards=rewards, **settings)
+
+
+@pytest.mark.bars
+def test_a_large_iteration_costs_the_first_rank_next_to_nothing(capsys):
+    """Finds rollouts that the first rank copies or unpacks; prints its CPU seconds.
+
+    256 prompts, 16 completions each, of 1,024 tokens.
+    """
+    rollouts = rollouts_with([128] * 4096, [1024] * 4096)
+    served = Served(lambda iteration: None)
+    drawn = Drawn(ScoredRollouts(rollouts, {"a": np.zeros(len(rollouts))}), 0.0, 0.0)
+    served.drawn = drawn
+    weights = toy(CONFIG, ITERATIONS).learner.models.policy.model.state_dict()
+    with ControllerProcess(served.start, weights.items(), ()) as controller:
+        controller.begin(ControllerState(0, 0, {}), weights.items())
+        # The thread that serves is left out.
+        began = time.thread_time()
+        received = on_every_rank(controller.take(0), WORLD).scored.rollouts
+        spent = time.thread_time() - began
+    with capsys.disabled():
+        print(f"\nCPU seconds of the first rank: {spent:.3f}")
+    assert np.array_equal(received.tokens_N, rollouts.tokens_N)
+    assert np.array_equal(received.logprobs_M, rollouts.logprobs_M)
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("stage.eval_tasks={own_sql: 0}", "stage.eval_tasks=.*: expected none with rlhf.controller=process"),
+        ("rlhf.max_staleness=1", "rlhf.max_staleness=1: expected 0 with rlhf.controller=process"),
+    ],
+)
+def test_a_command_is_refused_before_a_start(override, message):
+    """Finds a run that would go on without its evaluations."""
+    with pytest.raises(ConfigError, match=message):
+        compose_config(["stage=rlhf", "rlhf.controller=process", override])
