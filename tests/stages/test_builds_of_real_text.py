@@ -59,14 +59,14 @@ def real_texts(n_bytes: int) -> Iterator[str]:
 
 
 def write_corpus(folder: Path, n_bytes: int, generator: random.Random) -> tuple[CorpusConfig, list[Planted]]:
-    """Writes texts and behind them a changed copy of each twentieth one, at similarities from below 0.5 to 1."""
+    """Writes texts and behind them a changed copy of each fourth one, at similarities from below 0.5 to 1."""
     folder.mkdir()
     n_read, planted, copies = 0, [], []
     with (folder / "0.jsonl").open("w") as rows:
         for text in real_texts(n_bytes):
             rows.write(json.dumps({"text": text, "id": f"text-{n_read}"}) + "\n")
             n_read += 1
-            if n_read % 20:
+            if n_read % 4:
                 continue
             pieces = text.split(" ")
             copy = " ".join(changed(generator, pieces, 1 + int(generator.random() * 0.06 * (len(pieces) - 1))))
