@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Build corpora of texts by tasks (docs/large_corpora.md) on all nodes of a Slurm job.
+# Build corpora of texts by tasks (docs/builds.md) on all nodes of a Slurm job.
 #
 #   sbatch [--nodes=N] [--time=T] slurm/build_data.sh corpus=NAME [key=value ...]
 #

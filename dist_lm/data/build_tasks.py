@@ -14,7 +14,7 @@ any order, and a task that was lost runs again.
 import hashlib
 import json
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from functools import cached_property, lru_cache, partial
@@ -60,7 +60,7 @@ from dist_lm.errors import ArtefactError, UserError
 from dist_lm.storage import durable
 from dist_lm.tokenizer.tokenizer import Tokenizer
 
-REVISION = 1  # one more with every change to the results of tasks: those of another revision are not used
+REVISION = 2  # one more with every change to the results of tasks: those of another revision are not used
 RUN, COPIES, REPORT, REJECTED_ROWS = "keys.run", "copies.npy", "report.json", "rejected.jsonl"
 ARRAYS, BAND_RUN, PAIRS = "arrays.npz", "bands.run", "pairs.npy"
 WINDOWS = "windows_"  # begins the name of an array about windows of a number of words
@@ -239,7 +239,7 @@ def _copies(build: Build, number: int, result: Path) -> None:
     runs = [build.result("survey", task) / RUN for task in build.tasks_of_class(class_number)]
     copies = later_copies(read_part(runs, part, parts_of(build)))
     places = np.stack([copies["task"], copies["number"]], axis=1)
-    np.save(result / COPIES, places[np.lexsort([places[:, 1], places[:, 0]])])
+    _save_places(result / COPIES, places[np.lexsort([places[:, 1], places[:, 0]])])
 
 
 def write_parts(build: Build, name: str, parts: int) -> None:
@@ -259,10 +259,29 @@ def is_copy(build: Build, number: int, n_documents: int) -> np.ndarray:
     class_number = build.classes.index((task.corpus, source_of(build.config, task).held_out))
     copies = np.zeros(n_documents, bool)
     for part in range(parts):
-        places = np.load(build.result("copies", class_number * parts + part) / COPIES, mmap_mode="r")
-        begin, end = np.searchsorted(places[:, 0], [number, number + 1])
-        copies[places[begin:end, 1]] = True
+        _, documents = _places_of_task(build.result("copies", class_number * parts + part) / COPIES, number)
+        copies[documents] = True
     return copies
+
+
+def _save_places(path: Path, places: np.ndarray) -> None:
+    """Writes places of documents for `_places_of_task`.
+
+    Args:
+        places: (places, 2): task and number in it, rising.
+    """
+    # Tasks stand together, so that a binary search in the mapped file reads a few pages of it.
+    np.save(path, np.ascontiguousarray(places.T, dtype=np.int64))
+
+
+def _places_of_task(path: Path, task: int) -> tuple[int, np.ndarray]:
+    """Returns the position of the first place of a task in a file, and the numbers of its documents, (places,) int64.
+
+    All tasks ask all such files, so the cost must not grow with the places of other tasks.
+    """
+    tasks, numbers = np.load(path, mmap_mode="r")
+    begin, end = np.searchsorted(tasks, np.array([task, task + 1]))
+    return int(begin), np.array(numbers[begin:end])
 
 
 def fates(build: Build, number: int, task_survey: Survey, rule: Rule) -> np.ndarray:
@@ -339,7 +358,7 @@ def _windows(build: Build, number: int, result: Path) -> None:
 
 
 def _search(build: Build, number: int, result: Path) -> None:
-    texts: list[tuple[tuple[int, int, str], np.ndarray]] = []  # ((task, number, source), windows in the mapped file)
+    texts: list[tuple[tuple[int, int, str], Callable[[], np.ndarray]]] = []  # ((task, number, source), its windows)
     for task in range(build.n_tasks):
         windows_of_task = build.result("windows", task)
         with np.load(windows_of_task / ARRAYS) as arrays:
@@ -347,18 +366,30 @@ def _search(build: Build, number: int, result: Path) -> None:
             if not places:
                 continue
             ends, numbers = arrays["ends"].tolist(), arrays["numbers"].tolist()
-        windows = np.load(windows_of_task / "windows.npy", mmap_mode="r")
         sources = json.loads((windows_of_task / "sources.json").read_text(encoding="utf-8"))
-        texts += [((task, numbers[place], sources[place]), windows[ends[place] : ends[place + 1]]) for place in places]
+        path = windows_of_task / "windows.npy"
+        texts += [
+            ((task, numbers[place], sources[place]), partial(_read_windows, path, ends[place], ends[place + 1]))
+            for place in places
+        ]
 
-    shared_bands = common_bands(band_hashes(windows) for _, windows in texts)
-    in_order = ((key, partial(np.asarray, windows)) for key, windows in texts)
+    shared_bands = common_bands(band_hashes(windows_of_text()) for _, windows_of_text in texts)
     found = [
         (task, document, source)
-        for (task, document, _), (_, _, source) in search(shared_bands, in_order, build.config.cleaning.near_duplicates)
+        for (task, document, _), (_, _, source) in search(shared_bands, texts, build.config.cleaning.near_duplicates)
     ]
-    np.save(result / COPIES, np.array([place[:2] for place in found], np.int64).reshape(-1, 2))
+    _save_places(result / COPIES, np.array([place[:2] for place in found], np.int64).reshape(-1, 2))
     (result / "sources.json").write_text(json.dumps([source for _, _, source in found]), encoding="utf-8")
+
+
+def _read_windows(path: Path, begin: int, end: int) -> np.ndarray:
+    return np.array(_mapped(path)[begin:end])
+
+
+@lru_cache(1)
+def _mapped(path: Path) -> np.ndarray:
+    # A mapping holds an open file, and a search may read all tasks. It reads them in order: one mapping is enough.
+    return np.load(path, mmap_mode="r")
 
 
 def resembled_sources(build: Build, number: int) -> dict[int, str]:
@@ -368,11 +399,10 @@ def resembled_sources(build: Build, number: int) -> dict[int, str]:
         return sources
     for search_number in range(parts_of(build, "searches")):
         result = build.result("search", search_number)
-        places = np.load(result / COPIES)  # rising
-        begin, end = np.searchsorted(places[:, 0], [number, number + 1]).tolist()
-        if begin < end:
+        begin, documents = _places_of_task(result / COPIES, number)
+        if len(documents):
             texts = json.loads((result / "sources.json").read_text(encoding="utf-8"))
-            sources |= dict(zip(places[begin:end, 1].tolist(), texts[begin:end], strict=True))
+            sources |= dict(zip(documents.tolist(), texts[begin : begin + len(documents)], strict=True))
     return sources
 
 

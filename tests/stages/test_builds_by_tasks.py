@@ -1,9 +1,11 @@
 """A build by tasks gives the corpus of a build in one process, whatever the tasks, the workers and their ends."""
 
+import itertools
 import json
 import multiprocessing
 import os
 import random
+import resource
 import shutil
 import signal
 import time
@@ -24,7 +26,7 @@ from dist_lm.data.build_tasks import run_task
 from dist_lm.data.journal import REJECTED
 from dist_lm.data.manifest import read_manifest
 from dist_lm.data.shard_writer import read_origins
-from dist_lm.data.task_workers import RunPass, local_workers
+from dist_lm.data.task_workers import RunPass, in_this_process, local_workers
 from dist_lm.errors import ChangedInputError, ConfigError, UserError
 from dist_lm.prepare.compose import compose_config
 from dist_lm.stages import shards
@@ -200,6 +202,35 @@ def test_any_number_of_workers_gives_the_same_bytes(monkeypatch, new_work, tmp_p
         expected = expected or files
         assert files == expected
     assert len([name for name in expected if name.startswith("first/train-")]) > 2 * 2
+
+
+@pytest.mark.heavy
+def test_a_search_over_many_tasks_holds_few_files(monkeypatch, new_work, tmp_path):
+    """Would find a search that holds a file of each task: near-duplicates of a licence are in all of them."""
+    n_tasks, n_free = 60, 20
+    licence = " ".join(f"w{number}" for number in range(400))
+    for number in range(n_tasks):
+        own = " ".join(f"own{number}-{place}" for place in range(20))
+        rows = [json.dumps({"text": text}) for text in (f"{licence} copy {number}", own)]
+        (tmp_path / f"{number}.jsonl").write_text("\n".join(rows))
+    source = SourceConfig("jsonl", "english", "mit", path=f"{tmp_path}/*.jsonl")
+    cleaning = CleaningConfig(near_duplicates=0.8)
+    corpus = CorpusConfig("test", {"text": [source]}, cleaning=cleaning, val_fraction=0.3)
+
+    def run_with_few_files(folder: Path, pass_name: str, numbers: Sequence[int]) -> Iterator[int]:
+        soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+        if pass_name == "search":
+            is_open = {int(path.name) for path in Path("/proc/self/fd").iterdir()}
+            free = (number for number in itertools.count() if number not in is_open)
+            resource.setrlimit(resource.RLIMIT_NOFILE, (next(itertools.islice(free, n_free, None)), hard))
+        try:
+            yield from in_this_process(folder, pass_name, numbers)
+        finally:
+            resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+
+    folders = by_tasks(monkeypatch, new_work("few"), corpus, 1, run_with_few_files)
+    reasons = [json.loads(line)["reason"] for line in (folders["text"] / REJECTED).open()]
+    assert reasons.count("near_duplicate") >= n_tasks - 1
 
 
 class Killed(BaseException):
