@@ -37,7 +37,7 @@ NOWHERE = MemoryPlace(-1, -1, -1, -1)
 
 
 class NodeMemory:
-    """The bytes of an encoded value, in memory without a name. Read-only once written.
+    """Memory without a name: the bytes of an encoded value, which nobody changes, or those of a copy for a save.
 
     It lives as long as this object, an array that was read from it, or another process that has opened it.
     """
@@ -153,6 +153,44 @@ def share_memory(memory: NodeMemory | None, local_rank: int) -> NodeMemory | Non
     return None
 
 
+def open_memories(
+    memory: NodeMemory | None, local_rank: int, group: dist.ProcessGroup | None = None
+) -> dict[int, NodeMemory] | None:
+    """Returns the memory of each rank of this node, by rank, in ascending order (collective).
+
+    Returns None on every rank of the node if one of them has no memory or cannot open that of another, see
+    `share_memory`. Other nodes do not care.
+
+    Args:
+        local_rank: number of this rank on its node; ranks of a node have consecutive numbers.
+        group: all ranks; None: the default group.
+    """
+    own_rank = dist.get_rank(group)
+    first_of_node = own_rank - local_rank
+    firsts_and_places = _gathered([first_of_node, *(memory.place if memory else NOWHERE)], group)
+    ranks = [rank for rank, (first, *_) in enumerate(firsts_and_places) if first == first_of_node]
+
+    memories: dict[int, NodeMemory] = {}
+    for rank in ranks:
+        place = MemoryPlace(*firsts_and_places[rank][1:])
+        try:
+            opened = memory if rank == own_rank else NodeMemory.opened(place)
+        except OSError as error:
+            log.info("rank %d cannot open the memory of rank %d: %s", own_rank, rank, error)
+            continue
+        if opened is not None:
+            memories[rank] = opened
+
+    # Ranks of a node go on in the same way, or two of them would write the same shards.
+    has_all = _gathered([len(memories) == len(ranks)], group)
+    if all(has_all[rank][0] for rank in ranks):
+        return memories
+    for rank, opened in memories.items():
+        if rank != own_rank:
+            opened.close()
+    return None
+
+
 def _passed_on(memory: NodeMemory | None, size: int, firsts: list[int], number: int) -> NodeMemory:
     """Returns the memory on the first rank of a node: a tree of nodes passes it on, each to two others.
 
@@ -179,9 +217,9 @@ def _passed_on(memory: NodeMemory | None, size: int, firsts: list[int], number: 
     return memory
 
 
-def _gathered(numbers: list[int]) -> list[list[int]]:
+def _gathered(numbers: list[int], group: dist.ProcessGroup | None = None) -> list[list[int]]:
     """Returns as many numbers of each rank (collective)."""
     own = torch.tensor(numbers, dtype=torch.int64)
-    gathered = torch.empty(dist.get_world_size() * len(numbers), dtype=torch.int64)
-    dist.all_gather_into_tensor(gathered, own)
+    gathered = torch.empty(dist.get_world_size(group) * len(numbers), dtype=torch.int64)
+    dist.all_gather_into_tensor(gathered, own, group=group)
     return gathered.view(-1, len(numbers)).tolist()

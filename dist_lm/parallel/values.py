@@ -12,9 +12,13 @@ from concurrent.futures import ThreadPoolExecutor
 import torch
 import torch.distributed as dist
 from torch import nn
+from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor
 from torch.distributed.tensor._dtensor_spec import DTensorSpec, TensorMeta
-from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
+from torch.distributed.tensor._utils import (
+    _compute_local_shape_and_global_offset,
+    compute_local_shape_and_global_offset,
+)
 
 from dist_lm.config.model import AdaptedModelConfig, ModelConfig
 from dist_lm.model.lora import Adapter, adapter_of, change
@@ -62,6 +66,22 @@ def shard_box(tensor: torch.Tensor) -> tuple[slice, ...]:
         return tuple(slice(0, size) for size in tensor.shape)
     size, offset = compute_local_shape_and_global_offset(tensor.shape, tensor.device_mesh, tensor.placements)
     return tuple(slice(start, start + length) for start, length in zip(offset, size, strict=True))
+
+
+def shard_of_rank(tensor: torch.Tensor, rank: int) -> tuple[Shape, Shape]:
+    """Returns (indices of the first entry, shape) of the shard of a logical tensor that any rank of its mesh holds."""
+    if not isinstance(tensor, DTensor):
+        return (0,) * tensor.dim(), tuple(tensor.shape)
+    mesh = tensor.device_mesh
+    size, offset = _compute_local_shape_and_global_offset(
+        tensor.shape, mesh.shape, coordinate_of_rank(mesh, rank), tensor.placements
+    )
+    return tuple(offset), tuple(size)
+
+
+def coordinate_of_rank(mesh: DeviceMesh, rank: int) -> list[int]:
+    """Returns the place of a rank along each axis of a mesh that has it."""
+    return (mesh.mesh == rank).nonzero()[0].tolist()
 
 
 def fill(

@@ -1,24 +1,24 @@
 """Saving while training continues: a copy in host memory, and a process that writes it.
 
-Every rank writes its shards as safetensors. Which rank writes which of them follows from the layout, so nothing is sent
-to plan a save, and a plan is kept between saves. A thread of the rank speaks with the other ranks and with the process;
-the process does what would take turns with training: files, hashes, index and manifest.
+Files are safetensors, and hold what all ranks of a node save: their writer reads the copies of these ranks where they
+lie, so no tensor is sent. The plan of a save follows from the layout and is kept (`checkpoint_plan`). A thread of the
+rank speaks with the other ranks and with the process; the process does what would take turns with training: files,
+hashes, index and manifest.
 
 One save is in flight at most. The next save waits for it, so a crash loses less than two intervals. A failure is raised
 on all ranks at their next save or wait; `has_failed` tells before.
 """
 
-import heapq
 import logging
 import mmap
 import os
 import shutil
-import sys
 import time
 from collections.abc import Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import asdict
 from datetime import timedelta
+from functools import partial
 from pathlib import Path
 from types import MappingProxyType, TracebackType
 from typing import Protocol
@@ -28,30 +28,36 @@ import torch
 import torch.distributed as dist
 from torch import nn
 from torch.distributed.tensor import DTensor
+from torch.distributed.tensor.placement_types import Placement
 
 from dist_lm.config.model import AdaptedModelConfig, ModelConfig
 from dist_lm.errors import ArtefactError, UserError
 from dist_lm.parallel.guarded_gloo import guarded
 from dist_lm.parallel.mesh import World
 from dist_lm.parallel.messages import all_gather, broadcast
-from dist_lm.parallel.values import shard_box, shard_of
+from dist_lm.parallel.node_memory import HAS_SHARED_MEMORY, NodeMemory, open_memories
+from dist_lm.parallel.values import shard_of
 from dist_lm.training import checkpoint_files as files
 from dist_lm.training import checkpoint_writer
 from dist_lm.training.adapters import record_of
-from dist_lm.training.checkpoint import DTYPES, Companion, tensors_of
-from dist_lm.training.checkpoint_writer import SAVE_S, Plan, PlannedFile, PlannedPart, Publication, WriterProcess
+from dist_lm.training.checkpoint import Companion, tensors_of
+from dist_lm.training.checkpoint_plan import SavedShard, plan_of, saved_shards
+from dist_lm.training.checkpoint_writer import (
+    SAVE_S,
+    Plan,
+    PlannedPart,
+    Publication,
+    WriterProcess,
+    mapped,
+    put_together,
+)
 from dist_lm.training.optimizer import ShardedAdamW
 from dist_lm.training.state import TrainState
 
 log = logging.getLogger(__name__)
 
-FILE_BYTES = 1 << 30  # approximate size of one file
-REPLICA_BYTES = 64 << 20  # at least so much is written by each of the ranks that hold the same shards: fewer files
-ALIGNMENT = 64  # bytes; a multiple of the size of every entry
-# A smaller copy is written by the thread: that is over before a process has started.
+# Smaller files are written by the thread: that is over before a process has started.
 PROCESS_BYTES = 64 << 20
-
-DTYPE_NAMES = {dtype: name for name, dtype in DTYPES.items()}
 
 
 class CheckpointWriteError(UserError):
@@ -59,7 +65,7 @@ class CheckpointWriteError(UserError):
 
 
 class Writer(Protocol):
-    """Writes the files of this rank: `TensorWriter` or `WriterProcess`."""
+    """Writes the files of this rank: `TensorWriter`, `CopyWriter` or `WriterProcess`."""
 
     def write(self, directory: Path) -> dict[str, str]:
         """Does `checkpoint_writer.write_files`."""
@@ -89,25 +95,41 @@ class TensorWriter:
         return shard.cpu().contiguous().flatten().view(torch.uint8).numpy()
 
 
-class ShardCopy:
-    """A copy of the shards that this rank writes, pinned if they are on CUDA; another process can map a large one."""
+class CopyWriter:
+    """Writes from copies of shards, in the thread that calls it."""
 
-    def __init__(self, plan: Plan, device: torch.device) -> None:
+    publish = staticmethod(checkpoint_writer.publish)
+
+    def __init__(self, plan: Plan, copies: Mapping[int, np.ndarray]) -> None:
+        """
+        Args:
+            copies: of the ranks in the plan, by rank: (bytes,) uint8.
+        """
+        self._plan = plan
+        self._copies = copies
+
+    def write(self, directory: Path) -> dict[str, str]:
+        """Writes what the copies hold now."""
+        return checkpoint_writer.write_files(directory, self._plan, partial(put_together, copies=self._copies))
+
+
+class ShardCopy:
+    """A copy of the shards that this rank saves, pinned if they are on CUDA; other processes can map it on Linux."""
+
+    def __init__(self, shards: Sequence[SavedShard], device: torch.device) -> None:
         """Takes the memory.
 
         Raises:
             UserError: there is too little.
         """
-        self.parts = [part for file in plan for part in file.parts]
-        self.bytes = max((part.begin + part.bytes for part in self.parts), default=1)
-        self.descriptor = -1  # of the memory; -1: no other process can map it
+        self.shards = shards
+        self.bytes = max((shard.begin + shard.bytes for shard in shards), default=1)
+        self.memory = _shared_memory(self.bytes) if HAS_SHARED_MEMORY else None  # None: no other process can map it
         self.is_pinned = False
         self._copied: torch.cuda.Event | None = None
 
-        if sys.platform == "linux" and self.bytes >= PROCESS_BYTES:
-            self.descriptor = _shared_memory(self.bytes)
         try:
-            memory = mmap.mmap(self.descriptor, self.bytes)
+            memory = mmap.mmap(self.memory.fileno() if self.memory else -1, self.bytes)
         except OSError as error:
             raise UserError(
                 f"no memory for the copy of {self.bytes:,} bytes that a save needs beside training ({error}): "
@@ -126,9 +148,9 @@ class ShardCopy:
 
     @torch.no_grad()
     def take(self, tensors: Mapping[str, torch.Tensor]) -> None:
-        """Copies the present values of the planned parts; on CUDA it only starts that, in the order of the stream."""
-        for part in self.parts:
-            self.values(part).copy_(shard_of(tensors[part.name]), non_blocking=self.is_pinned)
+        """Copies the present values of the shards; on CUDA it only starts that, in the order of the stream."""
+        for shard in self.shards:
+            self.values(shard).copy_(shard_of(tensors[shard.name]), non_blocking=self.is_pinned)
         if self.is_pinned:
             self._copied = torch.cuda.Event()
             self._copied.record()
@@ -138,24 +160,28 @@ class ShardCopy:
         if self._copied is not None:
             self._copied.synchronize()
 
-    def values(self, part: PlannedPart) -> torch.Tensor:
-        """Returns the place of a part in the copy, as a tensor of its shape."""
-        return self._memory[part.begin : part.begin + part.bytes].view(DTYPES[part.dtype]).view(part.shape)
+    def values(self, shard: SavedShard) -> torch.Tensor:
+        """Returns the place of a shard in the copy, as a tensor of its shape."""
+        return self._memory[shard.begin : shard.begin + shard.bytes].view(shard.dtype).view(shard.shape)
+
+    def array(self) -> np.ndarray:
+        """Returns the copy: (bytes,) uint8."""
+        return self._memory.numpy()
 
     def close(self) -> None:
         """Gives the memory back, unless somebody else still maps it or has views of it."""
         if self.is_pinned:
             torch.cuda.cudart().cudaHostUnregister(self._memory.data_ptr())  # type: ignore[union-attr]
             self.is_pinned = False
-        if self.descriptor >= 0:
-            os.close(self.descriptor)
-            self.descriptor = -1
+        if self.memory is not None:
+            self.memory.close()
+            self.memory = None
         del self._memory
 
 
-def _shared_memory(n_bytes: int) -> int:
-    """Returns the descriptor of memory that other processes can map; -1, with a warning, if the system gives none so
-    large. The memory has no name in a file system: the size of /dev/shm does not limit it, and a kill leaves none."""
+def _shared_memory(n_bytes: int) -> NodeMemory | None:
+    """Returns memory that other processes can map; None, with a warning, if the system gives none so large. The memory
+    has no name in a file system: the size of /dev/shm does not limit it, and a kill leaves none."""
     descriptor = -1
     try:
         descriptor = os.memfd_create("checkpoint")
@@ -170,15 +196,16 @@ def _shared_memory(n_bytes: int) -> int:
             f"{n_bytes:,}",
             error,
         )
-        return -1
-    return descriptor
+        return None
+    return NodeMemory(descriptor)
 
 
 class CheckpointSaver:
     """Writes the checkpoints of a run; leaving it as a context manager waits for the last one, except after an error.
 
-    Beside training it needs host memory for a copy of the parameters and moments that this rank writes, which stays
-    between saves (pinned on CUDA), and the process that writes them about 45 MiB.
+    Beside training it needs host memory for a copy of the parameters and moments that this rank saves, which stays
+    between saves (pinned on CUDA). The process that writes needs about 45 MiB, and room for the largest part that
+    several ranks hold. A synchronous save has no copies, so each rank writes files of its own.
     """
 
     def __init__(
@@ -210,8 +237,9 @@ class CheckpointSaver:
         # Kept between saves; made by the first one.
         self.copy: ShardCopy | None = None
         self.process: WriterProcess | None = None
+        self._memories: dict[int, NodeMemory] | None = None  # of the ranks of this node; None: they cannot share
         self._plan: Plan = ()
-        self._planned_for: list[tuple[str, torch.Size, torch.dtype]] = []
+        self._planned_for: list[tuple[str, torch.Size, torch.dtype, tuple[Placement, ...]]] = []
 
     def __enter__(self) -> "CheckpointSaver":
         return self
@@ -282,23 +310,43 @@ class CheckpointSaver:
         return in_flight is not None and in_flight.done() and in_flight.exception() is not None
 
     def _writer(self, tensors: dict[str, torch.Tensor]) -> Writer:
-        """Returns what writes the present values of the tensors; if asynchronous, from a copy that it makes here."""
-        described = [(name, shard_of(tensor).shape, tensor.dtype) for name, tensor in tensors.items()]
-        if described != self._planned_for:
-            self._close()
-            self._plan, self._planned_for = plan_of(tensors, self.world), described
+        """Returns what writes the present values of the tensors; if asynchronous, from copies that all ranks make here
+        (collective)."""
+        # All ranks see the same, so they make new plans together.
+        described = [
+            (name, tensor.shape, tensor.dtype, tensor.placements if isinstance(tensor, DTensor) else ())
+            for name, tensor in tensors.items()
+        ]
+        is_planned = described == self._planned_for
+        self._planned_for = described
+        rank, n_ranks = self.world.rank, self.world.size
         if not self.asynchronous:
+            if not is_planned:
+                self._plan = plan_of(tensors, rank, n_ranks, (rank,))
             return TensorWriter(self._plan, tensors)
 
         # Training changes the tensors in place, so a copy is written.
-        if self.copy is None:
-            self.copy = ShardCopy(self._plan, self.world.device)
+        if self.copy is None or not is_planned:
+            self._close()
+            self.copy = ShardCopy(saved_shards(tensors, rank, n_ranks), self.world.device)
+            self._memories = open_memories(self.copy.memory, self.world.local_rank, self.group)
+            self._plan = plan_of(tensors, rank, n_ranks, (rank,) if self._memories is None else (*self._memories,))
         self.copy.take(tensors)
-        if self.copy.descriptor < 0:
-            return TensorWriter(self._plan, {part.name: self.copy.values(part) for part in self.copy.parts})
+        return self._writer_of_copies(self.copy)
+
+    def _writer_of_copies(self, copy: ShardCopy) -> Writer:
+        """Returns what writes the planned files from the copies: the process, if they are large."""
+        parts = [part for file in self._plan for part in file.parts]
+        ranks = {piece.rank for part in parts for piece in part.pieces}
+        if self._memories is None:
+            return CopyWriter(self._plan, {self.world.rank: copy.array()})
+
+        descriptors = {rank: self._memories[rank].fileno() for rank in sorted(ranks)}
+        if not parts or sum(part.bytes for part in parts) < PROCESS_BYTES:
+            return CopyWriter(self._plan, {rank: mapped(memory) for rank, memory in descriptors.items()})
 
         if self.process is None or self.process.has_ended:
-            self.process = WriterProcess(self._plan, self.copy.descriptor, self.copy.bytes)
+            self.process = WriterProcess(self._plan, descriptors)
         return self.process
 
     def _write(self, writer: Writer, state: TrainState, attached: Mapping[str, bytes]) -> Path:
@@ -315,12 +363,14 @@ class CheckpointSaver:
         return path
 
     def _close(self) -> None:
-        """Ends the process and gives the copy back."""
+        """Ends the process and gives the copies back."""
         if self.process is not None:
             self.process.end()
         if self.copy is not None:
             self.copy.close()
-        self.process = self.copy = None
+        for memory in (self._memories or {}).values():
+            memory.close()
+        self.process = self.copy = self._memories = None
 
 
 def write(
@@ -339,7 +389,7 @@ def write(
     cannot be written is only logged.
 
     Args:
-        tensors: by name, of logical shape; each rank writes its shards.
+        tensors: by name, of logical shape; each rank writes its shards into files of its own.
         group: all ranks, with a CPU backend; None: the default group.
         keep: number of newest checkpoints to keep; 0: all.
         attached: files of the stage, by name; those of the first rank are written.
@@ -350,7 +400,7 @@ def write(
     Raises:
         CheckpointWriteError: on every rank, if any rank could not write; earlier checkpoints stay.
     """
-    writer = TensorWriter(plan_of(tensors, world), tensors)
+    writer = TensorWriter(plan_of(tensors, world.rank, world.size, (world.rank,)), tensors)
     return _write(checkpoints, writer, state, model_config, world, group, keep, attached)
 
 
@@ -377,7 +427,7 @@ def _write(
     try:
         digests = writer.write(temporary)
     except OSError as error:
-        failure = str(error)
+        failure = f"rank {world.rank}: {error}"
     written = all_gather((digests, failure), tuple[dict[str, str], str | None], group)
     failure = next((error for _, error in written if error), None)
 
@@ -408,75 +458,3 @@ def _write(
         except OSError as error:  # the checkpoint itself is intact
             log.warning("BEST of %s could not be written (%s)", checkpoints, error)
     return target
-
-
-# --- the plan of a rank ---
-
-
-def plan_of(tensors: Mapping[str, torch.Tensor], world: World) -> Plan:
-    """Returns the files that this rank writes. No message is needed: ranks that hold the same shards share them out by
-    a rule that each of them knows, and parts without entries are left out.
-
-    Args:
-        tensors: all tensors of the checkpoint, by name, of logical shape.
-    """
-    written_here = {name: tensors[name] for name in names_to_write(tensors, world) if shard_of(tensors[name]).numel()}
-    numbers = file_numbers(written_here, FILE_BYTES)
-
-    parts_of_file: dict[int, list[PlannedPart]] = {}
-    begin = 0
-    for name, tensor in written_here.items():
-        shard = shard_of(tensor)
-        offsets = tuple(int(cut.start) for cut in shard_box(tensor))
-        part = PlannedPart(name, DTYPE_NAMES[shard.dtype], offsets, tuple(shard.shape), begin, shard.nbytes)
-        parts_of_file.setdefault(numbers[name], []).append(part)
-        begin += -(-shard.nbytes // ALIGNMENT) * ALIGNMENT
-
-    last = max(numbers.values(), default=0)
-    return tuple(
-        PlannedFile(f"shard-{world.rank + 1:05d}-model-{number:05d}-of-{last:05d}{files.TENSORS}", tuple(parts))
-        for number, parts in parts_of_file.items()
-    )
-
-
-def names_to_write(tensors: Mapping[str, torch.Tensor], world: World) -> list[str]:
-    """Returns the tensors whose shards this rank writes. Of the ranks with the same shards, so many write that each has
-    `REPLICA_BYTES`; the largest tensors are shared out first."""
-    sharing: dict[tuple[int, ...], list[str]] = {}
-    for name, tensor in tensors.items():
-        sharing.setdefault(replicas_of(tensor, world), []).append(name)
-
-    names = set()
-    for ranks, shared_names in sharing.items():
-        sizes = {name: shard_of(tensors[name]).nbytes for name in shared_names}
-        n_writers = min(len(ranks), max(1, sum(sizes.values()) // REPLICA_BYTES))
-        loads = [(0, rank) for rank in ranks[:n_writers]]
-        for name in sorted(shared_names, key=lambda name: -sizes[name]):
-            n_bytes, writer = loads[0]
-            heapq.heapreplace(loads, (n_bytes + sizes[name], writer))
-            if writer == world.rank:
-                names.add(name)
-    return [name for name in tensors if name in names]
-
-
-def replicas_of(tensor: torch.Tensor, world: World) -> tuple[int, ...]:
-    """Returns the ranks that hold the same shard as this one, in ascending order: all ranks for a plain tensor."""
-    if not isinstance(tensor, DTensor):
-        return tuple(range(world.size))
-    coordinate = tensor.device_mesh.get_coordinate()
-    assert coordinate is not None
-    box = tuple(
-        slice(None) if placement.is_replicate() else place
-        for place, placement in zip(coordinate, tensor.placements, strict=True)
-    )
-    return tuple(sorted(tensor.device_mesh.mesh[box].flatten().tolist()))
-
-
-def file_numbers(tensors: Mapping[str, torch.Tensor], file_bytes: int) -> dict[str, int]:
-    """Returns the number of each tensor's file, from 1: a new file starts when the shards fill `file_bytes`."""
-    numbers: dict[str, int] = {}
-    n_bytes = 0
-    for name, tensor in tensors.items():
-        numbers[name] = 1 + n_bytes // file_bytes
-        n_bytes += shard_of(tensor).nbytes
-    return numbers

@@ -1,11 +1,12 @@
-"""The files of a rank's shards, and a process that writes them beside training.
+"""The files that a rank writes, and a process that writes them beside training.
 
-A thread of the rank would share Python's lock with the training thread. The process maps the memory that holds the copy
-of the shards, so nothing but names and places is sent to it. It imports no torch: it is there within half a second and
-needs about 45 MiB.
+A thread of the rank would share Python's lock with the training thread. The process maps the memories that hold the
+copies of shards, those of other ranks of the node too, so nothing but names and places is sent to it. It imports no
+torch: it is there within half a second and needs about 45 MiB, and room for a part that several ranks hold.
 """
 
 import json
+import math
 import mmap
 import os
 import shutil
@@ -37,15 +38,25 @@ HELD_SIGNALS = {signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1, si
 
 
 @dataclass(frozen=True)
+class Piece:
+    """The shard of a rank, in the copy that this rank has made."""
+
+    rank: int
+    begin: int  # byte offset in the copy
+    offsets: Shape  # indices of its first entry in the tensor
+    shape: Shape
+
+
+@dataclass(frozen=True)
 class PlannedPart:
-    """A box of a tensor that this rank writes."""
+    """A box of a tensor that this rank writes, and the shards in it."""
 
     name: str
     dtype: str  # as safetensors names it, such as F32
     offsets: Shape  # indices of its first entry in the tensor
     shape: Shape
-    begin: int  # byte offset in the copy of the shards
     bytes: int
+    pieces: tuple[Piece, ...]
 
 
 @dataclass(frozen=True)
@@ -82,6 +93,36 @@ def write_files(directory: Path, plan: Plan, bytes_of: Callable[[PlannedPart], n
         write_tensors(directory / file.name, tensors, {**FORMAT, PLACES: json.dumps(places)})
         digests[file.name] = durable.sha256_of(directory / file.name)
     return digests
+
+
+def mapped(memory: int) -> np.ndarray:
+    """Maps the memory of a file descriptor: (bytes,) uint8, read-only."""
+    return np.frombuffer(mmap.mmap(memory, os.fstat(memory).st_size, prot=mmap.PROT_READ), dtype=np.uint8)
+
+
+def put_together(part: PlannedPart, copies: Mapping[int, np.ndarray]) -> np.ndarray:
+    """Returns the bytes of a part in row-major order: (bytes,) uint8.
+
+    Args:
+        copies: of the shards of each rank in the part, by rank: (bytes,) uint8.
+    """
+    item_bytes = part.bytes // math.prod(part.shape)
+
+    def bytes_of(piece: Piece) -> np.ndarray:
+        return copies[piece.rank][piece.begin : piece.begin + math.prod(piece.shape) * item_bytes]
+
+    if len(part.pieces) == 1:
+        return bytes_of(part.pieces[0])
+
+    # numpy has no bfloat16, so entries are integers of the right size.
+    entries = np.empty(part.shape, np.dtype(f"u{item_bytes}"))
+    for piece in part.pieces:
+        box = tuple(
+            slice(start - first, start - first + size)
+            for start, first, size in zip(piece.offsets, part.offsets, piece.shape, strict=True)
+        )
+        entries[box] = bytes_of(piece).view(entries.dtype).reshape(piece.shape)
+    return entries.reshape(-1).view(np.uint8)
 
 
 @dataclass(frozen=True)
@@ -139,18 +180,18 @@ class WriterProcess:
     The process ends with this one, however this one ends. An error leaves it running unless it says otherwise.
     """
 
-    def __init__(self, plan: Plan, memory: int, n_bytes: int) -> None:
+    def __init__(self, plan: Plan, memories: Mapping[int, int]) -> None:
         """Starts the process; it is not waited for. Call it in the main thread: the process ends with the thread.
 
         Args:
-            memory: file descriptor of the memory that holds the copy of the shards.
-            n_bytes: size of the memory.
+            memories: file descriptors of the memories that hold copies of shards, by rank.
         """
         # Signals that are blocked here are blocked there from the first instruction on.
         blocked_before = signal.pthread_sigmask(signal.SIG_BLOCK, HELD_SIGNALS)
         try:
-            arguments = (str(os.getpid()), str(memory), str(n_bytes))
-            self._process = JsonProcess("dist_lm.training.checkpoint_writer", *arguments, pass_fds=(memory,))
+            arguments = (str(os.getpid()), json.dumps(list(memories.items())))
+            descriptors = tuple(memories.values())
+            self._process = JsonProcess("dist_lm.training.checkpoint_writer", *arguments, pass_fds=descriptors)
         finally:
             signal.pthread_sigmask(signal.SIG_SETMASK, blocked_before)
         self.has_ended = False
@@ -162,7 +203,7 @@ class WriterProcess:
         return self._process.pid
 
     def write(self, directory: Path) -> dict[str, str]:
-        """Does `write_files` in the process, with what the memory holds now.
+        """Does `write_files` in the process, with what the memories hold now.
 
         Raises:
             OSError: a file cannot be written, or the process has ended.
@@ -207,10 +248,10 @@ class WriterProcess:
 
 def main() -> None:
     """Writes what the rank asks for, until the rank ends."""
-    parent, memory, n_bytes = (int(argument) for argument in sys.argv[2:])
+    parent, memories = sys.argv[2:]
     # Children of the rank may hold its end of the socket open, so its end alone would not tell.
-    die_with_parent(parent)
-    shards = np.frombuffer(mmap.mmap(memory, n_bytes, prot=mmap.PROT_READ), dtype=np.uint8)
+    die_with_parent(int(parent))
+    copies = {rank: mapped(memory) for rank, memory in json.loads(memories)}
 
     plan: Plan = ()
     with serve_requests() as (requests, send):
@@ -220,8 +261,7 @@ def main() -> None:
                 if "plan" in request:
                     plan, done = plan_from_json(request["plan"]), None
                 elif "write" in request:
-                    directory = Path(request["write"])
-                    done = write_files(directory, plan, lambda part: shards[part.begin : part.begin + part.bytes])
+                    done = write_files(Path(request["write"]), plan, partial(put_together, copies=copies))
                 else:
                     publish(Publication.from_json(request["publish"]))
                     done = None
@@ -234,16 +274,17 @@ def main() -> None:
 
 def plan_from_json(content: Sequence[Mapping[str, Any]]) -> Plan:
     """Inverts `dataclasses.asdict` of the files of a plan, after JSON."""
-    return tuple(
-        PlannedFile(
-            file["name"],
-            tuple(
-                PlannedPart(**{**part, "offsets": tuple(part["offsets"]), "shape": tuple(part["shape"])})
-                for part in file["parts"]
-            ),
-        )
-        for file in content
+    return tuple(PlannedFile(file["name"], tuple(_part_from_json(part) for part in file["parts"])) for file in content)
+
+
+def _part_from_json(content: Mapping[str, Any]) -> PlannedPart:
+    """Inverts `dataclasses.asdict` of a part, after JSON."""
+    pieces = tuple(
+        Piece(piece["rank"], piece["begin"], tuple(piece["offsets"]), tuple(piece["shape"]))
+        for piece in content["pieces"]
     )
+    box = {"offsets": tuple(content["offsets"]), "shape": tuple(content["shape"])}
+    return PlannedPart(**{**content, **box, "pieces": pieces})
 
 
 if __name__ == "__main__":

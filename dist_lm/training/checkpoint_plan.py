@@ -1,0 +1,173 @@
+"""Which shards each rank saves, and into which files: values that follow from the layout alone.
+
+Every rank computes the same for all ranks of its node, so nothing is sent to plan a save.
+"""
+
+import heapq
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from itertools import accumulate
+
+import torch
+from torch.distributed.tensor import DTensor
+
+from dist_lm.model.size import Shape
+from dist_lm.parallel.values import coordinate_of_rank, shard_of_rank
+from dist_lm.training import checkpoint_files as files
+from dist_lm.training.checkpoint import DTYPES
+from dist_lm.training.checkpoint_writer import Piece, Plan, PlannedFile, PlannedPart
+
+FILE_BYTES = 1 << 30  # a node has as many files as these are in what its ranks save, and one at least
+REPLICA_BYTES = 64 << 20  # at least so much is saved by each of the ranks that hold the same shards: fewer files
+ALIGNMENT = 64  # bytes; a multiple of the size of every entry
+
+DTYPE_NAMES = {dtype: name for name, dtype in DTYPES.items()}
+
+
+@dataclass(frozen=True)
+class SavedShard:
+    """A shard that a rank saves, and its place in the copy that this rank makes."""
+
+    name: str
+    dtype: torch.dtype
+    offsets: Shape  # indices of its first entry in the tensor
+    shape: Shape
+    begin: int  # byte offset in the copy
+
+    @property
+    def bytes(self) -> int:
+        return math.prod(self.shape) * self.dtype.itemsize
+
+
+def saved_shards(tensors: Mapping[str, torch.Tensor], rank: int, n_ranks: int) -> tuple[SavedShard, ...]:
+    """Returns the shards that a rank saves, in the order of the tensors. No message is needed: ranks that hold the same
+    shards share them out by a rule that each of them knows, and shards without entries are left out.
+
+    Args:
+        tensors: all tensors of the checkpoint, by name, of logical shape.
+    """
+    shards = []
+    begin = 0
+    for name in names_to_save(tensors, rank, n_ranks):
+        offsets, shape = shard_of_rank(tensors[name], rank)
+        if math.prod(shape):
+            shards.append(SavedShard(name, tensors[name].dtype, offsets, shape, begin))
+            begin += -(-shards[-1].bytes // ALIGNMENT) * ALIGNMENT
+    return tuple(shards)
+
+
+def names_to_save(tensors: Mapping[str, torch.Tensor], rank: int, n_ranks: int) -> list[str]:
+    """Returns the tensors whose shards a rank saves. Of the ranks with the same shards, so many save that each has
+    `REPLICA_BYTES`; the largest tensors are shared out first."""
+    sharing: dict[tuple[int, ...], list[str]] = {}
+    for name, tensor in tensors.items():
+        sharing.setdefault(replicas_of(tensor, rank, n_ranks), []).append(name)
+
+    names = set()
+    for ranks, shared_names in sharing.items():
+        # The mean size of the shards is the same on all ranks, also where shards are uneven: so all shards of a tensor
+        # are saved by one replica, and those of a node lie side by side.
+        n_shards = n_ranks // len(ranks)
+        sizes = {name: tensors[name].numel() * tensors[name].itemsize // n_shards for name in shared_names}
+        n_savers = min(len(ranks), max(1, sum(sizes.values()) // REPLICA_BYTES))
+        loads = [(0, saver) for saver in ranks[:n_savers]]
+        for name in sorted(shared_names, key=lambda name: -sizes[name]):
+            n_bytes, saver = loads[0]
+            heapq.heapreplace(loads, (n_bytes + sizes[name], saver))
+            if saver == rank:
+                names.add(name)
+    return [name for name in tensors if name in names]
+
+
+def replicas_of(tensor: torch.Tensor, rank: int, n_ranks: int) -> tuple[int, ...]:
+    """Returns the ranks that hold the same shard as a rank, in ascending order: all ranks for a plain tensor."""
+    if not isinstance(tensor, DTensor):
+        return tuple(range(n_ranks))
+    box = tuple(
+        slice(None) if placement.is_replicate() else place
+        for place, placement in zip(coordinate_of_rank(tensor.device_mesh, rank), tensor.placements, strict=True)
+    )
+    return tuple(sorted(tensor.device_mesh.mesh[box].flatten().tolist()))
+
+
+def plan_of(tensors: Mapping[str, torch.Tensor], rank: int, n_ranks: int, node: Sequence[int]) -> Plan:
+    """Returns the files that a rank writes. It follows from the layout alone, as `saved_shards` does.
+
+    Files of a node hold what its ranks save, and each of these ranks writes its share of the files.
+
+    Args:
+        tensors: all tensors of the checkpoint, by name, of logical shape.
+        node: the ranks whose copies this one can read, in the same order on each of them.
+    """
+    pieces_of: dict[str, list[Piece]] = {name: [] for name in tensors}
+    for member in node:
+        for shard in saved_shards(tensors, member, n_ranks):
+            pieces_of[shard.name].append(Piece(member, shard.begin, shard.offsets, shard.shape))
+
+    # Shards that lie side by side are one part: a file has one part of a tensor at most.
+    parts, further_parts = [], []
+    for name, pieces in pieces_of.items():
+        of_tensor = [_part_of(name, tensors[name].dtype, joined) for joined in joined_boxes(pieces)]
+        parts += of_tensor[:1]
+        further_parts += enumerate(of_tensor[1:])
+
+    n_files = max(1, sum(part.bytes for part in parts) // FILE_BYTES)
+    numbers = file_numbers([part.bytes for part in parts], n_files)
+    numbers += [n_files + 1 + place for place, _ in further_parts]
+    parts += [part for _, part in further_parts]
+
+    last = max(numbers, default=0)
+    return tuple(
+        PlannedFile(
+            f"shard-{rank + 1:05d}-model-{file:05d}-of-{last:05d}{files.TENSORS}",
+            tuple(part for part, number in zip(parts, numbers, strict=True) if number == file),
+        )
+        for file in range(1, last + 1)
+        if node[(file - 1) % len(node)] == rank
+    )
+
+
+def file_numbers(sizes: Sequence[int], n_files: int) -> list[int]:
+    """Returns the number of each part's file, from 1 to `n_files`, which get about equally many bytes.
+
+    Args:
+        sizes: bytes of the parts.
+    """
+    total = sum(sizes)
+    starts = accumulate(sizes, initial=0)
+    return [1 + start * n_files // total for start, _ in zip(starts, sizes, strict=False)]
+
+
+def joined_boxes(pieces: Sequence[Piece]) -> list[list[Piece]]:
+    """Returns the pieces of a tensor in groups, each of which makes up a box: those of a grid are one group."""
+    groups = [(piece.offsets, piece.shape, [piece]) for piece in pieces]
+    for dim in range(len(pieces[0].shape) if pieces else 0):
+        # Boxes that differ in one dimension alone become neighbours.
+        groups.sort(key=lambda group: (_without(dim, group[0]), _without(dim, group[1]), group[0][dim]))
+        joined: list[tuple[Shape, Shape, list[Piece]]] = []
+        for offsets, shape, members in groups:
+            if joined:
+                first, size, earlier = joined[-1]
+                is_beside = _without(dim, first) == _without(dim, offsets) and _without(dim, size) == _without(
+                    dim, shape
+                )
+                if is_beside and first[dim] + size[dim] == offsets[dim]:
+                    whole = (*size[:dim], size[dim] + shape[dim], *size[dim + 1 :])
+                    joined[-1] = (first, whole, earlier + members)
+                    continue
+            joined.append((offsets, shape, members))
+        groups = joined
+    return [members for _, _, members in groups]
+
+
+def _without(dim: int, values: Shape) -> Shape:
+    return values[:dim] + values[dim + 1 :]
+
+
+def _part_of(name: str, dtype: torch.dtype, pieces: Sequence[Piece]) -> PlannedPart:
+    """Returns the box that pieces of a tensor make up."""
+    begin = tuple(map(min, zip(*(piece.offsets for piece in pieces), strict=True)))
+    ends = ([first + size for first, size in zip(piece.offsets, piece.shape, strict=True)] for piece in pieces)
+    shape = tuple(max(end) - first for first, end in zip(begin, zip(*ends, strict=True), strict=True))
+    return PlannedPart(name, DTYPE_NAMES[dtype], begin, shape, math.prod(shape) * dtype.itemsize, tuple(pieces))
