@@ -91,14 +91,12 @@ def replicas_of(tensor: torch.Tensor, rank: int, n_ranks: int) -> tuple[int, ...
     return tuple(sorted(tensor.device_mesh.mesh[box].flatten().tolist()))
 
 
-def plan_of(tensors: Mapping[str, torch.Tensor], rank: int, n_ranks: int, node: Sequence[int]) -> Plan:
-    """Returns the files that a rank writes. It follows from the layout alone, as `saved_shards` does.
-
-    Files of a node hold what its ranks save, and each of these ranks writes its share of the files.
+def plan_of(tensors: Mapping[str, torch.Tensor], n_ranks: int, node: Sequence[int]) -> Plan:
+    """Returns the files of what the ranks of a node save. It follows from the layout alone, as `saved_shards` does.
 
     Args:
         tensors: all tensors of the checkpoint, by name, of logical shape.
-        node: the ranks whose copies this one can read, in the same order on each of them.
+        node: the ranks; whoever writes a file reads the copies that these have made.
     """
     pieces_of: dict[str, list[Piece]] = {name: [] for name in tensors}
     for member in node:
@@ -112,31 +110,36 @@ def plan_of(tensors: Mapping[str, torch.Tensor], rank: int, n_ranks: int, node: 
         parts += of_tensor[:1]
         further_parts += enumerate(of_tensor[1:])
 
-    n_files = max(1, sum(part.bytes for part in parts) // FILE_BYTES)
-    numbers = file_numbers([part.bytes for part in parts], n_files)
-    numbers += [n_files + 1 + place for place, _ in further_parts]
+    numbers = file_numbers([part.bytes for part in parts], FILE_BYTES)
+    last = max(numbers, default=0)
+    numbers += [last + 1 + place for place, _ in further_parts]
     parts += [part for _, part in further_parts]
 
     last = max(numbers, default=0)
     return tuple(
         PlannedFile(
-            f"shard-{rank + 1:05d}-model-{file:05d}-of-{last:05d}{files.TENSORS}",
+            f"shard-{node[0] + 1:05d}-model-{file:05d}-of-{last:05d}{files.TENSORS}",
             tuple(part for part, number in zip(parts, numbers, strict=True) if number == file),
         )
         for file in range(1, last + 1)
-        if node[(file - 1) % len(node)] == rank
     )
 
 
-def file_numbers(sizes: Sequence[int], n_files: int) -> list[int]:
-    """Returns the number of each part's file, from 1 to `n_files`, which get about equally many bytes.
+def file_numbers(sizes: Sequence[int], file_bytes: int) -> list[int]:
+    """Returns the number of each part's file, from 1. Files get about equally many bytes, `file_bytes` and more on
+    average; all of the parts make one file if they are less.
 
     Args:
         sizes: bytes of the parts.
     """
     total = sum(sizes)
-    starts = accumulate(sizes, initial=0)
-    return [1 + start * n_files // total for start, _ in zip(starts, sizes, strict=False)]
+    n_files = max(1, total // file_bytes)
+    starts = list(accumulate(sizes, initial=0))[:-1]
+    places = [start * n_files // total for start in starts]
+
+    # A part that is larger than a file leaves no number without a file.
+    numbers = {place: number for number, place in enumerate(sorted(set(places)), start=1)}
+    return [numbers[place] for place in places]
 
 
 def joined_boxes(pieces: Sequence[Piece]) -> list[list[Piece]]:

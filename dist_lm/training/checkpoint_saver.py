@@ -322,7 +322,7 @@ class CheckpointSaver:
         rank, n_ranks = self.world.rank, self.world.size
         if not self.asynchronous:
             if not is_planned:
-                self._plan = plan_of(tensors, rank, n_ranks, (rank,))
+                self._plan = plan_of(tensors, n_ranks, [rank])
             return TensorWriter(self._plan, tensors)
 
         # Training changes the tensors in place, so a copy is written.
@@ -330,7 +330,9 @@ class CheckpointSaver:
             self._close()
             self.copy = ShardCopy(saved_shards(tensors, rank, n_ranks), self.world.device)
             self._memories = open_memories(self.copy.memory, self.world.local_rank, self.group)
-            self._plan = plan_of(tensors, rank, n_ranks, (rank,) if self._memories is None else (*self._memories,))
+            # Ranks of a node share its files out; where they cannot read each other's copies, each has files of its own.
+            node = [rank] if self._memories is None else list(self._memories)
+            self._plan = plan_of(tensors, n_ranks, node)[node.index(rank) :: len(node)]
         self.copy.take(tensors)
         return self._writer_of_copies(self.copy)
 
@@ -400,7 +402,7 @@ def write(
     Raises:
         CheckpointWriteError: on every rank, if any rank could not write; earlier checkpoints stay.
     """
-    writer = TensorWriter(plan_of(tensors, world.rank, world.size, (world.rank,)), tensors)
+    writer = TensorWriter(plan_of(tensors, world.size, [world.rank]), tensors)
     return _write(checkpoints, writer, state, model_config, world, group, keep, attached)
 
 

@@ -18,7 +18,7 @@ from dist_lm.config.model import ModelConfig
 from dist_lm.errors import ArtefactError
 from dist_lm.parallel.mesh import World
 from dist_lm.parallel.values import logical
-from dist_lm.training import checkpoint, checkpoint_files, checkpoint_saver
+from dist_lm.training import checkpoint, checkpoint_files, checkpoint_plan, checkpoint_saver
 from dist_lm.training.checkpoint_tensors import stored_tensors
 from dist_lm.training.state import TrainState
 from tests.parallel.ranks import RankGroups
@@ -142,15 +142,6 @@ def message_of_wider(world: World, directory: Path) -> str:
     return ""
 
 
-def test_large_tensors_go_to_further_files():
-    tensors = {name: value(name) for name in ("model.query", "model.down", "model.norm")}
-    assert checkpoint_saver.file_numbers(tensors, file_bytes=2500) == {
-        "model.query": 1,
-        "model.down": 1,
-        "model.norm": 2,
-    }
-
-
 def write_by_replicas(world: World, checkpoints: Path) -> None:
     mesh = init_device_mesh("cpu", (2, 2), mesh_dim_names=("dp_replicate", "dp_shard"))
     placements = [Replicate(), Shard(0)]
@@ -159,7 +150,7 @@ def write_by_replicas(world: World, checkpoints: Path) -> None:
         if tensor.dim():
             tensors[name] = distribute_tensor(tensor, mesh, placements, src_data_rank=None)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(checkpoint_saver, "REPLICA_BYTES", 1)
+        patch.setattr(checkpoint_plan, "REPLICA_BYTES", 1)
         checkpoint_saver.write(checkpoints, tensors, TrainState(step=1), MODEL, world)
 
 
