@@ -5,7 +5,7 @@ Every rank computes the same for all ranks of its node, so nothing is sent to pl
 
 import heapq
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import accumulate
 
@@ -49,20 +49,32 @@ def saved_shards(tensors: Mapping[str, torch.Tensor], rank: int, n_ranks: int) -
     """
     shards = []
     begin = 0
+    boxes: dict[Hashable, tuple[Shape, Shape]] = {}
     for name in names_to_save(tensors, rank, n_ranks):
-        offsets, shape = shard_of_rank(tensors[name], rank)
+        tensor = tensors[name]
+        # The tensors of all blocks, and their moments, have the same few boxes.
+        key = (tensor.shape, _layout_of(tensor))
+        offsets, shape = boxes[key] = boxes.get(key) or shard_of_rank(tensor, rank)
         if math.prod(shape):
-            shards.append(SavedShard(name, tensors[name].dtype, offsets, shape, begin))
+            shards.append(SavedShard(name, tensor.dtype, offsets, shape, begin))
             begin += -(-shards[-1].bytes // ALIGNMENT) * ALIGNMENT
     return tuple(shards)
+
+
+def _layout_of(tensor: torch.Tensor) -> Hashable:
+    """Returns what the places of shards follow from, besides the shape."""
+    return (tensor.device_mesh, tensor.placements) if isinstance(tensor, DTensor) else None
 
 
 def names_to_save(tensors: Mapping[str, torch.Tensor], rank: int, n_ranks: int) -> list[str]:
     """Returns the tensors whose shards a rank saves. Of the ranks with the same shards, so many save that each has
     `REPLICA_BYTES`; the largest tensors are shared out first."""
     sharing: dict[tuple[int, ...], list[str]] = {}
+    replicas: dict[Hashable, tuple[int, ...]] = {}
     for name, tensor in tensors.items():
-        sharing.setdefault(replicas_of(tensor, rank, n_ranks), []).append(name)
+        layout = _layout_of(tensor)
+        ranks = replicas[layout] = replicas.get(layout) or replicas_of(tensor, rank, n_ranks)
+        sharing.setdefault(ranks, []).append(name)
 
     names = set()
     for ranks, shared_names in sharing.items():

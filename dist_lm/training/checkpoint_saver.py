@@ -330,7 +330,8 @@ class CheckpointSaver:
             self._close()
             self.copy = ShardCopy(saved_shards(tensors, rank, n_ranks), self.world.device)
             self._memories = open_memories(self.copy.memory, self.world.local_rank, self.group)
-            # Ranks of a node share its files out; where they cannot read each other's copies, each has files of its own.
+
+            # Ranks of a node share its files out; if they cannot read each other's copies, each has files of its own.
             node = [rank] if self._memories is None else list(self._memories)
             self._plan = plan_of(tensors, n_ranks, node)[node.index(rank) :: len(node)]
         self.copy.take(tensors)
