@@ -15,7 +15,7 @@ import torch
 from dist_lm.parallel.mesh import World
 from dist_lm.parallel.messages import all_gather
 from dist_lm.storage.process import is_alive
-from dist_lm.training import checkpoint_files, checkpoint_saver
+from dist_lm.training import checkpoint_files, checkpoint_plan, checkpoint_saver
 from dist_lm.training.checkpoint_saver import CheckpointWriteError
 from tests.cluster.test_checkpoint_saver import BLOCKED_S, Run, steps, values
 from tests.parallel.ranks import RankGroup, RankGroups
@@ -33,9 +33,10 @@ MIB = 1 << 20
 
 @contextmanager
 def process_for_any_size() -> Iterator[None]:
-    """Small models have a process, too; the next test on these ranks finds what was before."""
+    """Small models have a process in each rank, too; the next test on these ranks finds what was before."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(checkpoint_saver, "PROCESS_BYTES", 0)
+        patch.setattr(checkpoint_plan, "FILE_BYTES", 50_000)  # two files and more: each rank writes one
         yield
 
 
