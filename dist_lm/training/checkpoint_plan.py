@@ -7,7 +7,8 @@ import heapq
 import math
 from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import dataclass
-from itertools import accumulate
+from functools import partial
+from itertools import accumulate, groupby
 
 import torch
 from torch.distributed.tensor import DTensor
@@ -23,6 +24,8 @@ REPLICA_BYTES = 64 << 20  # at least so much is saved by each of the ranks that 
 ALIGNMENT = 64  # bytes; a multiple of the size of every entry
 
 DTYPE_NAMES = {dtype: name for name, dtype in DTYPES.items()}
+
+Box = tuple[Shape, Shape, list[Piece]]  # indices of the first entry, shape, the pieces that make it up
 
 
 @dataclass(frozen=True)
@@ -156,28 +159,30 @@ def file_numbers(sizes: Sequence[int], file_bytes: int) -> list[int]:
 
 def joined_boxes(pieces: Sequence[Piece]) -> list[list[Piece]]:
     """Returns the pieces of a tensor in groups, each of which makes up a box: those of a grid are one group."""
-    groups = [(piece.offsets, piece.shape, [piece]) for piece in pieces]
+    boxes = [(piece.offsets, piece.shape, [piece]) for piece in pieces]
     for dim in range(len(pieces[0].shape) if pieces else 0):
-        # Boxes that differ in one dimension alone become neighbours.
-        groups.sort(key=lambda group: (_without(dim, group[0]), _without(dim, group[1]), group[0][dim]))
-        joined: list[tuple[Shape, Shape, list[Piece]]] = []
-        for offsets, shape, members in groups:
-            if joined:
-                first, size, earlier = joined[-1]
-                is_beside = _without(dim, first) == _without(dim, offsets) and _without(dim, size) == _without(
-                    dim, shape
-                )
-                if is_beside and first[dim] + size[dim] == offsets[dim]:
-                    whole = (*size[:dim], size[dim] + shape[dim], *size[dim + 1 :])
-                    joined[-1] = (first, whole, earlier + members)
-                    continue
+        # Boxes that differ along `dim` alone become neighbours.
+        across = partial(_other_dimensions, dim)
+        boxes.sort(key=lambda box: (across(box), box[0][dim]))
+        joined: list[Box] = []
+        for _, row in groupby(boxes, across):
+            (offsets, shape, members), *others = row
+            for next_offsets, next_shape, next_members in others:
+                if offsets[dim] + shape[dim] == next_offsets[dim]:
+                    shape = (*shape[:dim], shape[dim] + next_shape[dim], *shape[dim + 1 :])
+                    members = members + next_members
+                else:
+                    joined.append((offsets, shape, members))
+                    offsets, shape, members = next_offsets, next_shape, next_members
             joined.append((offsets, shape, members))
-        groups = joined
-    return [members for _, _, members in groups]
+        boxes = joined
+    return [members for _, _, members in boxes]
 
 
-def _without(dim: int, values: Shape) -> Shape:
-    return values[:dim] + values[dim + 1 :]
+def _other_dimensions(dim: int, box: Box) -> tuple[Shape, Shape]:
+    """Returns offsets and sizes of a box along all dimensions but one."""
+    offsets, shape, _ = box
+    return offsets[:dim] + offsets[dim + 1 :], shape[:dim] + shape[dim + 1 :]
 
 
 def _part_of(name: str, dtype: torch.dtype, pieces: Sequence[Piece]) -> PlannedPart:
