@@ -385,9 +385,9 @@ def test_names_that_snippets_import_exist(page: Path):
 
 
 def entries_of(layout: Layout) -> int:
-    """Tensors that a rank plans to save, at any layout: a parameter of `large`, two of its optimizer and its count of
-    steps."""
-    return 4 * len(parameter_shapes(compose_config(["stage=language", "model=large"]).model))
+    """Tensors that a rank plans to save for the eight ranks of its node, at any layout: a parameter of `large`, two of
+    its optimizer and its count of steps."""
+    return 8 * 4 * len(parameter_shapes(compose_config(["stage=language", "model=large"]).model))
 
 
 @pytest.mark.parametrize(
