@@ -23,7 +23,7 @@ FILE_BYTES = 1 << 30  # a node has as many files as these are in what its ranks 
 REPLICA_BYTES = 64 << 20  # at least so much is saved by each of the ranks that hold the same shards: fewer files
 ALIGNMENT = 64  # bytes; a multiple of the size of every entry
 
-DTYPE_NAMES = {dtype: name for name, dtype in DTYPES.items()}
+DTYPE_NAMES = dict(zip(DTYPES.values(), DTYPES, strict=True))
 
 Box = tuple[Shape, Shape, list[Piece]]  # indices of the first entry, shape, the pieces that make it up
 
