@@ -53,7 +53,7 @@ def find_prompts(where: str, key: str = "stage.prompts", kinds: Sequence[str] = 
         files = [Path(name) for name in sorted(glob.glob(str(path), recursive=True))]  # noqa: PTH207  may be absolute
     files = [file for file in files if file.is_file()]
     if not where:
-        raise ConfigError(f"{key} is not set: expected a file or glob of {accepted}")
+        raise ConfigError(f"{key}=: expected a file or glob of {accepted}")
     if not files:
         raise ConfigError(f"{key}={where}: no such file; expected a file or glob of {accepted}")
     for file in files:

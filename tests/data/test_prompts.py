@@ -86,7 +86,7 @@ def test_what_is_wrong_with_all_of_them_is_refused(tmp_path, values, words):
 @pytest.mark.parametrize(
     ("where", "words"),
     [
-        ("", "stage.prompts is not set"),
+        ("", "expected a file or glob of"),
         ("nowhere/*.txt", r"nowhere/\*\.txt: no such file"),
         ("pyproject.toml", "neither .jsonl"),
     ],

@@ -355,7 +355,7 @@ def test_figures_of_records():
     [
         ("stage.tasks=[own_rust]", r"stage\.tasks=.*own_rust.*own_python"),
         ("stage.tasks=[humaneval]", r"eval\.humaneval=: expected the file of the task"),
-        ("stage.tasks=[reward]", r"eval\.prompts is not set"),
+        ("stage.tasks=[reward]", r"eval\.prompts=: expected a file"),
         ("stage.n=3", r"stage\.n=3: expected 1 with stage\.temperature=0"),
         ("stage.k=[2]", r"stage\.k=\[2\]: expected numbers up to stage\.n=1"),
         ("stage.chat=maybe", r"stage\.chat=maybe"),
