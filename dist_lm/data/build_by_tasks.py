@@ -7,6 +7,7 @@ A corpus differs from that of `data.ingest` in its tars alone: each task writes 
 does not count.
 """
 
+import hashlib
 import os
 import shutil
 from collections import Counter, deque
@@ -61,33 +62,23 @@ from dist_lm.data.journal import REJECTED, Journal
 from dist_lm.data.manifest import ListInputs, Recipe, index_path
 from dist_lm.data.near_duplicate_groups import groups_of
 from dist_lm.data.near_duplicates import BANDS
-from dist_lm.data.screening import LANGUAGES, IngestReport, RowErrors, no_document, text_key, too_many_languages
+from dist_lm.data.screening import (
+    LANGUAGES,
+    IngestReport,
+    RowErrors,
+    SourceReader,
+    no_document,
+    text_key,
+    too_many_languages,
+)
 from dist_lm.data.shard_writer import complete, origins_path
 from dist_lm.data.sorted_runs import n_parts, n_records
 from dist_lm.data.sources.files import by_repository
 from dist_lm.data.sources.reader import corpus_sources, source_traits
 from dist_lm.data.task_workers import RunPass
-from dist_lm.errors import ConfigError
 from dist_lm.storage import durable
 
 SEARCH_TEXTS = 100_000  # texts that one task compares for near-duplicates, unless one group has more
-
-
-def require_possible(config: CorpusConfig, corpora: Sequence[str]) -> None:
-    """Refuses what a build by tasks cannot do; returns nothing.
-
-    Raises:
-        ConfigError: names the key and the way out.
-    """
-    refused = ["corpus.cleaning.across_corpora"] if config.cleaning.across_corpora else []
-    refused += [
-        f"limit of corpus.corpora.{corpus}[{number}]"
-        for corpus in corpora
-        for number, source in enumerate(corpus_sources(config, corpus))
-        if source.limit
-    ]
-    if refused:
-        raise ConfigError(f"corpus.build=tasks does not know {', '.join(refused)}: set corpus.build=serial")
 
 
 def plan_of(
@@ -116,7 +107,12 @@ def plan_of(
 
 
 def run_passes(
-    folder: Path, tasks: Sequence[BuildTask], run_pass: RunPass, wanted: Sequence[str], earlier: EarlierCorpora
+    folder: Path,
+    tasks: Sequence[BuildTask],
+    run_pass: RunPass,
+    wanted: Sequence[str],
+    earlier: EarlierCorpora,
+    reader: SourceReader,
 ) -> None:
     """Runs all passes of the build of a folder, but for those tasks whose results are there.
 
@@ -124,6 +120,7 @@ def run_passes(
         folder: `Build.write` has written settings and plan.
         wanted: corpora whose tars are written; the others are only compared.
         earlier: finished corpora that stay as they are, compared in both directions.
+        reader: told which documents each source has given.
 
     Raises:
         ConfigError, ArtefactError: as `ingest.split_documents`.
@@ -136,7 +133,7 @@ def run_passes(
     n_documents = sum(n_records(build.result("survey", number) / RUN) for number in all_numbers)
     write_parts(build, "key_parts", n_parts(n_documents))
     deque(run_pass(folder, "copies", range(n_parts(n_documents) * len(build.classes))), maxlen=0)
-    require_readable(build, tasks)
+    require_readable(build, tasks, reader)
 
     if build.config.cleaning.near_duplicates:
         band_parts = n_parts(n_documents * BANDS)
@@ -152,27 +149,35 @@ def run_passes(
     deque(run_pass(folder, "write", [number for number in all_numbers if tasks[number].corpus in wanted]), maxlen=0)
 
 
-def require_readable(build: Build, tasks: Sequence[BuildTask]) -> None:
+def require_readable(build: Build, tasks: Sequence[BuildTask], reader: SourceReader) -> None:
     """Judges the surveys of each source; returns nothing.
+
+    Args:
+        reader: told which documents each source has given, as `screening.screened` tells it.
 
     Raises:
         ArtefactError: too many rows of a source are broken, or it gives no document.
         ConfigError: a corpus has too many languages.
     """
     languages: dict[str, set[str]] = {}
-    for (corpus, _), numbers in _numbers_by_source(tasks).items():
+    for (corpus, source_number), numbers in _numbers_by_source(tasks).items():
         source = source_of(build.config, tasks[numbers[0]])
         rows = RowErrors(source, build.config.max_bad_fraction)
         dropped: Counter[str] = Counter()
+        documents = hashlib.blake2b(digest_size=16)
         n_documents = 0
         for number in numbers:
-            task_survey = read_survey(build, number)
+            task_survey = read_survey(build, number, with_groups=True)
             rows.add(task_survey.rows.n_rows, task_survey.rows.n_bad, task_survey.rows.first)
             dropped += task_survey.dropped
-            n_copies = int(is_copy(build, number, len(task_survey.keys)).sum())
-            if n_copies:
-                dropped["duplicate"] += n_copies
-            n_documents += len(task_survey.keys) - n_copies
+
+            copies = is_copy(build, number, len(task_survey.keys))
+            if copies.any():
+                dropped["duplicate"] += int(copies.sum())
+            for document in np.flatnonzero(~copies).tolist():
+                documents.update(task_survey.keys[document].tobytes())
+                documents.update(task_survey.groups[document].encode())
+                n_documents += 1
             for language, place in task_survey.languages.items():
                 languages.setdefault(corpus, set()).add(language)
                 if len(languages[corpus]) > LANGUAGES:
@@ -182,6 +187,7 @@ def require_readable(build: Build, tasks: Sequence[BuildTask]) -> None:
         rows.check()
         if not n_documents:
             raise no_document(build.config, corpus, source, dropped)
+        reader.require_same(corpus, source_number, source, documents.digest())
 
 
 def choose_searches(build: Build, n_results: int) -> int:
@@ -328,7 +334,7 @@ def publish(
     """Completes a corpus from the tars of its tasks. The tars stay with the tasks too, so it can be repeated.
 
     Args:
-        facts: `licences`, `inputs` and `settings` of the manifest.
+        facts: `licences`, `inputs`, `settings` and `documents` of the manifest.
 
     Raises:
         ArtefactError: the folder holds files that are not ours.

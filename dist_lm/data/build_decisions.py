@@ -51,6 +51,7 @@ class Survey:
     is_contaminated: np.ndarray  # (D,) bool: the text has a part of a benchmark
     bands: np.ndarray  # (D, bands) uint64: as of `near_duplicates.text_bands`; (0, bands) where these are not sought
     val_texts: dict[int, str]  # number of a document -> text, of those that `val_fraction` could hold out
+    groups: list[str]  # names of the groups (D), as the reader gave them; empty where they were not read
     rows: RowErrors  # counts of all rows
     dropped: Counter[str]  # reason -> documents that do not pass the checks
     languages: dict[str, str]  # language -> place of its first document
@@ -134,7 +135,7 @@ def survey(config: CorpusConfig, task: BuildTask, candidates: Iterable[Candidate
     """
     benchmarks = Benchmarks.read(config.cleaning.benchmarks) if config.cleaning.benchmarks else None
     share = largest_share(config, task.corpus)
-    keys, positions, sizes, contaminated, bands = [], [], [], [], []
+    keys, positions, sizes, contaminated, bands, groups = [], [], [], [], [], []
     val_texts: dict[int, str] = {}
     dropped: Counter[str] = Counter()
     languages: dict[str, str] = {}
@@ -150,6 +151,7 @@ def survey(config: CorpusConfig, task: BuildTask, candidates: Iterable[Candidate
         if config.cleaning.near_duplicates and not record.source_config.held_out:
             bands.append(text_bands(text))
         keys.append(record.key)
+        groups.append(record.document.group)
         positions.append(group_position(record.group))
         sizes.append(record.n_bytes)
         contaminated.append(benchmarks is not None and benchmarks.first_in(text) is not None)
@@ -161,6 +163,7 @@ def survey(config: CorpusConfig, task: BuildTask, candidates: Iterable[Candidate
         np.array(contaminated, bool),
         np.array(bands, np.uint64).reshape(-1, BANDS),
         val_texts,
+        groups,
         rows,
         dropped,
         languages,

@@ -15,7 +15,7 @@ import hashlib
 import json
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass, field
 from functools import cached_property, lru_cache, partial
 from pathlib import Path
@@ -60,7 +60,7 @@ from dist_lm.errors import ArtefactError, UserError
 from dist_lm.storage import durable
 from dist_lm.tokenizer.tokenizer import Tokenizer
 
-REVISION = 2  # one more with every change to the results of tasks: those of another revision are not used
+REVISION = 3  # one more with every change to the results of tasks: those of another revision are not used
 RUN, COPIES, REPORT, REJECTED_ROWS = "keys.run", "copies.npy", "report.json", "rejected.jsonl"
 ARRAYS, BAND_RUN, PAIRS = "arrays.npz", "bands.run", "pairs.npy"
 WINDOWS = "windows_"  # begins the name of an array about windows of a number of words
@@ -203,13 +203,15 @@ def _write_survey(result: Path, task_survey: Survey) -> None:
     }
     (result / "counts.json").write_text(json.dumps(counts), encoding="utf-8")
     (result / "val_texts.zst").write_bytes(_compressed(task_survey.val_texts))
+    (result / "groups.zst").write_bytes(_compressed(task_survey.groups))
 
 
-def read_survey(build: Build, number: int, with_texts: bool = False) -> Survey:
+def read_survey(build: Build, number: int, *, with_texts: bool = False, with_groups: bool = False) -> Survey:
     """Returns the survey of a task.
 
     Args:
         with_texts: read the texts that could be val, too.
+        with_groups: read the names of the groups, too.
     """
     result = build.result("survey", number)
     counts = json.loads((result / "counts.json").read_text(encoding="utf-8"))
@@ -217,6 +219,7 @@ def read_survey(build: Build, number: int, with_texts: bool = False) -> Survey:
     rows.add(counts["n_rows"], counts["n_bad"], [Rejected(**row) for row in counts["first"]])
     texts = _decompressed((result / "val_texts.zst").read_bytes()) if with_texts else {}
     val_texts = {int(document): text for document, text in texts.items()}
+    groups = _decompressed((result / "groups.zst").read_bytes()) if with_groups else []
     with np.load(result / ARRAYS) as arrays:
         return Survey(
             arrays["keys"],
@@ -225,6 +228,7 @@ def read_survey(build: Build, number: int, with_texts: bool = False) -> Survey:
             arrays["is_contaminated"],
             np.empty((0, BANDS), np.uint64),  # they are in the sorted run
             val_texts,
+            groups,
             rows,
             Counter(counts["dropped"]),
             counts["languages"],
@@ -374,12 +378,14 @@ def _search(build: Build, number: int, result: Path) -> None:
         ]
 
     shared_bands = common_bands(band_hashes(windows_of_text()) for _, windows_of_text in texts)
-    found = [
+    near_duplicates = [
         (task, document, source)
         for (task, document, _), (_, _, source) in search(shared_bands, texts, build.config.cleaning.near_duplicates)
     ]
-    _save_places(result / COPIES, np.array([place[:2] for place in found], np.int64).reshape(-1, 2))
-    (result / "sources.json").write_text(json.dumps([source for _, _, source in found]), encoding="utf-8")
+    copies = np.array([(task, document) for task, document, _ in near_duplicates], np.int64).reshape(-1, 2)
+    _save_places(result / COPIES, copies)
+    resembled = [source for _, _, source in near_duplicates]
+    (result / "sources.json").write_text(json.dumps(resembled), encoding="utf-8")
 
 
 def _read_windows(path: Path, begin: int, end: int) -> np.ndarray:
@@ -541,7 +547,10 @@ def _write(build: Build, number: int, result: Path) -> None:
     writers = {split: SplitWriter(split, tars) for split in SPLITS}
     report, report_of_val = IngestReport(), IngestReport()
 
-    with (result / REJECTED_ROWS).open("w", encoding="utf-8") as rejected:
+    with ExitStack() as stack:
+        rejected = stack.enter_context((result / REJECTED_ROWS).open("w", encoding="utf-8"))
+        for writer in writers.values():
+            stack.callback(writer.abandon_tar)  # of an error; finished ones stay
         for candidate, record, reason in _read_again(build, number, task_survey, rejected):
             if record is None:
                 report.reject(candidate, source, reason)
@@ -567,8 +576,8 @@ def _write(build: Build, number: int, result: Path) -> None:
                 report_of_val.reject(candidate, source, "overlapping")
             else:
                 report.reject(candidate, source, "contains_val")
-    for writer in writers.values():
-        writer.finish()
+        for writer in writers.values():
+            writer.finish()
 
     shards = {split: [shard.to_json() for shard in tars.finished[split]] for split in SPLITS}
     content = {"report": asdict(report), "report_of_val": asdict(report_of_val), "shards": shards}

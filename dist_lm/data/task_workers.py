@@ -3,6 +3,7 @@
 A lost worker costs the tasks in work: results of all others are on disk. Tasks may end in any order.
 """
 
+import logging
 import multiprocessing
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
@@ -13,6 +14,8 @@ from pathlib import Path
 from dist_lm.data.build_tasks import run_task
 from dist_lm.errors import UserError
 from dist_lm.tokenizer.encode import follow_parent
+
+log = logging.getLogger(__name__)
 
 LOSSES = 3  # losses of workers one after the other, with no task that ends in between
 
@@ -56,9 +59,15 @@ def local_workers(workers: int) -> Iterator[RunPass]:
                 n_losses += 1
                 if n_losses == LOSSES:
                     raise UserError(
-                        f"a process of pass {pass_name} died {LOSSES} times, with {len(left)} tasks left (out of "
-                        f"memory, or killed): set tokenizer.workers below {workers}"
+                        f"a process of pass {pass_name} died {LOSSES} times, with {len(left)} tasks left: give the same"
+                        f" command again; if memory was the reason, with tokenizer.workers below {workers}"
                     ) from error
+                log.warning(
+                    "a process of pass %s has died (%d of %d times in a row): its tasks run again",
+                    pass_name,
+                    n_losses,
+                    LOSSES,
+                )
                 pool = _new_pool(workers)
 
     try:

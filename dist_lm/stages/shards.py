@@ -120,6 +120,8 @@ class Shards(ArtefactStage):
         for name in config.corpus.corpora or {}:
             accepted = "another name: folders of this form hold another content of a corpus"
             require(not BESIDE.fullmatch(name), "the name of a corpus in corpus.corpora", name, accepted)
+        if config.corpus.build == "tasks":
+            require_known_to_tasks(config)
 
     def for_readers(self, config: Config, readers: Sequence[Config]) -> Config:
         """Build only the corpora that later stages read: where these are runs that have begun, in their folders."""
@@ -173,7 +175,7 @@ class Shards(ArtefactStage):
                 config.corpus, config.seed, together=together, earlier=earlier_corpora(config, folders), reader=reader
             )
             if config.corpus.build == "tasks":
-                build_by_tasks(config, names, text_splits, console)
+                build_by_tasks(config, names, missing, text_splits, console)
                 continue
 
             # No train text may contain a held-out text. So the other corpora of texts are compared with val before the
@@ -879,25 +881,44 @@ def name_unread_archives(name: str, inputs: Sequence[Inputs], console: "Console"
             console.line(f"corpus {name}: {hint}")
 
 
-def build_by_tasks(config: Config, names: Sequence[str], text_splits: TextSplits, console: "Console") -> None:
+def require_known_to_tasks(config: Config) -> None:
+    """Refuses settings that a build by tasks does not know; returns nothing.
+
+    Raises:
+        ConfigError: names the keys and the way out.
+    """
+    unknown = ["corpus.cleaning.across_corpora"] if config.corpus.cleaning.across_corpora else []
+    unknown += [
+        f"limit of corpus.corpora.{corpus}[{number}]"
+        for corpus in text_corpora(config.corpus)
+        for number, source in enumerate(corpus_sources(config.corpus, corpus))
+        if source.limit
+    ]
+    if unknown:
+        raise ConfigError(f"corpus.build=tasks does not know {', '.join(unknown)}: set corpus.build=serial")
+
+
+def build_by_tasks(
+    config: Config, names: Sequence[str], missing: Sequence[str], text_splits: TextSplits, console: "Console"
+) -> None:
     """Builds corpora of texts by tasks (`corpus.build=tasks`) in processes of this machine or of a Ray cluster; results
     of tasks of an interrupted build are used again.
 
     Args:
         config: of `with_folders`.
-        names: corpora that are missing.
+        names: corpora to build.
+        missing: all corpora that are missing.
         text_splits: holds the corpora that are compared; it reads none.
 
     Raises:
-        ConfigError: the configuration has what such a build does not know; or as `run_passes`, whose other errors pass.
+        ArtefactError: as `require_compared`; or as `run_passes`, whose other errors pass.
     """
     # Imported here, because runs that find their corpora need none of it.
-    from dist_lm.data.build_by_tasks import plan_of, publish, require_possible, run_passes
+    from dist_lm.data.build_by_tasks import plan_of, publish, run_passes
     from dist_lm.data.build_plan import plan_fingerprint
     from dist_lm.data.build_tasks import REVISION, Build
 
     together, list_inputs = text_splits.together, text_splits.reader.files
-    require_possible(config.corpus, together)
     work = WorkDirectory(Path(config.work_dir))
     tasks, listings = plan_of(config.corpus, together, list_inputs)
     recipes = {name: recipe_of(config, name, text_splits) for name in names}
@@ -905,6 +926,7 @@ def build_by_tasks(config: Config, names: Sequence[str], text_splits: TextSplits
         [REVISION, asdict(config.corpus), plan_fingerprint(tasks), [asdict(recipe) for recipe in recipes.values()]]
     )
     build = Build(work.path.resolve() / "builds" / key[:16])
+    tell_of_builds(build.folder, console)
     build.write(config.corpus, config.seed, work.tokenizer_model, tasks, listings)
 
     with workers_of(config) as workers:
@@ -913,7 +935,8 @@ def build_by_tasks(config: Config, names: Sequence[str], text_splits: TextSplits
             with console.counting(f"{pass_name} of {', '.join(names)}", unit="tasks", total=len(numbers)) as count:
                 yield from map(count.each, workers(folder, pass_name, numbers))
 
-        run_passes(build.folder, tasks, run_pass, names, text_splits.earlier)
+        run_passes(build.folder, tasks, run_pass, names, text_splits.earlier, text_splits.reader)
+    require_compared(config, missing, text_splits)
 
     for name in names:
         inputs = listed_inputs(config.corpus, name, list_inputs)
@@ -927,8 +950,18 @@ def build_by_tasks(config: Config, names: Sequence[str], text_splits: TextSplits
             licences=_licences(config, name),
             inputs=[listing.to_json() for listing in inputs],
             settings=corpus_fingerprint(config, name, together),
+            documents={corpus: text_splits.reader.documents(corpus) for corpus in together},
         )
     shutil.rmtree(build.folder)
+
+
+def tell_of_builds(folder: Path, console: "Console") -> None:
+    """Says whether a build goes on, and which builds of other settings or inputs were not finished."""
+    if folder.exists():
+        console.line(f"{folder}: results of tasks that are there are used again")
+    for path in sorted(folder.parent.glob("*")):
+        if path != folder:
+            console.line(f"{path}: unfinished, of other settings or inputs; remove it if nothing goes on with it")
 
 
 def corpora_read(config: Config, name: str, text_splits: TextSplits) -> Sequence[str]:

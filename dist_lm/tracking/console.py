@@ -168,7 +168,7 @@ class Console:
         """Shows the progress of counted work while the block runs; the block tells the yielded counter. At its end one
         line stays; after an exception none."""
         with self._progress(label, total) as display:
-            counter = Count(display, unit, self._clock)
+            counter = Count(display, unit, self._clock, total)
             yield counter
             display.finish(counter.text())
 

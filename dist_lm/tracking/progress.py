@@ -64,10 +64,11 @@ Display = Work | PlainDisplay
 class Count:
     """Counted work; see `Console.counting`."""
 
-    def __init__(self, display: Display, unit: str, clock: Callable[[], float]) -> None:
+    def __init__(self, display: Display, unit: str, clock: Callable[[], float], total: int | None = None) -> None:
         self._display = display
         self._unit = unit
         self._clock = clock
+        self._total = total
         self._started = clock()
         self.done = 0
 
@@ -85,8 +86,15 @@ class Count:
         """Returns the count and its rate."""
         elapsed = self._clock() - self._started
         text = f"{self.done:,} {self._unit}"
+        if self._total is not None:
+            text = f"{self.done:,} of {self._total:,} {self._unit}"
         if elapsed > 0:
-            text += f" ({self.done / elapsed:,.0f}/s)"
+            rate = self.done / elapsed
+            # A task of a build may take a minute.
+            digits = 0
+            if rate < 10:
+                digits = 1
+            text += f" ({rate:,.{digits}f}/s)"
         return text
 
 

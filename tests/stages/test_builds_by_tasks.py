@@ -27,7 +27,7 @@ from dist_lm.data.journal import REJECTED
 from dist_lm.data.manifest import read_manifest
 from dist_lm.data.shard_writer import read_origins
 from dist_lm.data.task_workers import RunPass, in_this_process, local_workers
-from dist_lm.errors import ChangedInputError, ConfigError, UserError
+from dist_lm.errors import ArtefactError, ChangedInputError, ConfigError, UserError
 from dist_lm.prepare.compose import compose_config
 from dist_lm.stages import shards
 from dist_lm.storage import durable
@@ -91,6 +91,7 @@ def described(folder: Path) -> dict[str, Any]:
     manifest = read_manifest(folder)
     description: dict[str, Any] = {split: manifest.splits[split].languages for split in SPLITS}
     description |= {"content": manifest.content, "ingest": manifest.ingest, "settings": manifest.settings}
+    description["documents"] = manifest.documents
     description["rejected"] = (folder / REJECTED).read_text()
     description["origins"] = {
         split: [origin for shard in manifest.splits[split].shards for origin in read_origins(folder / shard.name)]
@@ -360,13 +361,33 @@ def test_an_input_that_changes_between_passes_is_named(monkeypatch, new_work, tm
     ("changes", "key"),
     [
         ({"cleaning": CleaningConfig(across_corpora=True)}, "corpus.cleaning.across_corpora"),
+        (
+            {"corpora": {"mine": [SourceConfig("files", "", path=["."], limit=3)]}},
+            r"limit of corpus\.corpora\.mine\[0\]",
+        ),
     ],
 )
 def test_what_tasks_cannot_do_is_refused_by_name(new_work, tmp_path, changes, key):
-    """Would find a key that is silently passed over."""
+    """Would find a key that is silently passed over, or found only when the tokenizer is trained."""
     corpus = replace(write_corpora(tmp_path, random.Random(0), held_out=False), **changes)
     with pytest.raises(ConfigError, match=key):
-        build(new_work("refused"), corpus, build="tasks")
+        shards.STAGE.check(config_of(new_work("refused"), corpus, build="tasks"))
+
+
+@pytest.mark.heavy
+def test_a_corpus_that_was_compared_with_other_documents_is_named(monkeypatch, new_work, tmp_path):
+    """Would find train text that holds val of a finished corpus, which never saw it: sizes and times are the same."""
+    corpus = write_corpora(tmp_path, random.Random(0), held_out=False)
+    work = new_work("work")
+    folders = by_tasks(monkeypatch, work, corpus, 3000, in_this_process)
+    shutil.rmtree(folders["second"])
+
+    path = tmp_path / "second" / "rows" / "0.jsonl"
+    times = path.stat()
+    path.write_text(path.read_text().replace(" w", " v"))
+    os.utime(path, ns=(times.st_atime_ns, times.st_mtime_ns))
+    with pytest.raises(ArtefactError, match=r"first was built when corpus second had other documents"):
+        by_tasks(monkeypatch, work, corpus, 3000, in_this_process)
 
 
 ROWS = [f'{{"text": "{number} {" ".join(f"word{number * 20 + i}" for i in range(20))}"}}' for number in range(30)]

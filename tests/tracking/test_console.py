@@ -36,7 +36,7 @@ def test_plain_lines_come_every_ten_seconds_or_tenth_of_the_work() -> None:
             screen.now += 0.1
             assert count.each(item) == item
     assert len(screen.lines()) == 10
-    assert screen.lines()[-1] == "reading: 100 documents (10/s)"
+    assert screen.lines()[-1] == "reading: 100 of 100 documents (10/s)"
 
     screen = Screen()
     with screen.console.counting("reading", unit="documents") as count:
@@ -147,14 +147,14 @@ def test_generating_shows_prompts_speed_and_time_left() -> None:
 
 
 def test_the_last_line_comes_once_when_output_is_no_terminal() -> None:
-    for total, said in ((100, 100), (100, 60), (None, 60)):
+    for total, said, counted in ((100, 100, "100 of 100"), (100, 60, "60 of 100"), (None, 60, "60")):
         screen = Screen()
         with screen.console.counting("reading", unit="documents", total=total) as count:
             for _ in range(said // 20):
                 screen.now += 20
                 count.advance(20)
             screen.now += 1
-        assert [line for line in screen.lines() if f" {said} documents" in line] == screen.lines()[-1:]
+        assert [line for line in screen.lines() if f" {counted} documents" in line] == screen.lines()[-1:]
         assert len(screen.lines()) == said // 20 - 1
 
 

@@ -197,7 +197,7 @@ def test_no_color_and_dumb_terminals(
         count.advance(2)
         if live:
             redraw(console)
-    assert terminal.look()[0].startswith("reading: 2 documents")
+    assert terminal.look()[0].startswith("reading: 2 of 2 documents")
     assert (b"\x1b[?25l" in terminal.written) == live
     assert (b"\x1b[36m" in terminal.written) == coloured
 
@@ -210,5 +210,5 @@ def test_a_file_gets_plain_lines_even_where_colour_is_forced(tmp_path: Path, mon
             count.advance(2)
     text = (tmp_path / "out").read_text()
     assert "\x1b[?25l" not in text
-    assert "reading: 2 documents" in text
+    assert "reading: 2 of 2 documents" in text
     assert "title" not in text
