@@ -110,7 +110,7 @@ def run_passes(
     folder: Path,
     tasks: Sequence[BuildTask],
     run_pass: RunPass,
-    wanted: Sequence[str],
+    built_corpora: Sequence[str],
     earlier: EarlierCorpora,
     reader: SourceReader,
 ) -> None:
@@ -118,7 +118,7 @@ def run_passes(
 
     Args:
         folder: `Build.write` has written settings and plan.
-        wanted: corpora whose tars are written; the others are only compared.
+        built_corpora: corpora whose tars are written; the others are only compared.
         earlier: finished corpora that stay as they are, compared in both directions.
         reader: told which documents each source has given.
 
@@ -145,8 +145,10 @@ def run_passes(
 
     groups, least_val_bytes = choose_val(build, tasks, earlier)
     deque(run_pass(folder, "compare", all_numbers), maxlen=0)
-    choose_rule(build, tasks, wanted, earlier, groups, least_val_bytes)
-    deque(run_pass(folder, "write", [number for number in all_numbers if tasks[number].corpus in wanted]), maxlen=0)
+    choose_rule(build, tasks, built_corpora, earlier, groups, least_val_bytes)
+    deque(
+        run_pass(folder, "write", [number for number in all_numbers if tasks[number].corpus in built_corpora]), maxlen=0
+    )
 
 
 def require_readable(build: Build, tasks: Sequence[BuildTask], reader: SourceReader) -> None:
@@ -272,7 +274,7 @@ def choose_val(
 def choose_rule(
     build: Build,
     tasks: Sequence[BuildTask],
-    wanted: Sequence[str],
+    built_corpora: Sequence[str],
     earlier: EarlierCorpora,
     groups: Mapping[str, Groups],
     least_val_bytes: Mapping[str, int],
@@ -280,11 +282,11 @@ def choose_rule(
     """Merges the comparisons into the complete rule, and numbers tars and documents; writes both.
 
     Args:
-        wanted, earlier: as of `run_passes`.
+        built_corpora, earlier: as of `run_passes`.
         groups, least_val_bytes: as of `choose_val`, for errors.
 
     Raises:
-        NothingHeldOutError: a wanted corpus has no val.
+        NothingHeldOutError: one of these corpora has no val.
         ArtefactError: it has no train.
     """
     val, index = read_val(build)
@@ -299,12 +301,12 @@ def choose_rule(
     leaked |= {rest[number] for number in earlier.contained([val.texts[key] for key in rest])}
     rule = Rule(val.shares, sorted_keys(leaked), sorted_keys(refused))
 
-    n_tars = {corpus: [0] * len(SPLITS) for corpus in wanted}
-    n_documents = {corpus: [0] * len(SPLITS) for corpus in wanted}
+    n_tars = {corpus: [0] * len(SPLITS) for corpus in built_corpora}
+    n_documents = {corpus: [0] * len(SPLITS) for corpus in built_corpora}
     n_overlapping: Counter[str] = Counter()
     first = np.zeros((len(tasks), len(SPLITS), 2), np.int64)
     for number, task in enumerate(tasks):
-        if task.corpus not in wanted:
+        if task.corpus not in built_corpora:
             continue
         counts = np.bincount(fates(build, number, read_survey(build, number), rule), minlength=OVERLAPPING + 1)
         n_overlapping[task.corpus] += int(counts[OVERLAPPING])
@@ -313,7 +315,7 @@ def choose_rule(
             n_tars[task.corpus][split] += bool(n_kept)
             n_documents[task.corpus][split] += n_kept
 
-    for corpus in wanted:
+    for corpus in built_corpora:
         n_train, n_val = n_documents[corpus]
         if not n_val:
             n_chosen = n_overlapping[corpus]

@@ -280,11 +280,11 @@ def sorted_keys(keys: Iterable[bytes]) -> np.ndarray:
     return key_array(sorted(set(keys)))
 
 
-def is_among(keys: np.ndarray, wanted: np.ndarray) -> np.ndarray:
-    """Returns which of `keys`, (D, KEY) uint8, are in `wanted`, which is sorted: (D,) bool."""
-    if not len(wanted):
+def is_among(keys: np.ndarray, members: np.ndarray) -> np.ndarray:
+    """Returns which of `keys`, (D, KEY) uint8, are in `members`, which is sorted: (D,) bool."""
+    if not len(members):
         return np.zeros(len(keys), bool)
     # As texts of fixed length, which numpy compares byte by byte. It ignores zeros at the end, which all keys share.
-    texts, wanted_texts = (np.ascontiguousarray(array).view(f"S{KEY}").ravel() for array in (keys, wanted))
-    places = np.searchsorted(wanted_texts, texts).clip(max=len(wanted_texts) - 1)
-    return wanted_texts[places] == texts
+    texts, member_texts = (np.ascontiguousarray(array).view(f"S{KEY}").ravel() for array in (keys, members))
+    indices = np.searchsorted(member_texts, texts).clip(max=len(member_texts) - 1)
+    return member_texts[indices] == texts

@@ -346,13 +346,13 @@ def _windows(build: Build, number: int, result: Path) -> None:
         numbers = arrays["places"][begin:end, 1].astype(np.int64)
         searches = arrays["searches"][begin:end]
 
-    wanted = set(numbers.tolist())
+    sought = set(numbers.tolist())
     windows: list[np.ndarray] = [np.empty(0, np.uint64)]
     sources: list[str] = []
-    if wanted:
+    if sought:
         documents = (record for _, record, _ in _read_again(build, number, read_survey(build, number)) if record)
         for document_number, record in enumerate(documents):
-            if document_number in wanted:
+            if document_number in sought:
                 windows.append(text_windows(record.document.text))
                 sources.append(record.document.source)
     np.save(result / "windows.npy", np.concatenate(windows))

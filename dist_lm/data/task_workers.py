@@ -44,14 +44,14 @@ def local_workers(workers: int) -> Iterator[RunPass]:
 
     def run(folder: Path, pass_name: str, numbers: Sequence[int]) -> Iterator[int]:
         nonlocal pool
-        left = set(numbers)
+        unfinished = set(numbers)
         n_losses = 0
-        while left:
+        while unfinished:
             try:
-                futures = {pool.submit(run_task, folder, pass_name, number): number for number in sorted(left)}
+                futures = {pool.submit(run_task, folder, pass_name, number): number for number in sorted(unfinished)}
                 for future in as_completed(futures):
                     future.result()
-                    left.discard(futures[future])
+                    unfinished.discard(futures[future])
                     n_losses = 0
                     yield futures[future]
             except BrokenProcessPool as error:
@@ -59,8 +59,8 @@ def local_workers(workers: int) -> Iterator[RunPass]:
                 n_losses += 1
                 if n_losses == LOSSES:
                     raise UserError(
-                        f"a process of pass {pass_name} died {LOSSES} times, with {len(left)} tasks left: give the same"
-                        f" command again; if memory was the reason, with tokenizer.workers below {workers}"
+                        f"a process of pass {pass_name} died {LOSSES} times, with {len(unfinished)} tasks left: "
+                        f"give the same command again; if memory was the reason, with tokenizer.workers below {workers}"
                     ) from error
                 log.warning(
                     "a process of pass %s has died (%d of %d times in a row): its tasks run again",

@@ -1,6 +1,6 @@
 """The controller of RLHF in a process of its own, which the first rank starts (`rlhf.controller=process`).
 
-    first rank    request (JSON), weights  ->   child    a `Controller`, with prompts, environments and engines
+    first rank    call (JSON), weights     ->   child    a `Controller`, with prompts, environments and engines
                   reply (JSON), rollouts   <-
 
 Both ends talk over a socket pair. A message is one byte with two descriptors of shared memory: the message, as
@@ -59,11 +59,11 @@ class Parameter:
     name: str
     dtype: str
     shape: tuple[int, ...]
-    place: int  # bytes
+    begin: int  # byte offset
 
 
 @dataclass(frozen=True)
-class Asked:
+class Call:
     """A call of a controller's method; what a method does not read stays at its default."""
 
     method: str  # start, begin, push, take, answers
@@ -90,7 +90,7 @@ class Failed:
     traceback: str
 
 
-def _send(connection: socket.socket, message: Asked | Done | Failed, large: NodeMemory | None = None) -> None:
+def _send(connection: socket.socket, message: Call | Done | Failed, large: NodeMemory | None = None) -> None:
     memories = [NodeMemory.of(message), *([large] if large else [])]
     socket.send_fds(connection, [MESSAGE], [memory.fileno() for memory in memories])
     memories[0].close()
@@ -131,17 +131,17 @@ class SharedWeights:
         parameters: list[Parameter] = []
         descriptor = os.memfd_create("dist_lm_weights")
         memory = NodeMemory(descriptor)
-        place = 0
+        begin = 0
         for name, tensor in weights:
             values = tensor.detach().cpu().contiguous()
-            parameters.append(Parameter(name, str(values.dtype), tuple(values.shape), place))
+            parameters.append(Parameter(name, str(values.dtype), tuple(values.shape), begin))
             content = values.reshape(-1).view(torch.uint8).numpy().data
             # A call writes 2 GiB at most.
             while content:
-                written = os.pwrite(descriptor, content, place)
-                place, content = place + written, content[written:]
-            place += -place % ALIGNMENT
-        os.ftruncate(descriptor, max(1, place))
+                written = os.pwrite(descriptor, content, begin)
+                begin, content = begin + written, content[written:]
+            begin += -begin % ALIGNMENT
+        os.ftruncate(descriptor, max(1, begin))
         return cls(memory, tuple(parameters))
 
     def stream(self) -> Iterator[tuple[str, torch.Tensor]]:
@@ -149,7 +149,7 @@ class SharedWeights:
         mapped = mmap.mmap(self.memory.fileno(), 0, access=mmap.ACCESS_COPY)
         for parameter in self.parameters:
             dtype, count = DTYPES[parameter.dtype], torch.Size(parameter.shape).numel()
-            values = torch.frombuffer(mapped, dtype=dtype, count=count, offset=parameter.place)
+            values = torch.frombuffer(mapped, dtype=dtype, count=count, offset=parameter.begin)
             yield parameter.name, values.view(parameter.shape)
 
 
@@ -187,7 +187,7 @@ class ControllerProcess:
         self._restarts = 0
         self._process, self._connection = start()
         try:
-            self._ask(Asked("start"))
+            self._ask(Call("start"))
         except BaseException:
             self._kill()
             raise
@@ -200,7 +200,7 @@ class ControllerProcess:
         """Starts, or resumes, with the weights of the state's version, which are read to the end."""
         self._weights = SharedWeights.of(weights)
         self._state = state
-        self._ask(Asked("begin", state=state))
+        self._ask(Call("begin", state=state))
 
     def push(self, version: int, weights: WeightStream) -> None:
         """Reads new weights to the end; they draw later rollouts."""
@@ -208,15 +208,15 @@ class ControllerProcess:
         self._weights = SharedWeights.of(weights)
         pending = {i: scored for i, scored in self._state.pending.items() if i >= version}
         self._state = replace(self._state, version=version, pending=pending)
-        self._ask(Asked("push", version))
+        self._ask(Call("push", version))
 
     def take(self, iteration: int) -> NodeMemory:
         """Waits for the rollouts of an iteration; returns the memory of a `Drawn`."""
         assert self._state is not None
-        done, drawn = self._ask(Asked("take", iteration))
+        reply, drawn = self._ask(Call("take", iteration))
         assert drawn is not None
-        self._state = replace(self._state, position=self._state.position + done.prompts)
-        self._times = dict(done.times)
+        self._state = replace(self._state, position=self._state.position + reply.prompts)
+        self._times = dict(reply.times)
         self._deaths = 0
         return drawn
 
@@ -236,7 +236,7 @@ class ControllerProcess:
         """Returns an answer to each held-out prompt, see `Controller.answers`. Not between `begin` and `end`."""
         assert self._state is None
         self._weights = SharedWeights.of(weights)
-        _, answers = self._ask(Asked("answers", version, seed))
+        _, answers = self._ask(Call("answers", version, seed))
         assert answers is not None
         return answers.read(ScoredRollouts)
 
@@ -253,37 +253,37 @@ class ControllerProcess:
     def __exit__(self, *exception: object) -> None:
         self.close()
 
-    def _ask(self, asked: Asked) -> tuple[Done, NodeMemory | None]:
+    def _ask(self, call: Call) -> tuple[Done, NodeMemory | None]:
         """Returns the reply, of another child if this one dies.
 
         Raises:
             ControllerLostError, RuntimeError, and those of `errors`: see the class.
         """
         try:
-            return self._exchange(asked)
+            return self._exchange(call)
         except _LostError:
             pass
         while True:
             self._start_again()
             with suppress(_LostError):
-                reply = self._exchange(Asked("start"))
+                reply = self._exchange(Call("start"))
                 # The state and its weights are those that the last `begin` or `push` has brought.
                 if self._state is not None:
-                    reply = self._exchange(Asked("begin", state=self._state))
-                return reply if asked.method in ("start", "begin", "push") else self._exchange(asked)
+                    reply = self._exchange(Call("begin", state=self._state))
+                return reply if call.method in ("start", "begin", "push") else self._exchange(call)
 
-    def _exchange(self, asked: Asked) -> tuple[Done, NodeMemory | None]:
-        """Sends a request, with the present weights if it uses them, and waits for the reply.
+    def _exchange(self, call: Call) -> tuple[Done, NodeMemory | None]:
+        """Sends a call, with the present weights if it uses them, and waits for the reply.
 
         Raises:
             _LostError: the child has died.
             RuntimeError, and those of `errors`: see the class.
         """
-        has_weights = asked.method != "take"
+        has_weights = call.method != "take"
         if has_weights:
-            asked = replace(asked, parameters=self._weights.parameters)
+            call = replace(call, parameters=self._weights.parameters)
         try:
-            _send(self._connection, asked, self._weights.memory if has_weights else None)
+            _send(self._connection, call, self._weights.memory if has_weights else None)
             while (received := _receive(self._connection)) is None:
                 self._alive()
         except (EOFError, ConnectionError) as error:
@@ -342,25 +342,25 @@ OpenController = Callable[[WeightStream, Callable[[], None]], AbstractContextMan
 
 
 def serve_controller(connection: socket.socket, open_controller: OpenController) -> None:
-    """Answers the first rank's requests until it closes the socket, or one of them fails."""
+    """Answers the first rank's calls until it closes the socket, or one of them fails."""
     with connection:
         try:
             sign = _signs_of_life(connection)
-            requests = _requests(connection)
-            for asked, large in requests:
-                with open_controller(_weights_of(asked, large), sign) as controller:
+            calls = _calls(connection)
+            for call, large in calls:
+                with open_controller(_weights_of(call, large), sign) as controller:
                     _send(connection, Done())
-                    for asked, large in requests:
-                        done, drawn = _called(controller, asked, large)
-                        _send(connection, done, drawn)
+                    for call, large in calls:
+                        reply, drawn = _called(controller, call, large)
+                        _send(connection, reply, drawn)
         except Exception as error:
             classes = tuple(error_class.__name__ for error_class in type(error).__mro__)
             with suppress(ConnectionError):
                 _send(connection, Failed(classes, str(error), traceback.format_exc()))
 
 
-def _requests(connection: socket.socket) -> Iterator[tuple[Asked, NodeMemory | None]]:
-    """Yields requests with what comes along, until the other end closes."""
+def _calls(connection: socket.socket) -> Iterator[tuple[Call, NodeMemory | None]]:
+    """Yields calls with what comes along, until the other end closes."""
     while True:
         try:
             received = _receive(connection)
@@ -368,29 +368,29 @@ def _requests(connection: socket.socket) -> Iterator[tuple[Asked, NodeMemory | N
             return
         assert received is not None
         message, large = received
-        yield message.read(Asked), large
+        yield message.read(Call), large
 
 
-def _weights_of(asked: Asked, memory: NodeMemory | None) -> WeightStream:
+def _weights_of(call: Call, memory: NodeMemory | None) -> WeightStream:
     assert memory is not None
-    return SharedWeights(memory, asked.parameters).stream()
+    return SharedWeights(memory, call.parameters).stream()
 
 
-def _called(controller: Controller, asked: Asked, large: NodeMemory | None) -> tuple[Done, NodeMemory | None]:
-    """Calls the method of a request; returns the reply with what comes along."""
-    match asked.method:
+def _called(controller: Controller, call: Call, large: NodeMemory | None) -> tuple[Done, NodeMemory | None]:
+    """Makes a call; returns the reply with what comes along."""
+    match call.method:
         case "begin":
-            assert asked.state is not None
-            controller.begin(asked.state, _weights_of(asked, large))
+            assert call.state is not None
+            controller.begin(call.state, _weights_of(call, large))
         case "push":
-            controller.push(asked.version, _weights_of(asked, large))
+            controller.push(call.version, _weights_of(call, large))
         case "take":
-            drawn = controller.take(asked.version)
+            drawn = controller.take(call.version)
             return Done(drawn.scored.prompts, controller.times()), NodeMemory.of(drawn)
         case "answers":
             # Answers come before `begin`, or after the last iteration.
             controller.end()
-            return Done(), NodeMemory.of(controller.answers(asked.version, _weights_of(asked, large), asked.seed))
+            return Done(), NodeMemory.of(controller.answers(call.version, _weights_of(call, large), call.seed))
         case method:
             raise AssertionError(method)
     return Done(), None

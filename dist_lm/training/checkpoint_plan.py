@@ -100,8 +100,8 @@ def replicas_of(tensor: torch.Tensor, rank: int, n_ranks: int) -> tuple[int, ...
     if not isinstance(tensor, DTensor):
         return tuple(range(n_ranks))
     box = tuple(
-        slice(None) if placement.is_replicate() else place
-        for place, placement in zip(coordinate_of_rank(tensor.device_mesh, rank), tensor.placements, strict=True)
+        slice(None) if placement.is_replicate() else coordinate
+        for coordinate, placement in zip(coordinate_of_rank(tensor.device_mesh, rank), tensor.placements, strict=True)
     )
     return tuple(sorted(tensor.device_mesh.mesh[box].flatten().tolist()))
 
@@ -121,13 +121,13 @@ def plan_of(tensors: Mapping[str, torch.Tensor], n_ranks: int, node: Sequence[in
     # Shards that lie side by side are one part: a file has one part of a tensor at most.
     parts, further_parts = [], []
     for name, pieces in pieces_of.items():
-        of_tensor = [_part_of(name, tensors[name].dtype, joined) for joined in joined_boxes(pieces)]
+        of_tensor = [_part_of(name, tensors[name].dtype, box_pieces) for box_pieces in joined_boxes(pieces)]
         parts += of_tensor[:1]
         further_parts += enumerate(of_tensor[1:])
 
     numbers = file_numbers([part.bytes for part in parts], FILE_BYTES)
     last = max(numbers, default=0)
-    numbers += [last + 1 + place for place, _ in further_parts]
+    numbers += [last + 1 + offset for offset, _ in further_parts]
     parts += [part for _, part in further_parts]
 
     last = max(numbers, default=0)
@@ -150,11 +150,11 @@ def file_numbers(sizes: Sequence[int], file_bytes: int) -> list[int]:
     total = sum(sizes)
     n_files = max(1, total // file_bytes)
     starts = list(accumulate(sizes, initial=0))[:-1]
-    places = [start * n_files // total for start in starts]
+    positions = [start * n_files // total for start in starts]
 
     # A part that is larger than a file leaves no number without a file.
-    numbers = {place: number for number, place in enumerate(sorted(set(places)), start=1)}
-    return [numbers[place] for place in places]
+    numbers = {position: number for number, position in enumerate(sorted(set(positions)), start=1)}
+    return [numbers[position] for position in positions]
 
 
 def joined_boxes(pieces: Sequence[Piece]) -> list[list[Piece]]:
@@ -164,18 +164,18 @@ def joined_boxes(pieces: Sequence[Piece]) -> list[list[Piece]]:
         # Boxes that differ along `dim` alone become neighbours.
         across = partial(_other_dimensions, dim)
         boxes.sort(key=lambda box: (across(box), box[0][dim]))
-        joined: list[Box] = []
+        merged: list[Box] = []
         for _, row in groupby(boxes, across):
-            (offsets, shape, members), *others = row
-            for next_offsets, next_shape, next_members in others:
+            (offsets, shape, members), *rest = row
+            for next_offsets, next_shape, next_members in rest:
                 if offsets[dim] + shape[dim] == next_offsets[dim]:
                     shape = (*shape[:dim], shape[dim] + next_shape[dim], *shape[dim + 1 :])
                     members = members + next_members
                 else:
-                    joined.append((offsets, shape, members))
+                    merged.append((offsets, shape, members))
                     offsets, shape, members = next_offsets, next_shape, next_members
-            joined.append((offsets, shape, members))
-        boxes = joined
+            merged.append((offsets, shape, members))
+        boxes = merged
     return [members for _, _, members in boxes]
 
 
