@@ -85,7 +85,7 @@ def write_corpus(folder: Path, n_bytes: int, generator: random.Random) -> tuple[
 
 
 def build_with_workers(work: WorkDirectory, corpus: CorpusConfig, workers: int) -> None:
-    """Runs in a process of its own."""
+    """Builds in a process of its own, whose plan has a task for each file."""
     build_by_tasks.plan_of = partial(plan_of, task_bytes=1)
     config = config_of(work, corpus, build="tasks")
     shards.STAGE.build(replace(config, tokenizer=replace(config.tokenizer, workers=workers)), Console())
@@ -136,7 +136,10 @@ def test_real_text_gives_the_same_bytes_anywhere_and_loses_its_near_duplicates(
     for workers in (1, 2, 4):
         work = new_work(f"workers{workers}")
         started = time.monotonic()
-        build_with_workers(work, corpus, workers)
+        command = multiprocessing.get_context("spawn").Process(target=build_with_workers, args=(work, corpus, workers))
+        command.start()
+        command.join()
+        assert command.exitcode == 0
         print(f"{megabytes} MB, {workers} workers: {time.monotonic() - started:.0f} s")
         files = files_of({"real": work.corpus("real")})
         expected = expected or files
