@@ -1,8 +1,6 @@
 """Programs and their verdicts, limits, what a broken sandbox says, and what is left when the harness is killed."""
 
-import os
 import shutil
-import signal
 import subprocess
 import sys
 import time
@@ -21,6 +19,7 @@ from dist_lm.sandbox.sandbox import Fences, Sandbox, SandboxError, fences
 from dist_lm.storage.process import is_alive, title
 from tests.patience import patient
 from tests.sandbox.as_user import ROOT
+from tests.sandbox.lost_server import kill_server
 from tests.sandbox.test_memory_group import groups_of
 
 pytestmark = pytest.mark.skipif(shutil.which("bwrap") is None, reason="needs bubblewrap")
@@ -180,11 +179,10 @@ print(list({"a", "b", "c", "d", "e", "f"}), random.random(), time.tzname, locale
 def test_a_server_that_is_killed_is_replaced_and_the_program_runs_again():
     with Sandbox() as one:
         assert one.run(Program("python", ""), LIMITS).outcome == "passed"
-        assert one._server
-        killed = one._server._process
-        os.kill(killed.pid, signal.SIGKILL)
+        killed = one._server
+        kill_server(one)
         assert one.run(Program("python", "print(1)"), LIMITS).stdout == ("1\n",)
-        assert one._server._process is not killed
+        assert one._server is not killed
 
 
 def test_a_program_that_had_no_core_is_an_infrastructure_error():

@@ -5,7 +5,6 @@ import shutil
 import time
 from collections.abc import Iterator
 
-import psutil
 import pytest
 
 from dist_lm.sandbox.program import Limits, Program
@@ -14,6 +13,7 @@ from dist_lm.sandbox.session import MOST_CODE, Session, SessionPool, Turn
 from tests.patience import patient
 from tests.sandbox.escapes import ESCAPES, Escape
 from tests.sandbox.greedy_programs import GREEDY
+from tests.sandbox.lost_server import kill_server
 from tests.sandbox.test_escapes import filled, outside
 
 pytestmark = pytest.mark.skipif(shutil.which("bwrap") is None, reason="needs bubblewrap")
@@ -189,13 +189,7 @@ print(os.listdir("/tmp"), len([n for n in os.listdir("/proc") if n.isdigit()]), 
 def test_a_session_whose_sandbox_ends_is_lost_and_goes_on_empty(sandbox: Sandbox, python: Session):
     """Finds a failure of the sandbox that a program could use to have no verdict, on a machine in order."""
     python.run("x = 1")
-    assert sandbox._server
-    # Its processes end one after the other, and one that is left could still answer.
-    server = sandbox._server._process
-    below = psutil.Process(server.pid).children(recursive=True)
-    server.kill()
-    server.wait()
-    psutil.wait_procs(below, timeout=patient(30))
+    kill_server(sandbox)
     assert python.run("x").outcome == "lost"
     assert "NameError" in python.run("x").output
 
