@@ -350,7 +350,8 @@ class Decoder:
             input_ND = x_ND
             h_ND = x_ND if self._norm_after else layer.attention_norm(x_ND)
             qkv_NHK = layer.qkv(h_ND).unflatten(-1, (-1, config.d_head))
-            qk_NHK, v_NGK = qkv_NHK.split([share.n_heads + share.kv_heads, share.kv_heads], dim=1)
+            # `split_with_sizes` is `split` without its Python wrapper, which costs a microsecond.
+            qk_NHK, v_NGK = qkv_NHK.split_with_sizes([share.n_heads + share.kv_heads, share.kv_heads], dim=1)
             if layer.qk_norm is not None:
                 qk_NHK = self._normalise(qk_NHK, layer.qk_norm)
             if v1_NGK is None:
@@ -359,7 +360,7 @@ class Decoder:
                 v_NGK = mix_values(v_NGK, v1_NGK, layer.value_mix)
             if layer.is_rotated:
                 qk_NHK = rotate(qk_NHK, rope)
-            q_NHK, k_NGK = qk_NHK.split([share.n_heads, share.kv_heads], dim=1)
+            q_NHK, k_NGK = qk_NHK.split_with_sizes([share.n_heads, share.kv_heads], dim=1)
             o_NHK = attend(number, q_NHK, k_NGK, v_NGK)
             if self._norm_after:
                 x_ND = x_ND + layer.attention_norm(layer.output(o_NHK.flatten(1)))

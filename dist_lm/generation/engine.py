@@ -70,6 +70,18 @@ class _LogitRows:
     position_B: torch.Tensor  # int64, position of the token to draw
 
 
+@dataclass(frozen=True)
+class _SamplingPlan:
+    """How to draw the next tokens of some sequences: what does not change until one joins or leaves."""
+
+    sequences: list[AnswerSequence]
+    params: list[SamplingParams]
+    seed_B: torch.Tensor  # int64
+    groups: list[DrawGroup]
+    keep_sets: bool  # whether a request asks for sets
+    n_top: int  # most `top_logprobs` of a request
+
+
 class Engine:
     """One model that answers many requests at the same time. With tp > 1, use it as a context manager or `close` it."""
 
@@ -122,10 +134,9 @@ class Engine:
         self._finished: list[Answer | Refusal] = []
         self._adapter_versions: dict[str, int] = {}
 
-        # Kept from the last step, for as long as the same sequences run: (key, plan), see `_plan_for`, and (sequences,
-        # their seeds, their sampling groups), see `_sample`.
+        # Kept from the last step, for as long as the same sequences run; (key, plan), see `_plan_for`.
         self._plan: tuple[tuple[object, ...], DecodePlan] | None = None
-        self._sampling_groups: tuple[list[AnswerSequence], torch.Tensor, list[DrawGroup]] | None = None
+        self._sampling_plan: _SamplingPlan | None = None
 
         checked(config, weights)
         self._decoder = self._build_decoder()
@@ -765,27 +776,35 @@ class Engine:
         position_B: torch.Tensor,
         allowed: Mapping[int, np.ndarray],
     ) -> Choice:
-        """Returns one token for each sequence, on the host; it changes no sequence. Seeds and sampling groups are kept
-        for the next step.
+        """Returns one token for each sequence, on the host; it changes no sequence.
 
         Args:
             logits_BV: fp32.
             position_B: int64, position of the token to draw.
             allowed: bits of the tokens that rows with a constraint may draw.
         """
-        params = [sequence.request.params for sequence in sequences]
+        plan = self._sampling_plan_for(sequences)
         seen = [sequence.tokens for sequence in sequences]
-        adjusted_BV = adjusted(logits_BV, params, seen, [sequence.n_prompt for sequence in sequences])
+        adjusted_BV = adjusted(logits_BV, plan.params, seen, [sequence.n_prompt for sequence in sequences])
         if allowed:
             adjusted_BV = constrained(logits_BV if adjusted_BV is None else adjusted_BV, allowed)
-        # Seeds and parameters change only when a sequence joins or leaves.
-        if self._sampling_groups is None or self._sampling_groups[0] != sequences:
+        uniform_B = uniform(plan.seed_B, position_B)
+        return sample(logits_BV, plan.groups, uniform_B, adjusted_BV, plan.keep_sets, plan.n_top)
+
+    def _sampling_plan_for(self, sequences: list[AnswerSequence]) -> _SamplingPlan:
+        """Returns the last step's plan, if the same sequences draw tokens; otherwise a new plan."""
+        if self._sampling_plan is None or self._sampling_plan.sequences != sequences:
+            params = [sequence.request.params for sequence in sequences]
             (seed_B,) = upload(self.device, torch.tensor([sequence.seed for sequence in sequences]))
-            self._sampling_groups = (sequences, seed_B, group_rows(params, self.device))
-        _, seed_B, groups = self._sampling_groups
-        keep_sets = any(sequence.request.keep_sets for sequence in sequences)
-        n_top = max(row_params.top_logprobs for row_params in params)
-        return sample(logits_BV, groups, uniform(seed_B, position_B), adjusted_BV, keep_sets, n_top)
+            self._sampling_plan = _SamplingPlan(
+                sequences=sequences,
+                params=params,
+                seed_B=seed_B,
+                groups=group_rows(params, self.device),
+                keep_sets=any(sequence.request.keep_sets for sequence in sequences),
+                n_top=max(row_params.top_logprobs for row_params in params),
+            )
+        return self._sampling_plan
 
     def _finish(self, sequence: AnswerSequence, reason: FinishReason) -> None:
         sequence.finish = reason

@@ -106,7 +106,10 @@ class _Packed:
         if added_MN is None and not self._further_weights:
             return product(x_MD, self._first_weight, self._bias, *self._activation)
 
-        first, *further = x_MD.split(self._width, dim=1)
+        # Most layers have one part, and even a split into one costs microseconds.
+        first, further = x_MD, []
+        if self._further_weights:
+            first, *further = x_MD.split(self._width, dim=1)
         if added_MN is None:
             y_MN = product(first, self._first_weight, self._bias, *_NO_ACTIVATION)
         else:

@@ -275,8 +275,7 @@ class PlainDecodePlan:
         # No page changes, so of the mask only the new position has to become visible.
         self.position_B += 1
         self.cell_B += 1
-        row_B = torch.arange(len(self.position_B), device=self.position_B.device)
-        self.bias_B1S[row_B, 0, self.position_B] = 0
+        self.bias_B1S.scatter_(-1, self.position_B[:, None, None], 0.0)
         if self.window is not None:
             self.window_bias_B1S = _within_window(self.bias_B1S, self.position_B, self.window)
 
@@ -428,6 +427,8 @@ class PlainPages(PagedCache):
         self._padding = -share.d_head % ALIGNED
         pages = (max(n_pages, MIN_SLOTS), share.kv_heads, page_tokens, share.d_head + self._padding)
         super().__init__((share.n_layers, *pages), page_tokens, dtype, device)
+        # Each layer reads them in every step, and to index the tensors of all layers costs a microsecond each time.
+        self._key_of_layer, self._value_of_layer = self.key.unbind(), self.value.unbind()
         self._head_G = torch.arange(share.kv_heads, device=device)
         self._has_window = [window is not None for window in share.windows]
         self._window = next((window for window in share.windows if window is not None), None)
@@ -492,11 +493,11 @@ class PlainPages(PagedCache):
         return ((page_N1 * len(self._head_G) + self._head_G) * self.page_tokens + offset_N1).flatten()
 
     def write(self, layer: int, index_X: torch.Tensor, k_NGK: torch.Tensor, v_NGK: torch.Tensor) -> None:
-        for cache, new_NGK in ((self.key, k_NGK), (self.value, v_NGK)):
+        for cache, new_NGK in ((self._key_of_layer[layer], k_NGK), (self._value_of_layer[layer], v_NGK)):
             if self._padding:
                 new_NGK = F.pad(new_NGK, (0, self._padding))
             width = new_NGK.shape[-1]
-            cache[layer].view(-1, width).index_copy_(0, index_X, new_NGK.reshape(-1, width))
+            cache.view(-1, width).index_copy_(0, index_X, new_NGK.reshape(-1, width))
 
     def decode(self, layer: int, q_BHK: torch.Tensor, plan: PlainDecodePlan) -> torch.Tensor:
         """Returns the attention (B, H, K) of one new token per sequence, whose key and value are in the cache already.
@@ -544,7 +545,7 @@ class PlainPages(PagedCache):
 
     def _reads(self, layer: int, plan: PlainDecodePlan) -> list[tuple[torch.Tensor, torch.Tensor, torch.Tensor]]:
         """Returns (keys (n, G, W, K), values, the sequence that reads each slot) for every read of a plan."""
-        key, value = self.key[layer], self.value[layer]
+        key, value = self._key_of_layer[layer], self._value_of_layer[layer]
         if plan.n_leading:
             reads = [(key[: plan.n_leading], value[: plan.n_leading], plan.row_n)]
         else:
@@ -588,7 +589,7 @@ class PlainPages(PagedCache):
             begin += length
             cached_GSK: list[torch.Tensor] = []
             if len(page_P):
-                caches = (self.key[layer], self.value[layer])
+                caches = (self._key_of_layer[layer], self._value_of_layer[layer])
                 cached_GSK = [cache.index_select(0, page_P).transpose(0, 1).flatten(1, 2) for cache in caches]
             for block in blocks:
                 if block.bias_TS is None:

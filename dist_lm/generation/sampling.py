@@ -475,7 +475,8 @@ def _largest(x_BV: torch.Tensor, k: int) -> tuple[torch.Tensor, torch.Tensor]:
     taken."""
     n_tokens = x_BV.shape[-1]
     width = -(-n_tokens // MAX_CHUNKS)
-    if 2 * k * width > n_tokens:  # the chunks would be most of the row
+    # Chunks would be single tokens, or most of the row.
+    if width == 1 or 2 * k * width > n_tokens:
         x_Bk, id_Bk = x_BV.topk(k, dim=-1, sorted=False)
         return x_Bk, id_Bk
 
