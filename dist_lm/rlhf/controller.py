@@ -38,9 +38,10 @@ Work = TypeVar("Work")
 class ControllerState:
     """All that a controller needs to go on where another one was, beside the weights of the version."""
 
-    version: int  # of the policy: finished iterations
+    version: int  # of the weights
     position: int  # position of the next prompt in the order of prompts
     pending: Mapping[int, ScoredRollouts]  # rollouts drawn ahead by older weights, by iteration
+    taken: int = 0  # iterations from number `version` on whose rollouts the ranks have
 
 
 class RolloutController(Protocol):
@@ -177,7 +178,7 @@ class Controller:
     def begin(self, state: ControllerState, weights: WeightStream) -> None:
         """Starts, or resumes, with the weights of the state's version, which are read to the end."""
         self._schedule = self._stack.enter_context(self._new_schedule())
-        self._schedule.begin(state.version, weights, state.pending, state.position)
+        self._schedule.begin(state.version, weights, state.pending, state.position, state.taken)
 
     def push(self, version: int, weights: WeightStream) -> None:
         """Reads new weights to the end; they draw later rollouts."""

@@ -8,8 +8,9 @@ Both ends talk over a socket pair. A message is one byte with two descriptors of
 the memory of the rollouts on to the others as it is. A byte without descriptors is a sign of life. No message is
 unpickled.
 
-If the child dies, the first rank starts another one from the last `ControllerState` and the weights of its version. In
-lock-step that is all a controller goes on from, so the rollouts are the same bit for bit.
+If the child dies, the first rank starts another one from a `ControllerState` and the weights that draw the rollouts
+still to come: those of the present version, and with `max_staleness` in lock-step as many older ones. That is all a
+controller goes on from, so the rollouts are the same bit for bit. Asynchronous sampling goes on from its record.
 """
 
 import logging
@@ -66,7 +67,7 @@ class Parameter:
 class Call:
     """A call of a controller's method; what a method does not read stays at its default."""
 
-    method: str  # start, begin, push, take, answers
+    method: str  # start, begin, push, take, ahead, answers
     version: int = 0  # of the weights; of `take`: the iteration
     seed: int = 0
     state: ControllerState | None = None
@@ -157,7 +158,7 @@ class SharedWeights:
 
 
 class ControllerProcess:
-    """A `Controller` in a child process, for lock-step; a `RolloutController`. As a context manager it ends the child.
+    """A `Controller` in a child process; a `RolloutController`. As a context manager it ends the child.
 
     Methods raise what the controller's raise, by the classes of `errors`; another error is a RuntimeError with the
     traceback of the child. They raise ControllerLostError if the child dies `MOST_DEATHS` times in a row.
@@ -169,6 +170,7 @@ class ControllerProcess:
         weights: WeightStream,
         errors: tuple[type[Exception], ...],
         alive: Callable[[], None] = lambda: None,
+        staleness: int = 0,
     ) -> None:
         """Starts the child and waits until it has its parts.
 
@@ -176,18 +178,22 @@ class ControllerProcess:
             start: starts a process that calls `serve_controller`; see `json_process.start_json_process`. From the main
                 thread: the child dies with the thread that has started it.
             weights: of any version of the policy; read to the end.
-            alive: called regularly while the child works.
+            alive: called regularly while this process waits for the child.
+            staleness: versions between the weights that draw an iteration and the policy; 0 for a schedule that can go
+                on from any weights.
         """
-        self._start, self._alive = start, alive
+        self._start, self._alive, self._staleness = start, alive, staleness
         self._errors = {error.__name__: error for error in errors}
-        self._weights = SharedWeights.of(weights)
-        self._state: ControllerState | None = None  # between `begin` and `end`
+        # From these another child would begin: a state between `begin` and `end`, the weights of its version, and
+        # those that were pushed later.
+        self._state: ControllerState | None = None
+        self._weights = {0: SharedWeights.of(weights)}
         self._times: dict[str, float] = {}
         self._deaths = 0  # since the last rollouts
         self._restarts = 0
         self._process, self._connection = start()
         try:
-            self._ask(Call("start"))
+            self._ask(Call("start"), self._weights[0])
         except BaseException:
             self._kill()
             raise
@@ -198,31 +204,39 @@ class ControllerProcess:
 
     def begin(self, state: ControllerState, weights: WeightStream) -> None:
         """Starts, or resumes, with the weights of the state's version, which are read to the end."""
-        self._weights = SharedWeights.of(weights)
+        self._weights = {state.version: SharedWeights.of(weights)}
         self._state = state
-        self._ask(Call("begin", state=state))
+        self._ask(Call("begin", state=state), self._weights[state.version])
 
     def push(self, version: int, weights: WeightStream) -> None:
         """Reads new weights to the end; they draw later rollouts."""
         assert self._state is not None
-        self._weights = SharedWeights.of(weights)
-        pending = {i: scored for i, scored in self._state.pending.items() if i >= version}
-        self._state = replace(self._state, version=version, pending=pending)
-        self._ask(Call("push", version))
+        self._weights[version] = SharedWeights.of(weights)
+        self._drop_old_weights()
+        self._ask(Call("push", version), self._weights[version])
 
     def take(self, iteration: int) -> NodeMemory:
         """Waits for the rollouts of an iteration; returns the memory of a `Drawn`."""
         assert self._state is not None
         reply, drawn = self._ask(Call("take", iteration))
         assert drawn is not None
-        self._state = replace(self._state, position=self._state.position + reply.prompts)
+        state = self._state
+        pending = {i: scored for i, scored in state.pending.items() if i > iteration}
+        self._state = replace(
+            state, position=state.position + reply.prompts, pending=pending, taken=iteration + 1 - state.version
+        )
+        self._drop_old_weights()
         self._times = dict(reply.times)
         self._deaths = 0
         return drawn
 
     def ahead(self, version: int) -> dict[int, ScoredRollouts]:
-        """Returns no rollouts: in lock-step none are drawn ahead."""
-        return {}
+        """Waits for the rollouts drawn ahead that a checkpoint at `version` keeps, see `Controller.ahead`."""
+        if not self._staleness:
+            return {}
+        _, rollouts = self._ask(Call("ahead", version))
+        assert rollouts is not None
+        return rollouts.read(dict[int, ScoredRollouts])
 
     def end(self) -> None:
         """Answers can still be drawn."""
@@ -235,8 +249,8 @@ class ControllerProcess:
     def answers(self, version: int, weights: WeightStream, seed: int) -> ScoredRollouts:
         """Returns an answer to each held-out prompt, see `Controller.answers`. Not between `begin` and `end`."""
         assert self._state is None
-        self._weights = SharedWeights.of(weights)
-        _, answers = self._ask(Call("answers", version, seed))
+        self._weights = {version: SharedWeights.of(weights)}
+        _, answers = self._ask(Call("answers", version, seed), self._weights[version])
         assert answers is not None
         return answers.read(ScoredRollouts)
 
@@ -253,37 +267,57 @@ class ControllerProcess:
     def __exit__(self, *exception: object) -> None:
         self.close()
 
-    def _ask(self, call: Call) -> tuple[Done, NodeMemory | None]:
-        """Returns the reply, of another child if this one dies.
+    def _drop_old_weights(self) -> None:
+        """Moves the state to the oldest weights that draw rollouts still to be taken, and drops older ones."""
+        assert self._state is not None
+        next_iteration = self._state.version + self._state.taken
+        version = min(max(self._weights), max(self._state.version, next_iteration - self._staleness))
+        self._weights = {kept: weights for kept, weights in self._weights.items() if kept >= version}
+        # The position is that of the next iteration, whatever the version is.
+        self._state = replace(self._state, version=version, taken=next_iteration - version)
+
+    def _ask(self, call: Call, weights: SharedWeights | None = None) -> tuple[Done, NodeMemory | None]:
+        """Returns the reply to a call with these weights, of another child if this one dies.
 
         Raises:
             ControllerLostError, RuntimeError, and those of `errors`: see the class.
         """
         try:
-            return self._exchange(call)
+            return self._exchange(call, weights)
         except _LostError:
             pass
         while True:
             self._start_again()
             with suppress(_LostError):
-                reply = self._exchange(Call("start"))
-                # The state and its weights are those that the last `begin` or `push` has brought.
-                if self._state is not None:
-                    reply = self._exchange(Call("begin", state=self._state))
-                return reply if call.method in ("start", "begin", "push") else self._exchange(call)
+                reply = self._bring_up()
+                # What these bring is in the state and its weights.
+                return reply if call.method in ("start", "begin", "push") else self._exchange(call, weights)
 
-    def _exchange(self, call: Call) -> tuple[Done, NodeMemory | None]:
-        """Sends a call, with the present weights if it uses them, and waits for the reply.
+    def _bring_up(self) -> tuple[Done, NodeMemory | None]:
+        """Lets a new child begin where the last one was; returns its last reply.
+
+        Raises:
+            _LostError, RuntimeError, and those of `errors`: see `_exchange`.
+        """
+        first, *later = sorted(self._weights)
+        reply = self._exchange(Call("start"), self._weights[first])
+        if self._state is not None:
+            reply = self._exchange(Call("begin", state=self._state), self._weights[first])
+            for version in later:
+                reply = self._exchange(Call("push", version), self._weights[version])
+        return reply
+
+    def _exchange(self, call: Call, weights: SharedWeights | None) -> tuple[Done, NodeMemory | None]:
+        """Sends a call with the weights that it reads, and waits for the reply.
 
         Raises:
             _LostError: the child has died.
             RuntimeError, and those of `errors`: see the class.
         """
-        has_weights = call.method != "take"
-        if has_weights:
-            call = replace(call, parameters=self._weights.parameters)
+        if weights:
+            call = replace(call, parameters=weights.parameters)
         try:
-            _send(self._connection, call, self._weights.memory if has_weights else None)
+            _send(self._connection, call, weights.memory if weights else None)
             while (received := _receive(self._connection)) is None:
                 self._alive()
         except (EOFError, ConnectionError) as error:
@@ -387,6 +421,8 @@ def _called(controller: Controller, call: Call, large: NodeMemory | None) -> tup
         case "take":
             drawn = controller.take(call.version)
             return Done(drawn.scored.prompts, controller.times()), NodeMemory.of(drawn)
+        case "ahead":
+            return Done(), NodeMemory.of(controller.ahead(call.version))
         case "answers":
             # Answers come before `begin`, or after the last iteration.
             controller.end()
@@ -397,7 +433,11 @@ def _called(controller: Controller, call: Call, large: NodeMemory | None) -> tup
 
 
 def _signs_of_life(connection: socket.socket) -> Callable[[], None]:
-    """Returns a function that sends a sign of life, from any thread, but not often."""
+    """Returns a function that sends a sign of life, from any thread, but not often.
+
+    Nobody may read the signs for a while, because the first rank trains beside the controller. Those that find no room
+    are left out.
+    """
     lock, sent_at = threading.Lock(), -SIGN_EVERY_S
 
     def sign() -> None:
@@ -408,6 +448,6 @@ def _signs_of_life(connection: socket.socket) -> Callable[[], None]:
             sent_at = time.monotonic()
         # The first rank may be gone, and this process with it soon.
         with suppress(OSError):
-            connection.send(ALIVE)
+            connection.send(ALIVE, socket.MSG_DONTWAIT)
 
     return sign

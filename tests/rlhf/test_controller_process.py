@@ -17,13 +17,14 @@ from dist_lm.errors import ConfigError
 from dist_lm.generation.decoder import WeightStream
 from dist_lm.parallel.node_memory import HAS_SHARED_MEMORY
 from dist_lm.prepare.compose import compose_config
+from dist_lm.rlhf.config import RlhfConfig
 from dist_lm.rlhf.controller import Controller, ControllerState, on_every_rank
 from dist_lm.rlhf.controller_process import ControllerLostError, ControllerProcess, serve_controller
 from dist_lm.rlhf.rollouts import EngineRollouts, ScoredRollouts
 from dist_lm.rlhf.rules import RewardError
 from dist_lm.rlhf.schedule import Drawn
 from dist_lm.stages.rlhf.config import RlhfRunGroup
-from tests.rlhf.toy import LENGTH, WORLD, Toy, engine_of, rollouts_with, supply_of, toy
+from tests.rlhf.toy import LENGTH, WORLD, Saved, Toy, engine_of, rollouts_with, run_from, saving, supply_of, toy
 
 pytestmark = [
     pytest.mark.usefixtures("one_rank"),
@@ -56,8 +57,10 @@ class ServingThread:
 class Served:
     """Starts controllers, whose calls of `take` first call `before_take`."""
 
-    def __init__(self, before_take: Callable[[int], None]) -> None:
-        self.before_take = before_take
+    def __init__(
+        self, before_take: Callable[[int], None], config: RlhfConfig = CONFIG, iterations: int = ITERATIONS
+    ) -> None:
+        self.before_take, self.config, self.iterations = before_take, config, iterations
         self.starts = 0
         self.deaths_at_start = 0
         self.drawn: Drawn | None = None  # in place of rollouts of an engine
@@ -68,7 +71,7 @@ class Served:
             raise SystemExit
         source = EngineRollouts(engine_of())
         source.load_weights(weights, -1)
-        before_take, drawn = self.before_take, self.drawn
+        before_take, drawn, config = self.before_take, self.drawn, self.config
 
         class Breaking(Controller):
             def take(self, iteration: int):
@@ -76,9 +79,11 @@ class Served:
                 before_take(iteration)
                 return drawn or super().take(iteration)
 
-        controller = Breaking(supply_of(CONFIG, source, 0, ()), CONFIG, 0, ITERATIONS)
-        yield controller
-        controller.end()
+        controller = Breaking(supply_of(config, source, 0, ()), config, 0, self.iterations)
+        try:
+            yield controller
+        finally:
+            controller.end()
 
     def start(self) -> Any:
         self.starts += 1
@@ -92,15 +97,23 @@ class Served:
         return ServingThread(serve), connection
 
 
-def run_of(before_take: Callable[[int], None], signs: list[int] | None = None) -> tuple[Toy, Served]:
-    """Trains the toy with a controller that a thread serves."""
-    served, trained = Served(before_take), toy(CONFIG, ITERATIONS)
+def run_of(
+    before_take: Callable[[int], None],
+    signs: list[int] | None = None,
+    config: RlhfConfig = CONFIG,
+    iterations: int = ITERATIONS,
+    start: Saved | None = None,
+    saves: bool = False,
+) -> tuple[Toy, Served, dict[int, Saved]]:
+    """Trains the toy with a controller that a thread serves, from its beginning or from where another was saved."""
+    served, trained = Served(before_take, config, iterations), toy(config, iterations)
+    saved = saving(trained) if saves else {}
     weights = trained.learner.models.policy.model.state_dict().items()
     alive = lambda: signs.append(1) if signs is not None else None  # noqa: E731
-    with ControllerProcess(served.start, weights, (RewardError,), alive) as controller:
+    with ControllerProcess(served.start, weights, (RewardError,), alive, config.drawing_staleness) as controller:
         trained.learner = replace(trained.learner, controller=controller)
-        trained.run()
-    return trained, served
+        run_from(trained, start) if start else trained.run()
+    return trained, served, saved
 
 
 def figures(trained: Toy) -> list[dict[str, float]]:
@@ -126,13 +139,60 @@ def test_numbers_are_those_of_the_first_rank_also_after_deaths():
             raise SystemExit
 
     signs: list[int] = []
-    trained, served = run_of(dies, signs)
+    trained, served, _ = run_of(dies, signs)
     assert served.starts == 3
     assert signs
     assert trained.reports[-1].metrics["perf/controller_restarts"] == 2
     assert figures(trained) == figures(expected)
     weights, expected_weights = (run.learner.models.policy.model.state_dict() for run in (trained, expected))
     assert all(torch.equal(weights[name], expected_weights[name]) for name in expected_weights)
+
+
+def dying_at(*iterations: int) -> Callable[[int], None]:
+    """Returns what lets a controller die before it gives the rollouts of each of these iterations, once."""
+    deaths = [*iterations]
+
+    def dies(iteration: int) -> None:
+        if iteration in deaths:
+            deaths.remove(iteration)
+            raise SystemExit
+
+    return dies
+
+
+@pytest.mark.heavy
+@pytest.mark.parametrize("staleness", [1, 2])
+@pytest.mark.parametrize("rounds", [0, 3])
+def test_rollouts_drawn_ahead_are_those_of_the_first_rank_also_after_deaths(staleness, rounds):
+    """Finds a restart whose rollouts come from newer weights than those that died with the child, at other positions,
+    and a checkpoint that lacks them."""
+    iterations = 6
+    config = RlhfConfig(
+        algorithm="dapo" if rounds else "grpo",
+        prompts=4,
+        samples=2,
+        sampling_rounds=rounds or None,
+        max_new_tokens=6,
+        max_staleness=staleness,
+        lr=1e-3,
+        kl_coefficient=0.0,
+        rewards=LENGTH.rewards,
+    )
+    expected = toy(config, iterations)
+    saved = saving(expected)
+    expected.run()
+
+    trained, served, saved_by_process = run_of(dying_at(0, 2, 3, 5), config=config, iterations=iterations, saves=True)
+    assert served.starts == 5
+    assert figures(trained) == figures(expected)
+    assert {n: (s.values, s.arrays) for n, s in saved_by_process.items()} == {
+        n: (s.values, s.arrays) for n, s in saved.items()
+    }
+
+    # Rollouts of a checkpoint are not drawn again, whoever dies behind it.
+    resumed, served, _ = run_of(dying_at(2, 3, 5), config=config, iterations=iterations, start=saved[2])
+    assert served.starts == 4
+    assert figures(resumed) == figures(expected)[2:]
 
 
 def test_a_controller_that_dies_each_time_ends_the_run():
@@ -217,7 +277,6 @@ def test_a_large_iteration_costs_the_first_rank_next_to_nothing(capsys):
     ("override", "message"),
     [
         ("stage.eval_tasks={own_sql: 0}", "stage.eval_tasks=.*: expected none with rlhf.controller=process"),
-        ("rlhf.max_staleness=1", "rlhf.max_staleness=1: expected 0 with rlhf.controller=process"),
     ],
 )
 def test_a_command_is_refused_before_a_start(override, message):

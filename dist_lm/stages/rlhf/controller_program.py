@@ -45,13 +45,14 @@ ERRORS = (
 
 
 def start_controller(
-    run: RunDirectory, device: torch.device, weights: WeightStream, alive: Callable[[], None]
+    run: RunDirectory, device: torch.device, weights: WeightStream, alive: Callable[[], None], staleness: int
 ) -> ControllerProcess:
     """Starts the controller of a run in a child of this process, the first rank.
 
     Args:
         weights: of any version of the policy; read to the end.
-        alive: called regularly while it works.
+        alive: called regularly while this process waits for it.
+        staleness: as of `ControllerProcess`.
 
     Raises:
         ClusterError, ArtefactError, ConfigError, UserError, PoolFailure: as `open_controller`, in the child.
@@ -64,7 +65,7 @@ def start_controller(
         *(PROGRAM, str(run.path), str(device), str(os.getpid())),
         environment=os.environ | {"PYTHONPATH": os.pathsep.join(path for path in paths if path)},
     )
-    return ControllerProcess(start, weights, ERRORS, alive)
+    return ControllerProcess(start, weights, ERRORS, alive, staleness)
 
 
 @contextmanager
@@ -82,7 +83,10 @@ def opened_controller(
     prompts = read_prompts(config, run, tokenizer, judges=True)
     with ExitStack() as stack:
         pool = stack.enter_context(pool_starter(config, device))
-        yield open_controller(config, run, tokenizer, device, prompts, weights, alive, stack, pool)
+        controller = open_controller(config, run, tokenizer, device, prompts, weights, alive, stack, pool)
+        # What draws beside the learner ends before the engines and environments that it uses.
+        stack.callback(controller.end)
+        yield controller
 
 
 def main() -> None:

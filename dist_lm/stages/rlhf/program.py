@@ -107,7 +107,9 @@ def run_rank(run: RunDirectory, stop: StopRequest, heartbeat: Heartbeat) -> None
         if world.is_first and in_process:
             from dist_lm.stages.rlhf.controller_program import start_controller
 
-            controller = stack.enter_context(start_controller(run, world.device, weights, generating))
+            controller = stack.enter_context(
+                start_controller(run, world.device, weights, generating, config.rlhf.drawing_staleness)
+            )
         elif world.is_first:
             controller = open_controller(
                 config, run, tokenizer, world.device, prompts, weights, generating, stack, pool
