@@ -17,9 +17,10 @@ from dist_lm.errors import ConfigError
 from dist_lm.generation.decoder import WeightStream
 from dist_lm.parallel.node_memory import HAS_SHARED_MEMORY
 from dist_lm.prepare.compose import compose_config
+from dist_lm.rlhf import controller_process
 from dist_lm.rlhf.config import RlhfConfig
 from dist_lm.rlhf.controller import Controller, ControllerState, on_every_rank
-from dist_lm.rlhf.controller_process import ControllerLostError, ControllerProcess, serve_controller
+from dist_lm.rlhf.controller_process import ControllerLostError, ControllerProcess, OpenController, serve_controller
 from dist_lm.rlhf.rollouts import EngineRollouts, ScoredRollouts
 from dist_lm.rlhf.rules import RewardError
 from dist_lm.rlhf.schedule import Drawn
@@ -44,6 +45,18 @@ class ServingThread:
     def __init__(self, work: Callable[[], None]) -> None:
         self._thread = threading.Thread(target=work, daemon=True)
         self._thread.start()
+
+    @classmethod
+    def serving(cls, open_controller: OpenController) -> tuple[Any, socket.socket]:
+        """Starts a thread that serves a controller; returns it with the parent's end of the socket."""
+        connection, child_connection = socket.socketpair()
+
+        def serve() -> None:
+            # A death of the child: it closes its end without a reply.
+            with suppress(SystemExit):
+                serve_controller(child_connection, open_controller)
+
+        return cls(serve), connection
 
     def kill(self) -> None:
         pass
@@ -87,14 +100,7 @@ class Served:
 
     def start(self) -> Any:
         self.starts += 1
-        connection, child_connection = socket.socketpair()
-
-        def serve() -> None:
-            # A death of the child: it closes its end without a reply.
-            with suppress(SystemExit):
-                serve_controller(child_connection, self.opened)
-
-        return ServingThread(serve), connection
+        return ServingThread.serving(self.opened)
 
 
 def run_of(
@@ -233,6 +239,17 @@ def test_an_error_ends_the_run_with_its_message(error, raised):
 
     with pytest.raises(type(raised), match=str(raised)):
         run_of(fails)
+
+
+def test_signs_of_life_that_nobody_reads_hold_up_no_engine(monkeypatch):
+    """Finds engines that stop while the ranks learn, because the socket is full."""
+    monkeypatch.setattr(controller_process, "SIGN_EVERY_S", 0.0)
+    connection, child_connection = socket.socketpair()
+    with connection, child_connection:
+        sign = controller_process._signs_of_life(child_connection)
+        for _ in range(10_000):
+            sign()
+        assert connection.recv(1) == controller_process.ALIVE
 
 
 @pytest.mark.parametrize(
