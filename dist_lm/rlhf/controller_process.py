@@ -13,6 +13,7 @@ still to come: those of the present version, and with `max_staleness` in lock-st
 controller goes on from, so the rollouts are the same bit for bit. Asynchronous sampling goes on from its record.
 """
 
+import json
 import logging
 import mmap
 import os
@@ -21,7 +22,7 @@ import subprocess
 import threading
 import time
 import traceback
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, suppress
 from dataclasses import dataclass, field, replace
 
@@ -29,7 +30,7 @@ import torch
 
 from dist_lm.generation.decoder import WeightStream
 from dist_lm.parallel.node_memory import NodeMemory
-from dist_lm.rlhf.controller import Controller, ControllerState
+from dist_lm.rlhf.controller import Controller, ControllerState, Records
 from dist_lm.rlhf.rollouts import ScoredRollouts
 
 log = logging.getLogger(__name__)
@@ -67,10 +68,11 @@ class Parameter:
 class Call:
     """A call of a controller's method; what a method does not read stays at its default."""
 
-    method: str  # start, begin, push, take, ahead, answers
+    method: str  # start, begin, push, take, ahead, answers, evaluate, records
     version: int = 0  # of the weights; of `take`: the iteration
     seed: int = 0
     state: ControllerState | None = None
+    tasks: tuple[str, ...] = ()  # of `evaluate`
     parameters: tuple[Parameter, ...] = ()  # of the weights that come along
 
 
@@ -157,6 +159,15 @@ class SharedWeights:
 # --- the first rank ---
 
 
+@dataclass(frozen=True)
+class Evaluation:
+    """Tasks that the engines answer."""
+
+    tasks: tuple[str, ...]
+    weights: SharedWeights | None  # None: those that were pushed
+    records: Records = field(default_factory=dict)  # filled once they are there
+
+
 class ControllerProcess:
     """A `Controller` in a child process; a `RolloutController`. As a context manager it ends the child.
 
@@ -188,6 +199,7 @@ class ControllerProcess:
         # those that were pushed later.
         self._state: ControllerState | None = None
         self._weights = {0: SharedWeights.of(weights)}
+        self._evaluations: dict[int, Evaluation] = {}  # those without records, by version, ascending
         self._times: dict[str, float] = {}
         self._deaths = 0  # since the last rollouts
         self._restarts = 0
@@ -225,6 +237,9 @@ class ControllerProcess:
         self._state = replace(
             state, position=state.position + reply.prompts, pending=pending, taken=iteration + 1 - state.version
         )
+        # Evaluations that were queued before these rollouts are done, and their weights can go.
+        for version in [version for version in self._evaluations if version < iteration - self._staleness]:
+            self._collect(version)
         self._drop_old_weights()
         self._times = dict(reply.times)
         self._deaths = 0
@@ -254,6 +269,19 @@ class ControllerProcess:
         assert answers is not None
         return answers.read(ScoredRollouts)
 
+    def evaluate(self, tasks: Sequence[str], version: int, weights: WeightStream | None) -> Callable[[], Records]:
+        """Queues the questions of tasks, see `Controller.evaluate`."""
+        own_weights = SharedWeights.of(weights) if weights is not None else None
+        evaluation = self._evaluations[version] = Evaluation(tuple(tasks), own_weights)
+        self._ask(Call("evaluate", version, tasks=evaluation.tasks), own_weights)
+
+        def wait_for_records() -> Records:
+            if version in self._evaluations:
+                self._collect(version)
+            return evaluation.records
+
+        return wait_for_records
+
     def close(self) -> None:
         """Ends the child, which ends its actors and environments."""
         self._connection.close()
@@ -267,11 +295,19 @@ class ControllerProcess:
     def __exit__(self, *exception: object) -> None:
         self.close()
 
+    def _collect(self, version: int) -> None:
+        """Waits for the records of an evaluation."""
+        _, records = self._ask(Call("records", version))
+        assert records is not None
+        self._evaluations.pop(version).records.update(json.loads(records.read(str)))
+
     def _drop_old_weights(self) -> None:
-        """Moves the state to the oldest weights that draw rollouts still to be taken, and drops older ones."""
+        """Moves the state to the oldest weights that draw rollouts still to be taken, or are evaluated, and drops older
+        ones."""
         assert self._state is not None
         next_iteration = self._state.version + self._state.taken
-        version = min(max(self._weights), max(self._state.version, next_iteration - self._staleness))
+        version = max(self._state.version, next_iteration - self._staleness)
+        version = min(version, *self._weights.keys() & self._evaluations.keys(), max(self._weights))
         self._weights = {kept: weights for kept, weights in self._weights.items() if kept >= version}
         # The position is that of the next iteration, whatever the version is.
         self._state = replace(self._state, version=version, taken=next_iteration - version)
@@ -290,8 +326,9 @@ class ControllerProcess:
             self._start_again()
             with suppress(_LostError):
                 reply = self._bring_up()
-                # What these bring is in the state and its weights.
-                return reply if call.method in ("start", "begin", "push") else self._exchange(call, weights)
+                # A new child has been told what these tell.
+                is_told = call.method in ("start", "begin", "push", "evaluate")
+                return reply if is_told else self._exchange(call, weights)
 
     def _bring_up(self) -> tuple[Done, NodeMemory | None]:
         """Lets a new child begin where the last one was; returns its last reply.
@@ -299,12 +336,21 @@ class ControllerProcess:
         Raises:
             _LostError, RuntimeError, and those of `errors`: see `_exchange`.
         """
-        first, *later = sorted(self._weights)
+        first = min(self._weights)
         reply = self._exchange(Call("start"), self._weights[first])
-        if self._state is not None:
-            reply = self._exchange(Call("begin", state=self._state), self._weights[first])
-            for version in later:
-                reply = self._exchange(Call("push", version), self._weights[version])
+        if self._state is None:
+            return reply
+
+        for version in sorted({*self._weights, *self._evaluations}):
+            weights = self._weights.get(version)
+            if version == first:
+                reply = self._exchange(Call("begin", state=self._state), weights)
+            elif weights:
+                reply = self._exchange(Call("push", version), weights)
+            # The engines may lack the weights, if all their rollouts were taken.
+            if evaluation := self._evaluations.get(version):
+                call = Call("evaluate", version, tasks=evaluation.tasks)
+                reply = self._exchange(call, weights or evaluation.weights)
         return reply
 
     def _exchange(self, call: Call, weights: SharedWeights | None) -> tuple[Done, NodeMemory | None]:
@@ -384,8 +430,9 @@ def serve_controller(connection: socket.socket, open_controller: OpenController)
             for call, large in calls:
                 with open_controller(_weights_of(call, large), sign) as controller:
                     _send(connection, Done())
+                    child = _Child(controller)
                     for call, large in calls:
-                        reply, drawn = _called(controller, call, large)
+                        reply, drawn = child.called(call, large)
                         _send(connection, reply, drawn)
         except Exception as error:
             classes = tuple(error_class.__name__ for error_class in type(error).__mro__)
@@ -410,26 +457,39 @@ def _weights_of(call: Call, memory: NodeMemory | None) -> WeightStream:
     return SharedWeights(memory, call.parameters).stream()
 
 
-def _called(controller: Controller, call: Call, large: NodeMemory | None) -> tuple[Done, NodeMemory | None]:
-    """Makes a call; returns the reply with what comes along."""
-    match call.method:
-        case "begin":
-            assert call.state is not None
-            controller.begin(call.state, _weights_of(call, large))
-        case "push":
-            controller.push(call.version, _weights_of(call, large))
-        case "take":
-            drawn = controller.take(call.version)
-            return Done(drawn.scored.prompts, controller.times()), NodeMemory.of(drawn)
-        case "ahead":
-            return Done(), NodeMemory.of(controller.ahead(call.version))
-        case "answers":
-            # Answers come before `begin`, or after the last iteration.
-            controller.end()
-            return Done(), NodeMemory.of(controller.answers(call.version, _weights_of(call, large), call.seed))
-        case method:
-            raise AssertionError(method)
-    return Done(), None
+@dataclass(frozen=True)
+class _Child:
+    """The controller of the child, and the evaluations that nobody has asked for yet, by version."""
+
+    controller: Controller
+    evaluations: dict[int, Callable[[], Records]] = field(default_factory=dict)
+
+    def called(self, call: Call, large: NodeMemory | None) -> tuple[Done, NodeMemory | None]:
+        """Makes a call; returns the reply with what comes along."""
+        controller = self.controller
+        match call.method:
+            case "begin":
+                assert call.state is not None
+                controller.begin(call.state, _weights_of(call, large))
+            case "push":
+                controller.push(call.version, _weights_of(call, large))
+            case "take":
+                drawn = controller.take(call.version)
+                return Done(drawn.scored.prompts, controller.times()), NodeMemory.of(drawn)
+            case "ahead":
+                return Done(), NodeMemory.of(controller.ahead(call.version))
+            case "answers":
+                # Answers come before `begin`, or after the last iteration.
+                controller.end()
+                return Done(), NodeMemory.of(controller.answers(call.version, _weights_of(call, large), call.seed))
+            case "evaluate":
+                weights = _weights_of(call, large) if large else None
+                self.evaluations[call.version] = controller.evaluate(call.tasks, call.version, weights)
+            case "records":
+                return Done(), NodeMemory.of(json.dumps(self.evaluations.pop(call.version)()))
+            case method:
+                raise AssertionError(method)
+        return Done(), None
 
 
 def _signs_of_life(connection: socket.socket) -> Callable[[], None]:

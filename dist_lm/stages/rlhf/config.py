@@ -332,10 +332,6 @@ class RlhfRunConfig(CorpusFormsConfig):
         has_tasks = bool(self.stage.eval_tasks)
         require(not (self.rlhf.asynchronous and has_tasks), "stage.eval_tasks", self.stage.eval_tasks, accepted)
 
-        accepted = f"none with rlhf.controller={PROCESS}: evaluate checkpoints, or give rlhf.controller={RANK}"
-        is_process = self.rlhf.controller == PROCESS
-        require(not (is_process and has_tasks), "stage.eval_tasks", self.stage.eval_tasks, accepted)
-
         self._check_pretraining()
 
     def _check_pretraining(self) -> None:

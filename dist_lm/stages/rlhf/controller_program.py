@@ -22,6 +22,7 @@ from dist_lm.cluster.events import PoolFailure
 from dist_lm.cluster.pool import ActorsLostError
 from dist_lm.cluster.ray_cluster import ClusterError
 from dist_lm.errors import ArtefactError, ConfigError, UserError
+from dist_lm.evaluation.in_loop import loop_tasks
 from dist_lm.generation.decoder import WeightStream
 from dist_lm.generation.request import RequestError
 from dist_lm.rlhf.controller import Controller
@@ -83,7 +84,8 @@ def opened_controller(
     prompts = read_prompts(config, run, tokenizer, judges=True)
     with ExitStack() as stack:
         pool = stack.enter_context(pool_starter(config, device))
-        controller = open_controller(config, run, tokenizer, device, prompts, weights, alive, stack, pool)
+        tasks = loop_tasks(config, run, tokenizer) if config.stage.eval_tasks else None
+        controller = open_controller(config, run, tokenizer, device, prompts, weights, alive, stack, pool, tasks)
         # What draws beside the learner ends before the engines and environments that it uses.
         stack.callback(controller.end)
         yield controller
