@@ -12,7 +12,7 @@ from dist_lm.dry_run.estimate import FP32_BYTES, element_bytes, estimate_memory
 from dist_lm.dry_run.work import share_of_device
 from dist_lm.model.size import kv_bytes_per_token, parameter_count
 from dist_lm.parallel.layout import Layout, keys_of, shards_key_heads
-from dist_lm.stages.rlhf.config import RlhfRunConfig, rlhf_config
+from dist_lm.stages.rlhf.config import PROCESS, RlhfRunConfig, rlhf_config
 from dist_lm.tracking.readable import gib
 
 
@@ -29,6 +29,7 @@ class RlhfMemory:
     cache_tokens: int  # tokens that the cache has room for
     beside: bool  # whether the engine is on the device of the rank
     in_turns: bool  # whether the cache is freed while the rank trains
+    restart: int  # host memory of the first rank's node: weights for a restart of the controller's process
 
     @property
     def training(self) -> int:
@@ -83,6 +84,9 @@ def rlhf_memory(config: RlhfRunConfig, layout: Layout) -> RlhfMemory:
     fit = int(CACHE_SHARE[config.hardware.device] * free / token_bytes)
     tokens = pool.cache_tokens or min(fit, pool.max_sequences * model.max_seq_len)
 
+    # The weights that draw what is still to come, and new ones on their way (`rlhf/controller_process.py`).
+    copies = config.rlhf.drawing_staleness + 2 if config.rlhf.controller == PROCESS else 0
+
     return RlhfMemory(
         models=models,
         gradients=step.gradients,
@@ -93,6 +97,7 @@ def rlhf_memory(config: RlhfRunConfig, layout: Layout) -> RlhfMemory:
         cache_tokens=tokens,
         beside=config.engine_shares_device,
         in_turns=config.in_turns,
+        restart=copies * size * parameter_count(model),
     )
 
 
@@ -100,7 +105,7 @@ def memory_rows(config: Config, layout: Layout) -> list[tuple[str, str]]:
     """Returns (name, text) of each part of the memory, for people."""
     memory = rlhf_memory(rlhf_config(config), layout)
     freed = ", freed while the rank trains" if memory.in_turns else ""
-    return [
+    rows = [
         ("models", gib(memory.models)),
         ("gradients", gib(memory.gradients)),
         ("optimizer", gib(memory.optimizer)),
@@ -110,6 +115,9 @@ def memory_rows(config: Config, layout: Layout) -> list[tuple[str, str]]:
         ("peak of the rank that trains", share_of_device(memory.training, config.hardware)),
         ("peak of the device that generates", share_of_device(memory.generating, config.hardware)),
     ]
+    if memory.restart:
+        rows.append(("host memory of rank 0: weights for the controller", f"{gib(memory.restart)} at most"))
+    return rows
 
 
 def update_of(config: RlhfRunConfig) -> RlhfRunConfig:

@@ -99,7 +99,12 @@ class AsynchronousSchedule:
         self._sampling: Future[None] | None = None
 
     def begin(
-        self, version: int, weights: WeightStream, pending: Mapping[int, ScoredRollouts], position: int = 0
+        self,
+        version: int,
+        weights: WeightStream,
+        pending: Mapping[int, ScoredRollouts],
+        position: int = 0,
+        taken: int = 0,
     ) -> None:
         """Starts, or resumes, with the weights of `version`, which are read to the end.
 
@@ -110,6 +115,7 @@ class AsynchronousSchedule:
             UserError, PoolFailure: the source cannot load the weights.
         """
         assert not pending, "rollouts of a run that was not asynchronous"
+        assert not taken, "the record tells what was taken"
         self._supply.source.load_weights(weights, version)
         self._version = version
         self._recorded = self._record.assignments()

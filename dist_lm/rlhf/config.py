@@ -204,6 +204,12 @@ class RlhfConfig(_KeysOfAlgorithms, IterationConfig):
         return self.prompts * self.rollouts_per_prompt
 
     @property
+    def drawing_staleness(self) -> int:
+        """Versions between the weights that draw an iteration and the policy, once the run has so many; asynchronous
+        sampling goes on by whatever weights there are, so 0."""
+        return 0 if self.asynchronous else self.max_staleness
+
+    @property
     def algorithm_keys(self) -> AlgorithmKeys:
         """The keys that the algorithm reads, without nulls."""
         return self._algorithm_keys

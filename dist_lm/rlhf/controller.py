@@ -11,7 +11,7 @@ from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack, closing
 from dataclasses import dataclass, field
 from functools import partial
-from typing import Any, Protocol, TypeVar, cast
+from typing import Any, Protocol, cast
 
 from dist_lm.generation.decoder import WeightStream
 from dist_lm.generation.request import SamplingParams
@@ -31,16 +31,18 @@ from dist_lm.rlhf.rollouts import (
 )
 from dist_lm.rlhf.schedule import Drawn, RolloutSchedule, SamplingAgain, Schedule
 
-Work = TypeVar("Work")
+Records = dict[str, list[dict[str, Any]]]
+"""Answers to the questions of tasks with their verdicts, by task; plain JSON."""
 
 
 @dataclass(frozen=True)
 class ControllerState:
     """All that a controller needs to go on where another one was, beside the weights of the version."""
 
-    version: int  # of the policy: finished iterations
+    version: int  # of the weights
     position: int  # position of the next prompt in the order of prompts
     pending: Mapping[int, ScoredRollouts]  # rollouts drawn ahead by older weights, by iteration
+    taken: int = 0  # iterations from number `version` on whose rollouts the ranks have
 
 
 class RolloutController(Protocol):
@@ -59,6 +61,8 @@ class RolloutController(Protocol):
     def times(self) -> dict[str, float]: ...
 
     def answers(self, version: int, weights: WeightStream, seed: int) -> ScoredRollouts: ...
+
+    def evaluate(self, tasks: Sequence[str], version: int, weights: WeightStream | None) -> Callable[[], Records]: ...
 
 
 def on_every_rank(taken: Drawn | NodeMemory | None, world: World) -> Drawn:
@@ -166,6 +170,7 @@ class Controller:
     iterations: int  # length of the whole run
     held_out: Supply | None = None  # for `answers`; None: `supply`
     held_out_prompts: Sequence[Any] = ()
+    answer_tasks: Callable[[Sequence[str]], Records] | None = None  # with the weights of the source, for `evaluate`
     _schedule: Schedule | None = field(init=False, default=None)  # between `begin` and `end`
     _stack: ExitStack = field(init=False, default_factory=ExitStack)
 
@@ -177,7 +182,7 @@ class Controller:
     def begin(self, state: ControllerState, weights: WeightStream) -> None:
         """Starts, or resumes, with the weights of the state's version, which are read to the end."""
         self._schedule = self._stack.enter_context(self._new_schedule())
-        self._schedule.begin(state.version, weights, state.pending, state.position)
+        self._schedule.begin(state.version, weights, state.pending, state.position, state.taken)
 
     def push(self, version: int, weights: WeightStream) -> None:
         """Reads new weights to the end; they draw later rollouts."""
@@ -211,10 +216,15 @@ class Controller:
         rollouts = supply.draw(self.held_out_prompts, 0, 1, self.config, seed)
         return supply.judge(rollouts, expected=self.config.rollouts_per_iteration)
 
-    def queue(self, work: Callable[[], Work], version: int, weights: WeightStream | None) -> Callable[[], Work]:
-        """Queues work that uses the engines, see `RolloutSchedule.queue`."""
+    def evaluate(self, tasks: Sequence[str], version: int, weights: WeightStream | None) -> Callable[[], Records]:
+        """Queues the questions of tasks for the engines, see `RolloutSchedule.queue`; returns what waits for answers.
+
+        Args:
+            weights: of `version`, if they were not pushed.
+        """
         assert isinstance(self._schedule, RolloutSchedule), "tasks beside asynchronous sampling"
-        return self._schedule.queue(work, version, weights)
+        assert self.answer_tasks is not None
+        return self._schedule.queue(partial(self.answer_tasks, tasks), version, weights)
 
     def _new_schedule(self) -> Schedule:
         """Returns what draws the rollouts of this run."""

@@ -8,10 +8,12 @@ Both ends talk over a socket pair. A message is one byte with two descriptors of
 the memory of the rollouts on to the others as it is. A byte without descriptors is a sign of life. No message is
 unpickled.
 
-If the child dies, the first rank starts another one from the last `ControllerState` and the weights of its version. In
-lock-step that is all a controller goes on from, so the rollouts are the same bit for bit.
+If the child dies, the first rank starts another one from a `ControllerState` and the weights that draw the rollouts
+still to come: those of the present version, and with `max_staleness` in lock-step as many older ones. That is all a
+controller goes on from, so the rollouts are the same bit for bit. Asynchronous sampling goes on from its record.
 """
 
+import json
 import logging
 import mmap
 import os
@@ -20,7 +22,7 @@ import subprocess
 import threading
 import time
 import traceback
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, suppress
 from dataclasses import dataclass, field, replace
 
@@ -28,7 +30,7 @@ import torch
 
 from dist_lm.generation.decoder import WeightStream
 from dist_lm.parallel.node_memory import NodeMemory
-from dist_lm.rlhf.controller import Controller, ControllerState
+from dist_lm.rlhf.controller import Controller, ControllerState, Records
 from dist_lm.rlhf.rollouts import ScoredRollouts
 
 log = logging.getLogger(__name__)
@@ -66,10 +68,11 @@ class Parameter:
 class Call:
     """A call of a controller's method; what a method does not read stays at its default."""
 
-    method: str  # start, begin, push, take, answers
+    method: str  # start, begin, push, take, ahead, answers, evaluate, records
     version: int = 0  # of the weights; of `take`: the iteration
     seed: int = 0
     state: ControllerState | None = None
+    tasks: tuple[str, ...] = ()  # of `evaluate`
     parameters: tuple[Parameter, ...] = ()  # of the weights that come along
 
 
@@ -156,8 +159,17 @@ class SharedWeights:
 # --- the first rank ---
 
 
+@dataclass(frozen=True)
+class Evaluation:
+    """Tasks that the engines answer."""
+
+    tasks: tuple[str, ...]
+    weights: SharedWeights | None  # None: those that were pushed
+    records: Records = field(default_factory=dict)  # filled once they are there
+
+
 class ControllerProcess:
-    """A `Controller` in a child process, for lock-step; a `RolloutController`. As a context manager it ends the child.
+    """A `Controller` in a child process; a `RolloutController`. As a context manager it ends the child.
 
     Methods raise what the controller's raise, by the classes of `errors`; another error is a RuntimeError with the
     traceback of the child. They raise ControllerLostError if the child dies `MOST_DEATHS` times in a row.
@@ -169,6 +181,7 @@ class ControllerProcess:
         weights: WeightStream,
         errors: tuple[type[Exception], ...],
         alive: Callable[[], None] = lambda: None,
+        staleness: int = 0,
     ) -> None:
         """Starts the child and waits until it has its parts.
 
@@ -176,18 +189,23 @@ class ControllerProcess:
             start: starts a process that calls `serve_controller`; see `json_process.start_json_process`. From the main
                 thread: the child dies with the thread that has started it.
             weights: of any version of the policy; read to the end.
-            alive: called regularly while the child works.
+            alive: called regularly while this process waits for the child.
+            staleness: versions between the weights that draw an iteration and the policy; 0 for a schedule that can go
+                on from any weights.
         """
-        self._start, self._alive = start, alive
+        self._start, self._alive, self._staleness = start, alive, staleness
         self._errors = {error.__name__: error for error in errors}
-        self._weights = SharedWeights.of(weights)
-        self._state: ControllerState | None = None  # between `begin` and `end`
+        # From these another child would begin: a state between `begin` and `end`, the weights of its version, and
+        # those that were pushed later.
+        self._state: ControllerState | None = None
+        self._weights = {0: SharedWeights.of(weights)}
+        self._evaluations: dict[int, Evaluation] = {}  # those without records, by version, ascending
         self._times: dict[str, float] = {}
         self._deaths = 0  # since the last rollouts
         self._restarts = 0
         self._process, self._connection = start()
         try:
-            self._ask(Call("start"))
+            self._ask(Call("start"), self._weights[0])
         except BaseException:
             self._kill()
             raise
@@ -198,31 +216,42 @@ class ControllerProcess:
 
     def begin(self, state: ControllerState, weights: WeightStream) -> None:
         """Starts, or resumes, with the weights of the state's version, which are read to the end."""
-        self._weights = SharedWeights.of(weights)
+        self._weights = {state.version: SharedWeights.of(weights)}
         self._state = state
-        self._ask(Call("begin", state=state))
+        self._ask(Call("begin", state=state), self._weights[state.version])
 
     def push(self, version: int, weights: WeightStream) -> None:
         """Reads new weights to the end; they draw later rollouts."""
         assert self._state is not None
-        self._weights = SharedWeights.of(weights)
-        pending = {i: scored for i, scored in self._state.pending.items() if i >= version}
-        self._state = replace(self._state, version=version, pending=pending)
-        self._ask(Call("push", version))
+        self._weights[version] = SharedWeights.of(weights)
+        self._drop_old_weights()
+        self._ask(Call("push", version), self._weights[version])
 
     def take(self, iteration: int) -> NodeMemory:
         """Waits for the rollouts of an iteration; returns the memory of a `Drawn`."""
         assert self._state is not None
         reply, drawn = self._ask(Call("take", iteration))
         assert drawn is not None
-        self._state = replace(self._state, position=self._state.position + reply.prompts)
+        state = self._state
+        pending = {i: scored for i, scored in state.pending.items() if i > iteration}
+        self._state = replace(
+            state, position=state.position + reply.prompts, pending=pending, taken=iteration + 1 - state.version
+        )
+        # Evaluations that were queued before these rollouts are done, and their weights can go.
+        for version in [version for version in self._evaluations if version < iteration - self._staleness]:
+            self._collect(version)
+        self._drop_old_weights()
         self._times = dict(reply.times)
         self._deaths = 0
         return drawn
 
     def ahead(self, version: int) -> dict[int, ScoredRollouts]:
-        """Returns no rollouts: in lock-step none are drawn ahead."""
-        return {}
+        """Waits for the rollouts drawn ahead that a checkpoint at `version` keeps, see `Controller.ahead`."""
+        if not self._staleness:
+            return {}
+        _, rollouts = self._ask(Call("ahead", version))
+        assert rollouts is not None
+        return rollouts.read(dict[int, ScoredRollouts])
 
     def end(self) -> None:
         """Answers can still be drawn."""
@@ -235,10 +264,23 @@ class ControllerProcess:
     def answers(self, version: int, weights: WeightStream, seed: int) -> ScoredRollouts:
         """Returns an answer to each held-out prompt, see `Controller.answers`. Not between `begin` and `end`."""
         assert self._state is None
-        self._weights = SharedWeights.of(weights)
-        _, answers = self._ask(Call("answers", version, seed))
+        self._weights = {version: SharedWeights.of(weights)}
+        _, answers = self._ask(Call("answers", version, seed), self._weights[version])
         assert answers is not None
         return answers.read(ScoredRollouts)
+
+    def evaluate(self, tasks: Sequence[str], version: int, weights: WeightStream | None) -> Callable[[], Records]:
+        """Queues the questions of tasks, see `Controller.evaluate`."""
+        own_weights = SharedWeights.of(weights) if weights is not None else None
+        evaluation = self._evaluations[version] = Evaluation(tuple(tasks), own_weights)
+        self._ask(Call("evaluate", version, tasks=evaluation.tasks), own_weights)
+
+        def wait_for_records() -> Records:
+            if version in self._evaluations:
+                self._collect(version)
+            return evaluation.records
+
+        return wait_for_records
 
     def close(self) -> None:
         """Ends the child, which ends its actors and environments."""
@@ -253,37 +295,75 @@ class ControllerProcess:
     def __exit__(self, *exception: object) -> None:
         self.close()
 
-    def _ask(self, call: Call) -> tuple[Done, NodeMemory | None]:
-        """Returns the reply, of another child if this one dies.
+    def _collect(self, version: int) -> None:
+        """Waits for the records of an evaluation."""
+        _, records = self._ask(Call("records", version))
+        assert records is not None
+        self._evaluations.pop(version).records.update(json.loads(records.read(str)))
+
+    def _drop_old_weights(self) -> None:
+        """Moves the state to the oldest weights that draw rollouts still to be taken, or are evaluated, and drops older
+        ones."""
+        assert self._state is not None
+        next_iteration = self._state.version + self._state.taken
+        version = max(self._state.version, next_iteration - self._staleness)
+        version = min(version, *self._weights.keys() & self._evaluations.keys(), max(self._weights))
+        self._weights = {kept: weights for kept, weights in self._weights.items() if kept >= version}
+        # The position is that of the next iteration, whatever the version is.
+        self._state = replace(self._state, version=version, taken=next_iteration - version)
+
+    def _ask(self, call: Call, weights: SharedWeights | None = None) -> tuple[Done, NodeMemory | None]:
+        """Returns the reply to a call with these weights, of another child if this one dies.
 
         Raises:
             ControllerLostError, RuntimeError, and those of `errors`: see the class.
         """
         try:
-            return self._exchange(call)
+            return self._exchange(call, weights)
         except _LostError:
             pass
         while True:
             self._start_again()
             with suppress(_LostError):
-                reply = self._exchange(Call("start"))
-                # The state and its weights are those that the last `begin` or `push` has brought.
-                if self._state is not None:
-                    reply = self._exchange(Call("begin", state=self._state))
-                return reply if call.method in ("start", "begin", "push") else self._exchange(call)
+                reply = self._bring_up()
+                # A new child has been told what these tell.
+                is_told = call.method in ("start", "begin", "push", "evaluate")
+                return reply if is_told else self._exchange(call, weights)
 
-    def _exchange(self, call: Call) -> tuple[Done, NodeMemory | None]:
-        """Sends a call, with the present weights if it uses them, and waits for the reply.
+    def _bring_up(self) -> tuple[Done, NodeMemory | None]:
+        """Lets a new child begin where the last one was; returns its last reply.
+
+        Raises:
+            _LostError, RuntimeError, and those of `errors`: see `_exchange`.
+        """
+        first = min(self._weights)
+        reply = self._exchange(Call("start"), self._weights[first])
+        if self._state is None:
+            return reply
+
+        for version in sorted({*self._weights, *self._evaluations}):
+            weights = self._weights.get(version)
+            if version == first:
+                reply = self._exchange(Call("begin", state=self._state), weights)
+            elif weights:
+                reply = self._exchange(Call("push", version), weights)
+            # The engines may lack the weights, if all their rollouts were taken.
+            if evaluation := self._evaluations.get(version):
+                call = Call("evaluate", version, tasks=evaluation.tasks)
+                reply = self._exchange(call, weights or evaluation.weights)
+        return reply
+
+    def _exchange(self, call: Call, weights: SharedWeights | None) -> tuple[Done, NodeMemory | None]:
+        """Sends a call with the weights that it reads, and waits for the reply.
 
         Raises:
             _LostError: the child has died.
             RuntimeError, and those of `errors`: see the class.
         """
-        has_weights = call.method != "take"
-        if has_weights:
-            call = replace(call, parameters=self._weights.parameters)
+        if weights:
+            call = replace(call, parameters=weights.parameters)
         try:
-            _send(self._connection, call, self._weights.memory if has_weights else None)
+            _send(self._connection, call, weights.memory if weights else None)
             while (received := _receive(self._connection)) is None:
                 self._alive()
         except (EOFError, ConnectionError) as error:
@@ -350,8 +430,9 @@ def serve_controller(connection: socket.socket, open_controller: OpenController)
             for call, large in calls:
                 with open_controller(_weights_of(call, large), sign) as controller:
                     _send(connection, Done())
+                    child = _Child(controller)
                     for call, large in calls:
-                        reply, drawn = _called(controller, call, large)
+                        reply, drawn = child.called(call, large)
                         _send(connection, reply, drawn)
         except Exception as error:
             classes = tuple(error_class.__name__ for error_class in type(error).__mro__)
@@ -376,28 +457,47 @@ def _weights_of(call: Call, memory: NodeMemory | None) -> WeightStream:
     return SharedWeights(memory, call.parameters).stream()
 
 
-def _called(controller: Controller, call: Call, large: NodeMemory | None) -> tuple[Done, NodeMemory | None]:
-    """Makes a call; returns the reply with what comes along."""
-    match call.method:
-        case "begin":
-            assert call.state is not None
-            controller.begin(call.state, _weights_of(call, large))
-        case "push":
-            controller.push(call.version, _weights_of(call, large))
-        case "take":
-            drawn = controller.take(call.version)
-            return Done(drawn.scored.prompts, controller.times()), NodeMemory.of(drawn)
-        case "answers":
-            # Answers come before `begin`, or after the last iteration.
-            controller.end()
-            return Done(), NodeMemory.of(controller.answers(call.version, _weights_of(call, large), call.seed))
-        case method:
-            raise AssertionError(method)
-    return Done(), None
+@dataclass(frozen=True)
+class _Child:
+    """The controller of the child, and the evaluations that nobody has asked for yet, by version."""
+
+    controller: Controller
+    evaluations: dict[int, Callable[[], Records]] = field(default_factory=dict)
+
+    def called(self, call: Call, large: NodeMemory | None) -> tuple[Done, NodeMemory | None]:
+        """Makes a call; returns the reply with what comes along."""
+        controller = self.controller
+        match call.method:
+            case "begin":
+                assert call.state is not None
+                controller.begin(call.state, _weights_of(call, large))
+            case "push":
+                controller.push(call.version, _weights_of(call, large))
+            case "take":
+                drawn = controller.take(call.version)
+                return Done(drawn.scored.prompts, controller.times()), NodeMemory.of(drawn)
+            case "ahead":
+                return Done(), NodeMemory.of(controller.ahead(call.version))
+            case "answers":
+                # Answers come before `begin`, or after the last iteration.
+                controller.end()
+                return Done(), NodeMemory.of(controller.answers(call.version, _weights_of(call, large), call.seed))
+            case "evaluate":
+                weights = _weights_of(call, large) if large else None
+                self.evaluations[call.version] = controller.evaluate(call.tasks, call.version, weights)
+            case "records":
+                return Done(), NodeMemory.of(json.dumps(self.evaluations.pop(call.version)()))
+            case method:
+                raise AssertionError(method)
+        return Done(), None
 
 
 def _signs_of_life(connection: socket.socket) -> Callable[[], None]:
-    """Returns a function that sends a sign of life, from any thread, but not often."""
+    """Returns a function that sends a sign of life, from any thread, but not often.
+
+    Nobody may read the signs for a while, because the first rank trains beside the controller. Those that find no room
+    are left out.
+    """
     lock, sent_at = threading.Lock(), -SIGN_EVERY_S
 
     def sign() -> None:
@@ -408,6 +508,6 @@ def _signs_of_life(connection: socket.socket) -> Callable[[], None]:
             sent_at = time.monotonic()
         # The first rank may be gone, and this process with it soon.
         with suppress(OSError):
-            connection.send(ALIVE)
+            connection.send(ALIVE, socket.MSG_DONTWAIT)
 
     return sign

@@ -240,9 +240,7 @@ class Learner:
         # Metrics describe the policy that drew the rollouts, so they come before the state moves on.
         metrics = iteration_metrics(state, usable, collected, prepared, updates, drawn if self.controller else None)
         state = _after_iteration(updates.state, usable.prompts, collected, metrics)
-        # Asynchronous sampling goes on by whatever weights there are.
-        staleness = 0 if self.config.asynchronous else self.config.max_staleness
-        if draws_rollouts(state.version, staleness, self.iterations):
+        if draws_rollouts(state.version, self.config.drawing_staleness, self.iterations):
             if self.controller:
                 self.controller.push(state.version, self._weights())
             else:

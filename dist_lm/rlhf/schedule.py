@@ -52,7 +52,12 @@ class Schedule(Protocol):
     Leaving it ends its threads."""
 
     def begin(
-        self, version: int, weights: WeightStream, pending: Mapping[int, ScoredRollouts], position: int = 0
+        self,
+        version: int,
+        weights: WeightStream,
+        pending: Mapping[int, ScoredRollouts],
+        position: int = 0,
+        taken: int = 0,
     ) -> None: ...
 
     def push(self, version: int, weights: WeightStream) -> None: ...
@@ -105,7 +110,12 @@ class RolloutSchedule:
             self._thread, self._judging_thread = ThreadPoolExecutor(1, "rollouts"), ThreadPoolExecutor(1, "rules")
 
     def begin(
-        self, version: int, weights: WeightStream, pending: Mapping[int, ScoredRollouts], position: int = 0
+        self,
+        version: int,
+        weights: WeightStream,
+        pending: Mapping[int, ScoredRollouts],
+        position: int = 0,
+        taken: int = 0,
     ) -> None:
         """Starts, or resumes, with the weights of `version`; `pending` rollouts are taken over and not drawn again.
 
@@ -115,7 +125,8 @@ class RolloutSchedule:
         Args:
             weights: read to the end.
             pending: rollouts with their scores, by iteration.
-            position: position of the first prompt of iteration `version`.
+            position: position of the first prompt of iteration `version + taken`.
+            taken: iterations from number `version` on that nobody asks for: another schedule has drawn them.
 
         Raises:
             RewardError: rules failed on too many of the `pending` rollouts of an old checkpoint. Those are judged here
@@ -132,7 +143,7 @@ class RolloutSchedule:
                 scored = self._judge(scored.rollouts)
             self._drawn[iteration] = partial(Drawn, scored, 0.0, 0.0)
 
-        ahead = range(version, min(version + self._staleness + 1, self._iterations))
+        ahead = range(version + taken, min(version + self._staleness + 1, self._iterations))
         self._submit(version, weights, [iteration for iteration in ahead if iteration not in pending])
 
     def push(self, version: int, weights: WeightStream) -> None:

@@ -18,8 +18,10 @@ from dist_lm.prepare.compose import compose_config
 from dist_lm.rlhf.schedule_record import SCHEDULE
 from dist_lm.stages.rlhf.stage import check_inputs
 from dist_lm.storage.run_directory import RunDirectory, WorkDirectory
+from tests.cluster.launched import ranks_on
+from tests.cluster.test_controller_run import controllers_of, killed
 from tests.cluster.test_environment_run import ENVIRONMENT, overrides_of, prepared, started_work
-from tests.cluster.test_rlhf_run import kill_in_turn
+from tests.cluster.test_rlhf_run import actors_of, kill_in_turn
 from tests.training_run import linked, numbers, train
 
 pytestmark = [pytest.mark.cluster, pytest.mark.heavy]
@@ -108,22 +110,30 @@ def test_losses_follow_from_the_schedule(until, finished, tmp_path):
 
 
 @pytest.mark.timeout(1800)
-@pytest.mark.parametrize("kills", [2, pytest.param(10, marks=pytest.mark.bars)])
-def test_a_run_with_actors_is_a_function_of_its_schedule_wherever_it_was_killed(kills, started_work, tmp_path):
+@pytest.mark.parametrize(
+    ("controller", "kills"),
+    [("rank", 2), ("process", 2), *(pytest.param(name, 10, marks=pytest.mark.bars) for name in ("rank", "process"))],
+)
+def test_a_run_with_actors_is_a_function_of_its_schedule_wherever_it_was_killed(
+    controller, kills, started_work, tmp_path
+):
     """Finds a restart that takes other groups than before, and bits that depend on the actors: the schedule of a run
-    with an actor, of which ranks and actors are killed, gives the same numbers without any."""
+    with an actor, of which ranks, actors and the controller's process are killed, gives the same numbers in one rank
+    without any."""
+    name = f"{controller}_{kills}"
     command = overrides_of(
         started_work,
         tmp_path,
         *SETTINGS,
-        f"run_id=killed_{kills}",
+        f"run_id={name}",
+        f"rlhf.controller={controller}",
         "rlhf.pool.actors=1",
         f"stage.steps={4 * kills}",
         f"cluster.max_restarts={kills}",
         "cluster.connect_timeout_s=120",
     )
     make_slow(tmp_path)
-    run = started_work.run("rlhf", f"killed_{kills}")
+    run = started_work.run("rlhf", name)
     process = subprocess.Popen(
         [sys.executable, "-m", "dist_lm.launch", *command],
         stdout=subprocess.PIPE,
@@ -132,7 +142,12 @@ def test_a_run_with_actors_is_a_function_of_its_schedule_wherever_it_was_killed(
         env=os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)},
         start_new_session=True,
     )
-    kill_in_turn(process, run, kills, every=3)
+    if controller == "rank":
+        kill_in_turn(process, run, kills, every=3)
+    else:
+        kinds = [lambda: controllers_of(run), lambda: ranks_on(run), lambda: actors_of(process)]
+        killed(process, run, [(3 * kill + 1, kinds[kill % 3]) for kill in range(kills)])
+        assert controllers_of(run) == []
 
     lines = replayed(run)
     assert len(lines) == 4 * kills
@@ -140,7 +155,8 @@ def test_a_run_with_actors_is_a_function_of_its_schedule_wherever_it_was_killed(
 
     again = copy_of(run, tmp_path, until=0)
     config = again.config.read_text()
-    again.config.write_text(re.sub(r"(?m)^(    actors): 1$", r"\1: 0", config))
+    without_actors = re.sub(r"(?m)^(    actors): 1$", r"\1: 0", config)
+    again.config.write_text(without_actors.replace("controller: process", "controller: rank"))
     assert again.config.read_text() != config
     train(again, ranks=1)
     assert numbers(again) == numbers(run)

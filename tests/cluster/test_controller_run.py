@@ -18,6 +18,7 @@ from dist_lm.training import checkpoint_files
 from tests.cluster.launched import assert_gone, is_alive, ranks_on, steps_of, wait_until
 from tests.cluster.test_environment_run import overrides_of, prepared
 from tests.cluster.test_rlhf_run import actors_of, launch, prepare, started_work, work_of
+from tests.stages.test_eval_tasks import tasks_of
 from tests.training_run import DEADLINE_S, numbers, train
 
 pytestmark = [pytest.mark.cluster, pytest.mark.heavy]
@@ -115,6 +116,22 @@ def test_conversations_are_those_of_the_first_rank_after_a_death(started_work, t
     run = works[1].run("rlhf", "default")
     killed(process, run, [(1, lambda: controllers_of(run))])
     assert_equal_runs(run, reference)
+
+
+@pytest.mark.timeout(1800)
+def test_tasks_and_rollouts_drawn_ahead_are_those_of_the_first_rank_after_a_death(started_work, tmp_path):
+    """Finds tasks that the child answers by other weights, or whose answers a death loses."""
+    more = ("stage.steps=5", "rlhf.max_staleness=1", "stage.eval_tasks={own_sql: 2}", "stage.eval_new_tokens=6")
+    reference = prepare(work_of(started_work, tmp_path / "expected"), *more)
+    train(reference, ranks=1)
+
+    work = work_of(started_work, tmp_path / "killed")
+    process = launch(work, *more, "rlhf.controller=process", "rlhf.pool.actors=1")
+    run = work.run("rlhf", "default")
+    killed(process, run, [(2, lambda: controllers_of(run))])
+    assert_equal_runs(run, reference)
+    assert tasks_of(run) == tasks_of(reference)
+    assert [*tasks_of(run)] == [2, 4, 5]
 
 
 @pytest.mark.bars

@@ -52,3 +52,12 @@ def test_a_cache_that_does_not_fit_is_said_so():
     *_, training, generating = memory_rows(config, LAYOUT)
     assert "does not fit" in generating[1]
     assert "does not fit" not in training[1]
+
+
+@pytest.mark.parametrize(("staleness", "copies"), [(0, 2), (2, 4)])
+def test_weights_for_a_restart_of_the_controller_are_counted(staleness, copies):
+    """Finds a node whose memory is full of weights that no estimate has named."""
+    overrides = ("rlhf.pool.actors=1", "rlhf.pool.tp=1", f"rlhf.max_staleness={staleness}")
+    apart = memory_of(*overrides, "rlhf.controller=process")
+    assert apart.restart == copies * apart.engine
+    assert memory_of(*overrides).restart == 0

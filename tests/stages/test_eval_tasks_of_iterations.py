@@ -1,18 +1,17 @@
 """Tasks in stage rlhf: answered by the engine that draws rollouts, with the policy of their iteration."""
 
 from pathlib import Path
-from types import SimpleNamespace
-from typing import Any
 
 import pytest
 
-from dist_lm.evaluation.in_loop import Round
+from dist_lm.evaluation.in_loop import LoopTasks
 from dist_lm.evaluation.tasks import Item
 from dist_lm.generation.request import SamplingParams
 from dist_lm.model.keyed_random import initialise
 from dist_lm.model.transformer import Transformer
 from dist_lm.rlhf.rollouts import EngineRollouts
-from dist_lm.stages.rlhf.evaluations import TasksOfIterations
+from dist_lm.sandbox.pool import SandboxPool
+from dist_lm.stages.rlhf.controller import answer_tasks
 from dist_lm.storage.run_directory import WorkDirectory
 from tests.cluster.test_rlhf_run import prepare, work_of
 from tests.rlhf.toy import MODEL, engine_of
@@ -60,11 +59,10 @@ def test_a_question_that_the_engine_refuses_is_recorded_and_does_not_end_trainin
         passed = {"passed": True, "outcome": "passed"}
         return Item(name, "", [token], SamplingParams(2), 1, lambda *_: lambda: passed)
 
-    asked = Round([("bfcl", item("strange", 10**6)), ("bfcl", item("known", 1))], seed=0)
-    parts: Any = SimpleNamespace(sandboxes=lambda _: None)
+    tasks = LoopTasks({"bfcl": 0}, {"bfcl": [item("strange", 10**6), item("known", 1)]}, steps=1, seed=0)
     source, model = EngineRollouts(engine_of()), Transformer(MODEL)
     initialise(model, 0)
     source.load_weights(model.state_dict(), 0)
-    records = TasksOfIterations(parts, source, 0)._evaluate(asked)["bfcl"]
+    records = answer_tasks(source, tasks, SandboxPool, ["bfcl"])["bfcl"]
     assert [(one["id"], one["outcome"]) for one in records] == [("strange", "refused"), ("known", "passed")]
     assert records[0]["error"].startswith("prompt has token 1000000")

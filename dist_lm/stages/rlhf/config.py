@@ -71,7 +71,7 @@ class RlhfRunGroup(RlhfConfig):
     environment_limits: EnvironmentLimitsConfig = field(default_factory=EnvironmentLimitsConfig)
     environments_at_once: int = 64  # most conversations at a time
     # where prompts, environments, rules and the order of drawing are: in the first rank, or in a process that it
-    # starts, and starts again if that dies. process: with actors, in lock-step
+    # starts, and starts again if that dies. process: with actors
     controller: str = RANK
     # false: each save removes the recorded conversations of iterations before the oldest kept checkpoint
     keep_conversations: bool = True
@@ -158,8 +158,6 @@ class RlhfRunGroup(RlhfConfig):
             return
         way_out = f"with rlhf.controller={PROCESS}; or give rlhf.controller={RANK}"
         require(self.pool.actors != 0, "rlhf.pool.actors", 0, f"actors, or -1 for as many as fit, {way_out}")
-        require(not self.asynchronous, "rlhf.asynchronous", "true", f"false {way_out}")
-        require(self.max_staleness == 0, "rlhf.max_staleness", self.max_staleness, f"0 {way_out}")
         # Weights reach the controller through memory of the node, not from the memory of a rank's GPU.
         require(self.pool.push != PUSH_DIRECT, "rlhf.pool.push", PUSH_DIRECT, f"{PUSH_AUTO} or {PUSH_RAY} {way_out}")
 
@@ -333,10 +331,6 @@ class RlhfRunConfig(CorpusFormsConfig):
         accepted = "none with rlhf.asynchronous, whose engines are never free to answer them; evaluate checkpoints"
         has_tasks = bool(self.stage.eval_tasks)
         require(not (self.rlhf.asynchronous and has_tasks), "stage.eval_tasks", self.stage.eval_tasks, accepted)
-
-        accepted = f"none with rlhf.controller={PROCESS}: evaluate checkpoints, or give rlhf.controller={RANK}"
-        is_process = self.rlhf.controller == PROCESS
-        require(not (is_process and has_tasks), "stage.eval_tasks", self.stage.eval_tasks, accepted)
 
         self._check_pretraining()
 

@@ -1,7 +1,7 @@
 """The controller of stage `rlhf`, on the first rank: prompts, rules or environments, source of rollouts."""
 
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import TYPE_CHECKING
@@ -15,16 +15,18 @@ from dist_lm.config.pool import PUSH_AUTO, PUSH_RAY
 from dist_lm.config.root import TRUST_ME
 from dist_lm.environments.protocol import Task
 from dist_lm.errors import ArtefactError
+from dist_lm.evaluation.in_loop import LoopTasks
 from dist_lm.generation.decoder import WeightStream
 from dist_lm.generation.grammar import Grammars
 from dist_lm.parallel.sharding import compute_dtype
 from dist_lm.rlhf.config import CALLS
 from dist_lm.rlhf.constrained_rollouts import RolloutConstraints
-from dist_lm.rlhf.controller import Controller, RolloutSupply
+from dist_lm.rlhf.controller import Controller, Records, RolloutSupply
 from dist_lm.rlhf.environment_rollouts import SignsOfLife
 from dist_lm.rlhf.rewards import Judge, Tasks
 from dist_lm.rlhf.rollouts import EngineRollouts, RolloutSource, ShuffledPrompts
 from dist_lm.rlhf.waiting_times import WaitingTimes
+from dist_lm.sandbox.pool import Sandboxes
 from dist_lm.stages.pool_start import PoolStarter
 from dist_lm.stages.rlhf.config import PROCESS, RlhfRunConfig
 from dist_lm.stages.rlhf.constraint import NO_TOOLS, constraint_of_index
@@ -99,6 +101,7 @@ def open_controller(
     alive: Callable[[], None],
     stack: ExitStack,
     pool: PoolStarter | None,
+    tasks: LoopTasks | None,
 ) -> Controller:
     """Returns a controller with prompts, rules and source of rollouts in this process.
 
@@ -108,6 +111,7 @@ def open_controller(
         alive: called regularly during generation.
         stack: closes rules, environments and source.
         pool: the cluster of the actors; None: an engine in this process.
+        tasks: those of stage.eval_tasks, which the source answers; None: there are none.
 
     Raises:
         ClusterError: Ray has no free resources for an actor.
@@ -123,23 +127,28 @@ def open_controller(
         Controller, config=settings, seed=config.seed, iterations=config.stage.steps, held_out_prompts=held_out
     )
 
+    on_nodes = partial(sandboxes_of, pool.cluster if pool else None)
+    trust_me = config.sandbox == TRUST_ME
+
+    def answering(source: RolloutSource) -> Callable[[Sequence[str]], Records] | None:
+        return partial(answer_tasks, source, tasks, partial(on_nodes, 0, trust_me)) if tasks else None
+
     if not isinstance(train, Prompts):
         source = stack.enter_context(rollout_source(config, tokenizer, weights, device, generating, pool))
         environments = open_environment_supply(config, run, tokenizer, train, source, stack, generating)
         # Conversations about held-out tasks are not recorded.
         compared = replace(environments, folder=None, waiting=WaitingTimes())
-        return to_controller(environments, held_out=compared)
+        return to_controller(environments, held_out=compared, answer_tasks=answering(source))
 
     # Programs of a reward of kind tests run on the cores of all nodes of the pool's cluster.
-    on_nodes = partial(sandboxes_of, pool.cluster if pool else None)
-    tasks = Tasks(tasks_of(settings, tokenizer), config.sandbox == TRUST_ME, on_nodes, config.seed)
+    tests = Tasks(tasks_of(settings, tokenizer), trust_me, on_nodes, config.seed)
     order = ShuffledPrompts(train, config.seed)
     judge = Judge(
         settings.rewards,
         tokenizer.decode,
         settings.max_failed_fraction,
         generating,
-        tasks,
+        tests,
         request_reader(tokenizer),
         lambda position: train.row_of(order.index(position)),
     )
@@ -157,7 +166,26 @@ def open_controller(
     assert isinstance(held_out, Prompts)
     constraint_of_held_out = constraint_of_index(settings, held_out, tokenizer) if settings.constraint else None
     compared = replace(supply, judge=judge.for_prompts(held_out.row_of), constraint_at=constraint_of_held_out)
-    return to_controller(supply, held_out=compared)
+    return to_controller(supply, held_out=compared, answer_tasks=answering(source))
+
+
+def answer_tasks(
+    source: RolloutSource, tasks: LoopTasks, open_sandboxes: Callable[[], Sandboxes], names: Sequence[str]
+) -> Records:
+    """Returns the answers to the questions of these tasks with their verdicts, drawn by the weights of the source.
+
+    Args:
+        open_sandboxes: for the programs of tasks with code.
+
+    Raises:
+        UserError, PoolFailure: of the source, see `RolloutSource`.
+        SandboxError: no node has a sandbox for the programs of a task.
+    """
+    questions = tasks.of(names)
+    with open_sandboxes() if questions.executes else nullcontext() as sandboxes:
+        for answer in source.results(questions.requests):
+            questions.take(answer, sandboxes)
+        return questions.records(lambda: None)
 
 
 @contextmanager

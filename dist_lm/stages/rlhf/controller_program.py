@@ -22,6 +22,7 @@ from dist_lm.cluster.events import PoolFailure
 from dist_lm.cluster.pool import ActorsLostError
 from dist_lm.cluster.ray_cluster import ClusterError
 from dist_lm.errors import ArtefactError, ConfigError, UserError
+from dist_lm.evaluation.in_loop import loop_tasks
 from dist_lm.generation.decoder import WeightStream
 from dist_lm.generation.request import RequestError
 from dist_lm.rlhf.controller import Controller
@@ -45,13 +46,14 @@ ERRORS = (
 
 
 def start_controller(
-    run: RunDirectory, device: torch.device, weights: WeightStream, alive: Callable[[], None]
+    run: RunDirectory, device: torch.device, weights: WeightStream, alive: Callable[[], None], staleness: int
 ) -> ControllerProcess:
     """Starts the controller of a run in a child of this process, the first rank.
 
     Args:
         weights: of any version of the policy; read to the end.
-        alive: called regularly while it works.
+        alive: called regularly while this process waits for it.
+        staleness: as of `ControllerProcess`.
 
     Raises:
         ClusterError, ArtefactError, ConfigError, UserError, PoolFailure: as `open_controller`, in the child.
@@ -64,7 +66,7 @@ def start_controller(
         *(PROGRAM, str(run.path), str(device), str(os.getpid())),
         environment=os.environ | {"PYTHONPATH": os.pathsep.join(path for path in paths if path)},
     )
-    return ControllerProcess(start, weights, ERRORS, alive)
+    return ControllerProcess(start, weights, ERRORS, alive, staleness)
 
 
 @contextmanager
@@ -82,7 +84,11 @@ def opened_controller(
     prompts = read_prompts(config, run, tokenizer, judges=True)
     with ExitStack() as stack:
         pool = stack.enter_context(pool_starter(config, device))
-        yield open_controller(config, run, tokenizer, device, prompts, weights, alive, stack, pool)
+        tasks = loop_tasks(config, run, tokenizer) if config.stage.eval_tasks else None
+        controller = open_controller(config, run, tokenizer, device, prompts, weights, alive, stack, pool, tasks)
+        # What draws beside the learner ends before the engines and environments that it uses.
+        stack.callback(controller.end)
+        yield controller
 
 
 def main() -> None:

@@ -6,7 +6,6 @@ Dimensions: P prompts, D rollouts drawn, B of these that have a score.
 import logging
 import time
 from collections.abc import Callable, Sequence
-from contextlib import nullcontext
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
@@ -14,31 +13,24 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from dist_lm.cluster.ray_cluster import RayCluster
-from dist_lm.evaluation.in_loop import Round, loop_tasks
-from dist_lm.evaluation.tasks import Record
 from dist_lm.model.transformer import Transformer
 from dist_lm.parallel.mesh import adds_sums
-from dist_lm.rlhf.controller import Controller, RolloutController
+from dist_lm.rlhf.controller import Records, RolloutController
 from dist_lm.rlhf.experience import add_up, end_scores, with_signs_of_life
 from dist_lm.rlhf.models import RlhfModels, as_reference, dealing, sent_weights
 from dist_lm.rlhf.reward_model import RewardScale
 from dist_lm.rlhf.rewards import UsableRollouts, share_usable, total_score
-from dist_lm.rlhf.rollouts import Rollouts, RolloutSource, read_to_end
+from dist_lm.rlhf.rollouts import Rollouts, read_to_end
 from dist_lm.rlhf.schedule import draws_rollouts
 from dist_lm.stages.rlhf.config import RlhfRunConfig
 from dist_lm.stages.training.eval_tasks import Evaluated
 from dist_lm.stages.training.program import RankStart
-from dist_lm.storage.run_directory import RunDirectory
-from dist_lm.tracking.metrics import MetricsWriter
-from dist_lm.training.heartbeat import Heartbeat, Phase
+from dist_lm.training.heartbeat import Phase
 
 log = logging.getLogger(__name__)
 
 POLICY_SEED, REFERENCE_SEED = 1, 2  # added to the seed of the run
 POLICY_VERSION, REFERENCE_VERSION = -2, -3  # weight versions for the pool, different from those of all iterations
-
-Records = dict[str, list[Record]]
 
 # --- win rate ---
 
@@ -144,7 +136,6 @@ class TasksOfIterations:
     """
 
     parts: Evaluated
-    source: RolloutSource | None  # on the first rank
     staleness: int
     _open: dict[int, Callable[[], Records]] = field(default_factory=dict)  # iteration -> records, in their order
 
@@ -169,9 +160,7 @@ class TasksOfIterations:
         if not has_weights:
             weights = parts.weights(receives=controller is not None)
         if controller:
-            assert isinstance(controller, Controller), "tasks beside a controller in a process of its own"
-            work = partial(self._evaluate, parts.tasks.of(due))
-            self._open[iteration] = controller.queue(work, iteration, weights)
+            self._open[iteration] = controller.evaluate(due, iteration, weights)
         elif weights:
             read_to_end(weights)
 
@@ -191,35 +180,3 @@ class TasksOfIterations:
             self.parts.write(iteration, records(), waited_s)
         self._open.clear()
         dist.barrier()
-
-    def _evaluate(self, questions: Round) -> Records:
-        assert self.source is not None
-        with self.parts.sandboxes(questions) or nullcontext() as sandboxes:
-            for answer in self.source.results(questions.requests):
-                questions.take(answer, sandboxes)
-            return questions.records(lambda: None)
-
-
-def tasks_of_iterations(
-    config: RlhfRunConfig,
-    run: RunDirectory,
-    start: RankStart,
-    policy: Transformer,
-    source: RolloutSource | None,
-    metrics: MetricsWriter | None,
-    heartbeat: Heartbeat,
-    cluster: RayCluster | None = None,
-) -> TasksOfIterations:
-    """Returns the evaluation of the tasks of `stage.eval_tasks`.
-
-    Args:
-        source: on the first rank.
-        cluster: see `Evaluated`.
-
-    Raises:
-        UserError: a task cannot be asked.
-        ArtefactError: the file of a task has changed since the run began.
-    """
-    tasks = loop_tasks(config, run, start.tokenizer)
-    parts = Evaluated(config, run, start.world, start.tokenizer, policy, tasks, metrics, heartbeat, cluster)
-    return TasksOfIterations(parts, source, config.rlhf.max_staleness)

@@ -22,9 +22,9 @@ from dist_lm.data.sequences import note_of_left_out
 from dist_lm.data.stream import SequenceStream, StepStream
 from dist_lm.data.token_corpus import TokenCorpus
 from dist_lm.errors import ArtefactError
+from dist_lm.evaluation.in_loop import loop_tasks
 from dist_lm.parallel.mesh import World, data_mesh
 from dist_lm.rlhf.algorithms.registry import ALGORITHMS
-from dist_lm.rlhf.controller import Controller
 from dist_lm.rlhf.learner import IterationReport, Learner, Pretraining
 from dist_lm.rlhf.models import own_threads, sent_weights
 from dist_lm.rlhf.rollouts import read_to_end
@@ -33,9 +33,10 @@ from dist_lm.stages.pool_start import pool_starter
 from dist_lm.stages.registry import load_config
 from dist_lm.stages.rlhf.config import PROCESS, RlhfRunConfig
 from dist_lm.stages.rlhf.controller import open_controller, read_prompts
-from dist_lm.stages.rlhf.evaluations import HeldOut, tasks_of_iterations
+from dist_lm.stages.rlhf.evaluations import HeldOut, TasksOfIterations
 from dist_lm.stages.rlhf.models import LoadedRun, load_run, saved_files, train_state
 from dist_lm.stages.rlhf.record import remove_old_conversations
+from dist_lm.stages.training.eval_tasks import Evaluated
 from dist_lm.stages.training.program import (
     RankStart,
     check_corpora,
@@ -100,6 +101,7 @@ def run_rank(run: RunDirectory, stop: StopRequest, heartbeat: Heartbeat) -> None
         pool = None
         if world.is_first and not in_process:
             pool = stack.enter_context(pool_starter(config, world.device))
+        tasks = loop_tasks(config, run, tokenizer) if config.stage.eval_tasks else None
         controller = None
         # Reading the weights is collective, although only the first rank has a controller.
         weights = sent_weights(loaded.models.policy.model, config.parallel, world)
@@ -107,22 +109,20 @@ def run_rank(run: RunDirectory, stop: StopRequest, heartbeat: Heartbeat) -> None
         if world.is_first and in_process:
             from dist_lm.stages.rlhf.controller_program import start_controller
 
-            controller = stack.enter_context(start_controller(run, world.device, weights, generating))
+            controller = stack.enter_context(
+                start_controller(run, world.device, weights, generating, config.rlhf.drawing_staleness)
+            )
         elif world.is_first:
             controller = open_controller(
-                config, run, tokenizer, world.device, prompts, weights, generating, stack, pool
+                config, run, tokenizer, world.device, prompts, weights, generating, stack, pool, tasks
             )
         else:
             read_to_end(weights)
 
-        tasks = None
-        if config.stage.eval_tasks:
-            assert controller is None or isinstance(controller, Controller), "tasks beside a controller's process"
-            source = controller.supply.source if controller else None
-            cluster = pool.cluster if pool else None
-            tasks = tasks_of_iterations(
-                config, run, start, loaded.models.policy.model, source, metrics, heartbeat, cluster
-            )
+        evaluations = None
+        if tasks:
+            parts = Evaluated(config, run, world, tokenizer, loaded.models.policy.model, tasks, metrics, heartbeat)
+            evaluations = TasksOfIterations(parts, config.rlhf.max_staleness)
         # Before the first iteration policy and reference are equal, so this win rate measures only noise.
         evaluating = partial(reporter.alive, Phase.EVALUATING)
         held_out = HeldOut(config, start, loaded.models, controller, prompts.held_out, evaluating)
@@ -157,7 +157,7 @@ def run_rank(run: RunDirectory, stop: StopRequest, heartbeat: Heartbeat) -> None
                 save_every=config.stage.checkpoint_every,
                 save=Saving(saver, loaded, reporter, world.is_first),
                 report=reporter,
-                tasks=tasks,
+                tasks=evaluations,
                 alive=partial(reporter.alive, Phase.STEP),
                 scoring=partial(reporter.alive, Phase.SCORING),
                 run_both=stack.enter_context(own_threads(world)),
