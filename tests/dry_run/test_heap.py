@@ -1,6 +1,7 @@
 """The heap that a dry run plays for CPU ranks."""
 
 import random
+from itertools import pairwise
 
 from dist_lm.dry_run.heap import MIB, Heap
 from dist_lm.dry_run.watch import LiveMemory
@@ -58,7 +59,7 @@ def test_blocks_never_overlap():
             size = draw.choice((24, 1000, 70_000, 3 * MIB))
             blocks[played.allocate(size)] = size
     ordered = sorted(blocks.items())
-    assert all(first + size <= second for (first, size), (second, _) in zip(ordered, ordered[1:], strict=False))
+    assert all(first + size <= second for (first, size), (second, _) in pairwise(ordered))
     assert played.resident >= sum(blocks.values())
 
 
