@@ -252,7 +252,9 @@ def _block_activations(config: Config, layout: Layout, shapes: Shapes, size: int
 
     # Queries, keys, values and the output of attention.
     attention = 2 * shapes.attention + 2 * shapes.keys
-    needed = inputs * residual + 2 * shapes.width + shapes.attention + shapes.kept_hidden * shapes.hidden + attention
+    # With cp, attention keeps what its rank got; with fewer key heads than ranks, every rank gets one.
+    exchanged = 2 * shapes.attention + 2 * max(shapes.keys, layout.cp * config.model.d_head)
+    needed = inputs * residual + 2 * shapes.width + shapes.attention + shapes.kept_hidden * shapes.hidden + exchanged
     if layout.cp > 1:
         needed += shapes.attention  # the output of attention before its exchange
     if config.model.qk_norm:
@@ -266,7 +268,7 @@ def _block_activations(config: Config, layout: Layout, shapes: Shapes, size: int
     if layout.tp > 1:
         messages += 2 * shapes.width + 2 * shapes.width * parallel.sp
     if layout.cp > 1:
-        messages += attention
+        messages += exchanged
 
     kept_elements = {
         "none": needed,

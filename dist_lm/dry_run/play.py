@@ -12,7 +12,7 @@ from pathlib import Path
 
 from dist_lm.config.root import Config, save_config
 from dist_lm.dry_run.estimate import gradients_add_up, is_half, micro_batches_of, offloads
-from dist_lm.dry_run.work import WORLD, StepMemory, Work, peak_tflops_of, resident, share_of_device, step_seconds
+from dist_lm.dry_run.work import WORLD, StepMemory, Work, peak_tflops_of, share_of_device, step_seconds
 from dist_lm.model.size import flops_per_token, parameter_count
 from dist_lm.parallel.layout import AXES, Layout, rank_slice
 from dist_lm.parallel.owners import plan_of_model
@@ -104,7 +104,7 @@ def rows(config: Config, layout: Layout, reports: list[RankReport]) -> list[list
     ]
 
     if config.hardware.device == "cpu":
-        table.append(row("resident memory, about", lambda r: gib(resident(r.memory, config.hardware))))
+        table.append(row("resident memory, about", lambda r: gib(r.memory.resident)))
 
     for axis in (*AXES, WORLD):
         if any(report.work.messages[axis] for report in reports):
@@ -130,7 +130,7 @@ def summary(config: Config, layout: Layout, reports: list[RankReport]) -> dict[s
     tokens = stage.global_batch * stage.seq_len
     peak_tflops = layout.world_size * peak_tflops_of(hardware, is_half(config))
     mfu = tokens * flops_per_token(config.trained_shape, stage.seq_len) / seconds / (peak_tflops * 1e12)
-    peak = max(resident(report.memory, hardware) for report in reports)
+    peak = max(report.memory.resident for report in reports)
 
     estimate = "no time is estimated with parallel.cpu_offload=true"
     if not offloads(config):

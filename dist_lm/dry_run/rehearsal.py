@@ -22,10 +22,12 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.nn import functional
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
+from dist_lm.cluster.torchrun import CPU_ALLOCATOR
 from dist_lm.config.root import Config
 from dist_lm.data.batch import Batch
 from dist_lm.data.stream import StepData, StepStream
 from dist_lm.dry_run.estimate import gradients_add_up, is_half, micro_batches_of, offloads
+from dist_lm.dry_run.heap import BESIDE_TENSORS, HEAP_OF_PROGRAM, Heap
 from dist_lm.dry_run.watch import LiveMemory, Watch, WorkCounter
 from dist_lm.dry_run.work import StepMemory, Work
 from dist_lm.model.quantised import quantised_matrices
@@ -80,7 +82,8 @@ def play(config: Config, rank: int, world_size: int) -> tuple[StepMemory, Work]:
     # The model is built outside the fake mode, because DeviceMesh reads the values of its tensors.
     model = arrange_model(config.trained_shape, config.parallel, mesh, cpu, exchange=config.hardware.device == "cpu")
 
-    memory = LiveMemory(gloo=config.hardware.device == "cpu")
+    is_cpu = config.hardware.device == "cpu"
+    memory = LiveMemory(gloo=is_cpu, heap=heap_of_rank() if is_cpu else None)
     kernels = fused_norms() if config.hardware.device == "cuda" else nullcontext()
     with kernels, FakeTensorMode(allow_non_fake_inputs=True), Watch(memory, counter):
         materialise(model, config.parallel, cpu)
@@ -102,6 +105,8 @@ def play(config: Config, rank: int, world_size: int) -> tuple[StepMemory, Work]:
             stage.prepare(config),
         )
 
+    if is_cpu:
+        step_memory = replace(step_memory, overhead=memory.heap_peak + BESIDE_TENSORS - step_memory.peak)
     if offload:
         step_memory = step_memory.offloaded(gradients_add_up(config, layout))
 
@@ -111,6 +116,12 @@ def play(config: Config, rank: int, world_size: int) -> tuple[StepMemory, Work]:
     if micro_batches > PLAYED:
         micro_batch_work[1] = micro_batch_work[1] * (micro_batches - 2)
     return step_memory, sum(micro_batch_work[1:], micro_batch_work[0])
+
+
+def heap_of_rank() -> Heap:
+    """Returns the heap of a CPU rank before its model is built."""
+    threshold, pad = (int(CPU_ALLOCATOR[key]) for key in ("MALLOC_MMAP_THRESHOLD_", "MALLOC_TOP_PAD_"))
+    return Heap(threshold, pad, HEAP_OF_PROGRAM)
 
 
 @contextmanager

@@ -20,6 +20,7 @@ from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import flop_registry, sdpa_backward_flop_count, sdpa_flop_count
 
 from dist_lm.config.cluster import HardwareConfig
+from dist_lm.dry_run.heap import BETWEEN_TENSORS, Heap
 from dist_lm.dry_run.work import WORLD, Work
 
 ANSWER = 2.0
@@ -129,10 +130,18 @@ class LiveMemory:
     frees inside is not seen, with one exception: gloo's gather and scatter copy the full tensor (NCCL's do not).
     """
 
-    def __init__(self, gloo: bool) -> None:
+    def __init__(self, gloo: bool, heap: Heap | None = None) -> None:
+        """
+        Args:
+            gloo: whether gloo carries the messages.
+            heap: of the CPU rank; its blocks follow the tensors.
+        """
         self.live = 0  # bytes that are live now
         self.peak = 0  # largest `live` since `reset_peak`
+        self.heap_peak = 0  # most resident bytes of the heap since `reset_peak`
         self._gloo = gloo
+        self._heap = heap
+        self._addresses: dict[int, int] = {}  # number of an allocation -> address in the heap
         self._sizes: dict[int, int] = {}  # number of an allocation -> bytes
         self._holders: Counter[int] = Counter()  # number of an allocation -> live storages that stand for it
         self._allocation: dict[int, int] = {}  # id of a live storage -> number of its allocation
@@ -152,12 +161,16 @@ class LiveMemory:
 
         if self._gloo and (collective := collective_of(func, args, result)) and collective.kind in COPIED_BY_GLOO:
             self.peak = max(self.peak, self.live + collective.size)
+            self._allocate(-1, collective.size)
+            self._allocate(-1, 0)
 
     def resized(self, storage: torch.UntypedStorage) -> None:
         """Counts a storage at its present size until it is freed, and raises the peak if need be."""
         # Operations on views return a storage that is counted already.
         self._hold(storage, None)
         allocation, size = self._allocation[id(storage)], storage.nbytes()
+        if size != self._sizes.get(allocation, 0):
+            self._allocate(allocation, size)
         self.live += size - self._sizes.get(allocation, 0)
         self._sizes[allocation] = size
         self.peak = max(self.peak, self.live)
@@ -174,8 +187,19 @@ class LiveMemory:
         self._references[key] = weakref.ref(storage, lambda _: self._drop(key))
 
     def reset_peak(self) -> None:
-        """Start a new peak at the bytes that are live now."""
+        """Start new peaks at the bytes that are live and resident now."""
         self.peak = self.live
+        self.heap_peak = self._heap.resident if self._heap else 0
+
+    def _allocate(self, allocation: int, size: int) -> None:
+        """Replaces the block of an allocation in the heap by one of `size` bytes, or by none."""
+        if self._heap is None:
+            return
+        if allocation in self._addresses:
+            self._heap.free(self._addresses.pop(allocation))
+        if size:
+            self._addresses[allocation] = self._heap.allocate(size + BETWEEN_TENSORS)
+        self.heap_peak = max(self.heap_peak, self._heap.resident)
 
     def _drop(self, key: int) -> None:
         del self._references[key]
@@ -183,6 +207,7 @@ class LiveMemory:
         self._holders[allocation] -= 1
         if self._holders[allocation] == 0:
             del self._holders[allocation]
+            self._allocate(allocation, 0)
             self.live -= self._sizes.pop(allocation, 0)
 
 

@@ -13,9 +13,6 @@ from dist_lm.config.cluster import HardwareConfig
 from dist_lm.parallel.layout import Layout
 from dist_lm.tracking.readable import gib
 
-CPU_RESIDENT = 1.14
-"""Resident bytes of a CPU rank for each byte of tensors: the allocator keeps freed blocks (measured: 1.10 to 1.19)."""
-
 WORLD = "world"
 """The axis of messages between all ranks (a few numbers a step)."""
 
@@ -29,11 +26,17 @@ class StepMemory:
     optimizer: int  # shards of the moments
     activations: int  # the rest of the peak: activations, gathered parameters, message buffers
     host: int = 0  # the part of the first three that is in host memory
+    overhead: int = 0  # of a CPU rank: what its allocator and libraries hold beside the tensors
 
     @property
     def peak(self) -> int:
         """Returns the peak of the device in bytes."""
         return self.parameters + self.gradients + self.optimizer + self.activations - self.host
+
+    @property
+    def resident(self) -> int:
+        """Returns the peak of the device in bytes, with the overhead of a CPU rank."""
+        return self.peak + self.overhead
 
     def offloaded(self, adds_up: bool) -> "StepMemory":
         """Returns the memory of the same step under parallel.cpu_offload: only `host` differs.
@@ -129,11 +132,6 @@ def message_seconds(work: Work, axis: str, layout: Layout, hardware: HardwareCon
     # The latency of a collective grows with the depth of a tree over its ranks.
     hops = max(1, math.ceil(math.log2(ranks)))
     return work.messages[axis] * hops * latency_us * 1e-6 + work.sent[axis] / (rate * 1e9)
-
-
-def resident(memory: StepMemory, hardware: HardwareConfig) -> int:
-    """Returns the peak bytes of the device, with the overhead of the allocator on a CPU."""
-    return round(memory.peak * (CPU_RESIDENT if hardware.device == "cpu" else 1))
 
 
 def share_of_device(memory: int, hardware: HardwareConfig) -> str:

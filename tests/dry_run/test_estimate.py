@@ -184,6 +184,22 @@ def test_the_estimate_agrees_with_the_played_step(overrides, world, monkeypatch)
 
 
 @pytest.mark.heavy
+def test_key_heads_that_are_fewer_than_ranks_of_cp_are_counted_as_often_as_they_are_held(monkeypatch):
+    """Finds activations that count one key head for eight ranks: 4 % too few."""
+    config = compose_config(
+        [
+            *("stage=language", "model=large", "model.d_model=2048", "model.n_heads=16", "model.n_kv_heads=1"),
+            *("model.n_layers=4", "model.max_seq_len=65536", "stage.seq_len=65536", "stage.micro_batch=1"),
+            *("stage.global_batch=2", "parallel.cp=8", "parallel.dp_replicate=1", "hardware=h100"),
+        ]
+    )
+    layout = resolve_layout(config.parallel, config.trained_shape, 8)
+    monkeypatch.setattr("dist_lm.dry_run.play.ranks_to_play", lambda config, layout: [0])
+    [played] = play_ranks(config, layout)
+    assert estimate_memory(config, layout).activations == pytest.approx(played.memory.activations, rel=0.02)
+
+
+@pytest.mark.heavy
 def test_a_loss_that_needs_the_global_batch_is_played_with_its_passes_before_the_step(monkeypatch):
     # Without `Stage.prepare` the loss of KTO has no reference point, and the played step fails. Parameters that these
     # passes leave gathered are no gradients.
