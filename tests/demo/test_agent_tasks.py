@@ -1,0 +1,147 @@
+"""Tasks for agents: solutions earn the whole reward, short cuts do not, and no task is in two parts."""
+
+import asyncio
+import json
+import shutil
+from collections.abc import Sequence
+from pathlib import Path
+
+import pytest
+
+from dist_lm.chat.layouts.registry import read_row
+from dist_lm.chat.messages import Call, Conversation
+from dist_lm.demo import errands, repairs
+from dist_lm.environments.host import Host
+from dist_lm.environments.protocol import Action, Step, Task
+
+ROPE = {"prompt": "", "boxes": {"red rope": 31, "old map": 52}, "requests": [["red rope", None]]}
+MAP_TO_77 = {**ROPE, "requests": [["old map", 77]]}
+FIND_MAP = Action("", (Call("find", {"thing": "old map"}),))
+WRONG_NUMBER = 7  # of no task
+
+
+async def played(host: Host, task: Task, actions: Sequence[Action]) -> list[Step]:
+    """The steps of an environment with these turns of a model."""
+    episode = host.episode(task)
+    steps = [await episode.reset()]
+    for action in actions:
+        steps.append(await episode.step(action))
+    await episode.close()
+    return steps
+
+
+def reward_of(data: dict, *actions: Action) -> float | None:
+    """The reward of an errand that ends with the last action."""
+
+    async def play() -> Step:
+        environment = errands.Errands()
+        await environment.reset(Task.of("0", data))
+        return [await environment.step(action) for action in actions][-1]
+
+    step = asyncio.run(play())
+    assert step.done
+    assert step.verdict
+    return step.verdict.reward
+
+
+def actions_of(conversation: Conversation) -> list[Action]:
+    turns = [message for message in conversation.messages if message.role == "assistant"]
+    return [Action(turn.content, turn.calls) for turn in turns]
+
+
+def test_solved_errands_earn_the_whole_reward():
+    """Finds a request that its own solution does not serve, and results other than those that a model is shown."""
+
+    async def play() -> None:
+        for task in errands.tasks(5, "solved", 40):
+            conversation = errands.solved(task)
+            environment = errands.Errands()
+            told = list((await environment.reset(Task.of("0", task))).messages)
+            for action in actions_of(conversation):
+                step = await environment.step(action)
+                told += step.observation.messages
+            assert step.verdict
+            assert step.verdict.reward == 1.0
+            assert told == [message for message in conversation.messages if message.role != "assistant"]
+
+    asyncio.run(play())
+
+
+@pytest.mark.parametrize(
+    ("data", "actions"),
+    [
+        pytest.param(ROPE, [Action("32")], id="wrong box"),
+        pytest.param(ROPE, [Action("31 32 33")], id="many answers"),
+        pytest.param(ROPE, [Action("31", cut="tokens")], id="cut off"),
+        pytest.param(ROPE, [Action("", (Call("move", {"from": 31, "to": 40}),)), Action("31")], id="moved by mistake"),
+        pytest.param(MAP_TO_77, [FIND_MAP, Action("Done.")], id="only said"),
+        pytest.param(
+            MAP_TO_77, [Action("", (Call("move", {"from": 31, "to": 77}),)), Action("Done.")], id="other thing"
+        ),
+    ],
+)
+def test_short_cuts_earn_nothing(data, actions):
+    """Finds a reward for what looks like a served request."""
+    assert reward_of(data, *actions) == 0.0
+
+
+def test_a_call_that_fits_no_tool_is_answered_with_an_error():
+    """Finds a model that ends its conversation without a reward by a broken call."""
+    broken = Action("", (Call("find", {"box": 1}), Call("fly"), Call("move", {"from": 12, "to": 31})))
+    assert reward_of(ROPE, broken, Action("31")) == 1.0
+
+
+@pytest.mark.heavy
+@pytest.mark.skipif(shutil.which("bwrap") is None, reason="needs bubblewrap")
+def test_mended_programs_earn_the_whole_reward_and_short_cuts_a_third():
+    """Finds a feedback other than the one that is learned, and a shown test that is worth the answer of all."""
+
+    async def play() -> None:
+        kinds = {repair.kind.asks: repair for repair in repairs.tasks(5, "solved", 60)}
+        async with Host("code_repair") as host:
+            for repair in kinds.values():
+                conversation, task = repair.conversation(WRONG_NUMBER), Task.of(repair.name, repair.fields)
+                first, second = actions_of(conversation)
+                steps = await played(host, task, [first, second])
+                assert steps[1].observation.messages == (conversation.messages[2],)
+                assert steps[-1].verdict
+                assert steps[-1].verdict.reward == 1.0
+
+                shown = repr(repair.kind.value(repair.kind.arguments[0], repair.number))
+                constant = Action(f"def {repair.name}(x): return {shown}")
+                (*_, last) = await played(host, task, [first, constant])
+                assert last.verdict
+                assert last.verdict.reward == pytest.approx(1 / 3)
+        assert len(kinds) == len(repairs.KINDS)
+
+    asyncio.run(play())
+
+
+def test_no_task_is_in_two_parts():
+    """Finds held-out tasks that were trained on, for any pair of seeds."""
+    requests = {
+        part: {(thing, box is None) for seed in (0, 1) for row in errands.tasks(seed, part, 300)
+               for thing, box in row["requests"]}
+        for part in errands.SHARES
+    }  # fmt: skip
+    programs = {
+        part: {(repair.kind.asks, repair.number) for seed in (0, 1) for repair in repairs.tasks(seed, part, 300)}
+        for part in repairs.SHARES
+    }
+    for parts in (requests, programs):
+        assert len(set.union(*parts.values())) == sum(map(len, parts.values()))
+        assert all(parts.values())
+
+
+def test_files_hold_the_conversations(tmp_path: Path):
+    """Finds rows that a reader of conversations takes for others, such as without their tools."""
+    errands.write(tmp_path / "errands", 5, {"solved": 3, "train": 4, "held_out": 2})
+    repairs.write(tmp_path / "repairs", 5, {"solved": 3, "train": 4, "held_out": 2})
+    expected = {
+        "errands": [errands.solved(task) for task in errands.tasks(5, "solved", 3)],
+        "repairs": repairs.conversations(5, 3),
+    }
+    for name, conversations in expected.items():
+        lines = {part: (tmp_path / name / f"{part}.jsonl").read_text().splitlines() for part in errands.SIZES}
+        assert [read_row(json.loads(line)) for line in lines["solved"]] == conversations
+        assert [len(rows) for rows in lines.values()] == [3, 4, 2]
