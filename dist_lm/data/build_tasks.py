@@ -12,9 +12,10 @@ any order, and a task that was lost runs again.
 """
 
 import hashlib
+import itertools
 import json
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass, field
 from functools import cached_property, lru_cache, partial
@@ -60,7 +61,7 @@ from dist_lm.errors import ArtefactError, UserError
 from dist_lm.storage import durable
 from dist_lm.tokenizer.tokenizer import Tokenizer
 
-REVISION = 3  # one more with every change to the results of tasks: those of another revision are not used
+REVISION = 4  # one more with every change to the results of tasks: those of another revision are not used
 RUN, COPIES, REPORT, REJECTED_ROWS = "keys.run", "copies.npy", "report.json", "rejected.jsonl"
 ARRAYS, BAND_RUN, PAIRS = "arrays.npz", "bands.run", "pairs.npy"
 WINDOWS = "windows_"  # begins the name of an array about windows of a number of words
@@ -182,10 +183,11 @@ def _survey(build: Build, number: int, result: Path) -> None:
     write_run(result / RUN, records_of([key.tobytes() for key in task_survey.keys], number))
     if build.config.cleaning.near_duplicates:
         write_run(result / BAND_RUN, band_records(task_survey.bands, number))
-    _write_survey(result, task_survey)
+    write_survey(result, task_survey)
 
 
-def _write_survey(result: Path, task_survey: Survey) -> None:
+def write_survey(result: Path, task_survey: Survey) -> None:
+    """Writes the survey of a task into its result, for `read_survey`."""
     np.savez(
         result / ARRAYS,
         keys=task_survey.keys,
@@ -243,7 +245,7 @@ def _copies(build: Build, number: int, result: Path) -> None:
     runs = [build.result("survey", task) / RUN for task in build.tasks_of_class(class_number)]
     copies = later_copies(read_part(runs, part, parts_of(build)))
     places = np.stack([copies["task"], copies["number"]], axis=1)
-    _save_places(result / COPIES, places[np.lexsort([places[:, 1], places[:, 0]])])
+    save_places(result / COPIES, places[np.lexsort([places[:, 1], places[:, 0]])])
 
 
 def write_parts(build: Build, name: str, parts: int) -> None:
@@ -268,7 +270,7 @@ def is_copy(build: Build, number: int, n_documents: int) -> np.ndarray:
     return copies
 
 
-def _save_places(path: Path, places: np.ndarray) -> None:
+def save_places(path: Path, places: np.ndarray) -> None:
     """Writes places of documents for `_places_of_task`.
 
     Args:
@@ -293,7 +295,8 @@ def fates(build: Build, number: int, task_survey: Survey, rule: Rule) -> np.ndar
     task = build.task(number)
     copies = is_copy(build, number, len(task_survey.keys))
     near_copies = np.zeros(len(task_survey.keys), bool)
-    near_copies[[*resembled_sources(build, number)]] = True
+    for _, _, documents in _near_copies(build, number):
+        near_copies[documents] = True
     share = rule.shares.get(task.corpus, 0.0)
     return fates_of(task_survey, copies, near_copies, source_of(build.config, task).held_out, share, rule)
 
@@ -383,9 +386,8 @@ def _search(build: Build, number: int, result: Path) -> None:
         for (task, document, _), (_, _, source) in search(shared_bands, texts, build.config.cleaning.near_duplicates)
     ]
     copies = np.array([(task, document) for task, document, _ in near_duplicates], np.int64).reshape(-1, 2)
-    _save_places(result / COPIES, copies)
-    resembled = [source for _, _, source in near_duplicates]
-    (result / "sources.json").write_text(json.dumps(resembled), encoding="utf-8")
+    save_places(result / COPIES, copies)
+    write_resembled(result, [source for _, _, source in near_duplicates])
 
 
 def _read_windows(path: Path, begin: int, end: int) -> np.ndarray:
@@ -398,17 +400,34 @@ def _mapped(path: Path) -> np.ndarray:
     return np.load(path, mmap_mode="r")
 
 
-def resembled_sources(build: Build, number: int) -> dict[int, str]:
-    """Returns the documents of a task that are nearly earlier ones: number -> place of the earlier document."""
-    sources: dict[int, str] = {}
+def write_resembled(result: Path, sources: Sequence[str]) -> None:
+    """Writes the places of the resembled texts beside the places of the texts that are dropped for them."""
+    encoded = [source.encode() for source in sources]
+    (result / "sources.txt").write_bytes(b"".join(encoded))
+    np.save(result / "ends.npy", np.cumsum([0, *map(len, encoded)]))
+
+
+def _near_copies(build: Build, number: int) -> Iterator[tuple[Path, int, np.ndarray]]:
+    """Yields the documents of a task that are nearly earlier ones: (result of a search, position of the first in it,
+    numbers of the documents)."""
     if not build.config.cleaning.near_duplicates:
-        return sources
+        return
     for search_number in range(parts_of(build, "searches")):
         result = build.result("search", search_number)
         begin, documents = _places_of_task(result / COPIES, number)
         if len(documents):
-            texts = json.loads((result / "sources.json").read_text(encoding="utf-8"))
-            sources |= dict(zip(documents.tolist(), texts[begin : begin + len(documents)], strict=True))
+            yield result, begin, documents
+
+
+def resembled_sources(build: Build, number: int) -> dict[int, str]:
+    """Returns the documents of a task that are nearly earlier ones: number -> place of the earlier document."""
+    sources: dict[int, str] = {}
+    for result, begin, documents in _near_copies(build, number):
+        ends = np.load(result / "ends.npy", mmap_mode="r")[begin : begin + len(documents) + 1].tolist()
+        with (result / "sources.txt").open("rb") as file:
+            file.seek(ends[0])
+            texts = [file.read(end - start).decode() for start, end in itertools.pairwise(ends)]
+        sources |= dict(zip(documents.tolist(), texts, strict=True))
     return sources
 
 
