@@ -670,3 +670,12 @@ PASSES = {
     "compare": _compare,
     "write": _write,
 }
+BY_INPUTS = ("survey", "windows", "compare", "write")  # passes whose tasks read the inputs of the task of that number
+
+
+def sizes_of_pass(tasks: Sequence[BuildTask], pass_name: str, numbers: Sequence[int]) -> dict[int, float]:
+    """Returns about how many bytes of inputs each task of a pass stands for; tasks that read results share them."""
+    if pass_name in BY_INPUTS:
+        # Texts that are generated have no size.
+        return {number: max(tasks[number].n_bytes, 1) for number in numbers}
+    return dict.fromkeys(numbers, sum(task.n_bytes for task in tasks) / max(1, len(numbers)))
