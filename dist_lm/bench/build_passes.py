@@ -104,7 +104,7 @@ def run_build(config: Config, folder: Path, tokenizer_model: Path) -> dict[str, 
     tasks, listings = plan_of(config.corpus, names, reader.files)
     build = Build(folder)
     build.write(config.corpus, config.seed, tokenizer_model, tasks, listings)
-    run_passes(folder, tasks, run_pass, names, EarlierCorpora(), reader)
+    run_passes(folder, tasks, run_pass, names, names, EarlierCorpora(), reader)
     return dict(seconds)
 
 
@@ -141,6 +141,7 @@ def facts_of_serial_part(
     """
     n_searches = int(n_documents * NEIGHBOUR_SHARE) // SEARCH_TEXTS
     build, tasks = write_made_up(folder, n_tasks, task_documents, n_parts(n_documents), n_searches)
+    numbered = dict(enumerate(tasks))
     reader, earlier = SourceReader(0), EarlierCorpora()
 
     seconds_of_documents = cpu_seconds_of(lambda: require_readable(build, tasks, reader))
@@ -151,7 +152,7 @@ def facts_of_serial_part(
     least: dict[str, int] = {}
 
     def hold_out() -> None:
-        facts = choose_val(build, tasks, earlier)
+        facts = choose_val(build, numbered, earlier)
         groups.update(facts[0])
         least.update(facts[1])
 
@@ -160,7 +161,7 @@ def facts_of_serial_part(
     seconds_of_val = cpu_seconds_of(lambda: read_val(build))
     for number in range(n_tasks):
         write_comparison(build, number)
-    seconds_of_documents += cpu_seconds_of(lambda: choose_rule(build, tasks, ["text"], earlier, groups, least))
+    seconds_of_documents += cpu_seconds_of(lambda: choose_rule(build, numbered, ["text"], earlier, groups, least))
 
     per_document = seconds_of_documents / (n_tasks * task_documents)
     hours = (per_document * n_documents + seconds_of_val) / 3600

@@ -111,6 +111,7 @@ def run_passes(
     tasks: Sequence[BuildTask],
     run_pass: RunPass,
     built_corpora: Sequence[str],
+    together: Sequence[str],
     earlier: EarlierCorpora,
     reader: SourceReader,
 ) -> None:
@@ -118,7 +119,9 @@ def run_passes(
 
     Args:
         folder: `Build.write` has written settings and plan.
-        built_corpora: corpora whose tars are written; the others are only compared.
+        built_corpora: corpora whose tars are written.
+        together: corpora whose train and val are compared with each other, `built_corpora` among them. Texts of the
+            others in the plan are only what later ones may be copies of (`cleaning.across_corpora`).
         earlier: finished corpora that stay as they are, compared in both directions.
         reader: told which documents each source has given.
 
@@ -143,9 +146,10 @@ def run_passes(
         deque(run_pass(folder, "windows", all_numbers), maxlen=0)
         deque(run_pass(folder, "search", range(n_searches)), maxlen=0)
 
-    groups, least_val_bytes = choose_val(build, tasks, earlier)
-    deque(run_pass(folder, "compare", all_numbers), maxlen=0)
-    choose_rule(build, tasks, built_corpora, earlier, groups, least_val_bytes)
+    compared_tasks = {number: task for number, task in enumerate(tasks) if task.corpus in together}
+    groups, least_val_bytes = choose_val(build, compared_tasks, earlier)
+    deque(run_pass(folder, "compare", [*compared_tasks]), maxlen=0)
+    choose_rule(build, compared_tasks, built_corpora, earlier, groups, least_val_bytes)
     deque(
         run_pass(folder, "write", [number for number in all_numbers if tasks[number].corpus in built_corpora]), maxlen=0
     )
@@ -217,11 +221,12 @@ def choose_searches(build: Build, n_results: int) -> int:
 
 
 def choose_val(
-    build: Build, tasks: Sequence[BuildTask], earlier: EarlierCorpora
+    build: Build, tasks: Mapping[int, BuildTask], earlier: EarlierCorpora
 ) -> tuple[dict[str, Groups], dict[str, int]]:
     """Chooses and writes the held-out texts, as `ingest.TextSplits` does.
 
     Args:
+        tasks: number -> task, of the corpora that are compared.
         earlier: finished corpora, whose val no train text may contain.
 
     Returns:
@@ -235,7 +240,7 @@ def choose_val(
     bytes_below: dict[str, np.ndarray] = {}
     held_out_bytes: Counter[str] = Counter()
     groups: dict[str, Groups] = {}
-    for number, task in enumerate(tasks):
+    for number, task in tasks.items():
         task_survey = read_survey(build, number)
         is_dropped = fates(build, number, task_survey, Rule({})) > VAL
         below = sizes_below(task_survey, is_dropped, largest_share(config, task.corpus))
@@ -251,7 +256,7 @@ def choose_val(
     }
     texts: dict[bytes, str] = {}
     protected: set[bytes] = set()
-    for number, task in enumerate(tasks):
+    for number, task in tasks.items():
         task_survey = read_survey(build, number, with_texts=True)
         task_fates = fates(build, number, task_survey, Rule(shares))
         for document, text in task_survey.val_texts.items():
@@ -273,7 +278,7 @@ def choose_val(
 
 def choose_rule(
     build: Build,
-    tasks: Sequence[BuildTask],
+    tasks: Mapping[int, BuildTask],
     built_corpora: Sequence[str],
     earlier: EarlierCorpora,
     groups: Mapping[str, Groups],
@@ -282,6 +287,7 @@ def choose_rule(
     """Merges the comparisons into the complete rule, and numbers tars and documents; writes both.
 
     Args:
+        tasks: as of `choose_val`.
         built_corpora, earlier: as of `run_passes`.
         groups, least_val_bytes: as of `choose_val`, for errors.
 
@@ -292,7 +298,7 @@ def choose_rule(
     val, index = read_val(build)
     index.take_evidence()
     refused = set(val.protected)
-    for number in range(len(tasks)):
+    for number in tasks:
         refused.update(key.tobytes() for key in merge_comparison(build, number, index))
     keys = list(val.texts)
     leaked = {keys[number] for number in index.contained()}
@@ -304,8 +310,8 @@ def choose_rule(
     n_tars = {corpus: [0] * len(SPLITS) for corpus in built_corpora}
     n_documents = {corpus: [0] * len(SPLITS) for corpus in built_corpora}
     n_overlapping: Counter[str] = Counter()
-    first = np.zeros((len(tasks), len(SPLITS), 2), np.int64)
-    for number, task in enumerate(tasks):
+    first = np.zeros((build.n_tasks, len(SPLITS), 2), np.int64)
+    for number, task in tasks.items():
         if task.corpus not in built_corpora:
             continue
         counts = np.bincount(fates(build, number, read_survey(build, number), rule), minlength=OVERLAPPING + 1)

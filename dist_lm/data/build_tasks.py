@@ -95,7 +95,8 @@ class Build:
 
     @property
     def classes(self) -> list[tuple[str, bool]]:
-        """(corpus, whether its sources have `held_out`): copies are sought in each of these."""
+        """(corpus, whether its sources have `held_out`): copies are sought in each of these. The corpus is "" if they
+        are sought across all."""
         return [(corpus, is_held_out) for corpus, is_held_out, _ in self._settings["classes"]]
 
     @property
@@ -132,7 +133,7 @@ class Build:
         (self.folder / "tasks").mkdir(parents=True, exist_ok=True)
         classes: dict[tuple[str, bool], list[int]] = {}
         for number, task in enumerate(tasks):
-            classes.setdefault((task.corpus, source_of(config, task).held_out), []).append(number)
+            classes.setdefault(class_of(config, task), []).append(number)
             content = {"corpus": task.corpus, "source": task.source, "files": [file.to_json() for file in task.files]}
             durable.write_sealed(self.folder / "tasks" / f"{number:06d}.json", content)
         for (corpus, number), listing in listings.items():
@@ -147,6 +148,15 @@ class Build:
 
     def _listing_path(self, corpus: str, source: int) -> Path:
         return self.folder / f"listing-{corpus}-{source}.json"
+
+
+def class_of(config: CorpusConfig, task: BuildTask) -> tuple[str, bool]:
+    """Returns the class in which copies of the documents of a task are sought, as of `Build.classes`."""
+    is_held_out = source_of(config, task).held_out
+    # A text that a user holds out is compared with those of its own corpus alone.
+    if config.cleaning.across_corpora and not is_held_out:
+        return "", False
+    return task.corpus, is_held_out
 
 
 @lru_cache(1)
@@ -262,7 +272,7 @@ def is_copy(build: Build, number: int, n_documents: int) -> np.ndarray:
     """Returns which documents of a task are copies of earlier ones: (n_documents,) bool."""
     parts = parts_of(build)
     task = build.task(number)
-    class_number = build.classes.index((task.corpus, source_of(build.config, task).held_out))
+    class_number = build.classes.index(class_of(build.config, task))
     copies = np.zeros(n_documents, bool)
     for part in range(parts):
         _, documents = _places_of_task(build.result("copies", class_number * parts + part) / COPIES, number)

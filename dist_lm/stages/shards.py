@@ -884,11 +884,13 @@ def name_unread_archives(name: str, inputs: Sequence[Inputs], console: "Console"
 def require_known_to_tasks(config: Config) -> None:
     """Refuses settings that a build by tasks does not know; returns nothing.
 
+    A limit counts the documents of a source that are no copies. Which ones are is known when all sources are read, and
+    behind the limit of one source no text makes that of another a copy: so sources would have to be read in turn.
+
     Raises:
         ConfigError: names the keys and the way out.
     """
-    unknown = ["corpus.cleaning.across_corpora"] if config.corpus.cleaning.across_corpora else []
-    unknown += [
+    unknown = [
         f"limit of corpus.corpora.{corpus}[{number}]"
         for corpus in text_corpora(config.corpus)
         for number, source in enumerate(corpus_sources(config.corpus, corpus))
@@ -922,7 +924,10 @@ def build_by_tasks(
 
     together, list_inputs = text_splits.together, text_splits.reader.files
     work = WorkDirectory(Path(config.work_dir))
-    tasks, listings = plan_of(config.corpus, together, list_inputs)
+    # Of a corpus that is not compared only its texts count, which drop equal ones of later corpora.
+    earlier_names = {before for name in together for before in corpora_of_settings(config, name)}
+    read_names = [name for name in text_corpora(config.corpus) if name in {*together, *earlier_names}]
+    tasks, listings = plan_of(config.corpus, read_names, list_inputs)
     recipes = {name: recipe_of(config, name, text_splits) for name in names}
     key = digest(
         [REVISION, asdict(config.corpus), plan_fingerprint(tasks), [asdict(recipe) for recipe in recipes.values()]]
@@ -940,7 +945,7 @@ def build_by_tasks(
             with console.tasks(f"{pass_name} of {', '.join(names)}", sizes, done) as progress:
                 yield from map(progress.ended, workers(folder, pass_name, numbers))
 
-        run_passes(build.folder, tasks, run_pass, names, text_splits.earlier, text_splits.reader)
+        run_passes(build.folder, tasks, run_pass, names, together, text_splits.earlier, text_splits.reader)
     require_compared(config, missing, text_splits)
 
     for name in names:

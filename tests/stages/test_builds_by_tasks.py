@@ -172,6 +172,35 @@ def test_tasks_find_the_same_near_duplicates_and_benchmarks(monkeypatch, new_wor
             assert described(folders[name]) == described(expected[name])
 
 
+@pytest.mark.heavy
+@pytest.mark.parametrize("seed", range(2))
+def test_tasks_drop_copies_of_texts_of_earlier_corpora(monkeypatch, new_work, tmp_path, seed):
+    """Would find copies that are sought in each corpus alone, or among held-out texts, and a corpus that is added later
+    whose texts a finished one has."""
+    generator = random.Random(seed)
+    corpus = write_corpora(tmp_path, generator, held_out=bool(seed % 2))
+    add_near_copies(tmp_path / "second" / "rows" / "copies.jsonl", tmp_path / "first" / "rows" / "0.jsonl", generator)
+    near_duplicates = 0.7 if seed else 0.0
+    cleaning = replace(corpus.cleaning, across_corpora=True, near_duplicates=near_duplicates)
+    corpus = replace(corpus, cleaning=cleaning, max_bad_fraction=0.9)
+    for at_once in (True, False):
+        described_by = {}
+        for how in ("serial", "tasks"):
+            work = new_work(f"{how}-{at_once}")
+            settings = {"build": how}
+            if how == "tasks":
+                monkeypatch.setattr(build_by_tasks, "plan_of", partial(plan_of, task_bytes=3000))
+                run_pass = in_random_order(generator)
+                monkeypatch.setattr(shards, "workers_of", lambda config, run_pass=run_pass: nullcontext(run_pass))
+            if not at_once:
+                build(work, replace(corpus, corpora={"first": corpus.corpora["first"]}), **settings)
+            folders = build(work, corpus, **settings)
+            described_by[how] = {name: described(folders[name]) for name in CORPORA}
+        assert described_by["tasks"] == described_by["serial"]
+        second = described_by["serial"]["second"]
+        assert any("duplicate" in source["dropped"] for source in second["ingest"]["sources"].values())
+
+
 def add_near_copies(path: Path, rows: Path, generator: random.Random) -> None:
     """Writes rows that differ from other ones by few words, in chains of slightly changed copies."""
     lines = []
@@ -360,7 +389,6 @@ def test_an_input_that_changes_between_passes_is_named(monkeypatch, new_work, tm
 @pytest.mark.parametrize(
     ("changes", "key"),
     [
-        ({"cleaning": CleaningConfig(across_corpora=True)}, "corpus.cleaning.across_corpora"),
         (
             {"corpora": {"mine": [SourceConfig("files", "", path=["."], limit=3)]}},
             r"limit of corpus\.corpora\.mine\[0\]",
