@@ -37,7 +37,7 @@ from dist_lm.data.build_tasks import (
     run_task,
     save_places,
     write_parts,
-    write_resembled,
+    write_strings,
     write_survey,
 )
 from dist_lm.data.earlier import EarlierCorpora
@@ -226,7 +226,7 @@ def write_made_up(
         with writing(build.result("search", search)) as result:
             places = _places(random, n_tasks, task_documents, NEIGHBOUR_SHARE / 2 / n_searches)
             save_places(result / COPIES, places)
-            write_resembled(result, ["made up"] * len(places))
+            write_strings(result, ["made up"] * len(places))
 
     # A text with a neighbour has most bands in common with it.
     places = _places(random, n_tasks, task_documents, NEIGHBOUR_SHARE)

@@ -8,10 +8,11 @@ does not count.
 """
 
 import hashlib
+import itertools
 import os
 import shutil
 from collections import Counter, deque
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -35,6 +36,7 @@ from dist_lm.data.build_tasks import (
     PAIRS,
     REJECTED_ROWS,
     RUN,
+    SEARCHED,
     Build,
     Val,
     fates,
@@ -60,7 +62,7 @@ from dist_lm.data.ingest import (
 from dist_lm.data.inputs import Inputs
 from dist_lm.data.journal import REJECTED, Journal
 from dist_lm.data.manifest import ListInputs, Recipe, index_path
-from dist_lm.data.near_duplicate_groups import groups_of
+from dist_lm.data.near_duplicate_groups import AT_ONCE, TextGroups
 from dist_lm.data.near_duplicates import BANDS
 from dist_lm.data.screening import (
     LANGUAGES,
@@ -200,22 +202,48 @@ def choose_searches(build: Build, n_results: int) -> int:
     """Joins the pairs of texts with a band in common to groups, and groups to searches of about `SEARCH_TEXTS` texts;
     writes both. Returns the number of searches.
 
-    Memory grows with the texts that have such a neighbour, about 100 bytes each.
+    Memory: nine bytes a text.
 
     Args:
         n_results: of the pass `neighbours`.
     """
-    pairs = np.concatenate([np.load(build.result("neighbours", number) / PAIRS) for number in range(n_results)])
-    # The order of places is that of the plan, so a smaller number is an earlier text.
-    places, numbers = np.unique(pairs.reshape(-1, 2), axis=0, return_inverse=True)
-    groups = groups_of(len(places), numbers.reshape(-1, 2))
+    # Texts are numbered in the order of the plan, so a smaller number is an earlier text.
+    ends = np.cumsum([0, *(n_records(build.result("survey", number) / RUN) for number in range(build.n_tasks))])
+    n_texts = int(ends[-1])
+    text_groups = TextGroups(n_texts)
+    has_neighbour = np.zeros(n_texts, bool)
+    for number in range(n_results):
+        # Results of a band that very many texts share are large.
+        pairs = np.load(build.result("neighbours", number) / PAIRS, mmap_mode="r")
+        for begin in range(0, len(pairs), AT_ONCE):
+            places = np.array(pairs[begin : begin + AT_ONCE])
+            numbers = ends[places[:, :, 0]] + places[:, :, 1]
+            text_groups.join(numbers)
+            has_neighbour[numbers.ravel()] = True
+    groups = text_groups.groups()
 
     # Groups are filled into searches by their first texts.
-    roots, sizes = np.unique(groups, return_counts=True)
-    search_of_root = (np.cumsum(sizes) - sizes) // SEARCH_TEXTS
-    searches = search_of_root[np.searchsorted(roots, groups)]
-    n_searches = int(searches.max()) + 1 if len(searches) else 0
-    write_searches(build, places, searches)
+    sizes = np.zeros(n_texts, np.uint32)
+    for begin in range(0, n_texts, AT_ONCE):
+        part = slice(begin, begin + AT_ONCE)
+        np.add.at(sizes, groups[part][has_neighbour[part]], 1)
+    n_before = 0
+    search_of_group = sizes  # in the same memory
+    for begin in range(0, n_texts, AT_ONCE):
+        ends_of_part = n_before + np.cumsum(sizes[begin : begin + AT_ONCE], dtype=np.int64)
+        first_of_part = ends_of_part - sizes[begin : begin + AT_ONCE]
+        n_before = int(ends_of_part[-1])
+        search_of_group[begin : begin + AT_ONCE] = first_of_part // SEARCH_TEXTS
+
+    def searches_of_tasks() -> Iterator[np.ndarray]:
+        for begin, end in itertools.pairwise(ends.tolist()):
+            numbers = np.flatnonzero(has_neighbour[begin:end])
+            texts = np.empty(len(numbers), SEARCHED)
+            texts["number"], texts["search"] = numbers, search_of_group[groups[begin:end][numbers]]
+            yield texts
+
+    write_searches(build, searches_of_tasks())
+    n_searches = -(-n_before // SEARCH_TEXTS)
     write_parts(build, "searches", n_searches)
     return n_searches
 

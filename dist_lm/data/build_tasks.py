@@ -14,8 +14,9 @@ any order, and a task that was lost runs again.
 import hashlib
 import itertools
 import json
+from array import array
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass, field
 from functools import cached_property, lru_cache, partial
@@ -61,9 +62,13 @@ from dist_lm.errors import ArtefactError, UserError
 from dist_lm.storage import durable
 from dist_lm.tokenizer.tokenizer import Tokenizer
 
-REVISION = 4  # one more with every change to the results of tasks: those of another revision are not used
+REVISION = 5  # one more with every change to the results of tasks: those of another revision are not used
 RUN, COPIES, REPORT, REJECTED_ROWS = "keys.run", "copies.npy", "report.json", "rejected.jsonl"
 ARRAYS, BAND_RUN, PAIRS = "arrays.npz", "bands.run", "pairs.npy"
+TEXTS, ENDS, SEARCHES, WINDOWS_OF_TEXTS = "texts.npy", "ends.npy", "searches.bin", "windows.bin"
+WINDOWS_ENDS = "windows_ends.npy"
+SEARCHED = np.dtype([("number", "<u4"), ("search", "<u4")])
+"""A text that has a neighbour: its number in its task, and the number of its search."""
 WINDOWS = "windows_"  # begins the name of an array about windows of a number of words
 
 
@@ -339,82 +344,94 @@ def _without_copies(build: Build, records: np.ndarray) -> np.ndarray:
     return records[is_kept]
 
 
-def write_searches(build: Build, places: np.ndarray, searches: np.ndarray) -> None:
+def write_searches(build: Build, searches_of_tasks: Iterable[np.ndarray]) -> None:
     """Writes which search compares which texts.
 
     Args:
-        places: (T, 2) uint32: task and number of each text with a neighbour, rising.
-        searches: (T,) int64: number of its search.
+        searches_of_tasks: the texts of each task that have a neighbour, (texts,) SEARCHED, in their order.
     """
     result = build.result("searches", 0)
     if is_finished(result):
         return
     with writing(result) as temporary:
-        np.savez(temporary / ARRAYS, places=places, searches=searches)
+        ends = [0]
+        with (temporary / SEARCHES).open("wb") as file:
+            for texts in searches_of_tasks:
+                file.write(texts.tobytes())
+                ends.append(ends[-1] + len(texts))
+        np.save(temporary / ENDS, np.array(ends))
 
 
 def _windows(build: Build, number: int, result: Path) -> None:
-    with np.load(build.result("searches", 0) / ARRAYS) as arrays:
-        begin, end = np.searchsorted(arrays["places"][:, 0], [number, number + 1])
-        numbers = arrays["places"][begin:end, 1].astype(np.int64)
-        searches = arrays["searches"][begin:end]
+    of_searches = build.result("searches", 0)
+    begin, end = np.load(of_searches / ENDS, mmap_mode="r")[number : number + 2].tolist()
+    texts = np.fromfile(of_searches / SEARCHES, SEARCHED, end - begin, offset=begin * SEARCHED.itemsize)
 
-    sought = set(numbers.tolist())
-    windows: list[np.ndarray] = [np.empty(0, np.uint64)]
+    ends = [0]
     sources: list[str] = []
-    if sought:
-        documents = (record for _, record, _ in _read_again(build, number, read_survey(build, number)) if record)
-        for document_number, record in enumerate(documents):
-            if document_number in sought:
-                windows.append(text_windows(record.document.text))
-                sources.append(record.document.source)
-    np.save(result / "windows.npy", np.concatenate(windows))
-    ends = np.cumsum([len(array) for array in windows])
-    np.savez(result / ARRAYS, numbers=numbers, searches=searches, ends=ends)
-    (result / "sources.json").write_text(json.dumps(sources), encoding="utf-8")
+    with (result / WINDOWS_OF_TEXTS).open("wb") as file:
+        sought = set(texts["number"].tolist())
+        if sought:
+            documents = (record for _, record, _ in _read_again(build, number, read_survey(build, number)) if record)
+            for document_number, record in enumerate(documents):
+                if document_number in sought:
+                    windows = text_windows(record.document.text)
+                    file.write(windows.tobytes())
+                    ends.append(ends[-1] + len(windows))
+                    sources.append(record.document.source)
+    np.save(result / TEXTS, texts)
+    np.save(result / WINDOWS_ENDS, np.array(ends))
+    write_strings(result, sources)
 
 
 def _search(build: Build, number: int, result: Path) -> None:
-    texts: list[tuple[tuple[int, int, str], Callable[[], np.ndarray]]] = []  # ((task, number, source), its windows)
+    places, spans, positions = [np.empty((0, 2), np.int64)], [np.empty((0, 2), np.int64)], [np.empty(0, np.int64)]
     for task in range(build.n_tasks):
-        windows_of_task = build.result("windows", task)
-        with np.load(windows_of_task / ARRAYS) as arrays:
-            places = np.flatnonzero(arrays["searches"] == number).tolist()
-            if not places:
-                continue
-            ends, numbers = arrays["ends"].tolist(), arrays["numbers"].tolist()
-        sources = json.loads((windows_of_task / "sources.json").read_text(encoding="utf-8"))
-        path = windows_of_task / "windows.npy"
-        texts += [
-            ((task, numbers[place], sources[place]), partial(_read_windows, path, ends[place], ends[place + 1]))
-            for place in places
-        ]
+        texts = np.load(build.result("windows", task) / TEXTS)
+        chosen = np.flatnonzero(texts["search"] == number)
+        if len(chosen):
+            ends = np.load(build.result("windows", task) / WINDOWS_ENDS)
+            places.append(np.stack([np.full(len(chosen), task), texts["number"][chosen]], axis=1))
+            spans.append(np.stack([ends[chosen], ends[chosen + 1]], axis=1))
+            positions.append(chosen)
+    place_of, span_of, position_of = np.concatenate(places), np.concatenate(spans), np.concatenate(positions)
 
-    shared_bands = common_bands(band_hashes(windows_of_text()) for _, windows_of_text in texts)
-    near_duplicates = [
-        (task, document, source)
-        for (task, document, _), (_, _, source) in search(shared_bands, texts, build.config.cleaning.near_duplicates)
-    ]
-    copies = np.array([(task, document) for task, document, _ in near_duplicates], np.int64).reshape(-1, 2)
-    save_places(result / COPIES, copies)
-    write_resembled(result, [source for _, _, source in near_duplicates])
+    def windows_of(text: int) -> np.ndarray:
+        begin, end = span_of[text].tolist()
+        path = build.result("windows", int(place_of[text, 0])) / WINDOWS_OF_TEXTS
+        return np.fromfile(path, np.uint64, end - begin, offset=begin * 8)
 
+    # A group may have a million texts, so none of them is an object for long.
+    n_texts = len(place_of)
+    shared_bands = common_bands(band_hashes(windows_of(text)) for text in range(n_texts))
+    in_order = ((text, partial(windows_of, text)) for text in range(n_texts))
+    similar = search(shared_bands, in_order, build.config.cleaning.near_duplicates)
+    pairs = np.array(array("q", itertools.chain.from_iterable(similar)), np.int64).reshape(-1, 2)
+    save_places(result / COPIES, place_of[pairs[:, 0]])
 
-def _read_windows(path: Path, begin: int, end: int) -> np.ndarray:
-    return np.array(_mapped(path)[begin:end])
+    # The place of the resembled text stands beside that of the dropped one.
+    def source_of_text(text: int) -> str:
+        (source,) = _read_strings(build.result("windows", int(place_of[text, 0])), int(position_of[text]), 1)
+        return source
 
-
-@lru_cache(1)
-def _mapped(path: Path) -> np.ndarray:
-    # A mapping holds an open file, and a search may read all tasks. It reads them in order: one mapping is enough.
-    return np.load(path, mmap_mode="r")
+    write_strings(result, map(source_of_text, pairs[:, 1].tolist()))
 
 
-def write_resembled(result: Path, sources: Sequence[str]) -> None:
-    """Writes the places of the resembled texts beside the places of the texts that are dropped for them."""
-    encoded = [source.encode() for source in sources]
-    (result / "sources.txt").write_bytes(b"".join(encoded))
-    np.save(result / "ends.npy", np.cumsum([0, *map(len, encoded)]))
+def write_strings(result: Path, strings: Iterable[str]) -> None:
+    """Writes strings for `_read_strings`."""
+    ends = array("Q", [0])
+    with (result / "strings.txt").open("wb") as file:
+        for string in strings:
+            ends.append(ends[-1] + file.write(string.encode()))
+    np.save(result / ENDS, np.array(ends))
+
+
+def _read_strings(result: Path, begin: int, n_strings: int) -> list[str]:
+    """Returns some neighbouring strings, and reads no other ones."""
+    ends = np.load(result / ENDS, mmap_mode="r")[begin : begin + n_strings + 1].tolist()
+    with (result / "strings.txt").open("rb") as file:
+        file.seek(ends[0])
+        return [file.read(end - start).decode() for start, end in itertools.pairwise(ends)]
 
 
 def _near_copies(build: Build, number: int) -> Iterator[tuple[Path, int, np.ndarray]]:
@@ -433,11 +450,7 @@ def resembled_sources(build: Build, number: int) -> dict[int, str]:
     """Returns the documents of a task that are nearly earlier ones: number -> place of the earlier document."""
     sources: dict[int, str] = {}
     for result, begin, documents in _near_copies(build, number):
-        ends = np.load(result / "ends.npy", mmap_mode="r")[begin : begin + len(documents) + 1].tolist()
-        with (result / "sources.txt").open("rb") as file:
-            file.seek(ends[0])
-            texts = [file.read(end - start).decode() for start, end in itertools.pairwise(ends)]
-        sources |= dict(zip(documents.tolist(), texts, strict=True))
+        sources |= dict(zip(documents.tolist(), _read_strings(result, begin, len(documents)), strict=True))
     return sources
 
 

@@ -29,5 +29,5 @@ def test_each_pass_has_a_rate_and_works_on_copies(tmp_path: Path) -> None:
     assert facts.keys() == PASSES_OF.keys()
     assert all(rate > 0 for rate in facts.values())
 
-    found = (Build(tmp_path / "build").result("search", 0) / "sources.txt").read_bytes()
+    found = (Build(tmp_path / "build").result("search", 0) / "strings.txt").read_bytes()
     assert found
