@@ -1,5 +1,6 @@
 """A build by tasks gives the corpus of a build in one process, whatever the tasks, the workers and their ends."""
 
+import gzip
 import itertools
 import json
 import multiprocessing
@@ -17,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import zstandard
 
 from dist_lm.config.corpus import SPLITS, CleaningConfig, CorpusConfig, SourceConfig
 from dist_lm.config.root import Config
@@ -34,6 +36,7 @@ from dist_lm.storage import durable
 from dist_lm.storage.run_directory import WorkDirectory
 from dist_lm.tracking.console import Console
 from tests.conftest import TINY_MODEL
+from tests.data.file_server import serving
 from tests.data.mixed_corpora import write_corpora
 from tests.patience import patient
 from tests.stages.test_several_corpora import decoded
@@ -453,3 +456,33 @@ def test_errors_are_those_of_one_process(monkeypatch, new_work, tmp_path, rows, 
             messages.append(str(error))
     assert words in messages[0]
     assert messages[1] == messages[0]
+
+
+@pytest.mark.heavy
+def test_files_behind_urls_are_built_as_by_one_process(monkeypatch, new_work, tmp_path):
+    """Would find a task that lists a server anew, and a file that is taken for another one of the server."""
+    (tmp_path / "served").mkdir()
+    names = [f"{number}.jsonl.gz" for number in range(3)]
+    for number, name in enumerate(names):
+        (tmp_path / "served" / name).write_bytes(gzip.compress("\n".join(ROWS[number::3]).encode()))
+    with serving(tmp_path / "served") as server:
+        source = SourceConfig("jsonl", "english", "mit", path=[f"{server.url}/{name}" for name in names])
+        corpus = CorpusConfig("test", {"text": [source]}, val_fraction=0.2)
+        expected = described(build(new_work("serial"), corpus)["text"])
+        run_pass = in_random_order(random.Random(0))
+        assert described(by_tasks(monkeypatch, new_work("tasks"), corpus, 1, run_pass)["text"]) == expected
+
+
+@pytest.mark.parametrize("compress", [gzip.compress, zstandard.compress])
+def test_a_damaged_compressed_file_is_named_as_by_one_process(monkeypatch, new_work, tmp_path, compress):
+    """Would find a cut file that is taken as whole, and an error that names a task in place of the file."""
+    suffix = "gz" if compress is gzip.compress else "zst"
+    content = compress("\n".join(ROWS).encode())
+    (tmp_path / f"0.jsonl.{suffix}").write_bytes(content)
+    (tmp_path / f"1.jsonl.{suffix}").write_bytes(content[: len(content) // 2])
+    corpus = CorpusConfig("test", {"text": [SourceConfig("jsonl", "english", "mit", path=f"{tmp_path}/*.{suffix}")]})
+    with pytest.raises(UserError, match=rf"1\.jsonl\.{suffix}.*replace or remove it") as of_one_process:
+        build(new_work("serial"), corpus)
+    with pytest.raises(UserError) as of_tasks:
+        by_tasks(monkeypatch, new_work("tasks"), corpus, 1, in_this_process)
+    assert str(of_tasks.value) == str(of_one_process.value)
