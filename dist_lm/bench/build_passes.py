@@ -31,6 +31,7 @@ from dist_lm.data.build_tasks import (
     ARRAYS,
     COPIES,
     PAIRS,
+    RUN,
     WINDOWS,
     Build,
     read_val,
@@ -43,7 +44,7 @@ from dist_lm.data.build_tasks import (
 from dist_lm.data.earlier import EarlierCorpora
 from dist_lm.data.near_duplicates import BANDS
 from dist_lm.data.screening import RowErrors, SourceReader
-from dist_lm.data.sorted_runs import n_parts
+from dist_lm.data.sorted_runs import n_parts, records_of, write_run
 from dist_lm.data.task_results import writing
 
 SURVEY, SEARCH = "read, hash and sign, a core MB/s", "search for copies, a core MB/s"
@@ -217,6 +218,7 @@ def write_made_up(
         )
         with writing(build.result("survey", number)) as result:
             write_survey(result, made_up)
+            write_run(result / RUN, records_of([key.tobytes() for key in made_up.keys], number))
 
     write_parts(build, "key_parts", key_parts)
     for part in range(key_parts):
