@@ -91,13 +91,13 @@ def run_build(config: Config, folder: Path, tokenizer_model: Path) -> dict[str, 
     Returns:
         CPU seconds of each pass.
     """
-    seconds: Counter[str] = Counter()
+    seconds: dict[str, float] = {}
 
     def run_pass(folder: Path, pass_name: str, numbers: Sequence[int]) -> Iterator[int]:
         for number in numbers:
             began = time.process_time()
             run_task(folder, pass_name, number)
-            seconds[pass_name] += time.process_time() - began
+            seconds[pass_name] = seconds.get(pass_name, 0.0) + time.process_time() - began
             yield number
 
     reader = SourceReader(config.seed)
@@ -106,7 +106,7 @@ def run_build(config: Config, folder: Path, tokenizer_model: Path) -> dict[str, 
     build = Build(folder)
     build.write(config.corpus, config.seed, tokenizer_model, tasks, listings)
     run_passes(folder, tasks, run_pass, names, names, EarlierCorpora(), reader)
-    return dict(seconds)
+    return seconds
 
 
 def facts_of_passes(config: Config, folder: Path, tokenizer_model: Path, n_bytes: int) -> dict[str, float]:
@@ -119,7 +119,7 @@ def facts_of_passes(config: Config, folder: Path, tokenizer_model: Path, n_bytes
     config = replace(config, corpus=replace(config.corpus, cleaning=cleaning))
     seconds = run_build(config, folder, tokenizer_model)
     return {
-        fact: n_bytes / 1e6 / sum(seconds[pass_name] for pass_name in pass_names)
+        fact: n_bytes / 1e6 / sum(seconds.get(pass_name, 0.0) for pass_name in pass_names)
         for fact, pass_names in PASSES_OF.items()
     }
 
