@@ -19,6 +19,7 @@ from pathlib import Path
 import numpy as np
 import psutil
 
+from dist_lm.bench import build_passes
 from dist_lm.bench.case import Case, Comparison, GroupSize
 from dist_lm.bench.rank import MIB, Trial
 from dist_lm.config.corpus import CleaningConfig, CorpusConfig, SourceConfig
@@ -35,7 +36,7 @@ from dist_lm.tokenizer.tokenizer import Tokenizer
 from dist_lm.tokenizer.train import sample_by_language, train_tokenizer
 from dist_lm.tracking.console import Console
 
-BUILD, CLEANED, ENCODER = "shards", "shards, cleaned", "encoder alone"
+BUILD, CLEANED, BY_TASKS, ENCODER = "shards", "shards, cleaned", "shards by tasks", "encoder alone"
 MEMORY, WALL = "memory of a process MiB", "wall, a process MB/s"
 CORPUS = "words"
 MEGABYTES, QUICK_MEGABYTES = 24, 4  # text of a build
@@ -48,7 +49,8 @@ SAMPLE_EVERY_S = 0.2  # between two measurements of memory
 def cases(overrides: Sequence[str], quick: bool) -> list[Case]:
     """Returns a case with one process that encodes, and one with a process for each core if there are several.
 
-    `tokenizer.workers` in the overrides, or `quick`, leaves one case.
+    `tokenizer.workers` in the overrides, or `quick`, leaves one case. Without `quick`, the passes of a build by tasks
+    in one process follow.
 
     Raises:
         ConfigError, ArtefactError, UserError: as `compose_config`.
@@ -77,7 +79,26 @@ def cases(overrides: Sequence[str], quick: bool) -> list[Case]:
                 unit="MB/s",
             )
         )
+    if not quick:
+        planned.append(case_by_tasks(planned[0].config))
     return planned
+
+
+def case_by_tasks(config: Config) -> Case:
+    """Returns the case of a build by tasks in one process: a table row for each pass, and for its serial part."""
+    facts = (*build_passes.PASSES_OF, build_passes.SERIAL, build_passes.TERABYTE)
+    return Case(
+        name=f"{MEGABYTES} MB",
+        config=replace(config, tokenizer=replace(config.tokenizer, workers=1)),
+        variants=dict.fromkeys((BY_TASKS, ENCODER), GroupSize(1)),
+        comparisons=[
+            Comparison(variant=BY_TASKS, peer=ENCODER),
+            *(Comparison(variant=BY_TASKS, fact=fact) for fact in facts),
+        ],
+        rounds=3,
+        amount=MEGABYTES,
+        unit="MB/s",
+    )
 
 
 def build(variant: str, config: Config, world: World) -> Trial:
@@ -90,6 +111,8 @@ def build(variant: str, config: Config, world: World) -> Trial:
     folder = tempfile.TemporaryDirectory(prefix="dlm-bench-")
     cleaning = CleaningConfig() if variant == CLEANED else no_cleaning()
     work = Work(Path(folder.name), config, cleaning)
+    if variant == BY_TASKS:
+        return trial_by_tasks(folder, work)
     documents = work.documents(work.n_bytes) if variant == ENCODER else []
     processes = config.tokenizer.workers or cores()
 
@@ -103,6 +126,27 @@ def build(variant: str, config: Config, world: World) -> Trial:
         return 0.0
 
     return Trial(step, lambda: facts_of_step(step, work.n_bytes, processes), clock=cpu_seconds, losses=list)
+
+
+def trial_by_tasks(folder: tempfile.TemporaryDirectory, work: "Work") -> Trial:
+    """Returns the trial of a build by tasks. Its facts are about text with copies; speed is that without, as of the
+    other variants."""
+
+    def step() -> float:
+        path = Path(folder.name)
+        shutil.rmtree(path / "build", ignore_errors=True)
+        build_passes.run_build(work.config, path / "build", work.directory.tokenizer_model)
+        return 0.0
+
+    def facts() -> dict[str, float]:
+        path = Path(folder.name)
+        texts = [document.text for document in work.documents(work.n_bytes)]
+        n_bytes = work.n_bytes + build_passes.write_copies(path / "input", texts)
+        of_passes = build_passes.facts_of_passes(work.config, path / "copies", work.directory.tokenizer_model, n_bytes)
+        (path / "input" / build_passes.COPIES_FILE).unlink()
+        return of_passes | build_passes.facts_of_serial_part(path / "made-up")
+
+    return Trial(step, facts, clock=cpu_seconds, losses=list)
 
 
 def no_cleaning() -> CleaningConfig:

@@ -8,10 +8,11 @@ does not count.
 """
 
 import hashlib
+import itertools
 import os
 import shutil
 from collections import Counter, deque
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -35,6 +36,7 @@ from dist_lm.data.build_tasks import (
     PAIRS,
     REJECTED_ROWS,
     RUN,
+    SEARCHED,
     Build,
     Val,
     fates,
@@ -60,7 +62,7 @@ from dist_lm.data.ingest import (
 from dist_lm.data.inputs import Inputs
 from dist_lm.data.journal import REJECTED, Journal
 from dist_lm.data.manifest import ListInputs, Recipe, index_path
-from dist_lm.data.near_duplicate_groups import groups_of
+from dist_lm.data.near_duplicate_groups import AT_ONCE, TextGroups
 from dist_lm.data.near_duplicates import BANDS
 from dist_lm.data.screening import (
     LANGUAGES,
@@ -111,6 +113,7 @@ def run_passes(
     tasks: Sequence[BuildTask],
     run_pass: RunPass,
     built_corpora: Sequence[str],
+    together: Sequence[str],
     earlier: EarlierCorpora,
     reader: SourceReader,
 ) -> None:
@@ -118,7 +121,9 @@ def run_passes(
 
     Args:
         folder: `Build.write` has written settings and plan.
-        built_corpora: corpora whose tars are written; the others are only compared.
+        built_corpora: corpora whose tars are written.
+        together: corpora whose train and val are compared with each other, `built_corpora` among them. Texts of the
+            others in the plan are only what later ones may be copies of (`cleaning.across_corpora`).
         earlier: finished corpora that stay as they are, compared in both directions.
         reader: told which documents each source has given.
 
@@ -143,9 +148,10 @@ def run_passes(
         deque(run_pass(folder, "windows", all_numbers), maxlen=0)
         deque(run_pass(folder, "search", range(n_searches)), maxlen=0)
 
-    groups, least_val_bytes = choose_val(build, tasks, earlier)
-    deque(run_pass(folder, "compare", all_numbers), maxlen=0)
-    choose_rule(build, tasks, built_corpora, earlier, groups, least_val_bytes)
+    compared_tasks = {number: task for number, task in enumerate(tasks) if task.corpus in together}
+    groups, least_val_bytes = choose_val(build, compared_tasks, earlier)
+    deque(run_pass(folder, "compare", [*compared_tasks]), maxlen=0)
+    choose_rule(build, compared_tasks, built_corpora, earlier, groups, least_val_bytes)
     deque(
         run_pass(folder, "write", [number for number in all_numbers if tasks[number].corpus in built_corpora]), maxlen=0
     )
@@ -196,32 +202,59 @@ def choose_searches(build: Build, n_results: int) -> int:
     """Joins the pairs of texts with a band in common to groups, and groups to searches of about `SEARCH_TEXTS` texts;
     writes both. Returns the number of searches.
 
-    Memory grows with the texts that have such a neighbour, about 100 bytes each.
+    Memory: nine bytes a text.
 
     Args:
         n_results: of the pass `neighbours`.
     """
-    pairs = np.concatenate([np.load(build.result("neighbours", number) / PAIRS) for number in range(n_results)])
-    # The order of places is that of the plan, so a smaller number is an earlier text.
-    places, numbers = np.unique(pairs.reshape(-1, 2), axis=0, return_inverse=True)
-    groups = groups_of(len(places), numbers.reshape(-1, 2))
+    # Texts are numbered in the order of the plan, so a smaller number is an earlier text.
+    ends = np.cumsum([0, *(n_records(build.result("survey", number) / RUN) for number in range(build.n_tasks))])
+    n_texts = int(ends[-1])
+    text_groups = TextGroups(n_texts)
+    has_neighbour = np.zeros(n_texts, bool)
+    for number in range(n_results):
+        # Results of a band that very many texts share are large.
+        pairs = np.load(build.result("neighbours", number) / PAIRS, mmap_mode="r")
+        for begin in range(0, len(pairs), AT_ONCE):
+            places = np.array(pairs[begin : begin + AT_ONCE])
+            numbers = ends[places[:, :, 0]] + places[:, :, 1]
+            text_groups.join(numbers)
+            has_neighbour[numbers.ravel()] = True
+    groups = text_groups.groups()
 
     # Groups are filled into searches by their first texts.
-    roots, sizes = np.unique(groups, return_counts=True)
-    search_of_root = (np.cumsum(sizes) - sizes) // SEARCH_TEXTS
-    searches = search_of_root[np.searchsorted(roots, groups)]
-    n_searches = int(searches.max()) + 1 if len(searches) else 0
-    write_searches(build, places, searches)
+    sizes = np.zeros(n_texts, np.uint32)
+    for begin in range(0, n_texts, AT_ONCE):
+        part = slice(begin, begin + AT_ONCE)
+        np.add.at(sizes, groups[part][has_neighbour[part]], 1)
+    n_before = 0
+    search_of_group = sizes  # in the same memory
+    for begin in range(0, n_texts, AT_ONCE):
+        ends_of_part = n_before + np.cumsum(sizes[begin : begin + AT_ONCE], dtype=np.int64)
+        first_of_part = ends_of_part - sizes[begin : begin + AT_ONCE]
+        n_before = int(ends_of_part[-1])
+        search_of_group[begin : begin + AT_ONCE] = first_of_part // SEARCH_TEXTS
+
+    def searches_of_tasks() -> Iterator[np.ndarray]:
+        for begin, end in itertools.pairwise(ends.tolist()):
+            numbers = np.flatnonzero(has_neighbour[begin:end])
+            texts = np.empty(len(numbers), SEARCHED)
+            texts["number"], texts["search"] = numbers, search_of_group[groups[begin:end][numbers]]
+            yield texts
+
+    write_searches(build, searches_of_tasks())
+    n_searches = -(-n_before // SEARCH_TEXTS)
     write_parts(build, "searches", n_searches)
     return n_searches
 
 
 def choose_val(
-    build: Build, tasks: Sequence[BuildTask], earlier: EarlierCorpora
+    build: Build, tasks: Mapping[int, BuildTask], earlier: EarlierCorpora
 ) -> tuple[dict[str, Groups], dict[str, int]]:
     """Chooses and writes the held-out texts, as `ingest.TextSplits` does.
 
     Args:
+        tasks: number -> task, of the corpora that are compared.
         earlier: finished corpora, whose val no train text may contain.
 
     Returns:
@@ -235,7 +268,7 @@ def choose_val(
     bytes_below: dict[str, np.ndarray] = {}
     held_out_bytes: Counter[str] = Counter()
     groups: dict[str, Groups] = {}
-    for number, task in enumerate(tasks):
+    for number, task in tasks.items():
         task_survey = read_survey(build, number)
         is_dropped = fates(build, number, task_survey, Rule({})) > VAL
         below = sizes_below(task_survey, is_dropped, largest_share(config, task.corpus))
@@ -251,7 +284,7 @@ def choose_val(
     }
     texts: dict[bytes, str] = {}
     protected: set[bytes] = set()
-    for number, task in enumerate(tasks):
+    for number, task in tasks.items():
         task_survey = read_survey(build, number, with_texts=True)
         task_fates = fates(build, number, task_survey, Rule(shares))
         for document, text in task_survey.val_texts.items():
@@ -273,7 +306,7 @@ def choose_val(
 
 def choose_rule(
     build: Build,
-    tasks: Sequence[BuildTask],
+    tasks: Mapping[int, BuildTask],
     built_corpora: Sequence[str],
     earlier: EarlierCorpora,
     groups: Mapping[str, Groups],
@@ -282,6 +315,7 @@ def choose_rule(
     """Merges the comparisons into the complete rule, and numbers tars and documents; writes both.
 
     Args:
+        tasks: as of `choose_val`.
         built_corpora, earlier: as of `run_passes`.
         groups, least_val_bytes: as of `choose_val`, for errors.
 
@@ -292,7 +326,7 @@ def choose_rule(
     val, index = read_val(build)
     index.take_evidence()
     refused = set(val.protected)
-    for number in range(len(tasks)):
+    for number in tasks:
         refused.update(key.tobytes() for key in merge_comparison(build, number, index))
     keys = list(val.texts)
     leaked = {keys[number] for number in index.contained()}
@@ -304,8 +338,8 @@ def choose_rule(
     n_tars = {corpus: [0] * len(SPLITS) for corpus in built_corpora}
     n_documents = {corpus: [0] * len(SPLITS) for corpus in built_corpora}
     n_overlapping: Counter[str] = Counter()
-    first = np.zeros((len(tasks), len(SPLITS), 2), np.int64)
-    for number, task in enumerate(tasks):
+    first = np.zeros((build.n_tasks, len(SPLITS), 2), np.int64)
+    for number, task in tasks.items():
         if task.corpus not in built_corpora:
             continue
         counts = np.bincount(fates(build, number, read_survey(build, number), rule), minlength=OVERLAPPING + 1)

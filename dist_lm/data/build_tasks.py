@@ -12,9 +12,11 @@ any order, and a task that was lost runs again.
 """
 
 import hashlib
+import itertools
 import json
+from array import array
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass, field
 from functools import cached_property, lru_cache, partial
@@ -60,9 +62,13 @@ from dist_lm.errors import ArtefactError, UserError
 from dist_lm.storage import durable
 from dist_lm.tokenizer.tokenizer import Tokenizer
 
-REVISION = 3  # one more with every change to the results of tasks: those of another revision are not used
+REVISION = 5  # one more with every change to the results of tasks: those of another revision are not used
 RUN, COPIES, REPORT, REJECTED_ROWS = "keys.run", "copies.npy", "report.json", "rejected.jsonl"
 ARRAYS, BAND_RUN, PAIRS = "arrays.npz", "bands.run", "pairs.npy"
+TEXTS, ENDS, SEARCHES, WINDOWS_OF_TEXTS = "texts.npy", "ends.npy", "searches.bin", "windows.bin"
+WINDOWS_ENDS = "windows_ends.npy"
+SEARCHED = np.dtype([("number", "<u4"), ("search", "<u4")])
+"""A text that has a neighbour: its number in its task, and the number of its search."""
 WINDOWS = "windows_"  # begins the name of an array about windows of a number of words
 
 
@@ -94,7 +100,8 @@ class Build:
 
     @property
     def classes(self) -> list[tuple[str, bool]]:
-        """(corpus, whether its sources have `held_out`): copies are sought in each of these."""
+        """(corpus, whether its sources have `held_out`): copies are sought in each of these. The corpus is "" if they
+        are sought across all."""
         return [(corpus, is_held_out) for corpus, is_held_out, _ in self._settings["classes"]]
 
     @property
@@ -131,7 +138,7 @@ class Build:
         (self.folder / "tasks").mkdir(parents=True, exist_ok=True)
         classes: dict[tuple[str, bool], list[int]] = {}
         for number, task in enumerate(tasks):
-            classes.setdefault((task.corpus, source_of(config, task).held_out), []).append(number)
+            classes.setdefault(class_of(config, task), []).append(number)
             content = {"corpus": task.corpus, "source": task.source, "files": [file.to_json() for file in task.files]}
             durable.write_sealed(self.folder / "tasks" / f"{number:06d}.json", content)
         for (corpus, number), listing in listings.items():
@@ -146,6 +153,15 @@ class Build:
 
     def _listing_path(self, corpus: str, source: int) -> Path:
         return self.folder / f"listing-{corpus}-{source}.json"
+
+
+def class_of(config: CorpusConfig, task: BuildTask) -> tuple[str, bool]:
+    """Returns the class in which copies of the documents of a task are sought, as of `Build.classes`."""
+    is_held_out = source_of(config, task).held_out
+    # A text that a user holds out is compared with those of its own corpus alone.
+    if config.cleaning.across_corpora and not is_held_out:
+        return "", False
+    return task.corpus, is_held_out
 
 
 @lru_cache(1)
@@ -182,10 +198,11 @@ def _survey(build: Build, number: int, result: Path) -> None:
     write_run(result / RUN, records_of([key.tobytes() for key in task_survey.keys], number))
     if build.config.cleaning.near_duplicates:
         write_run(result / BAND_RUN, band_records(task_survey.bands, number))
-    _write_survey(result, task_survey)
+    write_survey(result, task_survey)
 
 
-def _write_survey(result: Path, task_survey: Survey) -> None:
+def write_survey(result: Path, task_survey: Survey) -> None:
+    """Writes the survey of a task into its result, for `read_survey`."""
     np.savez(
         result / ARRAYS,
         keys=task_survey.keys,
@@ -243,7 +260,7 @@ def _copies(build: Build, number: int, result: Path) -> None:
     runs = [build.result("survey", task) / RUN for task in build.tasks_of_class(class_number)]
     copies = later_copies(read_part(runs, part, parts_of(build)))
     places = np.stack([copies["task"], copies["number"]], axis=1)
-    _save_places(result / COPIES, places[np.lexsort([places[:, 1], places[:, 0]])])
+    save_places(result / COPIES, places[np.lexsort([places[:, 1], places[:, 0]])])
 
 
 def write_parts(build: Build, name: str, parts: int) -> None:
@@ -260,7 +277,7 @@ def is_copy(build: Build, number: int, n_documents: int) -> np.ndarray:
     """Returns which documents of a task are copies of earlier ones: (n_documents,) bool."""
     parts = parts_of(build)
     task = build.task(number)
-    class_number = build.classes.index((task.corpus, source_of(build.config, task).held_out))
+    class_number = build.classes.index(class_of(build.config, task))
     copies = np.zeros(n_documents, bool)
     for part in range(parts):
         _, documents = _places_of_task(build.result("copies", class_number * parts + part) / COPIES, number)
@@ -268,7 +285,7 @@ def is_copy(build: Build, number: int, n_documents: int) -> np.ndarray:
     return copies
 
 
-def _save_places(path: Path, places: np.ndarray) -> None:
+def save_places(path: Path, places: np.ndarray) -> None:
     """Writes places of documents for `_places_of_task`.
 
     Args:
@@ -293,7 +310,8 @@ def fates(build: Build, number: int, task_survey: Survey, rule: Rule) -> np.ndar
     task = build.task(number)
     copies = is_copy(build, number, len(task_survey.keys))
     near_copies = np.zeros(len(task_survey.keys), bool)
-    near_copies[[*resembled_sources(build, number)]] = True
+    for _, _, documents in _near_copies(build, number):
+        near_copies[documents] = True
     share = rule.shares.get(task.corpus, 0.0)
     return fates_of(task_survey, copies, near_copies, source_of(build.config, task).held_out, share, rule)
 
@@ -326,89 +344,113 @@ def _without_copies(build: Build, records: np.ndarray) -> np.ndarray:
     return records[is_kept]
 
 
-def write_searches(build: Build, places: np.ndarray, searches: np.ndarray) -> None:
+def write_searches(build: Build, searches_of_tasks: Iterable[np.ndarray]) -> None:
     """Writes which search compares which texts.
 
     Args:
-        places: (T, 2) uint32: task and number of each text with a neighbour, rising.
-        searches: (T,) int64: number of its search.
+        searches_of_tasks: the texts of each task that have a neighbour, (texts,) SEARCHED, in their order.
     """
     result = build.result("searches", 0)
     if is_finished(result):
         return
     with writing(result) as temporary:
-        np.savez(temporary / ARRAYS, places=places, searches=searches)
+        ends = [0]
+        with (temporary / SEARCHES).open("wb") as file:
+            for texts in searches_of_tasks:
+                file.write(texts.tobytes())
+                ends.append(ends[-1] + len(texts))
+        np.save(temporary / ENDS, np.array(ends))
 
 
 def _windows(build: Build, number: int, result: Path) -> None:
-    with np.load(build.result("searches", 0) / ARRAYS) as arrays:
-        begin, end = np.searchsorted(arrays["places"][:, 0], [number, number + 1])
-        numbers = arrays["places"][begin:end, 1].astype(np.int64)
-        searches = arrays["searches"][begin:end]
+    of_searches = build.result("searches", 0)
+    begin, end = np.load(of_searches / ENDS, mmap_mode="r")[number : number + 2].tolist()
+    texts = np.fromfile(of_searches / SEARCHES, SEARCHED, end - begin, offset=begin * SEARCHED.itemsize)
 
-    sought = set(numbers.tolist())
-    windows: list[np.ndarray] = [np.empty(0, np.uint64)]
+    ends = [0]
     sources: list[str] = []
-    if sought:
-        documents = (record for _, record, _ in _read_again(build, number, read_survey(build, number)) if record)
-        for document_number, record in enumerate(documents):
-            if document_number in sought:
-                windows.append(text_windows(record.document.text))
-                sources.append(record.document.source)
-    np.save(result / "windows.npy", np.concatenate(windows))
-    ends = np.cumsum([len(array) for array in windows])
-    np.savez(result / ARRAYS, numbers=numbers, searches=searches, ends=ends)
-    (result / "sources.json").write_text(json.dumps(sources), encoding="utf-8")
+    with (result / WINDOWS_OF_TEXTS).open("wb") as file:
+        sought = set(texts["number"].tolist())
+        if sought:
+            documents = (record for _, record, _ in _read_again(build, number, read_survey(build, number)) if record)
+            for document_number, record in enumerate(documents):
+                if document_number in sought:
+                    windows = text_windows(record.document.text)
+                    file.write(windows.tobytes())
+                    ends.append(ends[-1] + len(windows))
+                    sources.append(record.document.source)
+    np.save(result / TEXTS, texts)
+    np.save(result / WINDOWS_ENDS, np.array(ends))
+    write_strings(result, sources)
 
 
 def _search(build: Build, number: int, result: Path) -> None:
-    texts: list[tuple[tuple[int, int, str], Callable[[], np.ndarray]]] = []  # ((task, number, source), its windows)
+    places, spans, positions = [np.empty((0, 2), np.int64)], [np.empty((0, 2), np.int64)], [np.empty(0, np.int64)]
     for task in range(build.n_tasks):
-        windows_of_task = build.result("windows", task)
-        with np.load(windows_of_task / ARRAYS) as arrays:
-            places = np.flatnonzero(arrays["searches"] == number).tolist()
-            if not places:
-                continue
-            ends, numbers = arrays["ends"].tolist(), arrays["numbers"].tolist()
-        sources = json.loads((windows_of_task / "sources.json").read_text(encoding="utf-8"))
-        path = windows_of_task / "windows.npy"
-        texts += [
-            ((task, numbers[place], sources[place]), partial(_read_windows, path, ends[place], ends[place + 1]))
-            for place in places
-        ]
+        texts = np.load(build.result("windows", task) / TEXTS)
+        chosen = np.flatnonzero(texts["search"] == number)
+        if len(chosen):
+            ends = np.load(build.result("windows", task) / WINDOWS_ENDS)
+            places.append(np.stack([np.full(len(chosen), task), texts["number"][chosen]], axis=1))
+            spans.append(np.stack([ends[chosen], ends[chosen + 1]], axis=1))
+            positions.append(chosen)
+    place_of, span_of, position_of = np.concatenate(places), np.concatenate(spans), np.concatenate(positions)
 
-    shared_bands = common_bands(band_hashes(windows_of_text()) for _, windows_of_text in texts)
-    near_duplicates = [
-        (task, document, source)
-        for (task, document, _), (_, _, source) in search(shared_bands, texts, build.config.cleaning.near_duplicates)
-    ]
-    copies = np.array([(task, document) for task, document, _ in near_duplicates], np.int64).reshape(-1, 2)
-    _save_places(result / COPIES, copies)
-    resembled = [source for _, _, source in near_duplicates]
-    (result / "sources.json").write_text(json.dumps(resembled), encoding="utf-8")
+    def windows_of(text: int) -> np.ndarray:
+        begin, end = span_of[text].tolist()
+        path = build.result("windows", int(place_of[text, 0])) / WINDOWS_OF_TEXTS
+        return np.fromfile(path, np.uint64, end - begin, offset=begin * 8)
+
+    # A group may have a million texts, so none of them is an object for long.
+    n_texts = len(place_of)
+    shared_bands = common_bands(band_hashes(windows_of(text)) for text in range(n_texts))
+    in_order = ((text, partial(windows_of, text)) for text in range(n_texts))
+    similar = search(shared_bands, in_order, build.config.cleaning.near_duplicates)
+    pairs = np.array(array("q", itertools.chain.from_iterable(similar)), np.int64).reshape(-1, 2)
+    save_places(result / COPIES, place_of[pairs[:, 0]])
+
+    # The place of the resembled text stands beside that of the dropped one.
+    def source_of_text(text: int) -> str:
+        (source,) = _read_strings(build.result("windows", int(place_of[text, 0])), int(position_of[text]), 1)
+        return source
+
+    write_strings(result, map(source_of_text, pairs[:, 1].tolist()))
 
 
-def _read_windows(path: Path, begin: int, end: int) -> np.ndarray:
-    return np.array(_mapped(path)[begin:end])
+def write_strings(result: Path, strings: Iterable[str]) -> None:
+    """Writes strings for `_read_strings`."""
+    ends = array("Q", [0])
+    with (result / "strings.txt").open("wb") as file:
+        for string in strings:
+            ends.append(ends[-1] + file.write(string.encode()))
+    np.save(result / ENDS, np.array(ends))
 
 
-@lru_cache(1)
-def _mapped(path: Path) -> np.ndarray:
-    # A mapping holds an open file, and a search may read all tasks. It reads them in order: one mapping is enough.
-    return np.load(path, mmap_mode="r")
+def _read_strings(result: Path, begin: int, n_strings: int) -> list[str]:
+    """Returns some neighbouring strings, and reads no other ones."""
+    ends = np.load(result / ENDS, mmap_mode="r")[begin : begin + n_strings + 1].tolist()
+    with (result / "strings.txt").open("rb") as file:
+        file.seek(ends[0])
+        return [file.read(end - start).decode() for start, end in itertools.pairwise(ends)]
+
+
+def _near_copies(build: Build, number: int) -> Iterator[tuple[Path, int, np.ndarray]]:
+    """Yields the documents of a task that are nearly earlier ones: (result of a search, position of the first in it,
+    numbers of the documents)."""
+    if not build.config.cleaning.near_duplicates:
+        return
+    for search_number in range(parts_of(build, "searches")):
+        result = build.result("search", search_number)
+        begin, documents = _places_of_task(result / COPIES, number)
+        if len(documents):
+            yield result, begin, documents
 
 
 def resembled_sources(build: Build, number: int) -> dict[int, str]:
     """Returns the documents of a task that are nearly earlier ones: number -> place of the earlier document."""
     sources: dict[int, str] = {}
-    if not build.config.cleaning.near_duplicates:
-        return sources
-    for search_number in range(parts_of(build, "searches")):
-        result = build.result("search", search_number)
-        begin, documents = _places_of_task(result / COPIES, number)
-        if len(documents):
-            texts = json.loads((result / "sources.json").read_text(encoding="utf-8"))
-            sources |= dict(zip(documents.tolist(), texts[begin : begin + len(documents)], strict=True))
+    for result, begin, documents in _near_copies(build, number):
+        sources |= dict(zip(documents.tolist(), _read_strings(result, begin, len(documents)), strict=True))
     return sources
 
 
@@ -651,3 +693,12 @@ PASSES = {
     "compare": _compare,
     "write": _write,
 }
+BY_INPUTS = ("survey", "windows", "compare", "write")  # passes whose tasks read the inputs of the task of that number
+
+
+def sizes_of_pass(tasks: Sequence[BuildTask], pass_name: str, numbers: Sequence[int]) -> dict[int, float]:
+    """Returns about how many bytes of inputs each task of a pass stands for; tasks that read results share them."""
+    if pass_name in BY_INPUTS:
+        # Texts that are generated have no size.
+        return {number: max(tasks[number].n_bytes, 1) for number in numbers}
+    return dict.fromkeys(numbers, sum(task.n_bytes for task in tasks) / max(1, len(numbers)))

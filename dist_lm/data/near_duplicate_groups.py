@@ -9,30 +9,58 @@ import numpy as np
 
 from dist_lm.data.sorted_runs import RECORD, merged
 
+AT_ONCE = 1 << 20  # pairs or texts that are looked at together
 
-def groups_of(n_texts: int, pairs: np.ndarray) -> np.ndarray:
-    """Returns the group of each text, (n_texts,) int64: the number of its first text. A text without a pair is a group
-    of its own.
 
-    Args:
-        pairs: (pairs, 2) int64 numbers of texts with a band in common. Neighbours suffice where many texts share a
-            band: each with the next one.
-    """
-    parents = np.arange(n_texts)
-    left, right = pairs[:, 0], pairs[:, 1]
-    while True:
-        # Each text points to a text of its group with a smaller number, or to itself. Roots are joined, the smaller
-        # one wins; then every text points to its root again. A pair whose roots are equal is done.
-        roots_left, roots_right = parents[left], parents[right]
-        is_open = roots_left != roots_right
-        if not is_open.any():
-            return parents
-        left, right = left[is_open], right[is_open]
-        lower = np.minimum(roots_left[is_open], roots_right[is_open])
-        upper = np.maximum(roots_left[is_open], roots_right[is_open])
-        np.minimum.at(parents, upper, lower)
-        while not np.array_equal(parents, parents[parents]):
-            parents = parents[parents]
+class TextGroups:
+    """Groups of texts, joined pair by pair. Memory: four bytes a text, and `AT_ONCE` pairs."""
+
+    def __init__(self, n_texts: int) -> None:
+        # Each text points to a text of its group with a smaller number, or to itself.
+        self._parents = np.arange(n_texts, dtype=np.uint32)
+
+    def join(self, pairs: np.ndarray) -> None:
+        """Joins the groups of both texts of each pair.
+
+        Args:
+            pairs: (pairs, 2) numbers of texts with a band in common. Neighbours suffice where many texts share a band:
+                each with the next one.
+        """
+        for begin in range(0, len(pairs), AT_ONCE):
+            self._join(*pairs[begin : begin + AT_ONCE].T)
+
+    def groups(self) -> np.ndarray:
+        """Returns the group of each text, (n_texts,) uint32: the number of its first text. A text without a pair is a
+        group of its own."""
+        for begin in range(0, len(self._parents), AT_ONCE):
+            part = slice(begin, begin + AT_ONCE)
+            self._parents[part] = self._roots(self._parents[part])
+        return self._parents
+
+    def _join(self, left: np.ndarray, right: np.ndarray) -> None:
+        parents = self._parents
+        while True:
+            # A pair whose roots are equal is done. Other roots are joined, the smaller one wins.
+            roots_left, roots_right = self._roots(left), self._roots(right)
+            is_open = roots_left != roots_right
+            if not is_open.any():
+                return
+            left, right = roots_left[is_open], roots_right[is_open]
+            lower, upper = np.minimum(left, right), np.maximum(left, right)
+            np.minimum.at(parents, upper, lower)
+
+            # They may form a long chain, which each round makes half as long.
+            upper = np.unique(upper)
+            while not np.array_equal(above := parents[parents[upper]], parents[upper]):
+                parents[upper] = above
+
+    def _roots(self, texts: np.ndarray) -> np.ndarray:
+        """Returns the roots of texts, which then point to them."""
+        roots = self._parents[texts]
+        while not np.array_equal(above := self._parents[roots], roots):
+            roots = above
+        self._parents[texts] = roots
+        return roots
 
 
 def band_records(bands: np.ndarray, task: int) -> np.ndarray:

@@ -13,8 +13,8 @@ the other 2 of 1,000 pairs at 0.8 both stay.
 
 Texts are read twice. The first reading writes the bands of all texts to a temporary file, 160 bytes a text; the second
 one writes the windows of texts that have a band in common with another one. In memory are four bytes a text, one band
-of all texts, and about 200 bytes for each band that several texts have. Nothing depends on the process: the same texts
-in the same order always give the same result.
+of all texts, and about 12 bytes for each band of a text that another text has, too. Nothing depends on the process: the
+same texts in the same order always give the same result.
 
 Many texts that are half alike, such as filled-in forms, share bands and are all kept. So that they cost no square of
 their number, a text is compared with at most `COMPARED` others, those with most bands in common.
@@ -27,6 +27,7 @@ import tempfile
 from array import array
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
 from functools import partial
 from typing import BinaryIO, TypeVar
 
@@ -63,28 +64,26 @@ def near_duplicates(texts: Texts, similarity: float) -> dict[bytes, bytes]:
 
 
 def search(
-    shared_bands: np.ndarray, texts: Iterable[tuple[Key, Callable[[], np.ndarray]]], similarity: float
+    shared_bands: "SharedBands", texts: Iterable[tuple[Key, Callable[[], np.ndarray]]], similarity: float
 ) -> Iterator[tuple[Key, Key]]:
     """Yields the key of each text to drop, with the key of the text before it that it resembles.
 
     Args:
-        shared_bands: (T,) uint32, of `common_bands`.
         texts: key of each text, and a function that returns its `text_windows`, which is called if it is needed.
         similarity: as of `near_duplicates`.
     """
-    holders: dict[tuple[int, int], list[int]] = {}  # (band, its hash) -> numbers of the texts that stay and have it
+    holders = _Holders(shared_bands)
     keys: list[Key] = []  # of texts that stay
     with tempfile.TemporaryFile() as file:
         kept_windows = _KeptWindows(file)
         for number, (key, windows_of_text) in enumerate(texts):
-            bits = int(shared_bands[number])
-            if not bits:
+            buckets = holders.take_buckets(number)
+            if not buckets:
                 continue
 
             windows = windows_of_text()
-            hashes = band_hashes(windows).tolist()
-            buckets = [holders.setdefault((band, hashes[band]), []) for band in range(BANDS) if bits >> band & 1]
-            resembled = _resembled(windows, _candidates(buckets), kept_windows, similarity)
+            candidates = _candidates([holders.texts(bucket) for bucket in buckets])
+            resembled = _resembled(windows, candidates, kept_windows, similarity)
             if resembled is not None:
                 yield key, keys[resembled]
                 continue
@@ -92,8 +91,7 @@ def search(
             keys.append(key)
             index = kept_windows.add(windows)
             for bucket in buckets:
-                if len(bucket) < HELD:
-                    bucket.append(index)
+                holders.add(bucket, index)
 
 
 def resembling(texts: Iterable[str], sought: Sequence[str], similarity: float) -> Iterator[tuple[int, int]]:
@@ -183,8 +181,17 @@ def band_hashes(windows: np.ndarray) -> np.ndarray:
     return (smallest.reshape(BANDS, ROWS) * _MIXERS).sum(axis=1)
 
 
-def common_bands(bands: Iterator[np.ndarray]) -> np.ndarray:
-    """Returns which bands of each text another text has, too: (T,) uint32, bit b for band b.
+@dataclass(frozen=True)
+class SharedBands:
+    """Which bands each text has in common with others. A bucket is a hash of a band that several texts have."""
+
+    bits: np.ndarray  # (T,) uint32: bit b is set if another text has band b, too
+    buckets: list[np.ndarray]  # by band: numbers of the buckets of the texts with its bit, in their order, uint32
+    sizes: np.ndarray  # (buckets,) uint8: texts with this hash, at most HELD
+
+
+def common_bands(bands: Iterator[np.ndarray]) -> SharedBands:
+    """Returns which bands the texts have in common.
 
     Args:
         bands: of each text, (B,) uint64.
@@ -196,20 +203,33 @@ def common_bands(bands: Iterator[np.ndarray]) -> np.ndarray:
             file.write(np.stack(block, axis=1).tobytes())
             n_texts += len(block)
 
-        shared_bands = np.zeros(n_texts, np.uint32)
+        bits = np.zeros(n_texts, np.uint32)
+        buckets: list[np.ndarray] = []
+        sizes = [np.empty(0, np.uint8)]
+        n_buckets = 0
         n_parts = max(1, -(-n_texts // PART))
         lowest = [part * 2**64 // n_parts for part in range(n_parts)]  # hash of each part
         for band in range(BANDS):
             hashes = _read_band(file, band, n_texts)
+            bucket_of = np.zeros(n_texts, np.uint32)
             for low, high in zip(lowest, [*lowest[1:], 2**64], strict=True):
                 is_in_part = (hashes >= np.uint64(low)) & (hashes <= np.uint64(high - 1))
                 numbers = np.flatnonzero(is_in_part)
                 # Sorted, equal hashes are neighbours.
                 numbers = numbers[np.argsort(hashes[numbers])]
-                is_equal_to_next = hashes[numbers[:-1]] == hashes[numbers[1:]]
-                shared_bands[numbers[:-1][is_equal_to_next]] |= np.uint32(1 << band)
-                shared_bands[numbers[1:][is_equal_to_next]] |= np.uint32(1 << band)
-    return shared_bands
+                is_first = np.ones(len(numbers), bool)
+                is_first[1:] = hashes[numbers[1:]] != hashes[numbers[:-1]]
+                counts = np.diff(np.append(np.flatnonzero(is_first), len(numbers)))
+
+                is_bucket = counts > 1
+                numbers = numbers[np.repeat(is_bucket, counts)]
+                counts = counts[is_bucket]
+                bits[numbers] |= np.uint32(1 << band)
+                bucket_of[numbers] = np.repeat(np.arange(n_buckets, n_buckets + len(counts)), counts)
+                sizes.append(np.minimum(counts, HELD).astype(np.uint8))
+                n_buckets += len(counts)
+            buckets.append(bucket_of[(bits >> np.uint32(band) & np.uint32(1)).astype(bool)])
+    return SharedBands(bits, buckets, np.concatenate(sizes))
 
 
 def _read_band(file: BinaryIO, band: int, n_texts: int) -> np.ndarray:
@@ -220,6 +240,40 @@ def _read_band(file: BinaryIO, band: int, n_texts: int) -> np.ndarray:
         file.seek(hashes.itemsize * (begin * BANDS + band * size))
         hashes[begin : begin + size] = np.frombuffer(file.read(hashes.itemsize * size), np.uint64)
     return hashes
+
+
+class _Holders:
+    """The texts that stay, by bucket: at most `HELD` of each. Arrays, because a group may have a million texts."""
+
+    def __init__(self, shared_bands: SharedBands) -> None:
+        self._shared = shared_bands
+        self._next = [0] * BANDS  # by band: position in its buckets
+        ends = np.cumsum(shared_bands.sizes, dtype=np.int64)
+        self._begins = ends - shared_bands.sizes
+        self._texts = np.empty(int(ends[-1]) if len(ends) else 0, np.uint32)
+        self._n_texts = np.zeros(len(ends), np.uint8)
+
+    def take_buckets(self, number: int) -> list[int]:
+        """Returns the buckets of a text. To be called for each text, in order."""
+        bits = int(self._shared.bits[number])
+        buckets = []
+        for band in range(BANDS):
+            if bits >> band & 1:
+                buckets.append(int(self._shared.buckets[band][self._next[band]]))
+                self._next[band] += 1
+        return buckets
+
+    def texts(self, bucket: int) -> list[int]:
+        """Returns the texts that a bucket holds, in order."""
+        begin = self._begins[bucket]
+        return self._texts[begin : begin + self._n_texts[bucket]].tolist()
+
+    def add(self, bucket: int, text: int) -> None:
+        """Adds a text to a bucket that is not full."""
+        n_texts = self._n_texts[bucket]
+        if n_texts < self._shared.sizes[bucket]:
+            self._texts[self._begins[bucket] + n_texts] = text
+            self._n_texts[bucket] = n_texts + 1
 
 
 class _KeptWindows:

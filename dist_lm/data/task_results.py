@@ -32,6 +32,11 @@ def is_finished(result: Path) -> bool:
     return paths.keys() == hashes.keys() and all(durable.sha256_of(paths[name]) == hashes[name] for name in paths)
 
 
+def has_result(result: Path) -> bool:
+    """Returns whether a result is there, maybe damaged; reads nothing."""
+    return (result / HASHES).is_file()
+
+
 @contextmanager
 def writing(result: Path) -> Iterator[Path]:
     """Gives an empty folder to a block, whose files become the result when the block ends; an error leaves nothing.

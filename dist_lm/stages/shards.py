@@ -884,11 +884,13 @@ def name_unread_archives(name: str, inputs: Sequence[Inputs], console: "Console"
 def require_known_to_tasks(config: Config) -> None:
     """Refuses settings that a build by tasks does not know; returns nothing.
 
+    A limit counts the documents of a source that are no copies. Which ones are is known when all sources are read, and
+    behind the limit of one source no text makes that of another a copy: so sources would have to be read in turn.
+
     Raises:
         ConfigError: names the keys and the way out.
     """
-    unknown = ["corpus.cleaning.across_corpora"] if config.corpus.cleaning.across_corpora else []
-    unknown += [
+    unknown = [
         f"limit of corpus.corpora.{corpus}[{number}]"
         for corpus in text_corpora(config.corpus)
         for number, source in enumerate(corpus_sources(config.corpus, corpus))
@@ -916,11 +918,16 @@ def build_by_tasks(
     # Imported here, because runs that find their corpora need none of it.
     from dist_lm.data.build_by_tasks import plan_of, publish, run_passes
     from dist_lm.data.build_plan import plan_fingerprint
-    from dist_lm.data.build_tasks import REVISION, Build
+    from dist_lm.data.build_tasks import REVISION, Build, sizes_of_pass
+    from dist_lm.data.task_results import has_result
+    from dist_lm.data.unfinished_builds import begin_pass
 
     together, list_inputs = text_splits.together, text_splits.reader.files
     work = WorkDirectory(Path(config.work_dir))
-    tasks, listings = plan_of(config.corpus, together, list_inputs)
+    # Of a corpus that is not compared only its texts count, which drop equal ones of later corpora.
+    earlier_names = {before for name in together for before in corpora_of_settings(config, name)}
+    read_names = [name for name in text_corpora(config.corpus) if name in {*together, *earlier_names}]
+    tasks, listings = plan_of(config.corpus, read_names, list_inputs)
     recipes = {name: recipe_of(config, name, text_splits) for name in names}
     key = digest(
         [REVISION, asdict(config.corpus), plan_fingerprint(tasks), [asdict(recipe) for recipe in recipes.values()]]
@@ -932,10 +939,13 @@ def build_by_tasks(
     with workers_of(config) as workers:
 
         def run_pass(folder: Path, pass_name: str, numbers: Sequence[int]) -> Iterator[int]:
-            with console.counting(f"{pass_name} of {', '.join(names)}", unit="tasks", total=len(numbers)) as count:
-                yield from map(count.each, workers(folder, pass_name, numbers))
+            begin_pass(folder, names, pass_name, len(numbers))
+            sizes = sizes_of_pass(tasks, pass_name, numbers)
+            done = [number for number in numbers if has_result(build.result(pass_name, number))]
+            with console.tasks(f"{pass_name} of {', '.join(names)}", sizes, done) as progress:
+                yield from map(progress.ended, workers(folder, pass_name, numbers))
 
-        run_passes(build.folder, tasks, run_pass, names, text_splits.earlier, text_splits.reader)
+        run_passes(build.folder, tasks, run_pass, names, together, text_splits.earlier, text_splits.reader)
     require_compared(config, missing, text_splits)
 
     for name in names:
@@ -957,11 +967,13 @@ def build_by_tasks(
 
 def tell_of_builds(folder: Path, console: "Console") -> None:
     """Says whether a build goes on, and which builds of other settings or inputs were not finished."""
-    if folder.exists():
-        console.line(f"{folder}: results of tasks that are there are used again")
-    for path in sorted(folder.parent.glob("*")):
-        if path != folder:
-            console.line(f"{path}: unfinished, of other settings or inputs; remove it if nothing goes on with it")
+    from dist_lm.data.unfinished_builds import unfinished_builds
+
+    for build in unfinished_builds(folder.parent.parent):
+        if build.folder == folder:
+            console.line(f"{build.text()}: goes on, results that are there are used")
+        else:
+            console.line(f"{build.text()}; of other settings or inputs: remove it if nothing goes on with it")
 
 
 def corpora_read(config: Config, name: str, text_splits: TextSplits) -> Sequence[str]:

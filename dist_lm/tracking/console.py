@@ -23,7 +23,7 @@ from rich.text import Text
 
 from dist_lm.tracking.live_state import LiveState, StageLine, StageState, TrainingState, Work
 from dist_lm.tracking.live_terminal import LiveView
-from dist_lm.tracking.progress import Count, Display, GenerationProgress, PlainDisplay, TrainingProgress
+from dist_lm.tracking.progress import Count, Display, GenerationProgress, PlainDisplay, TaskProgress, TrainingProgress
 from dist_lm.tracking.readable import OutputConsole, visible
 from dist_lm.tracking.redact import redact_text
 
@@ -171,6 +171,20 @@ class Console:
             counter = Count(display, unit, self._clock, total)
             yield counter
             display.finish(counter.text())
+
+    @contextmanager
+    def tasks(self, label: str, sizes: Mapping[int, float], done: Collection[int]) -> Iterator[TaskProgress]:
+        """Shows the progress of numbered tasks while the block runs; the block tells each end. At the end one line
+        stays; after an exception none.
+
+        Args:
+            sizes: bytes of each task.
+            done: those that an earlier command has run, which count neither for the speed nor for the time left.
+        """
+        with self._progress(label, len(sizes)) as display:
+            progress = TaskProgress(display, sizes, done, self._clock)
+            yield progress
+            display.finish(progress.text())
 
     @contextmanager
     def waiting(self, label: str) -> Iterator[None]:

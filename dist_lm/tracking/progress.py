@@ -1,7 +1,7 @@
 """The progress of work, which the live view or plain lines display."""
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any, TypeVar
 
 from rich.console import Console
@@ -96,6 +96,41 @@ class Count:
                 digits = 1
             text += f" ({rate:,.{digits}f}/s)"
         return text
+
+
+class TaskProgress:
+    """Tasks of about known sizes that end in any order; see `Console.tasks`."""
+
+    def __init__(
+        self, display: Display, sizes: Mapping[int, float], done: Collection[int], clock: Callable[[], float]
+    ) -> None:
+        self._display = display
+        self._sizes = sizes
+        self._done_before = frozenset(done)
+        self._left = sum(size for number, size in sizes.items() if number not in self._done_before)
+        self._clock = clock
+        self._began = clock()
+        self._n_bytes = 0.0  # of the tasks that this command has run
+        self._n_ended = 0
+
+    def ended(self, number: int) -> int:
+        """Counts the end of a task, and returns its number."""
+        self._n_ended += 1
+        # An earlier command has run it: its result was only read.
+        if number not in self._done_before:
+            self._n_bytes += self._sizes[number]
+        self._display.show(self._n_ended, self.text)
+        return number
+
+    def text(self) -> str:
+        """Returns ended tasks and, once this command has run one, its speed and the time left."""
+        facts = [f"{self._n_ended:,} of {len(self._sizes):,} tasks"]
+        elapsed = self._clock() - self._began
+        if elapsed > 0 and self._n_bytes:
+            facts.append(f"{four_digits(self._n_bytes / elapsed / 1e6)} MB/s")
+            if self._n_ended < len(self._sizes):
+                facts.append(f"{duration(elapsed * (self._left - self._n_bytes) / self._n_bytes)} left")
+        return "  ".join(facts)
 
 
 class TrainingProgress:

@@ -13,6 +13,7 @@ from rich.text import Text
 
 from dist_lm.cluster.events import read_events
 from dist_lm.cluster.heartbeat import share_in_words
+from dist_lm.data.unfinished_builds import unfinished_builds
 from dist_lm.errors import ArtefactError
 from dist_lm.stages.registry import load_config, stage_named
 from dist_lm.stages.stage import RunsIn
@@ -81,6 +82,7 @@ class PipelineStatus:
     facts: dict[str, Any]  # the command's file in `pipelines`
     run: RunStatus | None
     others: list[str] = field(default_factory=list)  # other pipelines in the work directory: name and state
+    builds: list[str] = field(default_factory=list)  # corpora that are built by tasks, in words
 
 
 def read_status(work_dir: Path, run_id: str | None = None) -> PipelineStatus:
@@ -128,7 +130,8 @@ def read_status(work_dir: Path, run_id: str | None = None) -> PipelineStatus:
         for another_name, another_facts in commands.items()
         if another_name != name
     ]
-    return PipelineStatus(name, state, facts, run, other_commands)
+    builds = [build.text() for build in unfinished_builds(work.path)]
+    return PipelineStatus(name, state, facts, run, other_commands, builds)
 
 
 def _state(work: WorkDirectory, name: str, facts: dict[str, Any]) -> str:
@@ -256,6 +259,9 @@ def print_status(status: PipelineStatus, console: Console) -> None:
     for stage in facts["stages"]:
         stages.add_row(stage["name"], Text(stage["state"], style=COLOURS[stage["state"]]), Text(stage["detail"]))
     console.print(stages)
+
+    for build in status.builds:
+        console.print(Text(build), soft_wrap=True)
 
     if facts["error"]:
         console.print(Text.assemble(("error: ", "bold red"), facts["error"]), soft_wrap=True)

@@ -1,4 +1,5 @@
-"""The verb `data list`: the corpora of a work directory, what they were made from, and which runs use them."""
+"""The verb `data list`: the corpora of a work directory, what they were made from, and which runs use them; builds by
+tasks that are not complete."""
 
 import shlex
 import time
@@ -14,6 +15,7 @@ from rich.text import Text
 from dist_lm.data.journal import journal_recipe
 from dist_lm.data.manifest import Manifest, manifest_path, read_manifest
 from dist_lm.data.sources.reader import READERS
+from dist_lm.data.unfinished_builds import unfinished_builds
 from dist_lm.errors import ArtefactError
 from dist_lm.stages.shards import BESIDE
 from dist_lm.storage.run_directory import WorkDirectory
@@ -56,21 +58,26 @@ def list_corpora(work: WorkDirectory) -> list[ListedCorpus]:
 
 
 def print_corpora(work: WorkDirectory, console: Console, *, unused: bool) -> None:
-    """Prints a table of the corpora; on a narrow terminal, a paragraph for each.
+    """Prints a line for each unfinished build by tasks, and a table of the corpora; on a narrow terminal, a paragraph
+    for each.
 
     Args:
         unused: print instead the commands that remove the finished corpora that no run of this work directory uses.
 
     Raises:
-        ArtefactError: as `list_corpora`.
+        ArtefactError: as `list_corpora`, unless there is an unfinished build.
     """
-    corpora = list_corpora(work)
+    builds = unfinished_builds(work.path)
+    # The first build by tasks of a work directory makes the folder of corpora at its end.
+    corpora = list_corpora(work) if (work.path / "corpora").is_dir() or not builds else []
     if unused:
         for corpus in corpora:
             if corpus.state == "finished" and not corpus.runs:
                 console.print(Text(shlex.join(["rm", "-r", str(corpus.folder)])), soft_wrap=True)
         return
 
+    for build in builds:
+        console.print(Text(build.text()), soft_wrap=True)
     if not corpora:
         console.print(Text(f"no corpus in {work.path / 'corpora'}"), soft_wrap=True)
         return

@@ -9,6 +9,7 @@ from rich.console import Console
 from dist_lm.cluster.events import Journal, read_events
 from dist_lm.cluster.heartbeat import Pulse
 from dist_lm.config.root import save_config
+from dist_lm.data.unfinished_builds import begin_pass
 from dist_lm.errors import ArtefactError
 from dist_lm.launcher.pipeline import queue_of
 from dist_lm.prepare.compose import compose_config
@@ -64,6 +65,8 @@ def test_a_running_command_shows_stages_nodes_ranks_and_the_last_error(tmp_path)
     with queue_of(plan, ["launch", "stage=language", "cluster.token=sesame"], job="17") as pipeline:
         pipeline.begin("language")
         make_run(work, plan)
+        (work.path / "builds" / "1a2b").mkdir(parents=True)
+        begin_pass(work.path / "builds" / "1a2b", ["code"], "write", 7)
         with locked(work.run("language", "default").launch_lock):
             text = shown(work)
             status = json.loads(as_json(read_status(tmp_path)))
@@ -75,6 +78,7 @@ def test_a_running_command_shows_stages_nodes_ranks_and_the_last_error(tmp_path)
         "restarts after failures: 1",
         "rank 3 (GPU 1) on node 1 (n2): killed",
         "in a step (stopped)",
+        "unfinished build of code, 0 of 7 tasks of pass write",
     ):
         assert words in text
     rows = {line.split()[1]: line.split() for line in text.splitlines() if "10.0.0." in line}

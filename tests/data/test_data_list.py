@@ -7,6 +7,7 @@ import pytest
 from rich.console import Console as RichConsole
 
 from dist_lm.data.manifest import manifest_path, record_content
+from dist_lm.data.unfinished_builds import begin_pass
 from dist_lm.errors import ArtefactError
 from dist_lm.storage.run_directory import WorkDirectory
 from dist_lm.verbs.data_list import list_corpora, print_corpora
@@ -50,6 +51,14 @@ def test_folders_are_listed_with_the_runs_that_use_them(listed: WorkDirectory) -
     assert set(states) == set(lines)
     assert "code/new" in lines["code-1a2b3c4d"]
     assert "no run" in lines["language"]
+
+
+def test_an_unfinished_build_by_tasks_is_named(work: WorkDirectory, tmp_path: Path) -> None:
+    """Finds a build under way that nobody sees, and a first one that is an error since there is no corpus yet."""
+    for path in (work.path, tmp_path / "first"):
+        (path / "builds" / "1a2b").mkdir(parents=True)
+        begin_pass(path / "builds" / "1a2b", ["prose"], "survey", 7)
+        assert "unfinished build of prose, 0 of 7 tasks of pass survey" in printed(WorkDirectory(path))
 
 
 def test_a_narrow_terminal_shows_whole_names_of_folders(listed: WorkDirectory) -> None:

@@ -6,8 +6,9 @@ from collections.abc import Sequence
 import numpy as np
 import pytest
 
+from dist_lm.data import near_duplicate_groups
 from dist_lm.data import near_duplicates as search
-from dist_lm.data.near_duplicate_groups import band_records, groups_of, neighbours
+from dist_lm.data.near_duplicate_groups import TextGroups, band_records, neighbours
 from dist_lm.data.near_duplicates import band_hashes, near_duplicates, text_windows
 from tests.data.test_near_duplicates import changed, words
 
@@ -28,6 +29,12 @@ def families(generator: random.Random) -> list[str]:
 
 def dropped(texts: Sequence[tuple[bytes, str]]) -> dict[bytes, bytes]:
     return near_duplicates(lambda: iter(texts), LEAST)
+
+
+def groups_of(n_texts: int, pairs: np.ndarray) -> np.ndarray:
+    groups = TextGroups(n_texts)
+    groups.join(pairs)
+    return groups.groups()
 
 
 def groups_by_hand(n_texts: int, pairs: Sequence[tuple[int, int]]) -> list[int]:
@@ -56,8 +63,10 @@ def test_groups_together_drop_what_one_search_drops(monkeypatch, limit):
         assert of_groups == together
 
 
-def test_groups_are_those_of_a_search_by_hand():
+@pytest.mark.parametrize("at_once", [3, 1 << 20])
+def test_groups_are_those_of_a_search_by_hand(monkeypatch, at_once):
     """Would find two connected texts in two groups, long chains above all, and unconnected ones in one."""
+    monkeypatch.setattr(near_duplicate_groups, "AT_ONCE", at_once)
     for seed in range(30):
         generator = random.Random(seed)
         n_texts = generator.randrange(1, 40)

@@ -1,5 +1,6 @@
 """A build by tasks gives the corpus of a build in one process, whatever the tasks, the workers and their ends."""
 
+import gzip
 import itertools
 import json
 import multiprocessing
@@ -17,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import zstandard
 
 from dist_lm.config.corpus import SPLITS, CleaningConfig, CorpusConfig, SourceConfig
 from dist_lm.config.root import Config
@@ -34,6 +36,7 @@ from dist_lm.storage import durable
 from dist_lm.storage.run_directory import WorkDirectory
 from dist_lm.tracking.console import Console
 from tests.conftest import TINY_MODEL
+from tests.data.file_server import serving
 from tests.data.mixed_corpora import write_corpora
 from tests.patience import patient
 from tests.stages.test_several_corpora import decoded
@@ -170,6 +173,35 @@ def test_tasks_find_the_same_near_duplicates_and_benchmarks(monkeypatch, new_wor
         folders = by_tasks(monkeypatch, new_work(f"tasks{task_bytes}"), corpus, task_bytes, in_random_order(generator))
         for name in CORPORA:
             assert described(folders[name]) == described(expected[name])
+
+
+@pytest.mark.heavy
+@pytest.mark.parametrize("seed", range(2))
+def test_tasks_drop_copies_of_texts_of_earlier_corpora(monkeypatch, new_work, tmp_path, seed):
+    """Would find copies that are sought in each corpus alone, or among held-out texts, and a corpus that is added later
+    whose texts a finished one has."""
+    generator = random.Random(seed)
+    corpus = write_corpora(tmp_path, generator, held_out=bool(seed % 2))
+    add_near_copies(tmp_path / "second" / "rows" / "copies.jsonl", tmp_path / "first" / "rows" / "0.jsonl", generator)
+    near_duplicates = 0.7 if seed else 0.0
+    cleaning = replace(corpus.cleaning, across_corpora=True, near_duplicates=near_duplicates)
+    corpus = replace(corpus, cleaning=cleaning, max_bad_fraction=0.9)
+    for at_once in (True, False):
+        described_by = {}
+        for how in ("serial", "tasks"):
+            work = new_work(f"{how}-{at_once}")
+            settings = {"build": how}
+            if how == "tasks":
+                monkeypatch.setattr(build_by_tasks, "plan_of", partial(plan_of, task_bytes=3000))
+                run_pass = in_random_order(generator)
+                monkeypatch.setattr(shards, "workers_of", lambda config, run_pass=run_pass: nullcontext(run_pass))
+            if not at_once:
+                build(work, replace(corpus, corpora={"first": corpus.corpora["first"]}), **settings)
+            folders = build(work, corpus, **settings)
+            described_by[how] = {name: described(folders[name]) for name in CORPORA}
+        assert described_by["tasks"] == described_by["serial"]
+        second = described_by["serial"]["second"]
+        assert any("duplicate" in source["dropped"] for source in second["ingest"]["sources"].values())
 
 
 def add_near_copies(path: Path, rows: Path, generator: random.Random) -> None:
@@ -360,7 +392,6 @@ def test_an_input_that_changes_between_passes_is_named(monkeypatch, new_work, tm
 @pytest.mark.parametrize(
     ("changes", "key"),
     [
-        ({"cleaning": CleaningConfig(across_corpora=True)}, "corpus.cleaning.across_corpora"),
         (
             {"corpora": {"mine": [SourceConfig("files", "", path=["."], limit=3)]}},
             r"limit of corpus\.corpora\.mine\[0\]",
@@ -425,3 +456,33 @@ def test_errors_are_those_of_one_process(monkeypatch, new_work, tmp_path, rows, 
             messages.append(str(error))
     assert words in messages[0]
     assert messages[1] == messages[0]
+
+
+@pytest.mark.heavy
+def test_files_behind_urls_are_built_as_by_one_process(monkeypatch, new_work, tmp_path):
+    """Would find a task that lists a server anew, and a file that is taken for another one of the server."""
+    (tmp_path / "served").mkdir()
+    names = [f"{number}.jsonl.gz" for number in range(3)]
+    for number, name in enumerate(names):
+        (tmp_path / "served" / name).write_bytes(gzip.compress("\n".join(ROWS[number::3]).encode()))
+    with serving(tmp_path / "served") as server:
+        source = SourceConfig("jsonl", "english", "mit", path=[f"{server.url}/{name}" for name in names])
+        corpus = CorpusConfig("test", {"text": [source]}, val_fraction=0.2)
+        expected = described(build(new_work("serial"), corpus)["text"])
+        run_pass = in_random_order(random.Random(0))
+        assert described(by_tasks(monkeypatch, new_work("tasks"), corpus, 1, run_pass)["text"]) == expected
+
+
+@pytest.mark.parametrize("compress", [gzip.compress, zstandard.compress])
+def test_a_damaged_compressed_file_is_named_as_by_one_process(monkeypatch, new_work, tmp_path, compress):
+    """Would find a cut file that is taken as whole, and an error that names a task in place of the file."""
+    suffix = "gz" if compress is gzip.compress else "zst"
+    content = compress("\n".join(ROWS).encode())
+    (tmp_path / f"0.jsonl.{suffix}").write_bytes(content)
+    (tmp_path / f"1.jsonl.{suffix}").write_bytes(content[: len(content) // 2])
+    corpus = CorpusConfig("test", {"text": [SourceConfig("jsonl", "english", "mit", path=f"{tmp_path}/*.{suffix}")]})
+    with pytest.raises(UserError, match=rf"1\.jsonl\.{suffix}.*replace or remove it") as of_one_process:
+        build(new_work("serial"), corpus)
+    with pytest.raises(UserError) as of_tasks:
+        by_tasks(monkeypatch, new_work("tasks"), corpus, 1, in_this_process)
+    assert str(of_tasks.value) == str(of_one_process.value)

@@ -47,6 +47,22 @@ def test_plain_lines_come_every_ten_seconds_or_tenth_of_the_work() -> None:
     assert screen.lines()[-1] == "reading: 100,000 documents (1,000/s)"
 
 
+def test_tasks_show_bytes_a_second_and_the_time_left() -> None:
+    """Would find results of an earlier command in the speed, and a time left that takes all tasks for equally large."""
+    screen = Screen()
+    sizes = {0: 50e6, 1: 100e6, 2: 100e6, 3: 300e6}
+    with screen.console.tasks("survey of code", sizes, done=[0]) as progress:
+        progress.ended(0)
+        for number in (2, 1, 3):
+            screen.now += 10
+            assert progress.ended(number) == number
+    assert screen.lines() == [
+        "survey of code: 2 of 4 tasks  10 MB/s  40 s left",
+        "survey of code: 3 of 4 tasks  10 MB/s  30 s left",
+        "survey of code: 4 of 4 tasks  16.67 MB/s",
+    ]
+
+
 def test_training_shows_loss_speed_and_time_left() -> None:
     screen = Screen()
     with screen.console.training("code", steps=100) as progress:

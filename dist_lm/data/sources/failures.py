@@ -40,7 +40,7 @@ def unreadable(error: BaseException) -> str:
         return "the file is encrypted: decrypt it"
     if isinstance(error, OSError) and (error.errno or error.__cause__):
         return brief(error)
-    return f"{brief(error)}: the file is truncated, damaged or of another format"
+    return f"{brief(error)}: the file is truncated, damaged or of another format: replace or remove it"
 
 
 def brief(error: BaseException | None) -> str:
