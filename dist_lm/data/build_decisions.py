@@ -128,10 +128,15 @@ def screenings(
 
 
 def survey(config: CorpusConfig, task: BuildTask, candidates: Iterable[Candidate]) -> Survey:
-    """Reads a task for the first time.
+    """Reads a task for the first time. Returns what the decisions need to know of its documents, as hashes and sizes;
+    of the texts only those that may be held out.
+
+    Args:
+        candidates: what `candidates_of` yields for the task; read to the end.
 
     Raises:
-        ConfigError, ArtefactError: as `candidates`.
+        ConfigError: a file of cleaning.benchmarks cannot be read, or as `candidates`.
+        ArtefactError: as `candidates`.
     """
     benchmarks = Benchmarks.read(config.cleaning.benchmarks) if config.cleaning.benchmarks else None
     share = largest_share(config, task.corpus)

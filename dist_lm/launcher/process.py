@@ -216,10 +216,14 @@ def watch_signals(console: Console, then: str = "writing a checkpoint, then stop
     """Yields an `Interrupt` that Ctrl-C, TERM and USR1 set, instead of their usual effect; the first one is reported as
     a warning.
 
-    A second Ctrl-C raises KeyboardInterrupt. The handlers before return with the end of the block.
+    Once one of them has come, Ctrl-C raises KeyboardInterrupt; TERM and USR1 may be repeated. The end of the block
+    brings back the earlier handlers.
 
     Args:
         then: the consequence of the first signal, for the warning.
+
+    Raises:
+        ValueError: this is not the main thread, which alone may set handlers.
     """
     interrupt = Interrupt()
 

@@ -114,7 +114,9 @@ class Transcript:
         return turn
 
     def add_observation(self, messages: Sequence[Message]) -> None:
-        """Appends the turns that follow one of the model, and the opening of its next turn.
+        """Appends the turns that follow one of the model, and the opening of its next turn, to the last sample.
+
+        If the template now writes the earlier turns otherwise, a new sample with the whole prompt begins instead.
 
         Raises:
             ChatError: the turns do not fit the model's one, JSON cannot express a result, or the template refuses them;

@@ -107,7 +107,11 @@ def _quoted(text: bytes) -> bytes:
 def execute(script: bytes) -> NoReturn:
     """Becomes a shell that runs a script, with the fixed ENVIRONMENT and without files of settings; does not return.
 
-    Exit code 126: the script is longer than an argument may be.
+    Exit code 126: the shell cannot start; most often the script is longer than an argument may be.
+
+    Raises:
+        ValueError: the script has a NUL byte.
+        StopIteration: no folder of PATH has a bash.
     """
     # Python ignores these signals, and a new program inherits that.
     import signal

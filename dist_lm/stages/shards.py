@@ -761,6 +761,7 @@ def require_compared(config: Config, missing: Sequence[str], text_splits: TextSp
     not built again was never compared with these documents, so train text that is built now may contain it.
 
     Args:
+        missing: names of the corpora that are built now; their own manifests are not read.
         text_splits: has read the corpora that are built together.
 
     Raises:
