@@ -152,7 +152,7 @@ def run_passes(
 
 
 def require_readable(build: Build, tasks: Sequence[BuildTask], reader: SourceReader) -> None:
-    """Judges the surveys of each source; returns nothing.
+    """Refuses a source of which too little can be read; returns nothing. It reads the surveys of all tasks.
 
     Args:
         reader: told which documents each source has given, as `screening.screened` tells it.

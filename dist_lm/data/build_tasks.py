@@ -207,11 +207,15 @@ def _write_survey(result: Path, task_survey: Survey) -> None:
 
 
 def read_survey(build: Build, number: int, *, with_texts: bool = False, with_groups: bool = False) -> Survey:
-    """Returns the survey of a task.
+    """Returns the survey of a task. Its `bands` are empty: they are in the sorted run of the task.
 
     Args:
-        with_texts: read the texts that could be val, too.
-        with_groups: read the names of the groups, too.
+        with_texts: read the texts that could be val, too; otherwise `val_texts` is empty.
+        with_groups: read the names of the groups, too; otherwise `groups` is empty.
+
+    Raises:
+        ArtefactError: the settings or the plan of the build are missing or damaged.
+        OSError: the survey cannot be read.
     """
     result = build.result("survey", number)
     counts = json.loads((result / "counts.json").read_text(encoding="utf-8"))
@@ -247,12 +251,20 @@ def _copies(build: Build, number: int, result: Path) -> None:
 
 
 def write_parts(build: Build, name: str, parts: int) -> None:
-    """Writes a number of tasks that became known between two passes."""
+    """Writes a number of tasks that became known between two passes.
+
+    Args:
+        name: of the number: key_parts, band_parts or searches.
+    """
     durable.write_sealed(build.folder / f"{name}.json", {"parts": parts})
 
 
 def parts_of(build: Build, name: str = "key_parts") -> int:
-    """Inverts `write_parts`."""
+    """Returns the number that `write_parts` has written under this name.
+
+    Raises:
+        ArtefactError: it is missing or damaged.
+    """
     return durable.read_json(build.folder / f"{name}.json", {"parts": int})["parts"]
 
 
@@ -399,7 +411,8 @@ def _mapped(path: Path) -> np.ndarray:
 
 
 def resembled_sources(build: Build, number: int) -> dict[int, str]:
-    """Returns the documents of a task that are nearly earlier ones: number -> place of the earlier document."""
+    """Returns the near-duplicates among the documents of a task: number of the document -> place of the earlier one that
+    it resembles, as its reader names it. Empty if near-duplicates are not sought."""
     sources: dict[int, str] = {}
     if not build.config.cleaning.near_duplicates:
         return sources
@@ -446,7 +459,7 @@ def write_val(build: Build, val: Val) -> None:
 def read_val(build: Build) -> tuple[Val, HeldOutIndex]:
     """Returns the held-out texts and their index, whose texts are in the order of `Val.texts`.
 
-    A worker makes the index once.
+    A process makes the index once, so what the index has found in train stays from one call to the next.
     """
     content = _decompressed((build.result("val", 0) / "val.zst").read_bytes())
     val = Val(
@@ -473,7 +486,8 @@ def _compare(build: Build, number: int, result: Path) -> None:
 
 
 def merge_comparison(build: Build, number: int, index: HeldOutIndex) -> np.ndarray:
-    """Adds what the train texts of a task have of val to `index`; returns the keys of the refused ones."""
+    """Adds what the train texts of a task have of val to `index`. Returns the keys of the refused train texts, (refused,
+    KEY) uint8, sorted."""
     with np.load(build.result("compare", number) / ARRAYS) as arrays:
         windows = (name for name in arrays.files if name.startswith(WINDOWS))
         in_train = {int(name.removeprefix(WINDOWS)): arrays[name] for name in windows}
@@ -500,7 +514,7 @@ def write_rule(build: Build, rule: Rule, first: np.ndarray) -> None:
 
 @lru_cache(1)
 def read_rule(build: Build) -> tuple[Rule, np.ndarray]:
-    """Inverts `write_rule`."""
+    """Returns what `write_rule` has written: the rule and `first`. A process reads it once."""
     result = build.result("rule", 0)
     with np.load(result / ARRAYS) as arrays:
         shares = json.loads((result / "shares.json").read_text())

@@ -155,6 +155,7 @@ def address_handler() -> "Callable[[RendezvousParameters], RendezvousHandler]":
                     server.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
                     server.bind((self.master_addr, self.master_port))
                     server.listen(socket.SOMAXCONN)
+
                     self._store = TCPStore(
                         self.master_addr,
                         self.master_port,

@@ -272,6 +272,7 @@ class Rollouts:
         return len(self.samples_B) > 0
 
     def __iter__(self) -> Iterator[Rollout]:
+        # Rollouts stand one behind the other, so the sums of their lengths are their ends.
         end_N = np.cumsum(self.prompt_tokens_B + self.new_tokens_B)
         end_M = np.cumsum(self.new_tokens_B)
         for b, new_tokens in enumerate(self.new_tokens_B):
@@ -281,6 +282,7 @@ class Rollouts:
                 # What follows the first prompt, the environment's turns included, is read as one text.
                 middle = end - self.prompt_tokens_B[b] - new_tokens
                 middle += int(np.argmax(self.drawn_N[middle:end])) if new_tokens else 0
+
             yield Rollout(
                 prompt=self.tokens_N[end - self.prompt_tokens_B[b] - new_tokens : middle],
                 completion=self.tokens_N[middle:end],

@@ -102,6 +102,8 @@ class VisibleText:
         if self._has_called:
             self._held = ""
             return before.removesuffix("\n")
+
+        # The end of the text may turn out to belong to a call, so it waits for the next token.
         end = len(self._held) - self._n_kept()
         shown, self._held = self._held[:end], self._held[end:]
         return shown

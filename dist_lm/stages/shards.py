@@ -987,13 +987,15 @@ def recipe_of(config: Config, name: str, text_splits: TextSplits | None = None) 
     """
     text_splits = text_splits or TextSplits(config.corpus, config.seed)
     tokenizer_model = WorkDirectory(Path(config.work_dir)).tokenizer_model
-    # Then each task writes one tar a split, however many tokens it has.
+
+    # Where tasks build a corpus, each writes one tar a split, however many tokens that has.
     is_by_tasks = config.corpus.build == "tasks" and form_of(config.corpus, name) == "text"
     listings = (
         listing
         for corpus in corpora_read(config, name, text_splits)
         for listing in listed_inputs(config.corpus, corpus, text_splits.reader.files)
     )
+
     return Recipe(
         tokenizer_sha256=durable.sha256_of(tokenizer_model),
         vocab_size=Tokenizer.load(tokenizer_model).vocab_size,

@@ -176,6 +176,8 @@ def joined_boxes(pieces: Sequence[Piece]) -> list[list[Piece]]:
         across = partial(_other_dimensions, dim)
         boxes.sort(key=lambda box: (across(box), box[0][dim]))
         merged: list[Box] = []
+
+        # A box grows along its row while the next one begins where it ends; a gap begins a new box.
         for _, row in groupby(boxes, across):
             (offsets, shape, members), *rest = row
             for next_offsets, next_shape, next_members in rest:
@@ -186,6 +188,7 @@ def joined_boxes(pieces: Sequence[Piece]) -> list[list[Piece]]:
                     merged.append((offsets, shape, members))
                     offsets, shape, members = next_offsets, next_shape, next_members
             merged.append((offsets, shape, members))
+
         boxes = merged
     return [members for _, _, members in boxes]
 

@@ -42,8 +42,10 @@ def open_environment_supply(
     """
     settings = config.rlhf
     limits = settings.environment_limits.limits
+    # The environment gives the only part of the reward: `RlhfRunGroup` refuses others beside it.
     ((part, weight),) = [(name, part.weight) for name, part in settings.rewards.items()]
     open_host = partial(Host, settings.environment, limits, trust_me=config.sandbox == TRUST_ME)
+
     return EnvironmentSupply(
         VersionedSource(source),
         ShuffledPrompts(tasks, config.seed),

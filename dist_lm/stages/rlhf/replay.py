@@ -343,8 +343,10 @@ def _result(
     """Returns the result for an iteration, of which no conversations were replayed if there are no outcomes."""
     episodes = [episode for _, episode in rollouts]
     numbers = [number for number, _ in rollouts]
+    # Not strict: there are no outcomes if nothing was replayed.
     differing = [pair for pair in zip(numbers, outcomes, strict=False) if pair[1].difference is not None]
     rollout, first = differing[0] if differing else (None, None)
+
     return IterationReplay(
         iteration=iteration.number,
         version=iteration.version,
