@@ -300,8 +300,8 @@ def is_among(keys: np.ndarray, members: np.ndarray) -> np.ndarray:
     """Returns which of `keys`, (D, KEY) uint8, are in `members`, which is sorted: (D,) bool."""
     if not len(members):
         return np.zeros(len(keys), bool)
-    # As texts of fixed length, which numpy compares byte by byte. That it ignores zeros at the end changes nothing, since
-    # all keys have the same length.
+    # As texts of fixed length, which numpy compares byte by byte. It ignores zeros at the end, but all keys have one
+    # length.
     texts, member_texts = (np.ascontiguousarray(array).view(f"S{KEY}").ravel() for array in (keys, members))
     indices = np.searchsorted(member_texts, texts).clip(max=len(member_texts) - 1)
     return member_texts[indices] == texts

@@ -107,7 +107,11 @@ class Build:
         return self._settings["classes"][number][2]
 
     def task(self, number: int) -> BuildTask:
-        """Returns a task of the plan."""
+        """Returns a task of the plan, by its number from 0.
+
+        Raises:
+            ArtefactError: its file is damaged.
+        """
         task = durable.read_json(self.folder / "tasks" / f"{number:06d}.json")
         return BuildTask(task["corpus"], task["source"], tuple(Input(**file) for file in task["files"]))
 
@@ -214,7 +218,7 @@ def read_survey(build: Build, number: int, *, with_texts: bool = False, with_gro
         with_groups: read the names of the groups, too; otherwise `groups` is empty.
 
     Raises:
-        ArtefactError: the settings or the plan of the build are missing or damaged.
+        ArtefactError: the settings of the build are missing, or settings or plan are damaged.
         OSError: the survey cannot be read.
     """
     result = build.result("survey", number)
@@ -263,13 +267,18 @@ def parts_of(build: Build, name: str = "key_parts") -> int:
     """Returns the number that `write_parts` has written under this name.
 
     Raises:
-        ArtefactError: it is missing or damaged.
+        ArtefactError: its file is damaged.
+        KeyError: it was not written yet.
     """
     return durable.read_json(build.folder / f"{name}.json", {"parts": int})["parts"]
 
 
 def is_copy(build: Build, number: int, n_documents: int) -> np.ndarray:
-    """Returns which documents of a task are copies of earlier ones: (n_documents,) bool."""
+    """Returns which documents of a task have the text of an earlier document of the corpus: (n_documents,) bool.
+
+    Args:
+        n_documents: those of the survey.
+    """
     parts = parts_of(build)
     task = build.task(number)
     class_number = build.classes.index((task.corpus, source_of(build.config, task).held_out))
@@ -301,7 +310,12 @@ def _places_of_task(path: Path, task: int) -> tuple[int, np.ndarray]:
 
 
 def fates(build: Build, number: int, task_survey: Survey, rule: Rule) -> np.ndarray:
-    """Returns what becomes of each document of a task, as `fates_of`."""
+    """Returns what becomes of each document of a task, as `fates_of`: (D,) int8 of `TRAIN` to `CONTAINS_VAL`.
+
+    Args:
+        number: of the task.
+        rule: with an empty one, no document is held out or dropped for what others contain.
+    """
     task = build.task(number)
     copies = is_copy(build, number, len(task_survey.keys))
     near_copies = np.zeros(len(task_survey.keys), bool)
@@ -411,8 +425,8 @@ def _mapped(path: Path) -> np.ndarray:
 
 
 def resembled_sources(build: Build, number: int) -> dict[int, str]:
-    """Returns the near-duplicates among the documents of a task: number of the document -> place of the earlier one that
-    it resembles, as its reader names it. Empty if near-duplicates are not sought."""
+    """Returns the near-duplicates among the documents of a task: number of the document -> place of the earlier one
+    that it resembles, as its reader names it. Empty if near-duplicates are not sought."""
     sources: dict[int, str] = {}
     if not build.config.cleaning.near_duplicates:
         return sources
@@ -486,8 +500,8 @@ def _compare(build: Build, number: int, result: Path) -> None:
 
 
 def merge_comparison(build: Build, number: int, index: HeldOutIndex) -> np.ndarray:
-    """Adds what the train texts of a task have of val to `index`. Returns the keys of the refused train texts, (refused,
-    KEY) uint8, sorted."""
+    """Adds what the train texts of a task have of val to `index`. Returns the keys of the refused train texts: sorted,
+    (refused, KEY) uint8."""
     with np.load(build.result("compare", number) / ARRAYS) as arrays:
         windows = (name for name in arrays.files if name.startswith(WINDOWS))
         in_train = {int(name.removeprefix(WINDOWS)): arrays[name] for name in windows}

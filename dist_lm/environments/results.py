@@ -21,9 +21,9 @@ async def executed(
 ) -> Observation:
     """Executes the calls of a turn one after another and returns their results, one for each call.
 
-    The first `MOST_CALLS` share half of `limits.observation_bytes`. In place of a longer result stands an error; further
-    calls are not executed and have the result null. A call that does not fit its tool is not executed either: its
-    result says what is wrong.
+    The first `MOST_CALLS` share half of `limits.observation_bytes`. A result that is longer is replaced by an error.
+    Further calls are not executed and have the result null. A call that does not fit its tool is not executed either:
+    its result says what is wrong.
 
     Args:
         calls: at least one.
