@@ -254,7 +254,7 @@ def compare(
         fates: of the documents, with an empty rule.
 
     Returns:
-        The keys of the train documents that contain a protected text: sorted, as of `sorted_keys`.
+        The keys of the train documents that contain a protected text: (refused, KEY) uint8, as of `sorted_keys`.
     """
     refused: list[bytes] = []
     batch: list[tuple[bytes, bytes]] = []  # (key, text)

@@ -528,7 +528,7 @@ def write_rule(build: Build, rule: Rule, first: np.ndarray) -> None:
 
 @lru_cache(1)
 def read_rule(build: Build) -> tuple[Rule, np.ndarray]:
-    """Returns what `write_rule` has written: the rule and `first`. A process reads it once."""
+    """Returns what `write_rule` has written: the rule, and `first`, (tasks, splits, 2) int64; cached."""
     result = build.result("rule", 0)
     with np.load(result / ARRAYS) as arrays:
         shares = json.loads((result / "shares.json").read_text())

@@ -87,7 +87,8 @@ def store_file(environ: Mapping[str, str]) -> Path | None:
 def private_handler() -> "type[RendezvousHandler]":
     """Returns the handler of `torchrun --rdzv-backend private`, which opens no port: for one node alone.
 
-    It is the entry point of the group `torchrun.handlers`, whose result torchrun calls with its parameters.
+    It is the entry point of the group `torchrun.handlers`, whose result torchrun calls with its parameters. That call
+    raises ValueError for more than one node.
     """
     # Imported here because torchrun's own modules take a second, and ranks need none of them.
     from torch.distributed import HashStore

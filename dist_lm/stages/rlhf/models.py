@@ -63,7 +63,8 @@ class LoadedRun:
 
 
 def load_run(run: RunDirectory, config: RlhfRunConfig, start: RankStart, algorithm: Algorithm) -> LoadedRun:
-    """Loads the models from the newest intact checkpoint of the run, else from the initial checkpoints (collective).
+    """Returns the models and the state of a run: from its newest intact checkpoint, else from the initial checkpoints
+    (collective).
 
     Raises:
         ArtefactError: a checkpoint is missing, damaged, belongs to another model or tokenizer, or is not the one that
@@ -124,9 +125,9 @@ def load_run(run: RunDirectory, config: RlhfRunConfig, start: RankStart, algorit
 
 
 def base_record(directory: Path) -> dict[str, str]:
-    """Identifies the checkpoint that a frozen model, or the base of a critic with adapters, was loaded from.
+    """Returns the record of a checkpoint that a frozen model, or the base of a critic with adapters, was loaded from.
 
-    The record has the path and the SHA-256 of the manifest.
+    It has the path (`base`) and the hexadecimal SHA-256 of the manifest (`base_sha256`).
 
     Raises:
         ArtefactError: the checkpoint has no manifest.
@@ -135,7 +136,8 @@ def base_record(directory: Path) -> dict[str, str]:
 
 
 def check_frozen(resume_from: Path, frozen: Bases) -> None:
-    """Refuse a reference and a reward model other than those that the run began with; they may have moved.
+    """Refuses a reference and a reward model other than those that the run began with; returns nothing. They may have
+    moved, and a checkpoint of an old release, which names none, passes.
 
     Raises:
         ArtefactError: names the checkpoint, the key and both models.
@@ -171,7 +173,7 @@ def frozen_models(directory: Path) -> Bases | None:
 
 
 def check_critic(resume_from: Path, base: Mapping[str, str]) -> None:
-    """Refuse adapters of a critic for another base.
+    """Refuses adapters of a critic for another base; returns nothing.
 
     Raises:
         ArtefactError: names the checkpoint and both bases; or the checkpoint has no record of the base.

@@ -277,7 +277,7 @@ class Reporter:
         self._eta = Eta(self.config.stage.steps)
 
     def __call__(self, report: IterationReport) -> None:
-        """Report an iteration."""
+        """Writes the line of metrics of an iteration and its samples, if they are due, and counts its tokens."""
         new_tokens = int(report.rollouts.new_tokens_B.sum())
         self.tokens += new_tokens
         self.iteration = report.iteration
@@ -326,7 +326,7 @@ class Reporter:
             )
 
     def alive(self, phase: Phase, done: float = 0.0) -> None:
-        """Write a heartbeat, with the share of the phase that is done; 0: unknown."""
+        """Writes a heartbeat, with the share of the phase that is done, in [0, 1]; 0: unknown."""
         self.heartbeat.beat(phase, self.iteration, done)
 
     def _write_table(self, report: IterationReport) -> None:

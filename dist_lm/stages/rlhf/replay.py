@@ -96,7 +96,11 @@ class Chosen:
 
 
 def no_weights(record: ConversationRecord, version: int) -> str:
-    """Says that weights are not kept, and what keeps them."""
+    """Returns the sentence that says that weights are not kept, and what keeps them.
+
+    Args:
+        version: finished iterations of the weights.
+    """
     init_from = record.config.stage.init_from
     if version == 0 and init_from == "none":
         return "no checkpoint holds the random weights that the run began with (stage.init_from=none)"

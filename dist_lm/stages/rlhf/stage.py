@@ -130,7 +130,7 @@ class Rlhf(TrainingStage):
 
 
 def one_line(text: str) -> str:
-    """Returns the beginning of a text, in one line."""
+    """Returns the first `WIDTH` characters of a text, with `\\n` for its line breaks, and "..." if it was longer."""
     flat = text.replace("\n", "\\n")
     if len(flat) <= WIDTH:
         return flat
