@@ -40,8 +40,8 @@ class OwnEnvironments:
         self._steps = asyncio.Semaphore(workers)
 
     def slot(self) -> AbstractAsyncContextManager[Any]:
-        """Returns the block in which a step runs. `workers` blocks run at once; the time that a step waits for its block
-        is not its own."""
+        """Returns the block in which a step runs. `workers` blocks run at once; the time that a step waits for its
+        block is not its own."""
         return self._steps
 
     async def open(self) -> None:
