@@ -105,7 +105,8 @@ def mean_and_std(value_BT: torch.Tensor, mask_BT: torch.Tensor) -> tuple[torch.T
 
 
 def whiten(value_BT: torch.Tensor, mask_BT: torch.Tensor, *, shift: bool = True, eps: float = 1e-8) -> torch.Tensor:
-    """Scales values to standard deviation 1 over all tokens of the batch, and to mean 0 if `shift`; 0 on padding."""
+    """Returns the values scaled to standard deviation 1 over all tokens of the batch, and shifted to mean 0 if `shift`;
+    (B, T), 0 on padding."""
     mean, std = mean_and_std(value_BT, mask_BT)
     scaled_BT = (value_BT - mean) / (std + eps)
     if not shift:
