@@ -112,6 +112,7 @@ def waited_for(files: Mapping[int, Path]) -> str:
 
     Raises:
         ArtefactError: a file is damaged.
+        OSError: a file cannot be read.
     """
     # (backend, process group) -> the last collective of each rank
     last_calls: dict[tuple[str, str], dict[int, Mapping[str, Any]]] = {}

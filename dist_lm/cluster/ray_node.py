@@ -208,6 +208,7 @@ def run_private(host: str) -> int:
 
     Raises:
         RuntimeError: a process of a node survives SIGKILL.
+        OSError: no port is free.
     """
     for number in (signal.SIGINT, signal.SIGTERM):
         # Not SIG_IGN, which Ray would inherit: TERM would not end it.

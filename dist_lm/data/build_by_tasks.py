@@ -161,6 +161,7 @@ def require_readable(build: Build, tasks: Sequence[BuildTask], reader: SourceRea
         ArtefactError: too many rows of a source are broken, it gives no document, or other ones than before
             (ChangedInputError).
         ConfigError: a corpus has too many languages.
+        OSError: a file cannot be read.
     """
     languages: dict[str, set[str]] = {}
     for (corpus, source_number), numbers in _numbers_by_source(tasks).items():
@@ -232,6 +233,7 @@ def choose_val(
     Raises:
         ConfigError: the sources with `held_out` of a corpus exceed `val_tokens`.
         ArtefactError, UserError: an earlier corpus cannot be read, see `EarlierCorpora.documents`.
+        OSError: a file cannot be read.
     """
     config = build.config
     max_bytes = config.val_tokens * BYTES_PER_TOKEN

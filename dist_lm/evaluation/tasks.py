@@ -307,6 +307,7 @@ def tool_items(asking: Asking, folder: Path) -> list[Item]:
         ArtefactError: there are no conversations, none of them gives a question, they were written with an unknown
             tokenizer, or they are damaged.
         UserError: the tokenizer lacks the marks of a conversation (ChatError: a document is no conversation).
+        OSError: a file cannot be read.
     """
     if not manifest_path(folder).is_file():
         raise ArtefactError(f"{folder}: no conversations for stage.tasks=[tools]: run stage=tools first")

@@ -188,6 +188,7 @@ def read_openings(run: RunDirectory | None) -> Openings:
 
     Raises:
         ArtefactError: the run's configuration, or the manifest of its corpus, cannot be read.
+        OSError: a file cannot be read.
     """
     if run is None:
         return Openings()

@@ -121,6 +121,7 @@ def queue_of(plan: Plan, command: Sequence[str], job: str | None, tell: Tell | N
     Raises:
         ArtefactError: the same command is already running; the message names host and process. Or the file system has
             no locks.
+        OSError: the lock file cannot be opened.
     """
     config = plan.target.config
     work, name = WorkDirectory(Path(config.work_dir)), plan.target.name

@@ -195,6 +195,7 @@ def content_of(file: Path) -> dict[Any, Any]:
 
     Raises:
         ConfigError: the file is no YAML.
+        OSError: a file cannot be read.
     """
     with one_line_for_yaml():
         content = OmegaConf.to_container(load_yaml(file))

@@ -78,6 +78,7 @@ def rank_lock(
 
     Raises:
         ArtefactError: other ranks train this run and do not end; the message names host and process.
+        OSError: the lock file cannot be opened.
     """
 
     def on_wait(owner: str) -> None:

@@ -341,6 +341,7 @@ def left_out_by(config: Config, run: RunDirectory) -> "DocumentIds":
     Raises:
         ArtefactError: the file has changed since the run began with it, cannot be read or has a line that is no id; or
             there is no such corpus or document; or no document would be left to learn from.
+        OSError: a file cannot be read.
     """
     path = config.stage.without
     if not path:
@@ -367,6 +368,7 @@ def require_documents_left(config: Config, run: RunDirectory, ids: "DocumentIds"
 
     Raises:
         ArtefactError: names the corpora; or a corpus is damaged.
+        OSError: a file cannot be read.
     """
     folders = [config.corpus_in(run.work, name).name for name in config.corpus_names]
     splits = [read_manifest(run.work.corpus(folder)).splits.get("train", Split()) for folder in folders]
@@ -513,6 +515,7 @@ def require_same_content(
 
     Raises:
         ArtefactError: names the corpus.
+        OSError: a file cannot be read.
     """
     origin_run = _run_at(start)
     assert origin_run is not None, f"{start} lies in no run"

@@ -582,6 +582,7 @@ def is_whole(directory: Path) -> bool:
         FormatError: it has another format.
         ManifestError: its manifest is damaged.
         ArtefactError: it must be built, but the folder holds files that are not ours.
+        OSError: a file cannot be read.
     """
     if not directory.exists():
         return False
@@ -607,6 +608,7 @@ def check_tokenizer(config: Config, directory: Path) -> None:
 
     Raises:
         ArtefactError: names the folder and the way out.
+        OSError: a file cannot be read.
     """
     work = WorkDirectory(Path(config.work_dir))
     if not work.tokenizer_model.exists():
@@ -632,6 +634,7 @@ def corpora_together(config: Config, missing: Sequence[str], list_inputs: ListIn
     Raises:
         ArtefactError: a manifest is damaged.
         ConfigError: a source is invalid.
+        OSError: a file cannot be read.
     """
     if not missing:
         return []
@@ -700,6 +703,7 @@ def earlier_folders(
     Raises:
         ArtefactError: a manifest or journal is damaged.
         UserError: an input cannot be listed.
+        OSError: a file cannot be read.
     """
     work = WorkDirectory(Path(config.work_dir))
     own_folder = config.corpus_in(work, name)
@@ -766,6 +770,7 @@ def require_compared(config: Config, missing: Sequence[str], text_splits: TextSp
 
     Raises:
         ArtefactError: names both corpora, or a manifest is damaged.
+        OSError: a file cannot be read.
     """
     work = WorkDirectory(Path(config.work_dir))
     # Train text that contains val of any other corpus is dropped, so those need no refusal.
@@ -1044,6 +1049,7 @@ def corpus_fingerprint(config: Config, name: str, together: Sequence[str] | None
     Raises:
         ConfigError: a source is invalid.
         ArtefactError: the chat template beside the tokenizer is damaged.
+        OSError: a file cannot be read.
     """
     if form_of(config.corpus, name) == "text":
         return text_fingerprint(config) if together is None else _fingerprint(config, [*together])

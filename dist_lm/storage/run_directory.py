@@ -129,6 +129,7 @@ class RunDirectory:
 
         Raises:
             ArtefactError: the record is damaged.
+            OSError: a file cannot be read.
         """
         record = durable.read_json(self.corpora)
         if not all(isinstance(entry, dict) for entry in record.values()):

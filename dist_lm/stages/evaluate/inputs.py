@@ -36,6 +36,7 @@ def inputs_of(config: "EvaluateRunConfig") -> dict[str, str]:
     Raises:
         ConfigError: there is no file of prompts, for the task reward.
         ArtefactError: the manifest of a corpus is damaged.
+        OSError: a file cannot be read.
     """
     from dist_lm.evaluation.tasks import BITS
 

@@ -141,6 +141,7 @@ def edited_card(folder: Path) -> bytes | None:
 
     Raises:
         ArtefactError: the record of the export is no JSON.
+        OSError: a file cannot be read.
     """
     record = durable.read_json(folder / RECORD)
     if not record or not (folder / CARD).is_file():

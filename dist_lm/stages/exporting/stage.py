@@ -92,6 +92,7 @@ class Export(ArtefactStage):
 
         Raises:
             ArtefactError: the run has no checkpoint, or the record in the folder is damaged.
+            OSError: a file cannot be read.
         """
         stage, folder = group_of(config), folder_of(config)
         checkpoint = checkpoint_files.find_checkpoint(_run(config))

@@ -19,6 +19,7 @@ def check_inputs(files: list[Path], stage: "GenerateConfig", run: RunDirectory) 
     Raises:
         ConfigError: there are no prompts, or the files are invalid.
         ArtefactError: the run began with other prompts.
+        OSError: a file cannot be read.
     """
     # Answers of one run to different prompts would look like answers to the same ones.
     inputs, recorded = count_prompts(files), begun_with(run)

@@ -236,6 +236,7 @@ class Samples(PoolWork):
         Raises:
             ConfigError: the prompts are gone.
             ArtefactError: the prompts changed while they were read.
+            OSError: a file cannot be read.
         """
         truncate = cast(Any, self._stage.truncate)
         for prompt in read_prompts(self._files):

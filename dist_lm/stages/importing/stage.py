@@ -68,6 +68,7 @@ class Import(ArtefactStage):
         Raises:
             ArtefactError: another snapshot was imported under this name, or the model cannot be read.
             UserError: a package that is needed is not installed.
+            OSError: a file cannot be read.
         """
         from dist_lm.model.size import parameter_count
 

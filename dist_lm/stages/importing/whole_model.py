@@ -69,6 +69,7 @@ def import_snapshot(
     Raises:
         ArtefactError: see `snapshot.import_model`.
         UserError: a package that is needed is not installed.
+        OSError: a file cannot be written.
     """
     # All checks come before anything is written.
     model, architecture = model_in(folder, run.path.name)
@@ -233,6 +234,7 @@ def snapshot_at(source: str) -> Iterator[Path]:
     Raises:
         ArtefactError: there is no such model, or the file is damaged.
         UserError: a package that is needed (gguf, huggingface_hub) is not installed.
+        OSError: a file cannot be written.
     """
     path = Path(source).expanduser()
     if path.suffix != ".gguf":

@@ -219,6 +219,7 @@ def tasks_of_iterations(
     Raises:
         UserError: a task cannot be asked.
         ArtefactError: the file of a task has changed since the run began.
+        OSError: a file cannot be read.
     """
     tasks = loop_tasks(config, run, start.tokenizer)
     parts = Evaluated(config, run, start.world, start.tokenizer, policy, tasks, metrics, heartbeat, cluster)

@@ -221,6 +221,7 @@ def pretraining_text(
     Raises:
         ArtefactError: a corpus is missing or too small for a sequence.
         ConfigError: the batch of text does not divide over the ranks.
+        OSError: a file cannot be read.
     """
     settings = config.rlhf
     if not settings.pretrain_coefficient:

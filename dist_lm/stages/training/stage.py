@@ -475,6 +475,7 @@ def find_run(config: Config, *, is_target: bool) -> RunState:
 
     Raises:
         ArtefactError: `result.json` is damaged.
+        OSError: a file cannot be read.
     """
     run = run_of(config)
     steps = durable.read_json(run.result, {"steps": (int, NoneType)}).get("steps") or 0
