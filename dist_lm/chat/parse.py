@@ -104,6 +104,7 @@ def parse_turn(ids: Iterable[int], tokenizer: Tokenizer) -> Message:
     Raises:
         ChatError: `ids` are not a turn (the message names the token, from 0, and what was expected), the turn is empty,
             or the kept template ends turns without a special token.
+        UserError: the tokenizer lacks the mark that ends a turn, see `stop_tokens`.
     """
     # The marks that end a turn are the template's own, which the reader below does not know.
     if tokenizer.kept_template:

@@ -185,7 +185,11 @@ class Standstill:
         self._phases: dict[int, tuple[Phase, float]] = {}  # phase of each rank, and when it was first seen in it
 
     def heard(self, pulses: Sequence[Pulse], now: float) -> None:
-        """Notes the last heartbeats of the ranks."""
+        """Notes the last heartbeats of the ranks; a later step than before counts as progress, as `moved` does.
+
+        Args:
+            now: seconds, by the clock of the other methods.
+        """
         was_in_step = any(pulse.phase in (Phase.DATA, *INSIDE) for pulse in self._pulses)
         self._pulses = pulses
         # A rank that evaluates beats again and again: its phase is older than its last heartbeat.

@@ -278,6 +278,9 @@ def is_copy(build: Build, number: int, n_documents: int) -> np.ndarray:
 
     Args:
         n_documents: those of the survey.
+
+    Raises:
+        ArtefactError: a file of the build is damaged. OSError: a result cannot be read.
     """
     parts = parts_of(build)
     task = build.task(number)
@@ -358,6 +361,9 @@ def write_searches(build: Build, places: np.ndarray, searches: np.ndarray) -> No
     Args:
         places: (T, 2) uint32: task and number of each text with a neighbour, rising.
         searches: (T,) int64: number of its search.
+
+    Raises:
+        OSError: a file cannot be read or written.
     """
     result = build.result("searches", 0)
     if is_finished(result):
@@ -426,7 +432,11 @@ def _mapped(path: Path) -> np.ndarray:
 
 def resembled_sources(build: Build, number: int) -> dict[int, str]:
     """Returns the near-duplicates among the documents of a task: number of the document -> place of the earlier one
-    that it resembles, as its reader names it. Empty if near-duplicates are not sought."""
+    that it resembles, as its reader names it. Empty if near-duplicates are not sought.
+
+    Raises:
+        ArtefactError: a file of the build is damaged. OSError: a result cannot be read.
+    """
     sources: dict[int, str] = {}
     if not build.config.cleaning.near_duplicates:
         return sources
@@ -454,7 +464,11 @@ class Val:
 
 
 def write_val(build: Build, val: Val) -> None:
-    """Writes the held-out texts of all corpora for the tasks that compare."""
+    """Writes the held-out texts of all corpora for the tasks that compare.
+
+    Raises:
+        OSError: a file cannot be read or written.
+    """
     result = build.result("val", 0)
     if is_finished(result):
         return
@@ -517,6 +531,9 @@ def write_rule(build: Build, rule: Rule, first: np.ndarray) -> None:
 
     Args:
         first: (tasks, splits, 2) int64: number of the tar, and of its first document in the split.
+
+    Raises:
+        OSError: a file cannot be read or written.
     """
     result = build.result("rule", 0)
     if is_finished(result):

@@ -107,6 +107,7 @@ def tokenizer_of(checkpoint: Path, named: Path | None, run: RunDirectory | None)
 
     Raises:
         ArtefactError: it is missing, damaged, or takes too much time or memory to read; or there is neither.
+        UserError: it needs the package `tokenizers`, which is not installed.
     """
     if named is not None:
         file = tokenizer_in(named) if named.is_dir() else named
@@ -136,6 +137,7 @@ def stage_tokenizer(checkpoint: Path, work: WorkDirectory, vocab_size: int) -> T
     Raises:
         ArtefactError: there is no tokenizer, its size is not `vocab_size`, or the checkpoint was trained with another
             one.
+        UserError: it needs the package `tokenizers`, which is not installed.
     """
     path = work.tokenizer_model
     is_in_run = len(checkpoint.parents) > 1 + DEPTH  # the run may have no configuration

@@ -38,6 +38,9 @@ def read_turn(token_ids: Sequence[int], tokenizer: Tokenizer) -> ReadTurn:
 
     Args:
         token_ids: as drawn, perhaps with the token that ended the turn.
+
+    Raises:
+        UserError: the tokenizer lacks the mark that ends a turn, see `stop_tokens`.
     """
     ends = {tokenizer.eot_id, *stop_tokens(tokenizer)}
     written = list(token_ids)

@@ -175,6 +175,9 @@ def run(test: dict[str, str], source: str, channel: int) -> NoReturn:
 
     Args:
         test: its `before` runs in front of the program.
+
+    Raises:
+        ValueError: the program has a NUL byte.
     """
     before = test["before"]
     script = os.fsencode(f"{before}\n{source}\n" if before else f"{source}\n")

@@ -507,6 +507,7 @@ def is_of_settings(config: Config, name: str, recipe: Recipe) -> bool:
 
     Raises:
         ConfigError: a source is invalid.
+        ArtefactError, OSError: as `corpus_fingerprint`.
     """
     if form_of(config.corpus, name) != "text":
         settings = corpus_fingerprint(config, name)
@@ -524,6 +525,7 @@ def corpus_settings(config: Config, name: str) -> dict[str, Any]:
 
     Raises:
         ConfigError: a source is invalid.
+        ArtefactError, OSError: as `corpus_fingerprint`.
     """
     if form_of(config.corpus, name) == "text":
         return _fingerprint(config, corpora_of_settings(config, name))

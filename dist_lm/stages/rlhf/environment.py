@@ -63,7 +63,11 @@ def open_environment_supply(
 
 
 def turn_constraint(settings: RlhfRunGroup, tokenizer: Tokenizer) -> ConstraintOf | None:
-    """Returns what every turn must be, by the tools of its task; None without rlhf.constraint."""
+    """Returns what every turn must be, by the tools of its task; None without rlhf.constraint.
+
+    Raises:
+        ConfigError: the file of rlhf.constraint cannot be read, or holds no constraint.
+    """
     if not settings.constraint:
         return None
     if path := settings.constraint_file:

@@ -74,6 +74,7 @@ def run_rank(run: RunDirectory, stop: StopRequest, heartbeat: Heartbeat) -> None
         CheckpointWriteError: a checkpoint could not be written.
         UserError: a task of stage.eval_tasks cannot be asked, or as `read_prompts` and `open_controller`.
         ClusterError, PoolFailure: Ray refuses the first rank, or actors find no place or keep dying.
+        ControllerLostError: the controller's process ends again and again; on the first rank.
     """
     began = time.time()
     config = load_config(run.config)

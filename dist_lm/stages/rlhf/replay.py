@@ -118,7 +118,8 @@ def no_weights(record: ConversationRecord, version: int) -> str:
 def draw_again(record: ConversationRecord, chosen: Chosen) -> Iterator[IterationReplay]:
     """Yields, for each recorded iteration, how it compares with conversations that its weights draw again.
 
-    Where the checkpoint with these weights is not kept, only metrics are compared.
+    Where the checkpoint with these weights is not kept, only metrics are compared; of a single rollout, which has
+    none, that is an ArtefactError.
 
     Raises:
         ArtefactError, ConfigError: a file is missing, damaged or of something else, or what is chosen is not there.

@@ -77,6 +77,7 @@ def joined(run: RunDirectory, config: Config, heartbeat: Heartbeat) -> Iterator[
     Raises:
         ArtefactError: the tokenizer is missing or damaged.
         ConfigError: this rank should have a GPU and its node has too few, or may open too few files.
+        UserError: the tokenizer needs the package `tokenizers`, which is not installed.
     """
     # Heartbeats detect hangs, not this timeout. It is long because the other ranks of stage rlhf wait in one collective
     # while the first rank generates: a shorter one would end a healthy run.
