@@ -155,7 +155,7 @@ class NodeAgent:
         return self._probes.ask([request | {"rank": first + local} for local in range(count)], timeout_s)
 
     def end_probes(self) -> None:
-        """End the processes of `check_gpus`."""
+        """Ends the processes of `check_gpus`."""
         if self._probes:
             self._probes.close()
             self._probes = None
@@ -236,7 +236,7 @@ class NodeAgent:
         return NodeReport(exit_code, self._read_report() if exit_code else ())
 
     def interrupt(self) -> None:
-        """Ask the ranks (SIGUSR1) to write a checkpoint and leave; `poll` asks ranks that are still starting."""
+        """Asks the ranks (SIGUSR1) to write a checkpoint and leave; `poll` asks ranks that are still starting."""
         self._interrupt = True
         self._send_interrupt()
 

@@ -136,7 +136,7 @@ def read_failures(run: RunDirectory, world_size: int) -> list[RankFailure]:
 
 
 def clear_failures(run: RunDirectory) -> None:
-    """Remove the records of an earlier attempt, which may have had more ranks."""
+    """Removes the records of an earlier attempt, which may have had more ranks."""
     for record in run.rank_failures():
         record.unlink(missing_ok=True)
 
@@ -222,7 +222,7 @@ class Journal:
     """Writes the events of a run and the state of its ranks."""
 
     def __init__(self, run: RunDirectory) -> None:
-        """Append to the events of `run`."""
+        """Appends to the events of `run`."""
         self._run = run
         self._live_at = 0.0
 

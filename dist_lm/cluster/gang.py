@@ -221,7 +221,7 @@ class Gang:
         return {member.host: member.report.usage for member in self._running() if member.report.usage}
 
     def interrupt(self) -> None:
-        """Ask every rank to write a checkpoint and leave; keep polling until they have left."""
+        """Asks every rank to write a checkpoint and leave; the caller polls until they have left."""
         self._call(lambda agent: agent.interrupt.remote(), timeout_s=5.0)
 
     def stop(self) -> None:

@@ -118,7 +118,7 @@ class Probes:
         return str(Path(self._stores.name) / f"store_{self._n_stores}")
 
     def close(self) -> None:
-        """End the processes."""
+        """Ends the processes."""
         for process in self._processes:
             process.kill()
         for process, errors in zip(self._processes, self._errors, strict=True):

@@ -41,7 +41,7 @@ class HeartbeatBoard:
     """The agent's side of the shared memory."""
 
     def __init__(self, ranks: int) -> None:
-        """Create one slot for each of `ranks` local ranks."""
+        """Creates one slot for each of `ranks` local ranks."""
         self._ranks = ranks
         # Memory without a name in the file system: nothing is left behind if the agent is killed.
         if hasattr(os, "memfd_create"):
@@ -74,7 +74,7 @@ class RankHeartbeat:
     """The rank's side: one slot of the shared memory."""
 
     def __init__(self, path: Path, local_rank: int) -> None:
-        """Write to the slot of `local_rank`."""
+        """Writes to the slot of `local_rank`."""
         with path.open("r+b") as file:
             self._memory = mmap.mmap(file.fileno(), 0)
         self._offset = _SLOT.size * local_rank

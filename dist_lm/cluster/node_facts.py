@@ -126,7 +126,7 @@ class LinkServer:
     """Receives bytes from nodes that know its secret; connections without the secret are closed."""
 
     def __init__(self, address: str) -> None:
-        """Listen on a free port of `address`."""
+        """Listens on a free port of `address`."""
         family = socket.AF_INET6 if ":" in address else socket.AF_INET
         self._socket = socket.create_server((address, 0), family=family)
         self.port: int = self._socket.getsockname()[1]
@@ -134,7 +134,7 @@ class LinkServer:
         threading.Thread(target=self._serve, name="links", daemon=True).start()
 
     def close(self) -> None:
-        """Stop listening."""
+        """Stops listening."""
         # Not every system can shut down a listening socket.
         with suppress(OSError):
             # Closing alone does not wake the thread in `accept`.

@@ -104,7 +104,7 @@ class Ledger:
         return frozenset(self._lanes)
 
     def join(self, lane: int) -> None:
-        """Add an actor."""
+        """Adds an actor."""
         self._lanes[lane] = Lane()
 
     def leave(self, lane: int, blamed: bool = True) -> None:

@@ -125,7 +125,7 @@ def sizes_of(config: ModelConfig, dtype: torch.dtype, bucket_bytes: int) -> list
 
 
 def wait_for_copies(device: torch.device) -> None:
-    """Wait until the device has finished all copies asked for by this thread."""
+    """Waits until the device has finished all copies asked for by this thread."""
     if device.type == "cuda":
         torch.cuda.current_stream(device).synchronize()
 
@@ -227,7 +227,7 @@ class RayStore(dist.Store):
         return self
 
     def forget(self) -> None:
-        """Delete all keys of the group."""
+        """Deletes all keys of the group."""
         from ray.experimental.internal_kv import _internal_kv_del
 
         _internal_kv_del(self._prefix, del_by_prefix=True, namespace=NAMESPACE)
@@ -294,7 +294,7 @@ class Group:
         work.wait()  # raises what went wrong
 
     def close(self) -> None:
-        """Leave the group without waiting for the others; a broadcast that is stuck ends."""
+        """Leaves the group without waiting for the others; a broadcast that is stuck ends."""
         self._backend.abort()
         if isinstance(self._store, RayStore):
             self._store.forget()
@@ -312,7 +312,7 @@ class Receiver:
     """The end of an actor, for all versions that come through one group."""
 
     def __init__(self, offer: Offer, device: torch.device, address: str, **store: Any) -> None:
-        """Join the group of `offer`.
+        """Joins the group of `offer`.
 
         Args:
             device: holds the engine's weights.

@@ -156,7 +156,7 @@ class Stop:
         signal.signal(signal.SIGUSR1, signal.SIG_IGN)
 
     def request(self) -> None:
-        """Stop the node; the first request checks Ray."""
+        """Stops the node; the first request checks Ray."""
         if not self.requested and self.watched:
             self.death = self.watched.death()
         self.requested = True
@@ -165,7 +165,7 @@ class Stop:
         self.request()
 
     def pause(self, seconds: float) -> None:
-        """Sleep until the time has passed or a stop is requested."""
+        """Sleeps until the time has passed or a stop is requested."""
         deadline = time.monotonic() + seconds
         while not self.requested and time.monotonic() < deadline:
             time.sleep(POLL_S)

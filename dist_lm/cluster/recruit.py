@@ -197,7 +197,7 @@ def place(
     timeout_s: float,
     keep_going: Callable[[], bool],
 ) -> Placement | None:
-    """Reserve `nodes` nodes and start an agent on each.
+    """Reserves `nodes` nodes and starts an agent on each.
 
     A bundle takes one CPU only: the ranks use all cores of their node, and the CPU just keeps two gangs apart.
 

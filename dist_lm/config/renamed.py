@@ -74,7 +74,7 @@ def _copied(content: Any) -> Any:
 
 
 def _popped(content: dict[str, Any], key: str) -> Any:
-    """Remove `key` from nested mappings. Returns its value, or `_MISSING`."""
+    """Removes `key` from nested mappings. Returns its value, or `_MISSING`."""
     *groups, name = key.split(".")
     for group in groups:
         content = content.get(group, {})
@@ -82,7 +82,7 @@ def _popped(content: dict[str, Any], key: str) -> Any:
 
 
 def _set_missing(content: dict[str, Any], key: str, value: Any) -> None:
-    """Set `key` in nested mappings unless it is there."""
+    """Sets `key` in nested mappings unless it is there."""
     *groups, name = key.split(".")
     for group in groups:
         content = content.setdefault(group, {})

@@ -41,7 +41,7 @@ class Pipeline:
     """The stages of a plan and their states. Every change is written to the work directory."""
 
     def __init__(self, plan: Plan, command: Sequence[str], job: str | None, tell: Tell | None) -> None:
-        """Write the queue; see `queue_of`."""
+        """Writes the queue; see `queue_of`."""
         self._tell = tell
         self._began = 0.0  # when the running stage began, monotonic seconds
 

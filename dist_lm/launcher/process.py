@@ -153,7 +153,7 @@ def disk_trouble(error: BaseException, elsewhere: str = "standard output or a fi
 
 
 def drop_output() -> None:
-    """Discard buffered output that cannot be written, so that the interpreter does not fail on it at exit."""
+    """Discards buffered output that cannot be written, so that the interpreter does not fail on it at exit."""
     if not _output_is_stuck():
         return
     null = os.open(os.devnull, os.O_WRONLY)

@@ -70,7 +70,7 @@ class AlgorithmKeys:
     kl_coefficient: float = key(0.0, NOT_NEGATIVE)  # weight of the KL from the reference, per token
 
     def complete(self, config: RlhfConfig) -> None:
-        """Fill in the defaults that depend on keys common to all algorithms.
+        """Fills in the defaults that depend on keys common to all algorithms.
 
         Raises:
             ConfigError: two keys contradict each other.

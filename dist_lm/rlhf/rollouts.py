@@ -136,7 +136,7 @@ class RolloutSource(Protocol):
 
 
 def read_to_end(weights: WeightStream) -> None:
-    """Take part in sending weights that this rank does not use."""
+    """Takes part in sending weights that this rank does not use."""
     for _ in weights:
         continue
 

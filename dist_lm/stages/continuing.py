@@ -506,7 +506,7 @@ def with_recorded_folders(config: Config) -> Config:
 def require_same_content(
     start: Path, run: RunDirectory, corpora: Sequence[str], folders: Mapping[str, str] | None = None
 ) -> None:
-    """Refuse to continue from a checkpoint on other content than its run trained on. Missing corpora are not compared.
+    """Refuses to continue from a checkpoint on other content than its run trained on. Missing corpora are not compared.
 
     Args:
         start: checkpoint of the run that is continued.

@@ -124,7 +124,11 @@ class Shards(ArtefactStage):
             require_known_to_tasks(config)
 
     def for_readers(self, config: Config, readers: Sequence[Config]) -> Config:
-        """Build only the corpora that later stages read: where these are runs that have begun, in their folders."""
+        """Returns `config` with only the corpora that later stages read, in the folders of those that have begun.
+
+        Raises:
+            ArtefactError: as `begun_folders`.
+        """
         read = sorted({name for reader in readers for name in reader.corpus_names})
         return replace(begun_folders(config, readers), stage=replace(own(config), corpora=read))
 

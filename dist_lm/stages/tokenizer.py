@@ -219,7 +219,7 @@ def check_trained(work: WorkDirectory, report: Mapping[str, Any], config: Config
 
 
 def check_pieces(work: WorkDirectory, report: Mapping[str, Any], settings: TokenizerConfig) -> None:
-    """Refuse a tokenizer that was trained to have other pieces; a key that is null accepts what is there.
+    """Refuses a tokenizer that was trained to have other pieces; a key that is null accepts what is there.
 
     Raises:
         ArtefactError: names the key and the way out.

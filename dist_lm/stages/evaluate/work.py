@@ -62,7 +62,7 @@ class Evaluation(PoolWork):
         tokenizer: Tokenizer,
         open_sandboxes: Callable[[], Sandboxes],
     ) -> None:
-        """Make the questions, and find the existing files.
+        """Makes the questions, and finds the existing files.
 
         Raises:
             UserError: a task cannot be asked; names it.
@@ -221,7 +221,7 @@ class Evaluation(PoolWork):
                 durable.write_text(self._measured(task), "".join(json.dumps(record) + "\n" for record in records))
 
     def close(self) -> None:
-        """End the sandboxes; programs that have not begun never do."""
+        """Ends the sandboxes; programs that have not begun never do."""
         self._sandboxes = None
         self._closing.close()
 

@@ -159,7 +159,7 @@ def check_repository(key: str, repository: str) -> None:
 
 
 def push_folder(folder: Path, repository: str, api: Any = None) -> None:
-    """Upload an export to the Hugging Face hub. A repository that does not exist is made, for its owner alone.
+    """Uploads an export to the Hugging Face hub. A repository that does not exist is made, for its owner alone.
 
     Files of an earlier export that this one lacks are removed there; files of others stay. The record in `folder` then
     names the repository.

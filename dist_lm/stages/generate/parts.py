@@ -40,7 +40,7 @@ CONSTRAINT = "constraint"  # field of a prompt
 
 
 def check(config: "GenerateRunConfig") -> None:
-    """Refuse settings that no engine can run with.
+    """Refuses settings that no engine can run with.
 
     Raises:
         ConfigError: names the key.
@@ -131,7 +131,7 @@ class Tally:
     refused_at: int = -1  # this prompt number
 
     def add(self, record: dict[str, Any], number: int) -> None:
-        """Count one line of a part, which belongs to prompt `number`."""
+        """Counts one line of a part, which belongs to prompt `number`."""
         # A prompt has a line for each answer; the first one counts the prompt.
         self.prompts += record.get("index", 0) == 0
         if "error" in record:
@@ -278,7 +278,7 @@ class Samples(PoolWork):
             self._keep(number, [_record(answer) for answer in answers])
 
     def _check_prompts(self) -> None:
-        """Refuse prompts that changed while they were read, which takes as long as the run.
+        """Refuses prompts that changed while they were read, which takes as long as the run.
 
         Raises:
             ConfigError, ArtefactError: they are gone, or not those that the run began with.

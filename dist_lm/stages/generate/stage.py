@@ -147,7 +147,7 @@ class Generate(PoolStage):
         return Samples(generate_config(config), run, tokenizer)
 
     def summarize(self, config: Config, console: "Console") -> None:
-        """Print the number of answers and their folder."""
+        """Prints the number of answers and their folder."""
         run = run_of(config)
         result = self.read_result(run)
         console.summary(

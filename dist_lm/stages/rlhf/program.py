@@ -382,7 +382,7 @@ class Saving:
     is_first: bool
 
     def __call__(self, state: RlhfState) -> None:
-        """Save `state` with the current models."""
+        """Saves `state` with the current models."""
         self.reporter.alive(Phase.SAVING)
         # A checkpoint may not be newer than the metrics: a resumed run writes only the later lines.
         if self.reporter.metrics:

@@ -79,7 +79,7 @@ class Evaluated:
         return stream_weights(self.model, self.model.config, self.dtype, receives)
 
     def write(self, step: int, records: Mapping[str, list[Record]], waited_s: float | None = None) -> None:
-        """Write figures and answers (first rank).
+        """Writes figures and answers (first rank).
 
         Args:
             waited_s: seconds that training waited; None: written before.
@@ -112,7 +112,7 @@ def stored(parts: Evaluated, step: int) -> WeightStream:
 
 
 def discard_weights(parts: Evaluated, step: int) -> None:
-    """Remove the weights of an evaluation, once its figures are on disk (first rank)."""
+    """Removes the weights of an evaluation, once its figures are on disk (first rank)."""
     assert parts.metrics is not None
     # A crash in between must find either the figures or the weights.
     parts.metrics.sync()

@@ -384,7 +384,7 @@ class TrainingStage(Stage):
         console.summary(f"stage={self.name} is done", dict(self.entries(config, run, result)))
 
     def print_figures(self, config: Config, result: Mapping[str, Any], console: "Console") -> None:
-        """Print the tables of the summary."""
+        """Prints the tables of the summary."""
         print_before_and_after(result, console)
 
     def print_samples(self, run: RunDirectory, console: "Console") -> None:

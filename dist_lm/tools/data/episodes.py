@@ -313,7 +313,7 @@ def _typing_error(record_id: str, records: dict[str, dict[str, Json]], rng: rand
 
 
 def _add_tool(scene: Scene) -> None:
-    """Add a tool, often for the same subject as the first, so that only the action tells them apart."""
+    """Adds a tool, often for the same subject as the first, so that only the action tells them apart."""
     if scene.tools and scene.rng.random() < 0.4 and scene.has(_about(scene.tools[0].subject)):
         scene.take(_about(scene.tools[0].subject))
     else:
