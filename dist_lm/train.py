@@ -84,7 +84,7 @@ def main() -> None:
 
 
 def names_run(arguments: Sequence[str]) -> bool:
-    """Whether the command line is the path of a run directory, and not `key=value`."""
+    """Returns whether the command line is the path of a run directory, and not `key=value`."""
     return len(arguments) == 1 and (Path(arguments[0]).is_dir() or "=" not in arguments[0])
 
 

@@ -199,11 +199,11 @@ class _Reader:
         return f"token {self._parts[self._next][0]}"
 
     def at_end(self) -> bool:
-        """Whether nothing is left."""
+        """Returns whether nothing is left."""
         return self._next == len(self._parts)
 
     def next_is(self, mark: str) -> bool:
-        """Whether `mark` comes next."""
+        """Returns whether `mark` comes next."""
         return not self.at_end() and self._parts[self._next][1:] == (mark, True)
 
     def take(self, mark: str) -> bool:

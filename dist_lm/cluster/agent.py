@@ -161,7 +161,7 @@ class NodeAgent:
             self._probes = None
 
     def reserve_port(self) -> int:
-        """A TCP port for a rendezvous of ranks, kept from others until `stop`."""
+        """Returns a TCP port for a rendezvous of ranks, kept from others until `stop`."""
         # The socket stays open, or another program could take the port before the ranks do.
         reserved = process.reserve_port()
         self._reserved.append(reserved)
@@ -301,7 +301,7 @@ class NodeAgent:
                 process.send(rank, signal.SIGUSR1)
 
     def _pulses(self) -> tuple[Pulse, ...]:
-        """The last heartbeats of the ranks; the states of their processes are read only if one is silent."""
+        """Returns the last heartbeats of the ranks; the states of their processes are read only if one is silent."""
         assert self._assignment is not None
         assert self._board is not None
         first = self._assignment.first_rank

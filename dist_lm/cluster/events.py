@@ -88,7 +88,7 @@ class Crowd:
     def failure_of(
         self, rank: int, kind: str, message: str, log: Path, traceback: str = "", user_error: bool = False
     ) -> GangFailure:
-        """The failure of one rank."""
+        """Returns the failure of one rank."""
         node, local = divmod(rank, self.ranks_per_node)
         gpu = local if self.device == "cuda" else None
         return GangFailure(node, rank, kind, message, log, traceback, user_error, self.hosts[node], gpu)
@@ -160,7 +160,7 @@ def root_cause(failures: Iterable[RankFailure], exits: Sequence[RankExit]) -> Ra
 
 
 def may_be_echo(cause: RankFailure | RankExit) -> bool:
-    """Whether the loss of another rank may have caused it."""
+    """Returns whether the loss of another rank may have caused it."""
     if isinstance(cause, RankFailure):
         return cause.is_echo
     # NCCL's watchdog aborts a rank before it can write a record.

@@ -49,7 +49,7 @@ def collectives_served(environ: Mapping[str, str]) -> Iterator[None]:
 
 
 def socket_of(directory: Path, local_rank: int) -> Path:
-    """The socket of a local rank."""
+    """Returns the socket of a local rank."""
     return directory / str(local_rank)
 
 

@@ -110,7 +110,7 @@ class RememberedHeartbeat:
 
 
 def own_heartbeat(environ: Mapping[str, str]) -> Heartbeat:
-    """The heartbeat that the agent set up for this process, or `Unheard` without an agent."""
+    """Returns the heartbeat that the agent set up for this process, or `Unheard` without an agent."""
     if path := environ.get(VARIABLE):
         return RankHeartbeat(Path(path), int(environ["LOCAL_RANK"]))
     return Unheard()
@@ -125,7 +125,7 @@ class Patience:
     otherwise_s: float  # in other phases, and in the first step, which may compile
 
     def limit_s(self, pulse: Pulse) -> float:
-        """The limit in seconds for a gang whose newest heartbeat is `pulse`."""
+        """Returns the limit in seconds for a gang whose newest heartbeat is `pulse`."""
         if pulse.phase in (Phase.DATA, Phase.SCORING, Phase.STEP) and pulse.median_step_s > 0:
             return max(self.least_s, self.steps * pulse.median_step_s)
         return self.otherwise_s

@@ -468,7 +468,7 @@ def _reserved_by_others(prefix: str) -> dict[str, Reserved]:
 
 
 def _most_gpus(cluster: RayCluster) -> int | None:
-    """The most GPUs of a node; None if no node has any yet, as the pool then waits for one."""
+    """Returns the most GPUs of a node; None if no node has any yet, as the pool then waits for one."""
     return max((node.gpus for node in cluster.nodes()), default=0) or None
 
 

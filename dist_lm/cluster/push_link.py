@@ -119,7 +119,7 @@ def unpacked(buckets: Iterator[torch.Tensor], config: ModelConfig, dtype: torch.
 
 
 def sizes_of(config: ModelConfig, dtype: torch.dtype, bucket_bytes: int) -> list[int]:
-    """Bytes in each bucket of `packed`."""
+    """Returns the bytes in each bucket of `packed`."""
     total = dtype.itemsize * parameter_count(config)
     return [min(bucket_bytes, total - begin) for begin in range(0, total, bucket_bytes)]
 
@@ -154,7 +154,7 @@ class SharedBucket:
         return cls(opened(_handle_of(file), size, device), file)
 
     def handle(self) -> tuple[Any, ...]:
-        """Plain values by which one other process can open the bucket, see `opened`."""
+        """Returns plain values by which one other process can open the bucket, see `opened`."""
         return self.bucket.untyped_storage()._share_cuda_() if self.file is None else _handle_of(self.file)
 
     def close(self) -> None:
@@ -301,7 +301,7 @@ class Group:
 
 
 def _unset(variables: dict[str, str]) -> dict[str, str]:
-    """The variables that the environment does not set."""
+    """Returns the variables that the environment does not set."""
     return {name: setting for name, setting in variables.items() if name not in os.environ}
 
 

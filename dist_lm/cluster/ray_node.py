@@ -75,7 +75,7 @@ class HeadAddress:
         return f"{self.host}:{self.port}"
 
     def error(self) -> OSError | None:
-        """Why no connection is possible now; None if it is."""
+        """Returns why no connection is possible now; None if it is."""
         try:
             socket.create_connection((self.host, self.port), timeout=CONNECT_S).close()
         except OSError as error:

@@ -117,7 +117,7 @@ class RayProcesses:
 
 
 def head_arguments(host: str, port: int, resources: Sequence[str]) -> list[str]:
-    """Arguments of `ray start` for a head."""
+    """Returns the arguments of `ray start` for a head."""
     return [
         "--head",
         f"--node-ip-address={host}",
@@ -169,7 +169,7 @@ def _short_temporary() -> Path:
 
 
 def _processes(directory: Path) -> list[psutil.Process]:
-    """The node's processes that carry the mark; if there are none, Ray workers that have overwritten it.
+    """Returns the node's processes that carry the mark; if there are none, Ray workers that have overwritten it.
 
     A driver on this machine has Ray's files open too and must not be ended.
     """

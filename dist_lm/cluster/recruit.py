@@ -59,7 +59,7 @@ class Crew:
 
 
 def able_nodes(cluster: RayCluster, gpus_per_node: int) -> list[Node]:
-    """The living nodes that have GPUs for a gang's ranks; a head often has none."""
+    """Returns the living nodes that have GPUs for a gang's ranks; a head often has none."""
     return [node for node in cluster.nodes() if node.gpus >= gpus_per_node]
 
 

@@ -229,7 +229,7 @@ class ClusterSandboxes:
 
 
 def _begins(work: Work) -> bool:
-    """Whether a program runs, now or again; False if its caller has cancelled it."""
+    """Returns whether a program runs, now or again; False if its caller has cancelled it."""
     return work.verdict.running() or work.verdict.set_running_or_notify_cancel()
 
 

@@ -198,7 +198,7 @@ class StageGroup:
     eval_tasks: ClassVar[Mapping[str, int]] = {}
 
     def sampled_by(self) -> dict[str, Any]:
-        """Settings for documents that a model generates in this stage; part of their fingerprint."""
+        """Returns the settings for documents that a model generates in this stage; part of their fingerprint."""
         return {}
 
     @property

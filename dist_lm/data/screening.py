@@ -454,7 +454,7 @@ def check_candidate(candidate: object, source: SourceConfig) -> None:
 
 
 def source_name(source: SourceConfig) -> str:
-    """Names a source in reports: reader, data set or paths, language."""
+    """Returns the name of a source in reports: reader, data set or paths, language."""
     return " ".join(part for part in (source.reader, source_place(source), source.language) if part)
 
 

@@ -127,7 +127,7 @@ def limits_of(cpu_s: float) -> Limits:
 
 
 def asks_as_chat(stage: str, tokenizer: Tokenizer) -> bool:
-    """Whether questions are turns of a user: a stage of conversations, or an imported chat model."""
+    """Returns whether questions are turns of a user: a stage of conversations, or an imported chat model."""
     return tokenizer.kept_template is not None or stage in CHATS
 
 

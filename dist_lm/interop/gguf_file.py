@@ -187,7 +187,7 @@ def rows_of_transformers(
 
 
 def _rotates_neighbours(tensor: Converted, architecture: Architecture) -> bool:
-    """Whether RoPE turns neighbours (2 i, 2 i + 1) in llama.cpp; everywhere else it turns (i, i + K/2)."""
+    """Returns whether RoPE turns neighbours (2 i, 2 i + 1) in llama.cpp; everywhere else it turns (i, i + K/2)."""
     name = tensor.ours[0].removesuffix("_bias")
     return architecture.family in NEIGHBOURS and name.endswith(("attention.query", "attention.key"))
 

@@ -162,7 +162,7 @@ def drop_output() -> None:
 
 
 def _output_is_stuck() -> bool:
-    """Whether standard output has buffered text that cannot be written."""
+    """Returns whether standard output has buffered text that cannot be written."""
     try:
         sys.stdout.flush()
     except OSError:
@@ -171,7 +171,7 @@ def _output_is_stuck() -> bool:
 
 
 def _output_has_no_reader() -> bool:
-    """Whether standard output is a pipe or a socket whose reader has closed it."""
+    """Returns whether standard output is a pipe or a socket whose reader has closed it."""
     # Text longer than the buffer is lost by the failed write, so nothing is stuck then.
     poll = select.poll()
     poll.register(sys.stdout.fileno(), select.POLLOUT)

@@ -185,7 +185,7 @@ def check_experiment(experiment: str, model: str, stage: str, overrides: Sequenc
 
 
 def _package(file: Path) -> str:
-    """The group that the keys of a recipe belong to: as its line `# @package` says, by default the root."""
+    """Returns the group that the keys of a recipe belong to: as its line `# @package` says, by default the root."""
     package = re.match(r"#\s*@package\s+(\S+)", file.read_text(encoding="utf-8"))
     return package[1] if package else "_global_"
 
@@ -231,19 +231,19 @@ def program_of(choice: str, overrides: Sequence[str]) -> str:
 
 @cache
 def default_choice(group: str) -> str:
-    """The choice of a group that conf/config.yaml names."""
+    """Returns the choice of a group that conf/config.yaml names."""
     # Hydra would know only after composing, and what is composed depends on the stage.
     defaults = load_yaml(conf_directory() / "config.yaml").defaults
     return next(str(entry[group]) for entry in defaults if group in entry)
 
 
 def default_stage() -> str:
-    """The stage that conf/config.yaml names."""
+    """Returns the stage that conf/config.yaml names."""
     return default_choice("stage")
 
 
 def local_hardware() -> str:
-    """The file in conf/hardware for this machine: the one of its first GPU, else the one of the CPU."""
+    """Returns the file in conf/hardware for this machine: the one of its first GPU, else the one of the CPU."""
     gpus = [path.read_text().lower() for path in Path("/proc/driver/nvidia/gpus").glob("*/information")]
     gpu_files = [path.name for path in sorted((conf_directory() / "hardware").glob("*.yaml")) if path.stem != "cpu"]
     return next((name for gpu in gpus[:1] for name in gpu_files if name.removesuffix(".yaml") in gpu), "cpu.yaml")

@@ -324,5 +324,5 @@ def may_run(target: str, overrides: Sequence[str]) -> list[str]:
 
 
 def may_need(target: str) -> list[str]:
-    """Every earlier stage that a command for `target` may build, in order."""
+    """Returns every earlier stage that a command for `target` may build, in order."""
     return in_order(target, lambda name: stage_named(name).needs)[:-1]

@@ -519,7 +519,7 @@ def _paths(root: bytes, place: bytes, arguments: list[bytes]) -> list[bytes]:
 
 
 def _is_named(path: bytes, names: list[bytes]) -> bool:
-    """Whether a path is one of `names`, below one, or a folder above one."""
+    """Returns whether a path is one of `names`, below one, or a folder above one."""
 
     def is_below(path: bytes, folder: bytes) -> bool:
         return path.startswith(folder + b"/")

@@ -496,7 +496,7 @@ def filter_system_calls(program: bytes) -> None:
 
 
 def has_seccomp() -> bool:
-    """Whether this kernel filters system calls, and we have the numbers of this architecture."""
+    """Returns whether this kernel filters system calls, and we have the numbers of this architecture."""
     try:
         with open("/proc/self/status") as status:
             return os.uname().machine in NUMBERS and any(line.startswith("Seccomp:") for line in status)

@@ -50,7 +50,7 @@ _PATTERNS = {
 
 
 def is_forged(language: str, source: str) -> bool:
-    """Whether a program holds what a known forgery does, outside its comments or in them."""
+    """Returns whether a program holds what a known forgery does, outside its comments or in them."""
     return _PATTERNS[language].search(source) is not None
 
 

@@ -117,7 +117,7 @@ def require_same_settings(
 
 
 def has_output(run: RunDirectory) -> bool:
-    """Whether a run has a checkpoint or a result, which other settings would contradict."""
+    """Returns whether a run has a checkpoint or a result, which other settings would contradict."""
     return run.result.exists() or checkpoint_files.read_pointer(run.checkpoints, checkpoint_files.LATEST) is not None
 
 

@@ -200,7 +200,7 @@ class Shards(ArtefactStage):
 
 
 def own(config: Config) -> CorporaStageConfig:
-    """The `stage` group with the type of a stage that builds corpora."""
+    """Returns the `stage` group with the type of a stage that builds corpora."""
     assert isinstance(config.stage, CorporaStageConfig)
     return config.stage
 
@@ -393,7 +393,7 @@ def _licences(config: Config, name: str) -> list[str]:
 
 
 def _has_other_licences(config: Config, name: str, directory: Path) -> bool:
-    """Whether a whole corpus of the configured sources has other licences than the configuration."""
+    """Returns whether a whole corpus of the configured sources has other licences than the configuration."""
     manifest = read_manifest(directory)
     return is_of_settings(config, name, manifest.recipe) and list(manifest.licences) != _licences(config, name)
 

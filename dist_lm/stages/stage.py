@@ -182,11 +182,11 @@ class Stage(ABC):
         return ""
 
     def figures(self, result: Mapping[str, Any]) -> str:
-        """Figures of `result.json` for the closing table, in addition to `key_figures`."""
+        """Returns the figures of `result.json` for the closing table, in addition to `key_figures`."""
         return ""
 
     def rejection(self, config: Config) -> str:
-        """Why the finished stage counts as failed; empty if it succeeded."""
+        """Returns why the finished stage counts as failed; empty if it succeeded."""
         return ""
 
 

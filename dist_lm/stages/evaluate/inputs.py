@@ -76,7 +76,7 @@ def corpus_folder(config: Config, name: str) -> Path:
 
 
 def begun_with(run: RunDirectory) -> dict[str, str]:
-    """The recorded inputs of a run, in the form of `inputs_of`; nothing for a new run."""
+    """Returns the recorded inputs of a run, in the form of `inputs_of`; nothing for a new run."""
     return durable.read_json(run.inputs)
 
 
@@ -111,7 +111,7 @@ def _with_prefix(inputs: Mapping[str, str], prefix: str) -> set[str]:
 
 
 def table_of(run: RunDirectory) -> Path:
-    """The file with a line for a figure."""
+    """Returns the file with a line for a figure."""
     return run.samples / "table.jsonl"
 
 

@@ -303,7 +303,7 @@ def checkpoint_of(path: str, config: EvaluateRunConfig, before: str | None) -> P
 
 
 def checkpoint_in(named: Path, before: str | None) -> Path:
-    """The newest checkpoint of what is named, or the one that an unfinished run began with.
+    """Returns the newest checkpoint of what is named, or the one that an unfinished run began with.
 
     Args:
         before: the checkpoint of the run, which it keeps while it exists, even if there are newer ones.

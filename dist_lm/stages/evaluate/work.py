@@ -150,7 +150,7 @@ class Evaluation(PoolWork):
         return table_of(self._run)
 
     def _measured(self, task: str) -> Path:
-        """The file of a task that is measured in this process."""
+        """Returns the file of a task that is measured in this process."""
         return self._folder / f"{task}.jsonl"
 
     @property
@@ -291,7 +291,7 @@ class Evaluation(PoolWork):
 
 
 def answers_requests(checkpoint: Path, tokenizer: Tokenizer) -> bool:
-    """Whether a model was trained on conversations: in its stage, or before its import."""
+    """Returns whether a model was trained on conversations: in its stage, or before its import."""
     stage = checkpoint.parts[-4] if len(checkpoint.parts) > 3 else ""
     imported = checkpoint.parents[1] / "chat_template.jinja"
     return asks_as_chat(stage, tokenizer) or (stage == "import" and imported.is_file())

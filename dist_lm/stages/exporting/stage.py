@@ -139,13 +139,13 @@ class Export(ArtefactStage):
 
 
 def group_of(config: Config) -> ExportGroup:
-    """The `stage` group with its type."""
+    """Returns the `stage` group with its type."""
     assert isinstance(config.stage, ExportGroup)
     return config.stage
 
 
 def folder_of(config: Config) -> Path:
-    """The folder that the stage writes."""
+    """Returns the folder that the stage writes."""
     stage = group_of(config)
     if stage.folder:
         return Path(stage.folder).expanduser()
@@ -197,7 +197,7 @@ def push_folder(folder: Path, repository: str, api: Any = None) -> None:
 
 
 def _run(config: Config) -> Path:
-    """The run, or the checkpoint."""
+    """Returns the run, or the checkpoint."""
     stage = group_of(config)
     if stage.init_from != AUTO:
         return Path(stage.init_from)

@@ -57,7 +57,7 @@ def sampling_keys() -> list[str]:
 
 
 def params_of(stage: "GenerateConfig") -> SamplingParams:
-    """The sampling parameters.
+    """Returns the sampling parameters.
 
     Raises:
         ConfigError: names the key.
@@ -70,7 +70,7 @@ def params_of(stage: "GenerateConfig") -> SamplingParams:
 
 
 def options_of(stage: "GenerateConfig") -> EngineOptions:
-    """The size of the engines.
+    """Returns the size of the engines.
 
     Raises:
         ConfigError: names the key.
@@ -109,7 +109,7 @@ def check_tokens(stage: "GenerateConfig", model: ModelConfig) -> None:
 
 
 def tp_of(config: "GenerateRunConfig") -> int:
-    """The number of devices that share the model of an engine; 1 for parallel.tp=-1.
+    """Returns the number of devices that share the model of an engine; 1 for parallel.tp=-1.
 
     Raises:
         ConfigError: the model cannot be split over this number of devices.
@@ -388,5 +388,5 @@ def _record(answer: Answer) -> dict[str, Any]:
 
 
 def _shortest(number: float) -> float:
-    """The number with the fewest digits that is equal in fp32."""
+    """Returns the number with the fewest digits that is equal in fp32."""
     return float(str(np.float32(number)))

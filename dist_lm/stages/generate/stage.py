@@ -179,7 +179,7 @@ def generate_config(config: Config) -> GenerateRunConfig:
 
 
 def refused_text(result: Mapping[str, Any]) -> str:
-    """The number of refused prompts and the first reason."""
+    """Returns the number of refused prompts and the first reason."""
     first_reason = result.get("first_refusal")
     return f"{result['refused']:,} refused" + (f": {first_reason}" if first_reason else "")
 

@@ -115,7 +115,7 @@ class Import(ArtefactStage):
 
 
 def imported_run(config: Config) -> RunDirectory:
-    """The run of an import on the way; one with `tokenizer.add_marks` has a name of its own."""
+    """Returns the run of an import on the way; one with `tokenizer.add_marks` has a name of its own."""
     name = name_of(config.stage.init_from)
     if config.tokenizer.add_marks:
         name += "-marks"

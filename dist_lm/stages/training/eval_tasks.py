@@ -73,7 +73,7 @@ class Evaluated:
         return sandboxes_of(self.cluster, 0, self.config.sandbox == TRUST_ME) if task_round.executes else None
 
     def weights(self, receives: bool) -> WeightStream:
-        """The weights of the model; every rank reads them to the end (collective)."""
+        """Returns the weights of the model; every rank reads them to the end (collective)."""
         # Parameters may still be gathered from the last step.
         reshard(self.model)
         return stream_weights(self.model, self.model.config, self.dtype, receives)
@@ -101,12 +101,12 @@ class TasksOfSteps(StepTasks, Protocol):
 
 
 def weights_file(run: RunDirectory, step: int) -> Path:
-    """The weights after `step` steps, while their evaluation by actors is not done."""
+    """Returns the file of the weights after `step` steps, while their evaluation by actors is not done."""
     return run.evaluations / f"step_{step:08d}.safetensors"
 
 
 def stored(parts: Evaluated, step: int) -> WeightStream:
-    """The weights in `weights_file`."""
+    """Returns the weights in `weights_file`."""
     weights = load_file(weights_file(parts.run, step))
     return ((name, weights[name]) for name in parameter_shapes(parts.model.config.plain))
 

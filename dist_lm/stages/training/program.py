@@ -126,7 +126,7 @@ def check_corpora(run: RunDirectory, config: Config, tokenizer: Tokenizer, world
 
 
 def open_metrics(run: RunDirectory, world: World, state: TrainState) -> MetricsWriter | None:
-    """The metrics file on the first rank, without the lines that an attempt wrote after its last checkpoint.
+    """Returns the metrics file on the first rank, without the lines that an attempt wrote after its last checkpoint.
 
     Raises:
         ArtefactError: the metrics file is damaged.
@@ -322,7 +322,7 @@ def run_rank(stage: "TrainingStage", run: RunDirectory, stop: StopRequest, heart
 
 
 def step_profiler(run: RunDirectory, config: Config, world: World) -> StepProfiler | None:
-    """The profiler of this rank; None without profile.steps."""
+    """Returns the profiler of this rank; None without profile.steps."""
     if not config.profile.steps:
         return None
     on_gpu = world.device.type == "cuda"
