@@ -180,7 +180,8 @@ def rows_of_llama_cpp(
 def rows_of_transformers(
     tensor: Converted, weights: torch.Tensor, model: ModelConfig, architecture: Architecture
 ) -> torch.Tensor:
-    """Computes the inverse of `rows_of_llama_cpp` for a tensor that holds one tensor of ours."""
+    """Returns a tensor of llama.cpp with the rows in the order of transformers, of shape `tensor.shape`; the inverse of
+    `rows_of_llama_cpp` for a tensor that holds one tensor of ours. It may share memory with `weights`."""
     if _rotates_neighbours(tensor, architecture):
         return weights.view(-1, model.d_head // 2, 2, *weights.shape[1:]).transpose(1, 2).reshape(tensor.shape)
     return weights.reshape(tensor.shape)

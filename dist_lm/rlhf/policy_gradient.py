@@ -18,17 +18,17 @@ from dist_lm.training.objective import LossSum
 
 
 def k1(policy_BT: torch.Tensor, reference_BT: torch.Tensor) -> torch.Tensor:
-    """Returns the log-ratio of the sampled tokens, nats: unbiased, may be negative."""
+    """Returns the log-ratio of the sampled tokens, nats, (B, T): unbiased, may be negative."""
     return policy_BT - reference_BT
 
 
 def k2(policy_BT: torch.Tensor, reference_BT: torch.Tensor) -> torch.Tensor:
-    """Returns half the squared log-ratio: biased, low variance, never negative."""
+    """Returns half the squared log-ratio, nats, (B, T): biased, low variance, never negative."""
     return (policy_BT - reference_BT).square() / 2
 
 
 def k3(policy_BT: torch.Tensor, reference_BT: torch.Tensor) -> torch.Tensor:
-    """Returns r - 1 - log r for r = reference / policy: unbiased and never negative."""
+    """Returns r - 1 - log r for r = reference / policy, nats, (B, T): unbiased and never negative."""
     log_ratio_BT = reference_BT - policy_BT
     return log_ratio_BT.expm1() - log_ratio_BT
 
@@ -178,7 +178,7 @@ def inverse_lengths(mask_BT: torch.Tensor) -> torch.Tensor:
 
 
 def group_columns(experience: Experience, advantage_B: torch.Tensor) -> dict[str, torch.Tensor]:
-    """Returns `token_columns` for an advantage of whole completions."""
+    """Returns `token_columns` for an advantage of whole completions, (B, T) each."""
     return token_columns(experience, per_token(advantage_B, experience.mask_BT))
 
 

@@ -403,7 +403,7 @@ def initial_model(config: Config, start: RankStart, model: Transformer, *, begun
 
 
 def trained_tokens(lora: LoraConfig, tokenizer: Tokenizer) -> torch.Tensor | None:
-    """Returns the ids of stage.lora.tokens; None without such tokens.
+    """Returns the ids of stage.lora.tokens, (tokens,) int64 on the host; None without such tokens.
 
     Raises:
         ConfigError: the tokenizer has no special token of that name.
