@@ -273,6 +273,8 @@ def penalised_policy_loss(
     DeepSeek-V3.2, eq. 7; without the ratio, as in Shao et al. 2024, eq. 4, the gradient is biased). At ratio 1 both
     have the same value.
 
+    Count and metrics are those of `clipped_policy_loss`, but `policy_loss` has the KL in it.
+
     Columns: `old_logprob`, `advantage`; where they exist, `importance` (weight of the gain of each token),
     `token_weight` (weight of all terms of a token; 1 without it), `reference` (log-probability, for the KL) and
     `kl_weight` (importance of tokens that older weights drew, for the KL; 1 without it).
