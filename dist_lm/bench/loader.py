@@ -118,7 +118,11 @@ def build(variant: str, config: Config, world: World) -> Trial:
 
 
 def order_trial(variant: str, directory: Path, n_documents: int) -> Trial:
-    """Returns the trial of an epoch's order, or of sorting as many random numbers as it has units."""
+    """Returns the trial of an epoch's order, or of sorting as many random numbers as it has units.
+
+    Raises:
+        ArtefactError, OSError: the corpus cannot be read.
+    """
     write_without_content(directory, n_documents)
     if variant == SORT:
         n_units = len(TokenCorpus.open(directory, "train").units.documents)

@@ -161,7 +161,11 @@ class NodeAgent:
             self._probes = None
 
     def reserve_port(self) -> int:
-        """Returns a TCP port for a rendezvous of ranks, kept from others until `stop`."""
+        """Returns a TCP port for a rendezvous of ranks, kept from others until `stop`.
+
+        Raises:
+            OSError: no port is free.
+        """
         # The socket stays open, or another program could take the port before the ranks do.
         reserved = process.reserve_port()
         self._reserved.append(reserved)

@@ -230,6 +230,9 @@ class EngineModel(TemplateLM):
 
         Args:
             requests: of lm_eval, each with one text.
+
+        Raises:
+            UserError: the engine refuses a window.
         """
         windows: list[tuple[list[int], list[int]]] = []
         text_of: list[int] = []  # index of the text of each window

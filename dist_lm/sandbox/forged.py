@@ -61,6 +61,9 @@ def is_lookup(language: str, source: str, tests: Sequence[Test]) -> bool:
     Pairs are input and output of a test, or the comparisons in code of Python and Bash. Pairs with a text of one
     character occur in every program, so they do not count: without at least two others, and half of all pairs, the
     answer is False.
+
+    Raises:
+        SyntaxError: the code of a test in Python is none.
     """
     pairs = [pair for test in tests for pair in _pairs(language, test)]
     long_pairs = {pair for pair in pairs if all(len(text) > 1 for text in pair)}

@@ -150,7 +150,11 @@ class TokenizerStage(ArtefactStage):
 
 def with_plain_text(document: Document) -> Document:
     """Returns a document with the text that a tokenizer learns from: of a conversation what its layout has between the
-    marks."""
+    marks.
+
+    Raises:
+        ChatError: the text holds no conversation.
+    """
     if document.form != "conversation":
         return document
     parts = layout(read_conversation(document.text))

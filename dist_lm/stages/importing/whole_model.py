@@ -134,7 +134,11 @@ class Words:
         return replace(self, content=content, tokenizer=tokenizer)
 
     def write(self, run: RunDirectory) -> None:
-        """Writes them into a new run, whose folder is made."""
+        """Writes them into a new run, whose folder is made.
+
+        Raises:
+            OSError: a file cannot be written.
+        """
         folder = run.path / "tokenizer"
         folder.mkdir(parents=True)
         durable.write_bytes(folder / self.file_name, self.content)

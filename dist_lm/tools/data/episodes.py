@@ -102,6 +102,9 @@ def sequential(scene: Scene) -> Turns:
     with its result, and the answer.
 
     Earlier records of the subject are deleted and no tool is busy any more, so that both calls succeed.
+
+    Raises:
+        ToolError: a tool refuses a call.
     """
     rng = scene.rng
     first = scene.take(lambda topic: topic.action in ("create", "search", "newest"))

@@ -192,7 +192,11 @@ class Scene:
         return any(map(fits, self._free()))
 
     def take(self, fits: Callable[[Topic], bool] = lambda topic: True) -> Specification:
-        """Picks an unused tool of the shelf whose topic fits, and adds it to the tools."""
+        """Picks an unused tool of the shelf whose topic fits, and adds it to the tools.
+
+        Raises:
+            IndexError: there is none; ask `has` first.
+        """
         tool = self.pick(fits)
         self.tools.append(tool)
         return tool
