@@ -386,6 +386,7 @@ def run(options: argparse.Namespace) -> int:
         ClusterError: an option, the token or the address cannot be used, or the head did not answer a worker.
         SystemExit: see `run_worker`.
         RuntimeError: a process of a node survives SIGKILL.
+        OSError: no port is free.
     """
     if options.kind == "private":
         return run_private(options.ip)

@@ -159,6 +159,7 @@ def items_of(
         ConfigError: a file is missing or invalid.
         ArtefactError: a corpus or a package is missing, or a corpus gives no question.
         UserError: the tokenizer lacks a mark, or a text holds a lone surrogate.
+        OSError: a file cannot be read.
     """
     if task in OWN_TASKS:
         return code_items(own_problems(OWN_TASKS[task]), asking)

@@ -84,6 +84,7 @@ def compose_config(overrides: Sequence[str]) -> Config:
             line.
         ArtefactError: the snapshot of `model=hf:SOURCE` or an existing tokenizer cannot be read.
         UserError: a package that is needed to read a model or tokenizer is not installed.
+        OSError: a file cannot be read.
     """
     path = search_path(overrides)
     folders = [text for text in overrides if text.startswith(f"{KEY}=")]
@@ -237,6 +238,7 @@ def target_stage(overrides: Sequence[str]) -> str:
     Raises:
         ConfigError: no stage is given, the name is unknown, a folder of the user cannot be used, or the user's stage
             file is no YAML or names no stage.
+        OSError: a file cannot be read.
     """
     stage_choices = [text.split("=", 1)[1] for text in overrides if text.startswith("stage=")]
     known_choices = choices("stage", overrides)

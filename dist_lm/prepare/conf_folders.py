@@ -138,6 +138,7 @@ def recipe_override(recipe: str, model: str, stage: str, overrides: Sequence[str
     Raises:
         ConfigError: no file of the recipe is named after a stage, a folder of the user cannot be used, or the user's
             stage file is no YAML or names no stage.
+        OSError: a file cannot be read.
     """
     folders = (conf_directory(), *own_folders(overrides))
     stages = dict.fromkeys((stage, program_of(stage, overrides)))
@@ -164,6 +165,7 @@ def check_experiment(experiment: str, model: str, stage: str, overrides: Sequenc
 
     Raises:
         ConfigError: names the file that is missing, or a file that is no YAML; or a folder of the user cannot be used.
+        OSError: a file cannot be read.
     """
     folders = (conf_directory(), *own_folders(overrides))
 
@@ -209,6 +211,7 @@ def program_of(choice: str, overrides: Sequence[str]) -> str:
 
     Raises:
         ConfigError: the file is no YAML or names no stage, or a folder of the user cannot be used.
+        OSError: a file cannot be read.
     """
     if choice in stage_names():
         return choice
@@ -259,6 +262,7 @@ def without_recipe(model: str, choice: str, overrides: Sequence[str]) -> str:
 
     Raises:
         ConfigError: as `program_of`.
+        OSError: a file cannot be read.
     """
     program = program_of(choice, overrides)
     recipe_of_program = conf_directory() / "recipe" / f"{model}_{program}.yaml"

@@ -43,6 +43,7 @@ def read_facts(paths: Sequence[Path], run_id: str | None = None) -> Facts:
 
     Raises:
         ArtefactError: a path cannot be reported on, or one of its files is damaged.
+        OSError: a file cannot be read.
     """
     runs: list[RunDirectory] = []
     pipelines: dict[Path, dict[str, Any]] = {}

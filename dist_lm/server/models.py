@@ -214,6 +214,7 @@ def load_reward(model: ModelFiles, tokenizer: Path | None, options: ModelOptions
 
     Raises:
         ArtefactError: checkpoint or tokenizer is missing or damaged, or they do not fit.
+        OSError: a file cannot be read.
     """
     checkpoint = files.require_intact(model.checkpoint)
     run = run_of(checkpoint)

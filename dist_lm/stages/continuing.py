@@ -284,6 +284,7 @@ def check_branch(stage: "TrainingStage", config: Config) -> Path:
         ArtefactError: there is no checkpoint, or it belongs to another model, tokenizer or content.
         ConfigError: the run belongs to another stage, differs in more than its schedule, has no fewer steps than
             `config`, or a decay is longer than the steps that are left; or as `check_unread`.
+        OSError: a file cannot be read.
     """
     branch_from = config.stage.branch_from
     start = checkpoint_files.find_checkpoint(Path(branch_from))

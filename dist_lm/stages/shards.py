@@ -231,6 +231,7 @@ def missing_corpora(config: Config, names: Sequence[str], list_inputs: ListInput
 
     Raises:
         ArtefactError: see `is_whole`; or a damaged corpus was made from other sources than those of the configuration.
+        OSError: a file cannot be read.
     """
     work = WorkDirectory(Path(config.work_dir))
     missing = []
@@ -423,6 +424,7 @@ def with_folders(config: Config, names: Sequence[str], list_inputs: ListInputs =
     Raises:
         ConfigError: as `folder_of`, or `corpus.folders` names a folder that holds no finished corpus.
         ArtefactError: as `folder_of`.
+        OSError: a file cannot be read.
     """
     work = WorkDirectory(Path(config.work_dir))
     folders = dict(config.corpus.folders)
@@ -449,6 +451,7 @@ def folder_of(config: Config, name: str, list_inputs: ListInputs = inputs_of) ->
     Raises:
         ConfigError: a source is invalid.
         ArtefactError: none fits, and a manifest or journal of this name is damaged or of another format.
+        OSError: a file cannot be read.
     """
     work = WorkDirectory(Path(config.work_dir))
     named = work.corpus(name)
@@ -492,6 +495,7 @@ def identity(config: Config, name: str, list_inputs: ListInputs = inputs_of) -> 
 
     Raises:
         ConfigError: a source is invalid.
+        OSError: a file cannot be read.
     """
     inputs = ""
     try:
@@ -995,6 +999,7 @@ def recipe_of(config: Config, name: str, text_splits: TextSplits | None = None) 
     Raises:
         ArtefactError: there is no tokenizer.
         UserError: an input cannot be listed.
+        OSError: a file cannot be read.
     """
     text_splits = text_splits or TextSplits(config.corpus, config.seed)
     tokenizer_model = WorkDirectory(Path(config.work_dir)).tokenizer_model

@@ -113,6 +113,7 @@ class TextStage(TrainingStage):
 
         Raises:
             ArtefactError: as `left_out_by`, or as `TrainingStage.verify`.
+            OSError: a file cannot be read.
         """
         if not set(rebuilt) & set(self.needs):
             left_out_by(config, on_disk.run)
@@ -261,6 +262,7 @@ def open_stream(arguments: DataArguments) -> "SequenceStream":
         ArtefactError: a corpus is missing or damaged, or fills no sequence.
         UserError: the tokenizer lacks a mark that stage.fim_rate needs.
         ConfigError: the batch does not divide over the ranks, or a corpus cannot fill a phase.
+        OSError: a file cannot be read.
     """
     from dist_lm.data.stream import SequenceStream
 

@@ -66,6 +66,7 @@ def corpus_folder(config: Config, name: str) -> Path:
     Raises:
         ConfigError: a source is invalid.
         ArtefactError: a manifest or journal of this name is damaged.
+        OSError: a file cannot be read.
     """
     named = config.corpus_in(WorkDirectory(Path(config.work_dir)), name)
     is_the_only_one = not any(named.parent.glob(f"{name}-????????"))
@@ -94,6 +95,7 @@ def refuse_other_inputs(run: RunDirectory, config: "EvaluateRunConfig") -> None:
     Raises:
         ArtefactError: names the key, the file and the way out.
         ConfigError: as `inputs_of`.
+        OSError: a file cannot be read.
     """
     # Inputs that are gone are not compared: the figures of a finished run stay.
     recorded, current = begun_with(run), inputs_of(config)

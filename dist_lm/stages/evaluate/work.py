@@ -204,6 +204,7 @@ class Evaluation(PoolWork):
             ArtefactError: an input has changed since the run began, or a checkpoint, corpus or tokenizer is missing or
                 damaged.
             ConfigError: there is no file of prompts for the task reward, or this node has no GPU for device=cuda.
+            OSError: a file cannot be read.
         """
         for number in sorted(self._missing):
             if keep_going():

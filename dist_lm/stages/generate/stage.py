@@ -86,6 +86,7 @@ class Generate(PoolStage):
         Raises:
             ConfigError: settings that no engine can run with, no prompts, or a run that exists with other settings.
             ArtefactError: the checkpoint is missing or does not fit, or prompts or weights changed since the run began.
+            OSError: a file cannot be read.
         """
         from dist_lm.stages.generate import parts as generate_parts
 

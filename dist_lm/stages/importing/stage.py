@@ -103,6 +103,7 @@ class Import(ArtefactStage):
 
         Raises:
             ConfigError, ArtefactError, UserError: see `import_model`.
+            OSError: a file cannot be read or written.
         """
         from dist_lm.stages.importing.snapshot import import_model  # imports torch
 

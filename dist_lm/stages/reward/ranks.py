@@ -54,6 +54,7 @@ def open_data(arguments: DataArguments) -> StageData:
     Raises:
         ConfigError: a setting that rankings do not allow, or a batch that does not divide over the ranks.
         ArtefactError: the corpus holds no rankings, or none fits into a sequence.
+        OSError: a file cannot be read.
     """
     assert isinstance(arguments.config, RewardRunConfig)
     settings = arguments.config.stage.reward

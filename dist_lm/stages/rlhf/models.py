@@ -70,6 +70,7 @@ def load_run(run: RunDirectory, config: RlhfRunConfig, start: RankStart, algorit
         ArtefactError: a checkpoint is missing, damaged, belongs to another model or tokenizer, or is not the one that
             the run began with; or the reward model's run is not finished.
         ConfigError: the critic shall have the head of a reward model that computes otherwise.
+        OSError: a file cannot be read.
     """
     resume_from = checkpoint.newest_intact(run.checkpoints, start.world)
     init_from = Path(config.stage.init_from) if config.stage.init_from != "none" else None
@@ -193,6 +194,7 @@ def first_state(settings: RlhfRunGroup) -> RlhfState:
 
     Raises:
         ArtefactError: the reward model's run is not finished.
+        OSError: a file cannot be read.
     """
     scale = None
     # The scale is fixed for the whole run; measured anew, it would move with the policy.

@@ -75,6 +75,7 @@ def run_rank(run: RunDirectory, stop: StopRequest, heartbeat: Heartbeat) -> None
         UserError: a task of stage.eval_tasks cannot be asked, or as `read_prompts` and `open_controller`.
         ClusterError, PoolFailure: Ray refuses the first rank, or actors find no place or keep dying.
         ControllerLostError: the controller's process ends again and again; on the first rank.
+        OSError: a file cannot be read.
     """
     began = time.time()
     config = load_config(run.config)

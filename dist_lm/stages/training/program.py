@@ -217,6 +217,7 @@ def run_rank(stage: "TrainingStage", run: RunDirectory, stop: StopRequest, heart
         NonFiniteGradientsError, CheckpointWriteError: see `Trainer.run`.
         UserError: a task of stage.eval_tasks cannot be asked, or the tokenizer lacks a mark that the stage needs.
         ClusterError, PoolFailure: Ray refuses the first rank, or actors of eval.pool find no place or keep dying.
+        OSError: a file cannot be read.
     """
     began = time.time()
     config = load_config(run.config)
@@ -339,6 +340,7 @@ def restore(
 
     Raises:
         ArtefactError: there is no checkpoint, or it belongs to another model, tokenizer or content.
+        OSError: a file cannot be read.
     """
     tokenizer_sha256 = start.tokenizer.sha256
     resume_from = checkpoint.newest_intact(run.checkpoints, start.world)

@@ -171,6 +171,7 @@ class TrainingStage(Stage):
             ConfigError: the run exists with other settings, or a key names something that does not fit.
             ArtefactError: a checkpoint, a corpus or a file is missing or does not fit.
             UserError: a package that is needed to read `hf:SOURCE` is not installed.
+            OSError: a file cannot be read.
         """
         init_from = config.stage.init_from
         config = with_recorded_folders(config)
@@ -319,6 +320,7 @@ class TrainingStage(Stage):
                 a task.
             ArtefactError: a checkpoint, a corpus or a file is missing or does not fit.
             UserError: a package that is needed to read `hf:SOURCE`, or for a base in four bits, is not installed.
+            OSError: a file cannot be read.
         """
         if config.stage.eval_tasks:
             from dist_lm.evaluation.tasks import check_tasks
