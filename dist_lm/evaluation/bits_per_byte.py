@@ -72,6 +72,7 @@ def documents_of(corpora: Sequence[Path], tokenizer: Path, limit: int) -> list[H
     Raises:
         ArtefactError: a corpus was written with another tokenizer, or is damaged; or the tokenizer cannot be read.
         OSError: a file cannot be read.
+        UserError: the tokenizer needs the package `tokenizers`, which is not installed.
     """
     documents = []
     corpus_tokenizer = Tokenizer.load(tokenizer)

@@ -47,6 +47,7 @@ def load_model(path: Path, tokenizer: Path | None = None) -> LoadedModel:
     Raises:
         ArtefactError: checkpoint or tokenizer is missing or damaged, they do not fit, the base of adapters is gone or
             has changed, or the model computes scores.
+        UserError: the tokenizer needs the package `tokenizers`, which is not installed.
     """
     checkpoint = files.require_intact(files.find_checkpoint(path))
     state, config = files.read_state(checkpoint)[0], model_config_of(checkpoint)

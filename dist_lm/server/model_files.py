@@ -138,6 +138,7 @@ def load_group(
 
     Raises:
         ArtefactError: a checkpoint or tokenizer is missing or damaged, or they do not fit.
+        UserError: a tokenizer needs the package `tokenizers`, which is not installed.
     """
     if len(group) == 1:
         loaded = load_model(group[0].checkpoint, tokenizer)

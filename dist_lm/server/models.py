@@ -215,6 +215,7 @@ def load_reward(model: ModelFiles, tokenizer: Path | None, options: ModelOptions
     Raises:
         ArtefactError: checkpoint or tokenizer is missing or damaged, or they do not fit.
         OSError: a file cannot be read.
+        UserError: the tokenizer needs the package `tokenizers`, which is not installed.
     """
     checkpoint = files.require_intact(model.checkpoint)
     run = run_of(checkpoint)

@@ -128,6 +128,7 @@ def pending(parts: Evaluated, steps_done: int) -> dict[int, tuple[str, ...]]:
 
     Raises:
         ArtefactError: the metrics file is damaged.
+        FileNotFoundError: the run has no metrics.
     """
     written = {(line["step"], name) for line in read_metrics(parts.run.metrics) for name in line}
     pending_tasks = {}

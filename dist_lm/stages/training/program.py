@@ -78,6 +78,7 @@ def joined(run: RunDirectory, config: Config, heartbeat: Heartbeat) -> Iterator[
         ArtefactError: the tokenizer is missing or damaged.
         ConfigError: this rank should have a GPU and its node has too few, or may open too few files.
         UserError: the tokenizer needs the package `tokenizers`, which is not installed.
+        StrangerError: another user has connected to a port of this rank.
     """
     # Heartbeats detect hangs, not this timeout. It is long because the other ranks of stage rlhf wait in one collective
     # while the first rank generates: a shorter one would end a healthy run.
@@ -196,6 +197,7 @@ def metrics_of_step(run: RunDirectory, step: int) -> dict[str, float | None]:
 
     Raises:
         ArtefactError: the metrics file is damaged.
+        FileNotFoundError: the run has no metrics.
     """
     metrics = {}
     for line in read_metrics(run.metrics):
