@@ -25,7 +25,7 @@ class ArtefactError(UserError):
 
 
 def require(condition: bool, key: str, value: Any, accepted: str) -> None:
-    """Raise ConfigError for `key=value` unless `condition` holds; the message says what would be accepted."""
+    """Raises ConfigError for `key=value` unless `condition` holds; the message says what would be accepted."""
     if not condition:
         raise ConfigError(f"{key}={value}: expected {accepted}")
 
@@ -43,7 +43,7 @@ def did_you_mean(word: str, names: Iterable[str], prefix: str = "") -> str:
 
 
 def require_folder_name(key: str, name: str) -> None:
-    """Raise ConfigError for a name that cannot be a folder of the work directory, or would lead out of it."""
+    """Raises ConfigError for a name that cannot be a folder of the work directory, or would lead out of it."""
     require(bool(FOLDER_NAME.fullmatch(name)), key, repr(name), "up to 100 letters, digits, _ . and - (a folder)")
 
 

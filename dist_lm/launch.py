@@ -88,6 +88,7 @@ def show_configuration(arguments: list[str]) -> None:
         ArtefactError: the snapshot of a model or tokenizer cannot be read.
         UserError: a package that is needed to read a model or tokenizer is not installed.
         SystemExit: Hydra refuses an argument, and has printed why.
+        OSError: a file cannot be read.
     """
     if any(argument in HELP for argument in arguments):
         from dist_lm.prepare.usage import usage
@@ -130,6 +131,7 @@ def run_command(overrides: Sequence[str], console: Console) -> int:
         ClusterError: the cluster cannot be joined. A shortage of nodes is exit code 75 instead.
         UserError: a package or a server that a stage needs is missing.
         RuntimeError: a step of the dry run failed.
+        OSError: a file cannot be read.
     """
     plan = plan_command(overrides)
     config = plan.target.config
@@ -290,6 +292,7 @@ def carry_out(plan: Plan, console: Console, verb: Sequence[str] = ()) -> int:
         ConfigError: a stage refuses its settings.
         ClusterError: the cluster cannot be joined, or an agent does not start.
         UserError: a package or a server that a stage needs is missing.
+        OSError: the lock file cannot be opened.
     """
     from dist_lm.cluster.events import GangFailure, PoolFailure
     from dist_lm.cluster.ray_cluster import first_line

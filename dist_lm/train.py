@@ -84,7 +84,7 @@ def main() -> None:
 
 
 def names_run(arguments: Sequence[str]) -> bool:
-    """Whether the command line is the path of a run directory, and not `key=value`."""
+    """Returns whether the command line is the path of a run directory, and not `key=value`."""
     return len(arguments) == 1 and (Path(arguments[0]).is_dir() or "=" not in arguments[0])
 
 
@@ -268,7 +268,7 @@ def start_with_full_environment() -> None:
 
 
 def leave(code: int) -> NoReturn:
-    """End this process at once: ranks that end together all show their own exit code, not that torchrun ended them."""
+    """Ends this process at once: ranks that end together all show their own exit code, not that torchrun ended them."""
     with suppress(OSError):  # a full disk, or a closed terminal
         sys.stdout.flush()
         sys.stderr.flush()
@@ -403,7 +403,7 @@ class Terminal:
         return cls(output, errors)
 
     def tell(self, line: str) -> None:
-        """Write a line to the old standard error."""
+        """Writes a line to the old standard error."""
         self._errors.write(f"{line}\n")
 
 

@@ -253,8 +253,10 @@ def write_parquet(folder: Path, n_bytes: int) -> int:
 
 
 def facts_of_step(step: Callable[[], object], n_bytes: int, processes: int) -> dict[str, float]:
-    """Runs one step and returns its facts: WALL, MB of text a wall second and process, and MEMORY, the largest private
-    memory that a process had at a sample during it, MiB.
+    """Runs one step and returns two facts about it, by name; an error of the step passes.
+
+    WALL is its speed: MB (1e6 bytes) of text for each wall second and process. MEMORY is the largest private memory
+    that a process had at a sample during it, in MiB.
 
     Args:
         n_bytes: text of the step.

@@ -213,13 +213,13 @@ def cases(overrides: Sequence[str], quick: bool) -> list[Case]:
 
 
 def batch_case(config: Config) -> Case:
-    """A case of stage.global_batch prompts at once, with stage.seq_len new tokens each."""
+    """Returns a case of stage.global_batch prompts at once, with stage.seq_len new tokens each."""
     batch, new = config.stage.global_batch, config.stage.seq_len
     return _against_peers(f"{_shape(config.model)}, batch {batch}, {PROMPT} + {new} tokens", config, list(PEERS))
 
 
 def mixed_case(config: Config) -> Case:
-    """A case of requests for SHORTEST to LONGEST new tokens; peers pad batches of PADDED_BATCH."""
+    """Returns a case of requests for SHORTEST to LONGEST new tokens; peers pad batches of PADDED_BATCH."""
     name = f"{_shape(config.model)}, {config.stage.global_batch} {MIXED}, {SHORTEST} to {LONGEST} new"
     return _against_peers(name, config, ["transformers"])
 

@@ -40,10 +40,13 @@ def recipes_of(
 ) -> list[Recipe]:
     """Returns the recipe of `overrides` alone, then the named ones, then the peers.
 
+    All begin with the same overrides: stage=code and model=nano if `overrides` names no stage, then `defaults`, then
+    `overrides`.
+
     Args:
         named: `NAME: KEY=VALUE ...` of each further recipe of ours.
         peers: `NAME: WORDS` of each peer, see `peer_recipe`.
-        defaults: overrides that come before `overrides`.
+        defaults: overrides of the benchmark.
 
     Raises:
         ConfigError: a recipe without a name or with that of another one, an unknown peer, overrides that cannot be

@@ -118,7 +118,11 @@ def build(variant: str, config: Config, world: World) -> Trial:
 
 
 def order_trial(variant: str, directory: Path, n_documents: int) -> Trial:
-    """Returns the trial of an epoch's order, or of sorting as many random numbers as it has units."""
+    """Returns the trial of an epoch's order, or of sorting as many random numbers as it has units.
+
+    Raises:
+        ArtefactError, OSError: the corpus cannot be read.
+    """
     write_without_content(directory, n_documents)
     if variant == SORT:
         n_units = len(TokenCorpus.open(directory, "train").units.documents)
@@ -229,7 +233,17 @@ def _open(directory: Path, ready: Barrier, answers: SimpleQueue) -> None:
 
 
 def reading_trial(variant: str, directory: Path, n_tokens: int) -> Trial:
-    """Returns the trial of reading some batches of an epoch."""
+    """Returns the trial of reading batches: a step reads `STEPS` of them, of `SEQUENCES` sequences each, and its fact
+    is READ.
+
+    Args:
+        variant: CROP, or a stream whose epochs are ordered by documents or by units.
+        directory: gets the corpus.
+        n_tokens: tokens of the corpus.
+
+    Raises:
+        OSError: the corpus cannot be written or read.
+    """
     corpus = write_tokens(directory, n_tokens)
     crop = RandomCrop(corpus, directory)
     # Every process of a run finds the checksums that the first epoch has left.

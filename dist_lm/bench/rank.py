@@ -154,7 +154,8 @@ def pin(process: int, core: int | None) -> None:
 def serve(
     requests: Iterable[str], build: Callable[[str, Config, World], Trial], world: World
 ) -> Iterable[dict[str, Any]]:
-    """Yields the answer to each request of the module's text (collective: every rank gets the same requests).
+    """Yields the answer to each request, as the module's text shows both (collective: every rank gets the same
+    requests). Times are in seconds.
 
     Args:
         requests: JSON lines.

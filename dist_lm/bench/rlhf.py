@@ -178,6 +178,7 @@ class Worker:
 
         Raises:
             ClusterError, PoolFailure: Ray cannot be started, or has no place for an actor.
+            UserError: as `Pool.start`.
         """
         if self._source is None:
             spec = EngineSpec(config.model, ToyRun.options(config), eot_id=0)

@@ -18,7 +18,7 @@ NUMBER_TYPES = {"number", "float", "double"}  # float and double are types of th
 
 
 def same_call(call: Call, expected: Call, tool: Tool) -> bool:
-    """Whether `call` does what `expected` does. `tool` is the tool that `expected` calls."""
+    """Returns whether `call` does what `expected` does. `tool` is the tool that `expected` calls."""
     return call.name == expected.name and same_value(call.arguments, expected.arguments, tool.parameters)
 
 

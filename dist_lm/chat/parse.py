@@ -104,6 +104,7 @@ def parse_turn(ids: Iterable[int], tokenizer: Tokenizer) -> Message:
     Raises:
         ChatError: `ids` are not a turn (the message names the token, from 0, and what was expected), the turn is empty,
             or the kept template ends turns without a special token.
+        UserError: the tokenizer lacks the mark that ends a turn, see `stop_tokens`.
     """
     # The marks that end a turn are the template's own, which the reader below does not know.
     if tokenizer.kept_template:
@@ -198,11 +199,11 @@ class _Reader:
         return f"token {self._parts[self._next][0]}"
 
     def at_end(self) -> bool:
-        """Whether nothing is left."""
+        """Returns whether nothing is left."""
         return self._next == len(self._parts)
 
     def next_is(self, mark: str) -> bool:
-        """Whether `mark` comes next."""
+        """Returns whether `mark` comes next."""
         return not self.at_end() and self._parts[self._next][1:] == (mark, True)
 
     def take(self, mark: str) -> bool:

@@ -155,13 +155,17 @@ class NodeAgent:
         return self._probes.ask([request | {"rank": first + local} for local in range(count)], timeout_s)
 
     def end_probes(self) -> None:
-        """End the processes of `check_gpus`."""
+        """Ends the processes of `check_gpus`."""
         if self._probes:
             self._probes.close()
             self._probes = None
 
     def reserve_port(self) -> int:
-        """A TCP port for a rendezvous of ranks, kept from others until `stop`."""
+        """Returns a TCP port for a rendezvous of ranks, kept from others until `stop`.
+
+        Raises:
+            OSError: no port is free.
+        """
         # The socket stays open, or another program could take the port before the ranks do.
         reserved = process.reserve_port()
         self._reserved.append(reserved)
@@ -236,7 +240,7 @@ class NodeAgent:
         return NodeReport(exit_code, self._read_report() if exit_code else ())
 
     def interrupt(self) -> None:
-        """Ask the ranks (SIGUSR1) to write a checkpoint and leave; `poll` asks ranks that are still starting."""
+        """Asks the ranks (SIGUSR1) to write a checkpoint and leave; `poll` asks ranks that are still starting."""
         self._interrupt = True
         self._send_interrupt()
 
@@ -301,7 +305,7 @@ class NodeAgent:
                 process.send(rank, signal.SIGUSR1)
 
     def _pulses(self) -> tuple[Pulse, ...]:
-        """The last heartbeats of the ranks; the states of their processes are read only if one is silent."""
+        """Returns the last heartbeats of the ranks; the states of their processes are read only if one is silent."""
         assert self._assignment is not None
         assert self._board is not None
         first = self._assignment.first_rank

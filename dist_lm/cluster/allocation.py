@@ -73,7 +73,7 @@ def ranks_per_node_with_pool(pool: RolloutPoolConfig, config: ClusterConfig, nod
 
 
 def without_pool(pool: RolloutPoolConfig) -> str:
-    """The way out that needs no actors."""
+    """Returns the way out that needs no actors."""
     return f"{pool.key}.actors=0 {pool.without}"
 
 
@@ -106,7 +106,7 @@ def core_users(pool: RolloutPoolConfig, nodes: int, ranks: int, gpus: int) -> in
 
 
 def _actors_per_node(pool: RolloutPoolConfig, nodes: int) -> int:
-    """The most actors of one node, if they are spread over `nodes` nodes."""
+    """Returns the most actors of one node, if they are spread over `nodes` nodes."""
     return -(-pool.actors // nodes)
 
 

@@ -88,7 +88,7 @@ class Crowd:
     def failure_of(
         self, rank: int, kind: str, message: str, log: Path, traceback: str = "", user_error: bool = False
     ) -> GangFailure:
-        """The failure of one rank."""
+        """Returns the failure of one rank."""
         node, local = divmod(rank, self.ranks_per_node)
         gpu = local if self.device == "cuda" else None
         return GangFailure(node, rank, kind, message, log, traceback, user_error, self.hosts[node], gpu)
@@ -136,7 +136,7 @@ def read_failures(run: RunDirectory, world_size: int) -> list[RankFailure]:
 
 
 def clear_failures(run: RunDirectory) -> None:
-    """Remove the records of an earlier attempt, which may have had more ranks."""
+    """Removes the records of an earlier attempt, which may have had more ranks."""
     for record in run.rank_failures():
         record.unlink(missing_ok=True)
 
@@ -160,7 +160,7 @@ def root_cause(failures: Iterable[RankFailure], exits: Sequence[RankExit]) -> Ra
 
 
 def may_be_echo(cause: RankFailure | RankExit) -> bool:
-    """Whether the loss of another rank may have caused it."""
+    """Returns whether the loss of another rank may have caused it."""
     if isinstance(cause, RankFailure):
         return cause.is_echo
     # NCCL's watchdog aborts a rank before it can write a record.
@@ -222,7 +222,7 @@ class Journal:
     """Writes the events of a run and the state of its ranks."""
 
     def __init__(self, run: RunDirectory) -> None:
-        """Append to the events of `run`."""
+        """Appends to the events of `run`."""
         self._run = run
         self._live_at = 0.0
 

@@ -49,7 +49,7 @@ def collectives_served(environ: Mapping[str, str]) -> Iterator[None]:
 
 
 def socket_of(directory: Path, local_rank: int) -> Path:
-    """The socket of a local rank."""
+    """Returns the socket of a local rank."""
     return directory / str(local_rank)
 
 
@@ -112,6 +112,7 @@ def waited_for(files: Mapping[int, Path]) -> str:
 
     Raises:
         ArtefactError: a file is damaged.
+        OSError: a file cannot be read.
     """
     # (backend, process group) -> the last collective of each rank
     last_calls: dict[tuple[str, str], dict[int, Mapping[str, Any]]] = {}

@@ -57,7 +57,7 @@ class _Member:
         self._question: Any = None
 
     def ask(self) -> Any:
-        """A Ray reference to the node's next report, or to the one that is still open."""
+        """Returns a Ray reference to the node's next report, or to the one that is still open."""
         if self._question is None:
             self._question = self.agent.poll.remote()
         return self._question
@@ -86,7 +86,7 @@ class _Member:
             self.lost = f"not reached for {LOST_S:.0f} s: {reason}"
 
     def pulses(self) -> tuple[Pulse, ...]:
-        """The last heartbeats of its ranks, with their present age."""
+        """Returns the last heartbeats of its ranks, with their present age."""
         since = time.monotonic() - self.reported_at
         return tuple(replace(pulse, age_s=pulse.age_s + since) for pulse in self.report.pulses)
 
@@ -213,15 +213,15 @@ class Gang:
         return self._status
 
     def pulses(self) -> tuple[Pulse, ...]:
-        """The last heartbeats of the running ranks."""
+        """Returns the last heartbeats of the running ranks."""
         return tuple(pulse for member in self._running() for pulse in member.pulses())
 
     def usages(self) -> dict[str, NodeUsage]:
-        """Usage of the nodes with running ranks, by host; nodes without a measurement are missing."""
+        """Returns the usage of the nodes with running ranks, by host; nodes without a measurement are missing."""
         return {member.host: member.report.usage for member in self._running() if member.report.usage}
 
     def interrupt(self) -> None:
-        """Ask every rank to write a checkpoint and leave; keep polling until they have left."""
+        """Asks every rank to write a checkpoint and leave; the caller polls until they have left."""
         self._call(lambda agent: agent.interrupt.remote(), timeout_s=5.0)
 
     def stop(self) -> None:

@@ -64,7 +64,7 @@ class HealthWatch:
                     break
 
     def read(self) -> Health:
-        """The health, with what was noted since the creation."""
+        """Returns the health, with what was noted since the creation."""
         for gpu in self._gpus:
             for fault in self._faults_of(gpu):
                 self._faults[f"GPU {gpu}: {fault}"] = None

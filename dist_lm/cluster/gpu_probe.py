@@ -118,7 +118,7 @@ class Probes:
         return str(Path(self._stores.name) / f"store_{self._n_stores}")
 
     def close(self) -> None:
-        """End the processes."""
+        """Ends the processes."""
         for process in self._processes:
             process.kill()
         for process, errors in zip(self._processes, self._errors, strict=True):
@@ -129,7 +129,7 @@ class Probes:
         self._stores.cleanup()
 
     def _end_of(self, local: int) -> str:
-        """Why a process has ended: the last line of its standard error."""
+        """Returns why a process has ended: the last line of its standard error."""
         code, errors = self._processes[local].wait(), self._errors[local]
         errors.seek(0)
         lines = errors.read().decode(errors="replace").strip().splitlines()

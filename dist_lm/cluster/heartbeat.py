@@ -41,7 +41,7 @@ class HeartbeatBoard:
     """The agent's side of the shared memory."""
 
     def __init__(self, ranks: int) -> None:
-        """Create one slot for each of `ranks` local ranks."""
+        """Creates one slot for each of `ranks` local ranks."""
         self._ranks = ranks
         # Memory without a name in the file system: nothing is left behind if the agent is killed.
         if hasattr(os, "memfd_create"):
@@ -74,7 +74,7 @@ class RankHeartbeat:
     """The rank's side: one slot of the shared memory."""
 
     def __init__(self, path: Path, local_rank: int) -> None:
-        """Write to the slot of `local_rank`."""
+        """Writes to the slot of `local_rank`."""
         with path.open("r+b") as file:
             self._memory = mmap.mmap(file.fileno(), 0)
         self._offset = _SLOT.size * local_rank
@@ -110,7 +110,7 @@ class RememberedHeartbeat:
 
 
 def own_heartbeat(environ: Mapping[str, str]) -> Heartbeat:
-    """The heartbeat that the agent set up for this process, or `Unheard` without an agent."""
+    """Returns the heartbeat that the agent set up for this process, or `Unheard` without an agent."""
     if path := environ.get(VARIABLE):
         return RankHeartbeat(Path(path), int(environ["LOCAL_RANK"]))
     return Unheard()
@@ -125,7 +125,7 @@ class Patience:
     otherwise_s: float  # in other phases, and in the first step, which may compile
 
     def limit_s(self, pulse: Pulse) -> float:
-        """The limit in seconds for a gang whose newest heartbeat is `pulse`."""
+        """Returns the limit in seconds for a gang whose newest heartbeat is `pulse`."""
         if pulse.phase in (Phase.DATA, Phase.SCORING, Phase.STEP) and pulse.median_step_s > 0:
             return max(self.least_s, self.steps * pulse.median_step_s)
         return self.otherwise_s
@@ -185,7 +185,11 @@ class Standstill:
         self._phases: dict[int, tuple[Phase, float]] = {}  # phase of each rank, and when it was first seen in it
 
     def heard(self, pulses: Sequence[Pulse], now: float) -> None:
-        """Notes the last heartbeats of the ranks."""
+        """Notes the last heartbeats of the ranks; a later step than before counts as progress, as `moved` does.
+
+        Args:
+            now: seconds, by the clock of the other methods.
+        """
         was_in_step = any(pulse.phase in (Phase.DATA, *INSIDE) for pulse in self._pulses)
         self._pulses = pulses
         # A rank that evaluates beats again and again: its phase is older than its last heartbeat.

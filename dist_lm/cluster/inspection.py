@@ -171,7 +171,7 @@ def unreachable(links: Links) -> dict[int, str]:
 
 
 def is_hopeless(node: int, links: Links) -> bool:
-    """Whether a node has no working link yet but `FAILURES_ENOUGH` broken ones to nodes with working links.
+    """Returns whether a node has no working link yet but `FAILURES_ENOUGH` broken ones to nodes with working links.
 
     Its remaining links need no measurement, each of which would take a timeout.
     """

@@ -79,12 +79,12 @@ def local_gpus() -> int:
 
 
 def shown_gpus() -> tuple[str, ...]:
-    """Numbers or UUIDs of the GPUs that the driver has device files for and that CUDA shows."""
+    """Returns the numbers or UUIDs of the GPUs that the driver has device files for and that CUDA shows."""
     return visible_gpus(os.environ, len(list(Path("/dev").glob("nvidia[0-9]*"))))
 
 
 def visible_gpus(environ: Mapping[str, str], count: int) -> tuple[str, ...]:
-    """Numbers or UUIDs of the GPUs that CUDA shows to a process, in the order of its device indices.
+    """Returns the numbers or UUIDs of the GPUs that CUDA shows to a process, in the order of its device indices.
 
     Args:
         environ: as CUDA does, `CUDA_VISIBLE_DEVICES` is read up to its first entry that names no GPU.
@@ -103,7 +103,7 @@ def _names_gpu(entry: str, count: int) -> bool:
 
 @cache
 def code_hash() -> str:
-    """A hash of every source file of the installed dist_lm."""
+    """Returns a hash of every source file of the installed dist_lm."""
     root = Path(dist_lm.__file__).parent
     digest = hashlib.sha256()
     for path in sorted(root.rglob("*.py")):
@@ -113,7 +113,7 @@ def code_hash() -> str:
 
 @cache
 def package_versions() -> dict[str, str]:
-    """Versions of Python and of every package that dist_lm requires, by name."""
+    """Returns the versions of Python and of every package that dist_lm requires, by name."""
     versions = {"python": platform.python_version()}
     for requirement in importlib.metadata.requires("dist_lm") or []:
         if "extra ==" not in requirement:
@@ -126,7 +126,7 @@ class LinkServer:
     """Receives bytes from nodes that know its secret; connections without the secret are closed."""
 
     def __init__(self, address: str) -> None:
-        """Listen on a free port of `address`."""
+        """Listens on a free port of `address`."""
         family = socket.AF_INET6 if ":" in address else socket.AF_INET
         self._socket = socket.create_server((address, 0), family=family)
         self.port: int = self._socket.getsockname()[1]
@@ -134,7 +134,7 @@ class LinkServer:
         threading.Thread(target=self._serve, name="links", daemon=True).start()
 
     def close(self) -> None:
-        """Stop listening."""
+        """Stops listening."""
         # Not every system can shut down a listening socket.
         with suppress(OSError):
             # Closing alone does not wake the thread in `accept`.
@@ -232,7 +232,7 @@ class UsageMeter:
         self._nvml = open_nvml()
 
     def read(self) -> NodeUsage | None:
-        """The newest measurement; None until `USAGE_EVERY_S` have passed."""
+        """Returns the newest measurement; None until `USAGE_EVERY_S` have passed."""
         if time.monotonic() - self._at >= USAGE_EVERY_S:
             self._at = time.monotonic()
             memory = psutil.virtual_memory()

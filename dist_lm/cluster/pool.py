@@ -96,7 +96,7 @@ class Pool:
         site: Site = ANYWHERE,
         sender: "Sender | None" = None,
     ) -> Self:
-        """Start actors and wait for the first one, and `OTHERS_S` for the others.
+        """Starts actors and waits for the first one, and `OTHERS_S` for the others.
 
         Args:
             cluster: its cluster.nodes limits the number of nodes used.
@@ -228,14 +228,14 @@ class Pool:
         return self._sender.hold(weights) if self._sender else _stored(self._spec, weights)
 
     def sleep(self) -> None:
-        """Free the caches of all actors until the next `generate`, and wait until they are free."""
+        """Frees the caches of all actors until the next `generate`, and waits until they are free."""
         import ray
 
         if calls := [member.sleep() for member in self.members]:
             ray.wait(calls, num_returns=len(calls), timeout=self._cluster.config.hang_min_s)
 
     def close(self) -> None:
-        """End all actors and free their places."""
+        """Ends all actors and frees their places."""
         for member in self._members.values():
             member.release()
         self._members.clear()
@@ -406,7 +406,7 @@ class Pool:
                 member.work(ledger.send(number))
 
     def _wait(self) -> None:
-        """Wait until a call ends, at most `SLICE_S`."""
+        """Waits until a call ends, at most `SLICE_S`."""
         import ray
 
         calls = [call for member in self._members.values() if (call := member.open_call) is not None]
@@ -468,7 +468,7 @@ def _reserved_by_others(prefix: str) -> dict[str, Reserved]:
 
 
 def _most_gpus(cluster: RayCluster) -> int | None:
-    """The most GPUs of a node; None if no node has any yet, as the pool then waits for one."""
+    """Returns the most GPUs of a node; None if no node has any yet, as the pool then waits for one."""
     return max((node.gpus for node in cluster.nodes()), default=0) or None
 
 

@@ -213,7 +213,7 @@ class PoolActor:
         return WorkReport(finished, engine.tokens_in_flight)
 
     def sleep(self) -> None:
-        """Free the memory of the cache until the next `work`, if no request is under way."""
+        """Frees the memory of the cache until the next `work`, if no request is under way."""
         if self._engine and not self._engine.busy:
             self._engine.sleep()
             if self._spec.gpus:
@@ -221,7 +221,7 @@ class PoolActor:
                 torch.cuda.empty_cache()
 
     def drop_all(self) -> None:
-        """Cancel every request."""
+        """Cancels every request."""
         assert self._engine
         for request in self._accepted:
             self._engine.cancel(request)
@@ -268,7 +268,7 @@ class Member:
     def __init__(
         self, spec: EngineSpec, node: Node, *, cores: int, gpus: int, devices: tuple[int, ...], name: str
     ) -> None:
-        """Reserve a place on `node`; its bundle takes one CPU, as that of an agent does.
+        """Reserves a place on `node`; its bundle takes one CPU, as that of an agent does.
 
         Args:
             cores: number of cores that the actor computes with.
@@ -335,13 +335,13 @@ class Member:
         self.load(weights)
 
     def load(self, weights: Weights) -> None:
-        """Begin to load other weights."""
+        """Begins to load other weights."""
         assert self._working is None
         call = self._actor.load.remote(weights.stored.chunks, weights.version, weights.under_way)
         self._loading = (call, weights.version, time.monotonic())
 
     def receive(self, offer: "Offer", version: int) -> None:
-        """Begin to receive other weights from this process."""
+        """Begins to receive other weights from this process."""
         assert self.is_ready
         self.left = False
         self._loading = (self._actor.receive.remote(offer, version, self.node.address), version, time.monotonic())
@@ -360,11 +360,11 @@ class Member:
         return outcome if isinstance(outcome, str) else None
 
     def forget_push(self) -> None:
-        """Ignore the result of a `receive` call."""
+        """Ignores the result of a `receive` call."""
         self._loading = None
 
     def work(self, requests: list[Request]) -> None:
-        """Begin a slice of work with new requests."""
+        """Begins a slice of work with new requests."""
         assert self.is_ready
         self._working = (self._actor.work.remote(requests), time.monotonic())
 
@@ -409,17 +409,17 @@ class Member:
         self.pid, self.place, self.version = loaded.pid, Place(self.node.id, loaded.gpu), version
 
     def sleep(self) -> Any:
-        """Begin to free the memory of the cache. Returns the Ray reference of the call."""
+        """Begins to free the memory of the cache. Returns the Ray reference of the call."""
         return self._actor.sleep.remote()
 
     def drop_all(self) -> None:
-        """Cancel all requests, and ignore the report of the open call."""
+        """Cancels all requests, and ignores the report of the open call."""
         self._working = None
         if self.is_up:
             self._actor.drop_all.remote()
 
     def end(self) -> None:
-        """End the actor and keep its place."""
+        """Ends the actor and keeps its place."""
         import ray
         from ray.exceptions import RayError
 
@@ -430,7 +430,7 @@ class Member:
             return
 
     def release(self) -> None:
-        """End the actor and free its place."""
+        """Ends the actor and frees its place."""
         from ray.util import remove_placement_group
 
         if self._actor is not None:

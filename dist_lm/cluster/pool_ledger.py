@@ -69,7 +69,7 @@ class Lane:
         return [*self.sent.values(), *self.unsent.values()]
 
     def fits(self, ticket: Ticket, depth: Depth) -> bool:
-        """Whether the actor can take another ticket; an idle actor takes any."""
+        """Returns whether the actor can take another ticket; an idle actor takes any."""
         tickets = self.tickets
         if not tickets:
             return True
@@ -104,7 +104,7 @@ class Ledger:
         return frozenset(self._lanes)
 
     def join(self, lane: int) -> None:
-        """Add an actor."""
+        """Adds an actor."""
         self._lanes[lane] = Lane()
 
     def leave(self, lane: int, blamed: bool = True) -> None:
@@ -153,7 +153,7 @@ class Ledger:
                 open_lanes.remove(lane)
 
     def send(self, lane: int) -> list[Request]:
-        """The requests to send to the actor now; their ids are ticket numbers."""
+        """Returns the requests to send to the actor now; their ids are ticket numbers."""
         work = self._lanes[lane]
         requests = [replace(ticket.request, id=str(ticket.number)) for ticket in work.unsent.values()]
         work.reported = work.load
@@ -162,7 +162,7 @@ class Ledger:
         return requests
 
     def has_work(self, lane: int) -> bool:
-        """Whether the actor has a request to work on."""
+        """Returns whether the actor has a request to work on."""
         return bool(self._lanes[lane].tickets)
 
     def report(self, lane: int, results: Sequence[Result], tokens: int) -> int:
@@ -196,7 +196,7 @@ class Ledger:
         return n_complete
 
     def release(self) -> Iterator[Result]:
-        """The results that are due, each once."""
+        """Yields the results that are due, each once."""
         while self._over:
             self._released += 1
             yield from self._over.popleft()

@@ -100,7 +100,7 @@ class Link:
         self.group = group.result()
 
     def give(self, bucket: torch.Tensor, alive: Alive) -> None:
-        """Send a full bucket, and wait until it may change.
+        """Sends a full bucket, and waits until it may change.
 
         Raises:
             LinkError, RuntimeError: see `Group.broadcast`; LinkError also if an actor has given up.
@@ -115,7 +115,7 @@ class Link:
             self.group.broadcast(bucket, SENDER, alive)
 
     def close(self) -> None:
-        """Leave the group."""
+        """Leaves the group."""
         if self.group:
             self.group.close()
             self.group = None
@@ -226,7 +226,7 @@ class Sender:
         return weights if isinstance(weights, Held) else Held(kept_buckets, self._config, self._dtype)
 
     def close(self) -> None:
-        """Leave all links."""
+        """Leaves all links."""
         for link in self._links:
             link.close()
         self._links = []

@@ -35,12 +35,12 @@ class Place:
 
     @classmethod
     def of(cls, node: str, device: torch.device) -> "Place":
-        """The place of a device of this process."""
+        """Returns the place of a device of this process."""
         return cls(node, gpu_of(device))
 
 
 def gpu_of(device: torch.device) -> str:
-    """The UUID of a GPU; empty for the CPU."""
+    """Returns the UUID of a GPU; empty for the CPU."""
     return str(torch.cuda.get_device_properties(device).uuid) if device.type == "cuda" else ""
 
 
@@ -110,7 +110,7 @@ def chunks_of(weights: WeightStream, dtype: torch.dtype, most: int) -> Iterator[
 
 
 def to_array(tensor: torch.Tensor) -> np.ndarray:
-    """A tensor as an array, through pinned memory if it is on a GPU."""
+    """Returns a tensor as an array, through pinned memory if it is on a GPU."""
     tensor = tensor.detach().contiguous()
     if tensor.device.type == "cuda":
         tensor = torch.empty_like(tensor, device="cpu", pin_memory=True).copy_(tensor)
@@ -120,13 +120,13 @@ def to_array(tensor: torch.Tensor) -> np.ndarray:
 
 
 def to_tensor(array: np.ndarray, dtype: torch.dtype) -> torch.Tensor:
-    """The inverse of `to_array`, in memory of its own: arrays from the object store are read-only."""
+    """Returns the tensor of an array of `to_array`, in memory of its own: arrays of the object store are read-only."""
     tensor = torch.from_numpy(array.copy())
     return tensor.view(dtype) if array.dtype == np.int16 else tensor
 
 
 def read(chunks: Sequence[Any], dtype: torch.dtype) -> WeightStream:
-    """The parameters of `store`, as an actor reads them: one chunk is fetched at a time."""
+    """Returns the parameters of `store`, as an actor reads them: one chunk is fetched at a time."""
     import ray
 
     for reference in chunks:

@@ -119,13 +119,13 @@ def unpacked(buckets: Iterator[torch.Tensor], config: ModelConfig, dtype: torch.
 
 
 def sizes_of(config: ModelConfig, dtype: torch.dtype, bucket_bytes: int) -> list[int]:
-    """Bytes in each bucket of `packed`."""
+    """Returns the bytes in each bucket of `packed`."""
     total = dtype.itemsize * parameter_count(config)
     return [min(bucket_bytes, total - begin) for begin in range(0, total, bucket_bytes)]
 
 
 def wait_for_copies(device: torch.device) -> None:
-    """Wait until the device has finished all copies asked for by this thread."""
+    """Waits until the device has finished all copies asked for by this thread."""
     if device.type == "cuda":
         torch.cuda.current_stream(device).synchronize()
 
@@ -154,7 +154,7 @@ class SharedBucket:
         return cls(opened(_handle_of(file), size, device), file)
 
     def handle(self) -> tuple[Any, ...]:
-        """Plain values by which one other process can open the bucket, see `opened`."""
+        """Returns plain values by which one other process can open the bucket, see `opened`."""
         return self.bucket.untyped_storage()._share_cuda_() if self.file is None else _handle_of(self.file)
 
     def close(self) -> None:
@@ -227,7 +227,7 @@ class RayStore(dist.Store):
         return self
 
     def forget(self) -> None:
-        """Delete all keys of the group."""
+        """Deletes all keys of the group."""
         from ray.experimental.internal_kv import _internal_kv_del
 
         _internal_kv_del(self._prefix, del_by_prefix=True, namespace=NAMESPACE)
@@ -294,14 +294,14 @@ class Group:
         work.wait()  # raises what went wrong
 
     def close(self) -> None:
-        """Leave the group without waiting for the others; a broadcast that is stuck ends."""
+        """Leaves the group without waiting for the others; a broadcast that is stuck ends."""
         self._backend.abort()
         if isinstance(self._store, RayStore):
             self._store.forget()
 
 
 def _unset(variables: dict[str, str]) -> dict[str, str]:
-    """The variables that the environment does not set."""
+    """Returns the variables that the environment does not set."""
     return {name: setting for name, setting in variables.items() if name not in os.environ}
 
 
@@ -312,7 +312,7 @@ class Receiver:
     """The end of an actor, for all versions that come through one group."""
 
     def __init__(self, offer: Offer, device: torch.device, address: str, **store: Any) -> None:
-        """Join the group of `offer`.
+        """Joins the group of `offer`.
 
         Args:
             device: holds the engine's weights.

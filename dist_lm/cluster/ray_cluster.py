@@ -128,7 +128,7 @@ def access_variables(environ: Mapping[str, str], address: str, nodes: Sequence[s
 
 
 def own_access(environ: Mapping[str, str]) -> RayAccess | None:
-    """The access that the agent gave this rank; None without an agent, or if the stage drives no actors."""
+    """Returns the access that the agent gave this rank; None without an agent, or if the stage drives no actors."""
     if RANK_ACCESS not in environ:
         return None
     fields = json.loads(environ[RANK_ACCESS])
@@ -155,18 +155,18 @@ def joined_by(access: RayAccess, config: ClusterConfig) -> Iterator[RayCluster]:
 
 
 def first_line(error: BaseException) -> str:
-    """The first non-empty line of a Ray error, shortened; for the death of an actor that is the reason."""
+    """Returns the first non-empty line of a Ray error, shortened; for the death of an actor that is the reason."""
     lines = (line.strip() for line in str(error).splitlines() if line.strip())
     return textwrap.shorten(next(lines, type(error).__name__), LONGEST_REASON, placeholder=" ...")
 
 
 def last_line(error: BaseException) -> str:
-    """The last non-empty line of a Ray error; for a failed task that is the exception."""
+    """Returns the last non-empty line of a Ray error; for a failed task that is the exception."""
     return next((line.strip() for line in reversed(str(error).splitlines()) if line.strip()), type(error).__name__)
 
 
 def reason_of(error: BaseException) -> str:
-    """Why a call of an actor failed: the exception that its code raised, or what happened to the actor."""
+    """Returns why a call of an actor failed: the exception that its code raised, or what happened to the actor."""
     from ray.exceptions import RayTaskError
 
     # A failed task ends with its exception; the death of an actor begins with its reason.
@@ -401,7 +401,7 @@ def _check_token(config: ClusterConfig) -> None:
 
 
 def _refusal(error: BaseException) -> str:
-    """Why Ray refused the connection, in one line."""
+    """Returns why Ray refused the connection, in one line."""
     chain = [error]
     while (cause := chain[-1].__cause__ or chain[-1].__context__) is not None:
         chain.append(cause)

@@ -75,7 +75,7 @@ class HeadAddress:
         return f"{self.host}:{self.port}"
 
     def error(self) -> OSError | None:
-        """Why no connection is possible now; None if it is."""
+        """Returns why no connection is possible now; None if it is."""
         try:
             socket.create_connection((self.host, self.port), timeout=CONNECT_S).close()
         except OSError as error:
@@ -156,7 +156,7 @@ class Stop:
         signal.signal(signal.SIGUSR1, signal.SIG_IGN)
 
     def request(self) -> None:
-        """Stop the node; the first request checks Ray."""
+        """Stops the node; the first request checks Ray."""
         if not self.requested and self.watched:
             self.death = self.watched.death()
         self.requested = True
@@ -165,7 +165,7 @@ class Stop:
         self.request()
 
     def pause(self, seconds: float) -> None:
-        """Sleep until the time has passed or a stop is requested."""
+        """Sleeps until the time has passed or a stop is requested."""
         deadline = time.monotonic() + seconds
         while not self.requested and time.monotonic() < deadline:
             time.sleep(POLL_S)
@@ -208,6 +208,7 @@ def run_private(host: str) -> int:
 
     Raises:
         RuntimeError: a process of a node survives SIGKILL.
+        OSError: no port is free.
     """
     for number in (signal.SIGINT, signal.SIGTERM):
         # Not SIG_IGN, which Ray would inherit: TERM would not end it.
@@ -385,6 +386,7 @@ def run(options: argparse.Namespace) -> int:
         ClusterError: an option, the token or the address cannot be used, or the head did not answer a worker.
         SystemExit: see `run_worker`.
         RuntimeError: a process of a node survives SIGKILL.
+        OSError: no port is free.
     """
     if options.kind == "private":
         return run_private(options.ip)

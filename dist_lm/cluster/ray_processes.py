@@ -42,7 +42,7 @@ class RayProcesses:
     """`ray start --block` and its child processes that must live."""
 
     def __init__(self, directory: Path, arguments: Sequence[str], output: IO[bytes] | None = None) -> None:
-        """Start Ray with its files in `directory`.
+        """Starts Ray with its files in `directory`.
 
         Args:
             arguments: arguments of `ray start`; for a head they begin with --head.
@@ -117,7 +117,7 @@ class RayProcesses:
 
 
 def head_arguments(host: str, port: int, resources: Sequence[str]) -> list[str]:
-    """Arguments of `ray start` for a head."""
+    """Returns the arguments of `ray start` for a head."""
     return [
         "--head",
         f"--node-ip-address={host}",
@@ -169,7 +169,7 @@ def _short_temporary() -> Path:
 
 
 def _processes(directory: Path) -> list[psutil.Process]:
-    """The node's processes that carry the mark; if there are none, Ray workers that have overwritten it.
+    """Returns the node's processes that carry the mark; if there are none, Ray workers that have overwritten it.
 
     A driver on this machine has Ray's files open too and must not be ended.
     """
@@ -223,12 +223,12 @@ def _remove(directory: Path, grace_s: float) -> None:
 
 
 def say(*lines: str) -> None:
-    """Print lines with the time to standard error."""
+    """Prints lines with the time to standard error."""
     readable.say(time.strftime("%H:%M:%S ray_node: ") + "\n  ".join(lines), sys.stderr)
 
 
 def main() -> None:
-    """Run `ray start`, which does not return while the node lives."""
+    """Runs `ray start`, which does not return while the node lives."""
     process.die_with_parent(int(sys.argv[1]))
 
     from ray.scripts.scripts import main as ray

@@ -59,7 +59,7 @@ class Crew:
 
 
 def able_nodes(cluster: RayCluster, gpus_per_node: int) -> list[Node]:
-    """The living nodes that have GPUs for a gang's ranks; a head often has none."""
+    """Returns the living nodes that have GPUs for a gang's ranks; a head often has none."""
     return [node for node in cluster.nodes() if node.gpus >= gpus_per_node]
 
 
@@ -197,7 +197,7 @@ def place(
     timeout_s: float,
     keep_going: Callable[[], bool],
 ) -> Placement | None:
-    """Reserve `nodes` nodes and start an agent on each.
+    """Reserves `nodes` nodes and starts an agent on each.
 
     A bundle takes one CPU only: the ranks use all cores of their node, and the CPU just keeps two gangs apart.
 

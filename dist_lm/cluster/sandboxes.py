@@ -49,11 +49,11 @@ class SandboxActor:
         return self._pool.workers, self._fences
 
     def run(self, program: Program, limits: Limits) -> Verdict:
-        """Run a program; several calls run side by side."""
+        """Runs a program; several calls run side by side."""
         return self._pool.submit(program, limits).result()
 
     def close(self) -> None:
-        """End the sandboxes once their programs have ended; a killed actor would leave their memory groups."""
+        """Ends the sandboxes once their programs have ended; a killed actor would leave their memory groups."""
         self._pool.__exit__()
 
 
@@ -156,7 +156,7 @@ class ClusterSandboxes:
             ray.kill(actor)
 
     def submit(self, program: Program, limits: Limits | None = None) -> Future[Verdict]:
-        """Run a program as soon as a node has room."""
+        """Runs a program as soon as a node has room."""
         assert self._thread.is_alive(), "ClusterSandboxes is a context manager"
         work = Work(program, limits or Limits())
         self._events.put(partial(self._waiting.append, work))
@@ -183,7 +183,7 @@ class ClusterSandboxes:
             start.add_done_callback(partial(self._put, self._started, node))
 
     def _put(self, then: Callable[..., None], *values: Any) -> None:
-        """Let the thread that hands out take note; called from threads of Ray and of sandboxes, which must not wait."""
+        """Wakes the thread that hands out; called from threads of Ray and of sandboxes, which must not wait."""
         self._events.put(partial(then, *values))
 
     def _hand_out(self) -> None:
@@ -229,7 +229,7 @@ class ClusterSandboxes:
 
 
 def _begins(work: Work) -> bool:
-    """Whether a program runs, now or again; False if its caller has cancelled it."""
+    """Returns whether a program runs, now or again; False if its caller has cancelled it."""
     return work.verdict.running() or work.verdict.set_running_or_notify_cancel()
 
 

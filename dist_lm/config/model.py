@@ -306,7 +306,7 @@ class AdaptedModelConfig(ModelConfig):
         return self.lora.load_in_4bit
 
     def adapted(self, part: str) -> tuple[str, ...]:
-        """Names of the weights of `part` (attention | feed_forward) that have adapters."""
+        """Returns the names of the weights of `part` (attention | feed_forward) that have adapters."""
         targets = self.lora.targets
         # The part as a whole names all weights that the model has: not all have a gate.
         weights = [weight for weight in LORA_TARGETS[part] if weight != "gate" or self.is_gated]

@@ -27,7 +27,14 @@ class EngineConfig:
     step_tokens: int = 0  # most prompt tokens that an engine computes in a step; 0: 8192 on CUDA, otherwise 512
 
     def check_actors(self, group: str) -> None:
-        """Refuses a number of actors out of bounds; `group` is the group of the configuration that has this key."""
+        """Refuses a number of actors out of bounds; returns nothing.
+
+        Args:
+            group: the group of the configuration that has this key.
+
+        Raises:
+            ConfigError: names `GROUP.actors`.
+        """
         require(self.actors == -1 or self.actors > 0, f"{group}.actors", self.actors, "a positive integer, or -1")
 
 

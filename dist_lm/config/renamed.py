@@ -40,7 +40,7 @@ RENAMED: Mapping[str, Mapping[str, str]] = {
 
 
 def with_present_keys(content: Mapping[str, Any], stage: str) -> dict[str, Any]:
-    """The content of a config.yaml under the keys of this version.
+    """Returns the content of a config.yaml under the keys of this version.
 
     The value of a renamed key is taken over unless the file has the present key too, which then decides.
     """
@@ -53,7 +53,7 @@ def with_present_keys(content: Mapping[str, Any], stage: str) -> dict[str, Any]:
 
 
 def present_key(key: str, stage: str) -> str | None:
-    """The key of this version that has the meaning of `key`, or of the group that `key` is in.
+    """Returns the key of this version that has the meaning of `key`, or of the group that `key` is in.
 
     Returns:
         Empty if no key has that meaning any more, None if `key` is no former key of the stage.
@@ -74,7 +74,7 @@ def _copied(content: Any) -> Any:
 
 
 def _popped(content: dict[str, Any], key: str) -> Any:
-    """Remove `key` from nested mappings. Returns its value, or `_MISSING`."""
+    """Removes `key` from nested mappings. Returns its value, or `_MISSING`."""
     *groups, name = key.split(".")
     for group in groups:
         content = content.get(group, {})
@@ -82,7 +82,7 @@ def _popped(content: dict[str, Any], key: str) -> Any:
 
 
 def _set_missing(content: dict[str, Any], key: str, value: Any) -> None:
-    """Set `key` in nested mappings unless it is there."""
+    """Sets `key` in nested mappings unless it is there."""
     *groups, name = key.split(".")
     for group in groups:
         content = content.setdefault(group, {})

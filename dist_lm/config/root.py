@@ -241,7 +241,7 @@ class Config:
 
 
 def save_config(config: Config, path: Path) -> None:
-    """Write the resolved configuration as YAML, for every rank to read."""
+    """Writes the resolved configuration as YAML, for every rank to read."""
     durable.write_text(path, OmegaConf.to_yaml(OmegaConf.structured(config)))
 
 

@@ -198,7 +198,7 @@ class StageGroup:
     eval_tasks: ClassVar[Mapping[str, int]] = {}
 
     def sampled_by(self) -> dict[str, Any]:
-        """Settings for documents that a model generates in this stage; part of their fingerprint."""
+        """Returns the settings for documents that a model generates in this stage; part of their fingerprint."""
         return {}
 
     @property
@@ -345,6 +345,7 @@ class StageConfig(TrainerGroup):
         accepted = "none with stage.document_mask=false: documents that see these learn from them"
         require(self.document_mask or not self.without, "stage.without", self.without, accepted)
         require(self.order in ("documents", "units"), "stage.order", self.order, "documents or units")
+
         # a file of one's own can take out what the file that it varies mixes in
         self.mix = {name: share for name, share in (self.mix or {}).items() if share}
         check_shares("stage.mix", self.mix, own="stage.corpus")

@@ -74,7 +74,8 @@ class Benchmarks:
 
 
 def windows_of(text: str) -> tuple[bytes, np.ndarray, np.ndarray]:
-    """Returns a text in UTF-8 behind a space, the offset of each word in it, and the hash of each 13-word window."""
+    """Returns a text in UTF-8 behind a space and before `MARGIN`, the byte offset of each word in it, (words,) int64,
+    and the hash of each 13-word window, (words - 12,) uint64; none of a shorter text."""
     raw = b" " + text.encode() + MARGIN
     starts, words = word_hashes(np.frombuffer(raw, np.uint8))
     return raw, starts, window_hashes(words, {WINDOW})[WINDOW]

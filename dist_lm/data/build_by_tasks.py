@@ -158,14 +158,16 @@ def run_passes(
 
 
 def require_readable(build: Build, tasks: Sequence[BuildTask], reader: SourceReader) -> None:
-    """Judges the surveys of each source; returns nothing.
+    """Refuses a source of which too little can be read; returns nothing. It reads the surveys of all tasks.
 
     Args:
         reader: told which documents each source has given, as `screening.screened` tells it.
 
     Raises:
-        ArtefactError: too many rows of a source are broken, or it gives no document.
+        ArtefactError: too many rows of a source are broken, it gives no document, or other ones than before
+            (ChangedInputError).
         ConfigError: a corpus has too many languages.
+        OSError: a file cannot be read.
     """
     languages: dict[str, set[str]] = {}
     for (corpus, source_number), numbers in _numbers_by_source(tasks).items():
@@ -258,10 +260,13 @@ def choose_val(
         earlier: finished corpora, whose val no train text may contain.
 
     Returns:
-        Of each corpus, facts about its groups, and the bytes of the least part that could be held out.
+        Of each corpus, facts about its groups, and the bytes of the least part that could be held out; 0 if even
+        `val_fraction` holds out no text.
 
     Raises:
         ConfigError: the sources with `held_out` of a corpus exceed `val_tokens`.
+        ArtefactError, UserError: an earlier corpus cannot be read, see `EarlierCorpora.documents`.
+        OSError: a file cannot be read.
     """
     config = build.config
     max_bytes = config.val_tokens * BYTES_PER_TOKEN
@@ -321,7 +326,8 @@ def choose_rule(
 
     Raises:
         NothingHeldOutError: one of these corpora has no val.
-        ArtefactError: it has no train.
+        ArtefactError: it has no train, or an earlier corpus is damaged.
+        UserError: a process that reads earlier corpora died.
     """
     val, index = read_val(build)
     index.take_evidence()
@@ -373,7 +379,7 @@ def publish(
         facts: `licences`, `inputs`, `settings` and `documents` of the manifest.
 
     Raises:
-        ArtefactError: the folder holds files that are not ours.
+        ArtefactError: the folder holds files that are not ours, or its manifest or journal is damaged.
         OSError: a file cannot be read or written.
     """
     journal = Journal.start(directory, recipe)

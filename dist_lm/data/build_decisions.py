@@ -74,6 +74,7 @@ def candidates_of(config: CorpusConfig, seed: int, task: BuildTask, listing: Inp
     """Yields everything that the files of a task give, broken rows included.
 
     Args:
+        seed: of the run; decides the text of generated sources and nothing else.
         listing: what `left_beside` kept of the files of the whole source.
 
     Raises:
@@ -108,10 +109,14 @@ def left_beside(source: SourceConfig, listing: Inputs) -> Inputs:
 def screenings(
     config: CorpusConfig, source: SourceConfig, candidates: Iterable[Candidate], rejected: TextIO | None = None
 ) -> tuple[RowErrors, Iterator[Screening]]:
-    """Checks each candidate, but for duplicates. Returns the counts of rows, which grow while the iterator is read.
+    """Checks each candidate, but for duplicates. Returns the counts of rows and a screening of each candidate, in their
+    order; the counts grow while the screenings are read.
 
     Args:
         rejected: gets a line of JSON for each broken row.
+
+    Raises:
+        What `candidates` raises, while the screenings are read.
     """
     # A task is not ended early, however many of its rows are broken: the counts of the whole source decide.
     rows = RowErrors(source, 1.0, rejected)
@@ -128,10 +133,15 @@ def screenings(
 
 
 def survey(config: CorpusConfig, task: BuildTask, candidates: Iterable[Candidate]) -> Survey:
-    """Reads a task for the first time.
+    """Reads a task for the first time. Returns what the decisions need to know of its documents, as hashes and sizes;
+    of the texts only those that may be held out.
+
+    Args:
+        candidates: what `candidates_of` yields for the task; read to the end.
 
     Raises:
-        ConfigError, ArtefactError: as `candidates`.
+        ConfigError: a file of cleaning.benchmarks cannot be read, or as `candidates`.
+        ArtefactError: as `candidates`.
     """
     benchmarks = Benchmarks.read(config.cleaning.benchmarks) if config.cleaning.benchmarks else None
     share = largest_share(config, task.corpus)
@@ -192,13 +202,19 @@ def same_documents(keys: np.ndarray, screened_candidates: Iterable[Screening], n
 
 
 def sizes_below(task: Survey, is_dropped: np.ndarray, val_fraction: float) -> np.ndarray:
-    """Returns the bytes of a task that each halving of `val_fraction` holds out: (HALVINGS,) int64."""
+    """Returns the bytes of text that `val_fraction / 2**i` of the groups would hold out of a task, for each i from 0:
+    (HALVINGS,) int64.
+
+    Args:
+        is_dropped: (D,) bool: documents that do not count.
+        val_fraction: share in [0, 1].
+    """
     sizes = np.where(is_dropped, 0, task.n_bytes)
     return np.array([sizes[task.positions < val_fraction / 2**halving].sum() for halving in range(HALVINGS)], np.int64)
 
 
 def fitting_share(n_bytes: np.ndarray, val_fraction: float, max_bytes: int) -> float:
-    """Returns the largest halving of `val_fraction` whose held-out text has at most `max_bytes`; 0 if none has.
+    """Returns the largest share `val_fraction / 2**i` whose held-out text has at most `max_bytes`; 0 if none has.
 
     Args:
         n_bytes: (HALVINGS,) sums of `sizes_below` over all tasks of a corpus.
@@ -238,7 +254,7 @@ def compare(
         fates: of the documents, with an empty rule.
 
     Returns:
-        The keys of the train documents that contain a protected text: sorted, as of `sorted_keys`.
+        The keys of the train documents that contain a protected text: (refused, KEY) uint8, as of `sorted_keys`.
     """
     refused: list[bytes] = []
     batch: list[tuple[bytes, bytes]] = []  # (key, text)
@@ -284,7 +300,8 @@ def is_among(keys: np.ndarray, members: np.ndarray) -> np.ndarray:
     """Returns which of `keys`, (D, KEY) uint8, are in `members`, which is sorted: (D,) bool."""
     if not len(members):
         return np.zeros(len(keys), bool)
-    # As texts of fixed length, which numpy compares byte by byte. It ignores zeros at the end, which all keys share.
+    # As texts of fixed length, which numpy compares byte by byte. It ignores zeros at the end, but all keys have one
+    # length.
     texts, member_texts = (np.ascontiguousarray(array).view(f"S{KEY}").ravel() for array in (keys, members))
     indices = np.searchsorted(member_texts, texts).clip(max=len(member_texts) - 1)
     return member_texts[indices] == texts

@@ -114,7 +114,11 @@ class Build:
         return self._settings["classes"][number][2]
 
     def task(self, number: int) -> BuildTask:
-        """Returns a task of the plan."""
+        """Returns a task of the plan, by its number from 0.
+
+        Raises:
+            ArtefactError: its file is damaged.
+        """
         task = durable.read_json(self.folder / "tasks" / f"{number:06d}.json")
         return BuildTask(task["corpus"], task["source"], tuple(Input(**file) for file in task["files"]))
 
@@ -224,11 +228,15 @@ def write_survey(result: Path, task_survey: Survey) -> None:
 
 
 def read_survey(build: Build, number: int, *, with_texts: bool = False, with_groups: bool = False) -> Survey:
-    """Returns the survey of a task.
+    """Returns the survey of a task. Its `bands` are empty: they are in the sorted run of the task.
 
     Args:
-        with_texts: read the texts that could be val, too.
-        with_groups: read the names of the groups, too.
+        with_texts: read the texts that could be val, too; otherwise `val_texts` is empty.
+        with_groups: read the names of the groups, too; otherwise `groups` is empty.
+
+    Raises:
+        ArtefactError: the settings of the build are missing, or settings or plan are damaged.
+        OSError: the survey cannot be read.
     """
     result = build.result("survey", number)
     counts = json.loads((result / "counts.json").read_text(encoding="utf-8"))
@@ -264,17 +272,33 @@ def _copies(build: Build, number: int, result: Path) -> None:
 
 
 def write_parts(build: Build, name: str, parts: int) -> None:
-    """Writes a number of tasks that became known between two passes."""
+    """Writes a number of tasks that became known between two passes.
+
+    Args:
+        name: of the number: key_parts, band_parts or searches.
+    """
     durable.write_sealed(build.folder / f"{name}.json", {"parts": parts})
 
 
 def parts_of(build: Build, name: str = "key_parts") -> int:
-    """Inverts `write_parts`."""
+    """Returns the number that `write_parts` has written under this name.
+
+    Raises:
+        ArtefactError: its file is damaged.
+        KeyError: it was not written yet.
+    """
     return durable.read_json(build.folder / f"{name}.json", {"parts": int})["parts"]
 
 
 def is_copy(build: Build, number: int, n_documents: int) -> np.ndarray:
-    """Returns which documents of a task are copies of earlier ones: (n_documents,) bool."""
+    """Returns which documents of a task have the text of an earlier document of the corpus: (n_documents,) bool.
+
+    Args:
+        n_documents: those of the survey.
+
+    Raises:
+        ArtefactError: a file of the build is damaged. OSError: a result cannot be read.
+    """
     parts = parts_of(build)
     task = build.task(number)
     class_number = build.classes.index(class_of(build.config, task))
@@ -306,7 +330,12 @@ def _places_of_task(path: Path, task: int) -> tuple[int, np.ndarray]:
 
 
 def fates(build: Build, number: int, task_survey: Survey, rule: Rule) -> np.ndarray:
-    """Returns what becomes of each document of a task, as `fates_of`."""
+    """Returns what becomes of each document of a task, as `fates_of`: (D,) int8 of `TRAIN` to `CONTAINS_VAL`.
+
+    Args:
+        number: of the task.
+        rule: with an empty one, no document is held out or dropped for what others contain.
+    """
     task = build.task(number)
     copies = is_copy(build, number, len(task_survey.keys))
     near_copies = np.zeros(len(task_survey.keys), bool)
@@ -349,6 +378,9 @@ def write_searches(build: Build, searches_of_tasks: Iterable[np.ndarray]) -> Non
 
     Args:
         searches_of_tasks: the texts of each task that have a neighbour, (texts,) SEARCHED, in their order.
+
+    Raises:
+        OSError: a file cannot be read or written.
     """
     result = build.result("searches", 0)
     if is_finished(result):
@@ -447,7 +479,12 @@ def _near_copies(build: Build, number: int) -> Iterator[tuple[Path, int, np.ndar
 
 
 def resembled_sources(build: Build, number: int) -> dict[int, str]:
-    """Returns the documents of a task that are nearly earlier ones: number -> place of the earlier document."""
+    """Returns the near-duplicates among the documents of a task: number of the document -> place of the earlier one
+    that it resembles, as its reader names it. Empty if near-duplicates are not sought.
+
+    Raises:
+        ArtefactError: a file of the build is damaged. OSError: a result cannot be read.
+    """
     sources: dict[int, str] = {}
     for result, begin, documents in _near_copies(build, number):
         sources |= dict(zip(documents.tolist(), _read_strings(result, begin, len(documents)), strict=True))
@@ -469,7 +506,11 @@ class Val:
 
 
 def write_val(build: Build, val: Val) -> None:
-    """Writes the held-out texts of all corpora for the tasks that compare."""
+    """Writes the held-out texts of all corpora for the tasks that compare.
+
+    Raises:
+        OSError: a file cannot be read or written.
+    """
     result = build.result("val", 0)
     if is_finished(result):
         return
@@ -488,7 +529,7 @@ def write_val(build: Build, val: Val) -> None:
 def read_val(build: Build) -> tuple[Val, HeldOutIndex]:
     """Returns the held-out texts and their index, whose texts are in the order of `Val.texts`.
 
-    A worker makes the index once.
+    A process makes the index once, so what the index has found in train stays from one call to the next.
     """
     content = _decompressed((build.result("val", 0) / "val.zst").read_bytes())
     val = Val(
@@ -515,7 +556,8 @@ def _compare(build: Build, number: int, result: Path) -> None:
 
 
 def merge_comparison(build: Build, number: int, index: HeldOutIndex) -> np.ndarray:
-    """Adds what the train texts of a task have of val to `index`; returns the keys of the refused ones."""
+    """Adds what the train texts of a task have of val to `index`. Returns the keys of the refused train texts: sorted,
+    (refused, KEY) uint8."""
     with np.load(build.result("compare", number) / ARRAYS) as arrays:
         windows = (name for name in arrays.files if name.startswith(WINDOWS))
         in_train = {int(name.removeprefix(WINDOWS)): arrays[name] for name in windows}
@@ -531,6 +573,9 @@ def write_rule(build: Build, rule: Rule, first: np.ndarray) -> None:
 
     Args:
         first: (tasks, splits, 2) int64: number of the tar, and of its first document in the split.
+
+    Raises:
+        OSError: a file cannot be read or written.
     """
     result = build.result("rule", 0)
     if is_finished(result):
@@ -542,7 +587,7 @@ def write_rule(build: Build, rule: Rule, first: np.ndarray) -> None:
 
 @lru_cache(1)
 def read_rule(build: Build) -> tuple[Rule, np.ndarray]:
-    """Inverts `write_rule`."""
+    """Returns what `write_rule` has written: the rule, and `first`, (tasks, splits, 2) int64; cached."""
     result = build.result("rule", 0)
     with np.load(result / ARRAYS) as arrays:
         shares = json.loads((result / "shares.json").read_text())

@@ -348,7 +348,8 @@ class WindowTable:
         return indices[is_hit], ids[is_hit]
 
     def texts_of(self, ids: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """Returns the texts that have the windows `ids`, window by window, and how many texts each window has."""
+        """Returns the numbers of the texts that have the windows `ids`, (sum of the second,) int32, window by window,
+        and how many texts each window has, (len(ids),) int64."""
         times = self._times[ids]
         # All texts of all windows lie in one row; a text's rank counts from the begin of its window.
         begins = np.cumsum(times) - times

@@ -144,7 +144,14 @@ def next_commands(
 
 
 def stage_overrides(name: str, corpora: Sequence[str], labelled: bool = False) -> Iterator[list[str]]:
-    """Yields the overrides of each command of `next_commands` for the corpus file `name`, without further ones."""
+    """Yields the overrides of each command of `next_commands`, without the `further` ones.
+
+    Args:
+        name: of the corpus file, without its folder and its ending.
+        corpora: names of the corpora in the file.
+        labelled: `are_labelled` of the file: its rankings are single completions with labels, which stage=preference
+            learns from with algorithm=kto, instead of stage=preference and stage=reward.
+    """
     previous_stage = ""
     for stage in ("language", "code", CONVERSATIONS):
         if stage not in corpora:

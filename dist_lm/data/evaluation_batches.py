@@ -168,7 +168,8 @@ def micro_batches_of_rank(sequences: np.ndarray, micro_batch: int, dp_rank: int,
 
 
 def evenly_spaced(n: int, limit: int) -> np.ndarray:
-    """Chooses `limit` of the numbers 0 .. n-1 at even distances; all numbers if `limit` is 0 or at least n."""
+    """Returns `limit` of the numbers 0 .. n-1 at even distances, rising, (limit,) int64; all numbers if `limit` is 0 or
+    at least n."""
     if limit == 0 or limit >= n:
         return np.arange(n)
     return np.arange(limit) * n // limit

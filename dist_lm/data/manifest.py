@@ -335,6 +335,7 @@ def changed_inputs(config: CorpusConfig, name: str, directory: Path, list_inputs
     Raises:
         ConfigError: the corpus or a reader does not exist, or a source has nothing to read.
         ArtefactError: the inputs cannot be listed, or the corpus is missing or its manifest cannot be read.
+        OSError: a file cannot be read.
     """
     recorded = [Inputs.from_json(listing) for listing in read_manifest(directory).inputs]
     if not recorded:

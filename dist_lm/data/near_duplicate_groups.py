@@ -79,7 +79,7 @@ def band_records(bands: np.ndarray, task: int) -> np.ndarray:
 
 
 def with_common_bands(records: np.ndarray) -> np.ndarray:
-    """Returns the records whose band another one has, too, in their order.
+    """Returns the records whose band another one has, too, (records,) RECORD, in their order.
 
     Args:
         records: of `band_records`, of several tasks, sorted.

@@ -129,6 +129,7 @@ def new_corpus(
         ArtefactError: data cannot be listed or read, gives no document, or nearly all of its rows are broken (fewer
             broken rows are printed and noted in the file); or no settings make the first command run.
         UserError: the first command of the file must fail; the file is not written.
+        OSError: a file cannot be read.
     """
     _check_out(out, force, reserved_names)
     for path in paths:

@@ -647,7 +647,7 @@ def _media_in(cell: Any) -> str:
 
 
 def _is_number(cell: Any) -> bool:
-    """Whether a cell is empty, a number or the text of one, or a list of these."""
+    """Returns whether a cell is empty, a number or the text of one, or a list of these."""
     if isinstance(cell, list):
         return all(_is_number(element) for element in cell)
     if isinstance(cell, str):

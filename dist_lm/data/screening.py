@@ -400,6 +400,7 @@ def no_document(config: CorpusConfig, corpus_name: str, source: SourceConfig, dr
         only = f" (only={source.only})" if "other_language" in dropped else ""
         listing = ", ".join(f"{reason} {count:,}" for reason, count in dropped.most_common())
         reasons = f"dropped were {listing}{only}; "
+
     # The reason that most documents were dropped for tells more than the reader can.
     advice = source_traits(source).advice
     if dropped:
@@ -407,6 +408,7 @@ def no_document(config: CorpusConfig, corpus_name: str, source: SourceConfig, dr
         advice = WAYS_OUT.get(main_reason, advice)
         if main_reason == "too_long":
             advice += f" (now {config.max_document_bytes:,})"
+
     return ArtefactError(
         f"corpus {corpus_name}: reader={source.reader} gave no document{origin}: {reasons}"
         f"{advice} (corpus={config.name})"
@@ -452,7 +454,7 @@ def check_candidate(candidate: object, source: SourceConfig) -> None:
 
 
 def source_name(source: SourceConfig) -> str:
-    """Names a source in reports: reader, data set or paths, language."""
+    """Returns the name of a source in reports: reader, data set or paths, language."""
     return " ".join(part for part in (source.reader, source_place(source), source.language) if part)
 
 

@@ -155,7 +155,11 @@ def complete(
     settings: Mapping[str, Any] | None = None,
     documents: Mapping[str, str] | None = None,
 ) -> Manifest:
-    """Writes the manifest of the finished tars of a journal, which it removes. As `CorpusWriter.finish`."""
+    """Writes the manifest of the finished tars of a journal, which it removes. As `CorpusWriter.finish`.
+
+    Raises:
+        ArtefactError: an index is damaged. OSError: a file cannot be read or written.
+    """
     splits = {}
     for name, shards in journal.finished.items():
         # Opening an index compares the tar on disk with its entry once more.

@@ -26,6 +26,7 @@ def records_of(keys: Sequence[bytes], task: int) -> np.ndarray:
 
     Args:
         keys: of each document in its order, 16 bytes.
+        task: number of the task in the plan.
     """
     records = np.empty(len(keys), RECORD)
     halves = np.frombuffer(b"".join(keys), ">u8").reshape(-1, 2)
@@ -45,7 +46,11 @@ def write_run(path: Path, records: np.ndarray) -> None:
 
 
 def n_records(path: Path) -> int:
-    """Returns the number of records of a run."""
+    """Returns the number of records of a run.
+
+    Raises:
+        OSError: there is no such file.
+    """
     return path.stat().st_size // RECORD.itemsize
 
 
@@ -55,7 +60,11 @@ def n_parts(n_records: int) -> int:
 
 
 def read_part(runs: Sequence[Path], part: int, parts: int) -> np.ndarray:
-    """Returns the records of all runs whose keys are in one part, sorted by key and then by place.
+    """Returns the records of all runs whose keys are in one part, (records,) RECORD, sorted by key and then by place.
+
+    Args:
+        runs: files of `write_run`.
+        part: from 0; `parts` in all divide the keys into ranges of equal width.
 
     Raises:
         OSError: a run cannot be read.
@@ -75,7 +84,7 @@ def read_part(runs: Sequence[Path], part: int, parts: int) -> np.ndarray:
 
 
 def merged(slices: Sequence[np.ndarray]) -> np.ndarray:
-    """Returns all records, (records,) RECORD, sorted by key and then by place."""
+    """Returns the records of all slices, (records,) RECORD, sorted by key and then by place."""
     return _sorted(np.concatenate([np.empty(0, RECORD), *slices]))
 
 

@@ -34,8 +34,11 @@ def in_this_process(folder: Path, pass_name: str, numbers: Sequence[int]) -> Ite
 def local_workers(workers: int) -> Iterator[RunPass]:
     """Gives a `RunPass` to a block that uses `workers` processes of this machine, or this process if that is one.
 
-    At the end of the block tasks in work are waited for, and others do not begin. The pass raises UserError if workers
-    die again and again; an error of a task is raised unchanged.
+    At the end of the block tasks in work are waited for, and others do not begin.
+
+    Raises:
+        UserError: workers have died `LOSSES` times with no task that ended in between; raised by the `RunPass`, which
+            also raises an error of a task unchanged.
     """
     if workers == 1:
         yield in_this_process
@@ -54,7 +57,9 @@ def local_workers(workers: int) -> Iterator[RunPass]:
                     unfinished.discard(futures[future])
                     n_losses = 0
                     yield futures[future]
+
             except BrokenProcessPool as error:
+                # One lost process breaks the whole pool, so a new one takes its place.
                 pool.shutdown()
                 n_losses += 1
                 if n_losses == LOSSES:
@@ -62,6 +67,7 @@ def local_workers(workers: int) -> Iterator[RunPass]:
                         f"a process of pass {pass_name} died {LOSSES} times, with {len(unfinished)} tasks left: "
                         f"give the same command again; if memory was the reason, with tokenizer.workers below {workers}"
                     ) from error
+
                 log.warning(
                     "a process of pass %s has died (%d of %d times in a row): its tasks run again",
                     pass_name,

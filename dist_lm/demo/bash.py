@@ -68,7 +68,12 @@ class Author:
         )
 
     def indented(self, text: str, depth: int = 0) -> str:
-        """Returns lines with the author's indentation and style of variables; a here-document keeps its own."""
+        """Returns lines with the author's indentation and style of variables; a here-document keeps its own.
+
+        Args:
+            text: indented by two spaces a level.
+            depth: levels that are added.
+        """
         lines: list[str] = []
         in_document = False
         for line in text.split("\n"):

@@ -50,7 +50,7 @@ PLAYED = 3  # micro-batches: the first gathers, the last reduces, and all betwee
 
 
 def main() -> None:
-    """Play one rank and print its memory and work."""
+    """Plays one rank and prints its memory and work."""
     path, rank, world_size = sys.argv[1:]
     # The garbage collector skips half a million objects of imported modules.
     gc.freeze()

@@ -187,7 +187,7 @@ class LiveMemory:
         self._references[key] = weakref.ref(storage, lambda _: self._drop(key))
 
     def reset_peak(self) -> None:
-        """Start new peaks at the bytes that are live and resident now."""
+        """Starts new peaks at the bytes that are live and resident now."""
         self.peak = self.live
         self.heap_peak = self._heap.resident if self._heap else 0
 
@@ -215,7 +215,7 @@ class WorkCounter:
     """An observer of `Watch` that counts the work of each part of a step."""
 
     def __init__(self, hardware: HardwareConfig, axes: Mapping[str, str]) -> None:
-        """Start with one part.
+        """Starts with one part.
 
         Args:
             hardware: hardware whose speed determines the time of an operation.
@@ -226,14 +226,14 @@ class WorkCounter:
         self._axes = axes
 
     def next_part(self) -> None:
-        """Start a new part."""
+        """Starts a new part."""
         self.parts.append(Work())
 
     def resized(self, storage: torch.UntypedStorage) -> None:
-        """Ignore a resize, which is no work."""
+        """Ignores a resize, which is no work."""
 
     def after(self, func: Any, args: Any, kwargs: Any, result: Any) -> None:
-        """Count an operation, or a message of a collective."""
+        """Counts an operation, or a message of a collective."""
         if collective := collective_of(func, args, result):
             axis = self._axes.get(collective.group, WORLD)
             self.parts[-1].collective(collective.kind, axis, collective.ranks, collective.size)

@@ -93,7 +93,7 @@ class Work:
         self.device_s += max(flops / rate, moved / (hardware.memory_gb_s * 1e9))
 
     def collective(self, kind: str, axis: str, ranks: int, size: int, times: int = 1) -> None:
-        """Add `times` collectives over `ranks` ranks on a full tensor of `size` bytes."""
+        """Adds `times` collectives over `ranks` ranks on a full tensor of `size` bytes."""
         if ranks > 1:
             # Bytes that a rank sends (and receives) for each byte of the full tensor, in a ring.
             share = {"send": 1, "all_reduce": 2 * (ranks - 1) / ranks}.get(kind, (ranks - 1) / ranks)

@@ -94,6 +94,7 @@ def feedback(program: Program, verdict: TestVerdict, num_shown: int) -> str:
     """Returns what the model is told of the fixed tests: how many pass, the first one that fails, and its output.
 
     Args:
+        verdict: at least one test fails.
         num_shown: tests, from the first, that may be shown; of another one the model hears only that it fails.
     """
     passed = f"{verdict.passed} of {verdict.total} tests pass."
@@ -118,7 +119,11 @@ def shown(test: Test) -> str:
 
 
 def attempts_of(value: Json) -> int:
-    """Raises RefusedTaskError unless the value is a positive integer; returns it."""
+    """Returns the value of `attempts`, turns of the model with a program.
+
+    Raises:
+        RefusedTaskError: it is no positive integer.
+    """
     if type(value) is not int or value < 1:
         raise RefusedTaskError(f"`attempts` is {value!r:.50}: expected a positive integer")
     return value

@@ -65,6 +65,9 @@ class Host:
         limits: of each conversation.
         workers: steps of own environments that run at once, others wait; 0: four for each core, since many sleep.
         trust_me: run code of the model without isolation where the machine allows none.
+
+    Raises:
+        ConfigError: there is no own environment of this name.
     """
 
     def __init__(self, name: str, limits: Limits = DEFAULT_LIMITS, workers: int = 0, trust_me: bool = False) -> None:

@@ -40,7 +40,8 @@ class OwnEnvironments:
         self._steps = asyncio.Semaphore(workers)
 
     def slot(self) -> AbstractAsyncContextManager[Any]:
-        """A block in which a step may run: so the time that it waits for others is not its own."""
+        """Returns the block in which a step runs. `workers` blocks run at once; the time that a step waits for its
+        block is not its own."""
         return self._steps
 
     async def open(self) -> None:

@@ -176,7 +176,8 @@ class Environment(Protocol):
     async def step(self, action: Action) -> Step:
         """Executes a turn of the model and returns what follows.
 
-        The same task and the same actions must give the same steps: resume and replay rely on it.
+        The same task and the same actions must give the same steps: resume and replay rely on it. A step that is
+        `done` has the verdict.
         """
         ...
 

@@ -19,12 +19,15 @@ _BYTES_OF_CHARACTER = 6  # at most, in JSON
 async def executed(
     calls: Sequence[Call], tools: Sequence[Tool], run: Callable[[Call, int], Awaitable[Json]], limits: Limits
 ) -> Observation:
-    """Executes the calls of a turn one after another and returns their results, each as long as fits.
+    """Executes the calls of a turn one after another and returns their results, one for each call.
 
-    A call that does not fit its tool is not executed: its result says what is wrong.
+    The first `MOST_CALLS` share half of `limits.observation_bytes`. A result that is longer is replaced by an error.
+    Further calls are not executed and have the result null. A call that does not fit its tool is not executed either:
+    its result says what is wrong.
 
     Args:
-        run: (call, most bytes of its result as JSON) -> result.
+        calls: at least one.
+        run: (call, most bytes of its result as JSON) -> result; what it raises passes.
     """
     most_bytes = limits.observation_bytes // (2 * min(len(calls), MOST_CALLS))
     results: list[Json] = []
@@ -33,6 +36,7 @@ async def executed(
         if number >= MOST_CALLS:
             results.append(None)
             continue
+
         try:
             call_problems = problems(call, tools)
         except ChatError as error:

@@ -119,13 +119,16 @@ def requests_of(generated: Example) -> list[Request]:
     for message in generated.conversation.messages:
         if message.role in ("system", "user"):
             opening.append(message)
+
         if message.role == "user":
             # A request without calls may be asked in any world.
             worlds = generated.worlds[num_calls:] or generated.worlds[-1:]
             world = worlds[0] if worlds else World(random.Random(0))  # noqa: S311  (text, not secrets)
             requests.append(Request(tuple(opening), (), world))
             opening = []
+
         elif message.calls:
+            # Calls of several turns can belong to one request; `worlds` has one for each call.
             last = requests[-1]
             requests[-1] = Request(last.messages, (*last.expected, *message.calls), last.world)
             num_calls += len(message.calls)

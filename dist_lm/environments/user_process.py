@@ -32,7 +32,8 @@ _ANY_LINE = 1 << 16  # bytes of a line beside the observation
 
 
 class EnvironmentProcess:
-    """One process of the user's class; an `Environment` whose methods raise EnvironmentFailedError only."""
+    """One process of the user's class; an `Environment`. Of its methods only `start` raises other errors than
+    EnvironmentFailedError."""
 
     def __init__(self, name: str, limits: Limits) -> None:
         self._name, self._limits = name, limits
@@ -46,7 +47,8 @@ class EnvironmentProcess:
         """Starts the process and waits until it has imported the class.
 
         Raises:
-            UserError: there is no such class, or its file cannot be imported.
+            UserError: there is no such class, or its file cannot be imported within `LOADING_S`; the process is ended.
+            OSError: no process can be started.
         """
         arguments = (self._name, str(self._limits.memory_bytes), str(self._limits.observation_bytes))
         # A process that leaves the group of this one still has the mark, by which `end` finds it.
@@ -54,6 +56,8 @@ class EnvironmentProcess:
         self._process, self._connection = start_json_process(MODULE, *arguments, environment=environment)
         # The event loop takes sockets that do not block.
         self._connection.setblocking(False)
+
+        # The first message says whether the class was imported.
         try:
             answer = await asyncio.wait_for(self._receive(), LOADING_S)
         except TimeoutError:
@@ -61,6 +65,7 @@ class EnvironmentProcess:
             raise UserError(f"environment {self._name}: reading it takes longer than {LOADING_S:.0f} s") from None
         except EnvironmentFailedError as failure:
             raise UserError(f"environment {self._name}: its process does not start ({failure.detail})") from None
+
         if answer.get("loaded") != self._name:
             await self.end()
             reason = " ".join(str(answer.get("refused", answer)).split())

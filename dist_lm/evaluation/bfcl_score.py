@@ -40,7 +40,7 @@ def is_right(turn: Message | None, question: BfclQuestion) -> bool:
 
 
 def right_calls(calls: Sequence[Call], answers: Sequence[BfclAnswer], functions: Sequence[dict[str, Any]]) -> bool:
-    """Whether the calls match `answers` one to one, in any order. `functions` are BFCL's descriptions."""
+    """Returns whether the calls match `answers` one to one, in any order. `functions` are BFCL's descriptions."""
     function_of = {function["name"]: function for function in functions}
 
     def same(call: Call, answer: BfclAnswer) -> bool:

@@ -42,6 +42,7 @@ def text_corpora(folders: Sequence[Path], may_lack: bool) -> list[Path]:
 
     Raises:
         ArtefactError: a corpus is missing or damaged, or none has text.
+        OSError: a file cannot be read.
     """
     key = f"stage.corpora=[{','.join(folder.name for folder in folders)}]"
     missing = [folder for folder in folders if not manifest_path(folder).is_file()]
@@ -70,6 +71,8 @@ def documents_of(corpora: Sequence[Path], tokenizer: Path, limit: int) -> list[H
 
     Raises:
         ArtefactError: a corpus was written with another tokenizer, or is damaged; or the tokenizer cannot be read.
+        OSError: a file cannot be read.
+        UserError: the tokenizer needs the package `tokenizers`, which is not installed.
     """
     documents = []
     corpus_tokenizer = Tokenizer.load(tokenizer)

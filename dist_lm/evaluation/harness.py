@@ -142,13 +142,14 @@ class EngineModel(TemplateLM):
         return None
 
     def apply_chat_template(self, chat_history: list[dict[str, str]], add_generation_prompt: bool = True) -> str:
-        """Returns the text of a conversation; without `add_generation_prompt` it ends inside the last turn.
+        """Returns the text of a conversation, to be encoded by `tok_encode`, which reads marks from the first call on.
 
-        From the first call on `tok_encode` reads marks. Templates without a system turn get the conversation without
-        it.
+        Names of special tokens in the contents are split by the private character of `Splitter`, so that they become
+        plain text. Without `add_generation_prompt` the text ends with the content of the last turn, without spaces at
+        its end. If the template refuses system turns, they are left out.
 
         Raises:
-            UserError: the template refuses the conversation.
+            ChatError: the template refuses the conversation, also without system turns.
         """
         self._is_chat = True
         turns = [{**turn, "content": self._splitter.guarded(turn["content"])} for turn in chat_history]
@@ -229,6 +230,9 @@ class EngineModel(TemplateLM):
 
         Args:
             requests: of lm_eval, each with one text.
+
+        Raises:
+            UserError: the engine refuses a window.
         """
         windows: list[tuple[list[int], list[int]]] = []
         text_of: list[int] = []  # index of the text of each window

@@ -127,7 +127,7 @@ def limits_of(cpu_s: float) -> Limits:
 
 
 def asks_as_chat(stage: str, tokenizer: Tokenizer) -> bool:
-    """Whether questions are turns of a user: a stage of conversations, or an imported chat model."""
+    """Returns whether questions are turns of a user: a stage of conversations, or an imported chat model."""
     return tokenizer.kept_template is not None or stage in CHATS
 
 
@@ -159,6 +159,7 @@ def items_of(
         ConfigError: a file is missing or invalid.
         ArtefactError: a corpus or a package is missing, or a corpus gives no question.
         UserError: the tokenizer lacks a mark, or a text holds a lone surrogate.
+        OSError: a file cannot be read.
     """
     if task in OWN_TASKS:
         return code_items(own_problems(OWN_TASKS[task]), asking)
@@ -307,6 +308,7 @@ def tool_items(asking: Asking, folder: Path) -> list[Item]:
         ArtefactError: there are no conversations, none of them gives a question, they were written with an unknown
             tokenizer, or they are damaged.
         UserError: the tokenizer lacks the marks of a conversation (ChatError: a document is no conversation).
+        OSError: a file cannot be read.
     """
     if not manifest_path(folder).is_file():
         raise ArtefactError(f"{folder}: no conversations for stage.tasks=[tools]: run stage=tools first")

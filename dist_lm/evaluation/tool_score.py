@@ -62,6 +62,9 @@ def judge(turn: Message | None, expected: Message, tools: Sequence[Tool]) -> Ver
     Args:
         turn: None: it was cut off or does not parse.
         tools: among them those that `expected` calls.
+
+    Raises:
+        ChatError: a call of `expected` names a tool that is not in `tools`.
     """
     calls = turn.calls if turn else ()
     expected_calls = expected.calls

@@ -47,6 +47,7 @@ def load_model(path: Path, tokenizer: Path | None = None) -> LoadedModel:
     Raises:
         ArtefactError: checkpoint or tokenizer is missing or damaged, they do not fit, the base of adapters is gone or
             has changed, or the model computes scores.
+        UserError: the tokenizer needs the package `tokenizers`, which is not installed.
     """
     checkpoint = files.require_intact(files.find_checkpoint(path))
     state, config = files.read_state(checkpoint)[0], model_config_of(checkpoint)
@@ -107,6 +108,7 @@ def tokenizer_of(checkpoint: Path, named: Path | None, run: RunDirectory | None)
 
     Raises:
         ArtefactError: it is missing, damaged, or takes too much time or memory to read; or there is neither.
+        UserError: it needs the package `tokenizers`, which is not installed.
     """
     if named is not None:
         file = tokenizer_in(named) if named.is_dir() else named
@@ -136,6 +138,7 @@ def stage_tokenizer(checkpoint: Path, work: WorkDirectory, vocab_size: int) -> T
     Raises:
         ArtefactError: there is no tokenizer, its size is not `vocab_size`, or the checkpoint was trained with another
             one.
+        UserError: it needs the package `tokenizers`, which is not installed.
     """
     path = work.tokenizer_model
     is_in_run = len(checkpoint.parents) > 1 + DEPTH  # the run may have no configuration
@@ -188,6 +191,7 @@ def read_openings(run: RunDirectory | None) -> Openings:
 
     Raises:
         ArtefactError: the run's configuration, or the manifest of its corpus, cannot be read.
+        OSError: a file cannot be read.
     """
     if run is None:
         return Openings()

@@ -148,7 +148,8 @@ class Piece:
 
 
 def cells_of(pages: Sequence[Sequence[int]], positions: Sequence[Iterable[int]], page_tokens: int) -> torch.Tensor:
-    """Returns the cells of `positions[b]` of the sequences b that hold `pages[b]`, concatenated: int64, on the host."""
+    """Returns the cells of `positions[b]` of the sequences b that hold `pages[b]`, concatenated: (cells,) int64 on
+    the host."""
     return torch.tensor(
         [
             sequence_pages[position // page_tokens] * page_tokens + position % page_tokens
@@ -225,7 +226,8 @@ class PagedCache:
             cache[:, target].narrow(self.token_dim, 0, n_tokens).copy_(copied)
 
     def save(self, pages: Sequence[int]) -> tuple[torch.Tensor, torch.Tensor]:
-        """Copies the content of pages to host memory."""
+        """Returns copies of the keys and values of pages in host memory, in the shape that the cache has for so many
+        pages."""
         return self.key[:, pages].cpu(), self.value[:, pages].cpu()
 
     def restore(self, pages: Sequence[int], content: tuple[torch.Tensor, torch.Tensor]) -> None:

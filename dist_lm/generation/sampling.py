@@ -422,7 +422,14 @@ def _draw_candidates(
 
 
 def fp64_log_normaliser(logits_BV: torch.Tensor, temperature_B1: torch.Tensor) -> torch.Tensor:
-    """Returns the `log_normaliser` of tempered logits, fp64 (B, 1), on a CPU for a few rows at a time."""
+    """Returns the `log_normaliser` of `logits / temperature`, (B, 1) fp64 on the device of the logits.
+
+    Where that is a CPU, a few rows at a time are computed, so that they fit into its cache.
+
+    Args:
+        logits_BV: any dtype.
+        temperature_B1: fp64, above 0.
+    """
     # All rows at once do not fit the cache of a core, and their memory comes from the system again in every step, which
     # takes longer than the arithmetic.
     n_rows = len(logits_BV)

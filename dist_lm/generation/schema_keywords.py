@@ -127,8 +127,14 @@ def _is_refused(keyword: str, value: Any) -> bool:
 
 
 def bounded(schema: Any) -> Any:
-    """Returns a copy of a schema that `check_schema` accepts, which allows no number beyond `LARGEST` where it has no
-    bounds of its own."""
+    """Returns a copy of a schema with bounds for numbers: `LARGEST` and its negative, at each end that has no bound.
+
+    A part that allows any JSON value becomes a reference to the definition `ANYTHING`, whose numbers are bounded, too.
+    The copy gets it in its own `$defs`, so it must stay the root of a document.
+
+    Args:
+        schema: one that `check_schema` accepts.
+    """
     uses_anything = False
 
     def part(value: Any) -> Any:

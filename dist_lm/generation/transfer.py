@@ -10,7 +10,9 @@ import torch
 
 
 def upload(device: torch.device, *arrays: torch.Tensor) -> Sequence[torch.Tensor]:
-    """Copies host tensors to the device, in one copy. The host does not wait.
+    """Returns host tensors on the device, in their order, shapes and dtypes, sent in one copy. The host does not wait.
+
+    On a CPU the tensors themselves are returned.
 
     Args:
         arrays: tensors of the widest dtype first, so that all are aligned.
@@ -22,7 +24,8 @@ def upload(device: torch.device, *arrays: torch.Tensor) -> Sequence[torch.Tensor
 
 
 def download(*arrays: torch.Tensor) -> Sequence[torch.Tensor]:
-    """Copies tensors of one device to the host, in one copy. The host waits until the device has computed them.
+    """Returns tensors of one device on the host, in their order, shapes and dtypes, sent in one copy. The host waits
+    until the device has computed them. On a CPU the tensors themselves are returned.
 
     Args:
         arrays: tensors of the widest dtype first, so that all are aligned.
@@ -33,7 +36,7 @@ def download(*arrays: torch.Tensor) -> Sequence[torch.Tensor]:
 
 
 def concatenated(parts: list[torch.Tensor]) -> torch.Tensor:
-    """Returns the parts one after the other; a single part is returned itself, without a copy."""
+    """Returns the parts one after the other along dimension 0; a single part is returned itself, without a copy."""
     if len(parts) == 1:
         return parts[0]
     return torch.cat(parts)

@@ -159,7 +159,11 @@ def last_line(probe: Probe) -> str:
 
 
 def wait_until(holds: Callable[[], bool], launcher: subprocess.Popen, what: str, probe: Probe) -> None:
-    """Wait for a condition while the launcher runs; fails the check after `WAIT_S` seconds."""
+    """Waits for a condition while the launcher runs; fails the check after `WAIT_S` seconds.
+
+    Raises:
+        CheckFailedError: the condition did not come, or the launcher has ended.
+    """
     deadline = time.monotonic() + WAIT_S
     while not holds():
         expect(launcher.poll() is None, f"the launcher ended before {what}: {last_line(probe)}")

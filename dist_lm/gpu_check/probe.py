@@ -72,7 +72,7 @@ class Probe:
         return self.process_group
 
     def note(self, name: str, value: float) -> None:
-        """Record a figure, whose unit is the last word of its name."""
+        """Records a figure, whose unit is the last word of its name."""
         self.facts[name] = float(f"{value:.5g}")
         if self.process_group is None or self.process_group.is_first:
             durable.write_text(self.folder / FACTS, json.dumps(self.facts))

@@ -54,7 +54,7 @@ class Results:
     checks: dict[str, Result] = field(default_factory=dict)
 
     def write(self, path: Path) -> None:
-        """Write the results to `path`, replacing an earlier file."""
+        """Writes the results to `path`, replacing an earlier file."""
         # Facts keep their order.
         durable.write_text(path, json.dumps(asdict(self), indent=2) + "\n")
 

@@ -190,7 +190,7 @@ def run_check(check: Check, gpus: int, folder: Path, *, rehearse: bool) -> Resul
 
 
 def _check_replaceable(folder: Path) -> None:
-    """Raise ConfigError for a folder that this program did not create."""
+    """Raises ConfigError for a folder that this program did not create."""
     if folder.is_symlink() or (folder.exists() and not (folder / MARKER).is_file()):
         raise ConfigError(
             f"{folder}: not made by `gpu check`, which would replace it: move it, or use another --output"

@@ -60,7 +60,11 @@ def fsdp(probe: Probe) -> None:
 
 
 def tp(probe: Probe) -> None:
-    """Checks heads, hidden units and vocabulary split over all ranks, with and without split sequences."""
+    """Checks heads, hidden units and vocabulary split over all ranks, with and without split sequences.
+
+    Raises:
+        CheckFailedError: the losses are too far from those of an unsplit model.
+    """
     size = probe.world.size
     for sp in ("false", "true"):
         _parity(probe, "parallel.dp_shard=1", f"parallel.tp={size}", f"parallel.sp={sp}")
@@ -68,7 +72,11 @@ def tp(probe: Probe) -> None:
 
 
 def cp(probe: Probe) -> None:
-    """Checks sequences split over all ranks, which exchange tokens for heads around attention."""
+    """Checks sequences split over all ranks, which exchange tokens for heads around attention.
+
+    Raises:
+        CheckFailedError: the losses are too far from those of an unsplit model.
+    """
     _parity(probe, "parallel.dp_shard=1", f"parallel.cp={probe.world.size}")
     _speed(probe, "parallel.dp_shard=1", f"parallel.cp={probe.world.size}")
 

@@ -40,7 +40,7 @@ class Training:
     """Model, optimizer and trainer of a configuration on the ranks of a check."""
 
     def __init__(self, probe: Probe, config: Config, model: Transformer | None = None) -> None:
-        """Build model, optimizer and trainer; an existing `model` is used instead of a new one."""
+        """Builds model, optimizer and trainer; an existing `model` is used instead of a new one."""
         self.config = config
         self.device = probe.world.device
         self.layout = resolve_layout(config.parallel, config.model, probe.world.size)

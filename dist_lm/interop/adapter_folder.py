@@ -55,6 +55,7 @@ def adapters_in(folder: Path) -> AdapterFolder:
     Raises:
         ArtefactError: a file is missing, damaged, or a link that leaves the folder, or an option is one that our
             adapters lack; names the key or the tensor.
+        UserError: as `parsed`.
     """
     config, weights = content_in(folder, CONFIG), file_in(folder, WEIGHTS)
     if weights is None:

@@ -180,14 +180,15 @@ def rows_of_llama_cpp(
 def rows_of_transformers(
     tensor: Converted, weights: torch.Tensor, model: ModelConfig, architecture: Architecture
 ) -> torch.Tensor:
-    """Computes the inverse of `rows_of_llama_cpp` for a tensor that holds one tensor of ours."""
+    """Returns a tensor of llama.cpp with the rows in the order of transformers, of shape `tensor.shape`; the inverse of
+    `rows_of_llama_cpp` for a tensor that holds one tensor of ours. It may share memory with `weights`."""
     if _rotates_neighbours(tensor, architecture):
         return weights.view(-1, model.d_head // 2, 2, *weights.shape[1:]).transpose(1, 2).reshape(tensor.shape)
     return weights.reshape(tensor.shape)
 
 
 def _rotates_neighbours(tensor: Converted, architecture: Architecture) -> bool:
-    """Whether RoPE turns neighbours (2 i, 2 i + 1) in llama.cpp; everywhere else it turns (i, i + K/2)."""
+    """Returns whether RoPE turns neighbours (2 i, 2 i + 1) in llama.cpp; everywhere else it turns (i, i + K/2)."""
     name = tensor.ours[0].removesuffix("_bias")
     return architecture.family in NEIGHBOURS and name.endswith(("attention.query", "attention.key"))
 

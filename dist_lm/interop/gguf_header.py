@@ -319,5 +319,5 @@ def _check_option(key: str, option: Any, largest: int | None, file: str) -> None
 
 
 def _shortest(number: Any) -> Any:
-    """An fp32 number as people write it: 1e-5, not 9.999999747378752e-06."""
+    """Returns an fp32 number as people write it: 1e-5, not 9.999999747378752e-06."""
     return float(str(np.float32(number))) if isinstance(number, float) else number

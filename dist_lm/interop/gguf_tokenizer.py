@@ -143,6 +143,7 @@ def tokenizer_file(values: Mapping[str, Any], where: str) -> tuple[bytes, str]:
 
     Raises:
         ArtefactError: the tokenizer or its pre-tokenizer is of another kind; names the key.
+        UserError: as `read_vocabulary`.
     """
     prefix = "tokenizer.ggml."
     keys = {key.removeprefix(prefix): value for key, value in values.items() if key.startswith(prefix)}

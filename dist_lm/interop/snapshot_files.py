@@ -83,6 +83,7 @@ def tensor_entries(file: Path) -> list[tuple[str, str, list[int], int]]:
     Raises:
         ArtefactError: the file cannot be read, is no safetensors file, or is cut short; or tensors overlap. The message
             names the tensor.
+        UserError: as `parsed`.
     """
     try:
         with file.open("rb") as opened:

@@ -115,7 +115,7 @@ class Muster:
         return crew
 
     def lose(self, id_: str) -> None:
-        """Exclude the lost node with this Ray id from growing. A node that comes back has another id."""
+        """Excludes the lost node with this Ray id from growing. A node that comes back has another id."""
         self._lost.add(id_)
 
     def _fewer(self, most: int, avoid: Collection[str], shortage: ClusterError) -> Crew | None:

@@ -56,7 +56,7 @@ def print_outcome(
 
 
 def print_samples(plan: Plan, console: Console) -> None:
-    """Print samples of the earlier stages that this command trained."""
+    """Prints samples of the earlier stages that this command trained."""
     # The target prints its own samples in its summary.
     for planned in plan.missing[:-1]:
         run = run_of(planned.config)

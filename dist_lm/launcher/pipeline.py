@@ -41,7 +41,7 @@ class Pipeline:
     """The stages of a plan and their states. Every change is written to the work directory."""
 
     def __init__(self, plan: Plan, command: Sequence[str], job: str | None, tell: Tell | None) -> None:
-        """Write the queue; see `queue_of`."""
+        """Writes the queue; see `queue_of`."""
         self._tell = tell
         self._began = 0.0  # when the running stage began, monotonic seconds
 
@@ -121,6 +121,7 @@ def queue_of(plan: Plan, command: Sequence[str], job: str | None, tell: Tell | N
     Raises:
         ArtefactError: the same command is already running; the message names host and process. Or the file system has
             no locks.
+        OSError: the lock file cannot be opened.
     """
     config = plan.target.config
     work, name = WorkDirectory(Path(config.work_dir)), plan.target.name

@@ -240,12 +240,12 @@ class PoolWatch:
         self.begin()
 
     def follow(self, work: PoolWork) -> None:
-        """Watch another part of the run."""
+        """Watches another part of the run."""
         self.work = work
         self.begin()
 
     def begin(self) -> None:
-        """Start the clock: the engines are running."""
+        """Starts the clock: the engines are running."""
         self._first = self._last = self._now()
 
     def look(self, engines: int) -> None:
@@ -254,7 +254,7 @@ class PoolWatch:
             self._write(engines)
 
     def end(self, engines: int) -> None:
-        """Write the last line."""
+        """Writes the last line."""
         if self._now().prompts > self._last.prompts:
             self._write(engines)
 

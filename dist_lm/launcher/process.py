@@ -153,7 +153,7 @@ def disk_trouble(error: BaseException, elsewhere: str = "standard output or a fi
 
 
 def drop_output() -> None:
-    """Discard buffered output that cannot be written, so that the interpreter does not fail on it at exit."""
+    """Discards buffered output that cannot be written, so that the interpreter does not fail on it at exit."""
     if not _output_is_stuck():
         return
     null = os.open(os.devnull, os.O_WRONLY)
@@ -162,7 +162,7 @@ def drop_output() -> None:
 
 
 def _output_is_stuck() -> bool:
-    """Whether standard output has buffered text that cannot be written."""
+    """Returns whether standard output has buffered text that cannot be written."""
     try:
         sys.stdout.flush()
     except OSError:
@@ -171,7 +171,7 @@ def _output_is_stuck() -> bool:
 
 
 def _output_has_no_reader() -> bool:
-    """Whether standard output is a pipe or a socket whose reader has closed it."""
+    """Returns whether standard output is a pipe or a socket whose reader has closed it."""
     # Text longer than the buffer is lost by the failed write, so nothing is stuck then.
     poll = select.poll()
     poll.register(sys.stdout.fileno(), select.POLLOUT)
@@ -216,10 +216,14 @@ def watch_signals(console: Console, then: str = "writing a checkpoint, then stop
     """Yields an `Interrupt` that Ctrl-C, TERM and USR1 set, instead of their usual effect; the first one is reported as
     a warning.
 
-    A second Ctrl-C raises KeyboardInterrupt. The handlers before return with the end of the block.
+    Once one of them has come, Ctrl-C raises KeyboardInterrupt; TERM and USR1 may be repeated. The end of the block
+    brings back the earlier handlers.
 
     Args:
         then: the consequence of the first signal, for the warning.
+
+    Raises:
+        ValueError: this is not the main thread, which alone may set handlers.
     """
     interrupt = Interrupt()
 

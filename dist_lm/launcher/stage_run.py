@@ -373,7 +373,7 @@ def await_other_ranks(run: RunDirectory, console: Console, interrupt: Interrupt)
 
 
 def report_stop(status: GangStatus, config: ClusterConfig, console: Console) -> None:
-    """Warn if ranks that were asked to stop failed or had to be ended."""
+    """Warns if ranks that were asked to stop failed or had to be ended."""
     if status.failure:
         console.warning(f"while stopping: {status.failure}")
     if status.state == "stopped":

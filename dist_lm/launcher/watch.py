@@ -60,7 +60,7 @@ class WandbCopy:
         self._watch.attempt(time.monotonic())
 
     def line(self, line: Mapping[str, Any], of_this_attempt: bool) -> None:
-        """Log a line of metrics; those of earlier attempts, which are read again, give no alerts."""
+        """Logs a line of metrics; those of earlier attempts, which are read again, give no alerts."""
         if of_this_attempt:
             for alert in self._watch.line(line, time.monotonic()):
                 self._wandb.alert(alert)
@@ -88,7 +88,7 @@ class WandbCopy:
         self._wandb.alert(alerts.failed(self._name, str(failure), again=True))
 
     def table(self, path: Path, step: int) -> None:
-        """Log a file of samples as a table, once."""
+        """Logs a file of samples as a table, once."""
         if self._is_new(path.name):
             self._wandb.samples(path, step)
 
@@ -238,7 +238,7 @@ class RunWatch:
             self._progress.saved(checkpoint_files.newest_step(self._run.checkpoints), just_now=True)
 
     def heard(self, pulses: Sequence[Pulse]) -> None:
-        """Show the last heartbeats of the ranks."""
+        """Shows the last heartbeats of the ranks."""
         now = time.monotonic()
         self._standstill.heard(pulses, now)
         if now - self._ranks_at >= RANKS_EVERY_S:

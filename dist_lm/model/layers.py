@@ -56,7 +56,12 @@ class AllHeadsNorm(nn.Module):
         return self.normalise(x_BTHK, square_sum(x_BTHK), self.weight)
 
     def normalise(self, x_BTHK: torch.Tensor, sum_BT11: torch.Tensor, weight_HK: torch.Tensor) -> torch.Tensor:
-        """Returns the norm in the dtype of x, given the sum of squares over all heads."""
+        """Returns x, normalised over all heads, in its shape and dtype.
+
+        Args:
+            sum_BT11: the sum of squares over all heads, also those of other ranks.
+            weight_HK: of the heads in x.
+        """
         scale_BT11 = torch.rsqrt(sum_BT11 / self.n_entries + self.norm_eps)
         return x_BTHK * scale_BT11.to(x_BTHK.dtype) * weight_HK
 
@@ -151,7 +156,8 @@ def _yarn_share(config: ModelConfig, device: torch.device) -> torch.Tensor:
 
 
 def rotate(x_BTHK: torch.Tensor, tables: RopeTables) -> torch.Tensor:
-    """Returns `x * cos + cat(-x2, x1) * sin` for the first R entries of every head; the table holds the minus sign."""
+    """Returns `x * cos + cat(-x2, x1) * sin` for the first R entries of every head, in the shape of x; the others stay.
+    The table holds the minus sign."""
     cos, signed_sin = tables
     width = cos.shape[-1]
     if width < x_BTHK.shape[-1]:
@@ -213,7 +219,8 @@ ACTIVATIONS: Mapping[str, Callable[[torch.Tensor], torch.Tensor]] = {
 
 
 def activate(up_BTF: torch.Tensor, gate_BTF: torch.Tensor | None, ffn: str) -> torch.Tensor:
-    """Returns hidden units after the activation of `model.ffn`; 0 where both tensors are 0, so padded units stay 0.
+    """Returns hidden units (B, T, F) after the activation of `model.ffn`; 0 where both tensors are 0, so padded units
+    stay 0.
 
     Args:
         gate_BTF: None: the network has no gate.

@@ -92,7 +92,8 @@ def adapted(
     name: str,
     dropout: AdapterDropout = None,
 ) -> torch.Tensor:
-    """Returns `y`, the product of weight `name` with x, plus the change of it by the adapter of the weight.
+    """Returns `y`, the product of weight `name` with x, plus the change of it by the adapter of the weight, in its
+    shape; y itself without an adapter, or if it is off.
 
     Args:
         dropout: of the inputs of adapters, by the name of the weight.

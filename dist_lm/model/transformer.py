@@ -395,7 +395,7 @@ class Transformer(nn.Module):
         return True
 
     def sum_over_ranks(self, part: torch.Tensor) -> torch.Tensor:
-        """Returns the sum of `part` over the ranks that share a layer."""
+        """Returns the sum of `part` over the ranks that share a layer, in its shape."""
         return part
 
     def head_input(self, x_BTD: torch.Tensor) -> torch.Tensor:
@@ -403,7 +403,8 @@ class Transformer(nn.Module):
         return x_BTD
 
     def first_held_index(self, n_tokens: int) -> int:
-        """Index, in its sequence of `n_tokens`, of the first token that this rank holds in its residual stream."""
+        """Returns the index, in its sequence of `n_tokens`, of the first token that this rank holds in its residual
+        stream."""
         return 0
 
 

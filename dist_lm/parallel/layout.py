@@ -63,7 +63,7 @@ class Layout:
 
     @classmethod
     def recorded(cls, parallel: ParallelConfig) -> "Layout":
-        """The layout of a resolved `parallel` group, in which no axis is -1."""
+        """Returns the layout of a resolved `parallel` group, in which no axis is -1."""
         layout = cls(parallel.dp_replicate, parallel.dp_shard, parallel.tp, parallel.cp)
         assert min(layout.dp_replicate, layout.dp_shard, layout.tp) > 0, f"{layout} is not resolved"
         return layout

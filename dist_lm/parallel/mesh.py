@@ -129,6 +129,7 @@ def process_group(device: str, timeout_s: float = 600.0) -> Iterator[World]:
 
     Raises:
         ConfigError: this rank should have a GPU and the node has too few.
+        StrangerError: another user has connected to a port of this rank.
     """
     rank, world_size, local_rank = (int(os.environ[name]) for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK"))
     rank_device = choose_device(device, local_rank)
@@ -230,6 +231,9 @@ def build_mesh(layout: Layout, device: torch.device) -> DeviceMesh:
     dp_shard stands for dp_data and cp together: parameters are split over both.
 
     A second mesh in a process makes tensor-parallel models on the first one unusable, see `TensorAxis.check_current`.
+
+    Raises:
+        StrangerError: another user has connected to a port of this rank.
     """
     sizes = {"dp_replicate": layout.dp_replicate, "dp_shard": layout.dp_shard, "tp": layout.tp}
     if layout.cp > 1:

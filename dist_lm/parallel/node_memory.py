@@ -49,7 +49,7 @@ class NodeMemory:
 
     @classmethod
     def of(cls, value: Any) -> Self:
-        """Writes a value.
+        """Writes a value to new memory and returns that.
 
         Raises:
             TypeError: it is of none of the types that `messages.decode` reads.
@@ -72,10 +72,11 @@ class NodeMemory:
 
     @classmethod
     def opened(cls, place: MemoryPlace) -> Self:
-        """Opens the memory of another process of this user on this node.
+        """Returns the memory of another process of this user on this node, opened to read.
 
         Raises:
-            OSError: this process may not open it, or another file is in its place.
+            OSError: the process has ended or closed it, this process may not open it, or another file is in its place
+                (FileNotFoundError).
         """
         path = Path(f"/proc/{place.process}/fd/{place.descriptor}")
         # In another PID namespace the number is another process's; to open a pipe of it could wait forever.

@@ -87,7 +87,8 @@ def store_file(environ: Mapping[str, str]) -> Path | None:
 def private_handler() -> "type[RendezvousHandler]":
     """Returns the handler of `torchrun --rdzv-backend private`, which opens no port: for one node alone.
 
-    It is the entry point of the group `torchrun.handlers`, whose result torchrun calls with its parameters.
+    It is the entry point of the group `torchrun.handlers`, whose result torchrun calls with its parameters. That call
+    raises ValueError for more than one node.
     """
     # Imported here because torchrun's own modules take a second, and ranks need none of them.
     from torch.distributed import HashStore
@@ -155,6 +156,7 @@ def address_handler() -> "Callable[[RendezvousParameters], RendezvousHandler]":
                     server.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
                     server.bind((self.master_addr, self.master_port))
                     server.listen(socket.SOMAXCONN)
+
                     self._store = TCPStore(
                         self.master_addr,
                         self.master_port,

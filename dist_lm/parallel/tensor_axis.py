@@ -64,7 +64,8 @@ class TensorAxis:
         return reduce_from_model_parallel_region(part_BTD)
 
     def sum(self, part: torch.Tensor) -> torch.Tensor:
-        """Returns the sum of the parts of all ranks. Every rank must give the sum the same gradient."""
+        """Returns the sum of the parts of all ranks, in their shape (collective). Every rank must give the sum the same
+        gradient."""
         return _AllReduce.apply(part, self.group)
 
     def sum_of_shares(self, part: torch.Tensor) -> torch.Tensor:

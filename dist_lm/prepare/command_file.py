@@ -27,6 +27,7 @@ def command_file(name: str, overrides: Sequence[str] = ()) -> Path | None:
 
     Raises:
         ConfigError: the file is no YAML, or a folder of the user cannot be used.
+        OSError: a file cannot be read.
     """
     for folder in (conf_directory(), *own_folders(overrides)):
         file = folder / "experiment" / f"{name}.yaml"

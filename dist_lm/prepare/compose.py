@@ -84,6 +84,7 @@ def compose_config(overrides: Sequence[str]) -> Config:
             line.
         ArtefactError: the snapshot of `model=hf:SOURCE` or an existing tokenizer cannot be read.
         UserError: a package that is needed to read a model or tokenizer is not installed.
+        OSError: a file cannot be read.
     """
     path = search_path(overrides)
     folders = [text for text in overrides if text.startswith(f"{KEY}=")]
@@ -226,7 +227,7 @@ def _following(overrides: Sequence[str]) -> list[str]:
 
 
 def own_groups(schema: type[Config]) -> list[str]:
-    """The configuration groups that `schema` adds to `Config`."""
+    """Returns the configuration groups that `schema` adds to `Config`."""
     common = {group.name for group in fields(Config)}
     return [group.name for group in fields(schema) if group.name not in common]
 
@@ -237,6 +238,7 @@ def target_stage(overrides: Sequence[str]) -> str:
     Raises:
         ConfigError: no stage is given, the name is unknown, a folder of the user cannot be used, or the user's stage
             file is no YAML or names no stage.
+        OSError: a file cannot be read.
     """
     stage_choices = [text.split("=", 1)[1] for text in overrides if text.startswith("stage=")]
     known_choices = choices("stage", overrides)
@@ -444,14 +446,14 @@ def _check_corpora(parsed: Sequence[Override], folders: Sequence[str]) -> None:
 
 
 def _inner_type(node: Any, part: str) -> Any:
-    """The type of a field of a dataclass, or of the values of a mapping or list; None for other types."""
+    """Returns the type of a field of a dataclass, or of the values of a mapping or list; None for other types."""
     if is_dataclass(node):
         return get_type_hints(node).get(part)
     return next((get_args(option)[-1] for option in _options(node) if get_origin(option) in (dict, list)), None)
 
 
 def _options(node: Any) -> list[Any]:
-    """The alternatives of a union without None: [int] for `int | None`."""
+    """Returns the alternatives of a union without None: [int] for `int | None`."""
     alternatives = (node,)
     if get_origin(node) in (Union, UnionType):
         alternatives = get_args(node)
@@ -459,12 +461,12 @@ def _options(node: Any) -> list[Any]:
 
 
 def _is(kind: type, node: Any) -> bool:
-    """Whether a type is a dict (or a list), or a union with one."""
+    """Returns whether a type is a dict (or a list), or a union with one."""
     return any(get_origin(option) is kind for option in _options(node))
 
 
 def _shown(override: Override) -> str:
-    """The text of an override without secrets."""
+    """Returns the text of an override without secrets."""
     return redact_command([override.input_line or ""])[0]
 
 
@@ -509,7 +511,7 @@ def _in_one_line(error: Exception, overrides: Sequence[Override], schema: type[C
 
 
 def _type_of(parts: Sequence[str], schema: type[Config]) -> Any:
-    """The type of the key with these parts."""
+    """Returns the type of the key with these parts."""
     return reduce(_inner_type, parts, schema)
 
 

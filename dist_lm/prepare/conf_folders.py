@@ -138,6 +138,7 @@ def recipe_override(recipe: str, model: str, stage: str, overrides: Sequence[str
     Raises:
         ConfigError: no file of the recipe is named after a stage, a folder of the user cannot be used, or the user's
             stage file is no YAML or names no stage.
+        OSError: a file cannot be read.
     """
     folders = (conf_directory(), *own_folders(overrides))
     stages = dict.fromkeys((stage, program_of(stage, overrides)))
@@ -164,6 +165,7 @@ def check_experiment(experiment: str, model: str, stage: str, overrides: Sequenc
 
     Raises:
         ConfigError: names the file that is missing, or a file that is no YAML; or a folder of the user cannot be used.
+        OSError: a file cannot be read.
     """
     folders = (conf_directory(), *own_folders(overrides))
 
@@ -185,7 +187,7 @@ def check_experiment(experiment: str, model: str, stage: str, overrides: Sequenc
 
 
 def _package(file: Path) -> str:
-    """The group that the keys of a recipe belong to: as its line `# @package` says, by default the root."""
+    """Returns the group that the keys of a recipe belong to: as its line `# @package` says, by default the root."""
     package = re.match(r"#\s*@package\s+(\S+)", file.read_text(encoding="utf-8"))
     return package[1] if package else "_global_"
 
@@ -195,6 +197,7 @@ def content_of(file: Path) -> dict[Any, Any]:
 
     Raises:
         ConfigError: the file is no YAML.
+        OSError: a file cannot be read.
     """
     with one_line_for_yaml():
         content = OmegaConf.to_container(load_yaml(file))
@@ -208,6 +211,7 @@ def program_of(choice: str, overrides: Sequence[str]) -> str:
 
     Raises:
         ConfigError: the file is no YAML or names no stage, or a folder of the user cannot be used.
+        OSError: a file cannot be read.
     """
     if choice in stage_names():
         return choice
@@ -230,19 +234,19 @@ def program_of(choice: str, overrides: Sequence[str]) -> str:
 
 @cache
 def default_choice(group: str) -> str:
-    """The choice of a group that conf/config.yaml names."""
+    """Returns the choice of a group that conf/config.yaml names."""
     # Hydra would know only after composing, and what is composed depends on the stage.
     defaults = load_yaml(conf_directory() / "config.yaml").defaults
     return next(str(entry[group]) for entry in defaults if group in entry)
 
 
 def default_stage() -> str:
-    """The stage that conf/config.yaml names."""
+    """Returns the stage that conf/config.yaml names."""
     return default_choice("stage")
 
 
 def local_hardware() -> str:
-    """The file in conf/hardware for this machine: the one of its first GPU, else the one of the CPU."""
+    """Returns the file in conf/hardware for this machine: the one of its first GPU, else the one of the CPU."""
     gpus = [path.read_text().lower() for path in Path("/proc/driver/nvidia/gpus").glob("*/information")]
     gpu_files = [path.name for path in sorted((conf_directory() / "hardware").glob("*.yaml")) if path.stem != "cpu"]
     return next((name for gpu in gpus[:1] for name in gpu_files if name.removesuffix(".yaml") in gpu), "cpu.yaml")
@@ -258,6 +262,7 @@ def without_recipe(model: str, choice: str, overrides: Sequence[str]) -> str:
 
     Raises:
         ConfigError: as `program_of`.
+        OSError: a file cannot be read.
     """
     program = program_of(choice, overrides)
     recipe_of_program = conf_directory() / "recipe" / f"{model}_{program}.yaml"

@@ -174,5 +174,5 @@ def on_nodes(config: Config, nodes: int) -> Config:
 
 
 def largest(sizes: Sequence[int], nodes: int) -> int | None:
-    """The largest of `sizes` that is at most `nodes`; `sizes` are descending."""
+    """Returns the largest of `sizes` that is at most `nodes`; `sizes` are descending."""
     return next((size for size in sizes if size <= nodes), None)

@@ -74,6 +74,7 @@ def plan_command(overrides: Sequence[str]) -> Plan:
             prerequisites=fail.
         ArtefactError: existing files were made with other settings or cannot be read.
         UserError: a package that is needed to read a model or tokenizer is not installed.
+        OSError: a file cannot be read.
     """
     overrides = with_command_file(overrides)
     target = target_stage(overrides)
@@ -91,6 +92,7 @@ def with_command_file(overrides: Sequence[str]) -> list[str]:
     Raises:
         ConfigError: the file is no YAML or has a text that no override can have, or a folder of the user cannot be
             used.
+        OSError: a file cannot be read.
     """
     names = [text.partition("=")[2] for text in overrides if text.startswith("experiment=")]
     if not names or names[-1] == "null":
@@ -324,5 +326,5 @@ def may_run(target: str, overrides: Sequence[str]) -> list[str]:
 
 
 def may_need(target: str) -> list[str]:
-    """Every earlier stage that a command for `target` may build, in order."""
+    """Returns every earlier stage that a command for `target` may build, in order."""
     return in_order(target, lambda name: stage_named(name).needs)[:-1]

@@ -78,6 +78,7 @@ def rank_lock(
 
     Raises:
         ArtefactError: other ranks train this run and do not end; the message names host and process.
+        OSError: the lock file cannot be opened.
     """
 
     def on_wait(owner: str) -> None:
@@ -114,6 +115,7 @@ def fit_to_ranks(run: RunDirectory, ranks: Ranks) -> None:
     Raises:
         ConfigError: layout or batch do not fit the ranks, or this version does not accept the file; it is unchanged.
         OSError: the file cannot be read or written.
+        ArtefactError: the file is missing, or is no configuration of a run.
     """
     config = load_config(run.config)
     layout = started_layout(config)

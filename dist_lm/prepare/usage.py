@@ -57,7 +57,7 @@ def usage(overrides: Sequence[str]) -> str:
 
 
 def _groups_of_stages() -> dict[str, list[str]]:
-    """The groups of keys that only some stages have: group -> names of these stages."""
+    """Returns the groups of keys that only some stages have: group -> names of these stages."""
     stages_of: dict[str, list[str]] = {}
     for stage in all_stages():
         for group in own_groups(stage.schema):

@@ -47,6 +47,7 @@ def prepare_stage(
         ConfigError: the command cannot run; names the key, or the command that makes what is missing.
         ArtefactError: another process works on the run, or files belong to something else or cannot be read.
         UserError: a package that is needed to read a model or tokenizer is not installed.
+        OSError: a file cannot be written.
     """
     overrides = with_config_dir(arguments)
     plan = plan_command(overrides)

@@ -153,6 +153,7 @@ def thinking_of(episode: "Episode", tokenizer: "Tokenizer | None") -> tuple[str,
 
     Raises:
         ArtefactError: the ids do not belong to the turns.
+        UserError: the tokenizer lacks the mark that ends a turn, see `stop_tokens`.
     """
     from dist_lm.rlhf.replay import RecordedTurns
     from dist_lm.rlhf.transcript import read_turn

@@ -43,6 +43,7 @@ def read_facts(paths: Sequence[Path], run_id: str | None = None) -> Facts:
 
     Raises:
         ArtefactError: a path cannot be reported on, or one of its files is damaged.
+        OSError: a file cannot be read.
     """
     runs: list[RunDirectory] = []
     pipelines: dict[Path, dict[str, Any]] = {}
@@ -198,6 +199,7 @@ def read_run(run: RunDirectory, label: str, iterations: int = 1) -> RunFacts:
 
     Raises:
         ArtefactError: not a run, or one of its files is damaged.
+        OSError: a file cannot be read.
     """
     if not run.config.is_file():
         raise ArtefactError(f"{run.path}: not a run, it has no {run.config.name}; give work/runs/STAGE/RUN_ID")

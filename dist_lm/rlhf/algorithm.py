@@ -42,7 +42,7 @@ FRACTION = Bounds(lambda value: 0 <= value <= 1, "in [0, 1]")
 
 
 def one_of(*names: str) -> Bounds:
-    """The bounds of a key that names a choice."""
+    """Returns the bounds of a key that names a choice."""
     return Bounds(lambda value: value in names, ", ".join(names))
 
 
@@ -50,7 +50,7 @@ KL_ESTIMATE = one_of("k1", "k2", "k3")  # the names of `policy_gradient.ESTIMATE
 
 
 def key(default: Any, bounds: Bounds) -> Any:
-    """A field of `AlgorithmKeys` with its default and its bounds."""
+    """Returns a field of `AlgorithmKeys` with its default and its bounds."""
     return field(default=default, metadata={"bounds": bounds})
 
 
@@ -70,7 +70,7 @@ class AlgorithmKeys:
     kl_coefficient: float = key(0.0, NOT_NEGATIVE)  # weight of the KL from the reference, per token
 
     def complete(self, config: RlhfConfig) -> None:
-        """Fill in the defaults that depend on keys common to all algorithms.
+        """Fills in the defaults that depend on keys common to all algorithms.
 
         Raises:
             ConfigError: two keys contradict each other.

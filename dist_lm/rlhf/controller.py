@@ -72,6 +72,9 @@ def on_every_rank(taken: Drawn | NodeMemory | None, world: World) -> Drawn:
 
     Args:
         taken: rollouts, or memory that holds them already; read on the first rank alone.
+
+    Raises:
+        OSError: a node has no memory left; on its first rank alone, while the others wait for it.
     """
     drawn = taken.read(Drawn) if isinstance(taken, NodeMemory) else taken
     if world.size == 1:
@@ -131,7 +134,7 @@ class RolloutSupply:
         return rollouts_of(requests, self.source.generate(requests, self.judge.begin))
 
     def times(self) -> dict[str, float]:
-        """Completions of one turn wait for the engines alone, whose time is measured as a whole."""
+        """Returns nothing: completions of one turn wait for the engines alone, whose time is measured as a whole."""
         return {}
 
 
@@ -180,16 +183,27 @@ class Controller:
         return self._schedule
 
     def begin(self, state: ControllerState, weights: WeightStream) -> None:
-        """Starts, or resumes, with the weights of the state's version, which are read to the end."""
+        """Starts, or resumes, with the weights of the state's version, which are read to the end.
+
+        Rollouts of the state that are pending are taken over and not drawn again.
+        """
         self._schedule = self._stack.enter_context(self._new_schedule())
         self._schedule.begin(state.version, weights, state.pending, state.position, state.taken)
 
     def push(self, version: int, weights: WeightStream) -> None:
-        """Reads new weights to the end; they draw later rollouts."""
+        """Reads new weights to the end; they draw later rollouts.
+
+        Args:
+            version: finished iterations.
+        """
         self._begun.push(version, weights)
 
     def take(self, iteration: int) -> Drawn:
-        """Waits for the rollouts of an iteration, with their scores."""
+        """Waits for the rollouts of an iteration, or draws them, and returns them with their scores.
+
+        Args:
+            iteration: from 0; each can be taken once.
+        """
         return self._begun.take(iteration)
 
     def ahead(self, version: int) -> dict[int, ScoredRollouts]:
@@ -202,13 +216,15 @@ class Controller:
         self._stack.close()
 
     def times(self) -> dict[str, float]:
-        """Returns metrics of waiting times since the last call."""
+        """Returns the mean waiting times of a conversation since the last call, in seconds, by metric; perhaps none."""
         return self.supply.times()
 
     def answers(self, version: int, weights: WeightStream, seed: int) -> ScoredRollouts:
-        """Returns an answer to each held-out prompt, drawn by other weights, which are read to the end.
+        """Returns an answer to each held-out prompt, with its scores. They are drawn by other weights, which are read
+        to the end and stay in the source.
 
         Args:
+            version: of these weights in the source; not one of an iteration.
             seed: in place of the run's.
         """
         supply = self.held_out or self.supply

@@ -78,7 +78,7 @@ class Call:
 
 @dataclass(frozen=True)
 class Done:
-    """A method has returned; rollouts come along."""
+    """A method has returned; rollouts come along with the reply to `take` and to `answers`."""
 
     prompts: int = 0  # that an iteration has used
     times: Mapping[str, float] = field(default_factory=dict)  # metrics of `Controller.times`
@@ -126,7 +126,8 @@ class SharedWeights:
 
     @classmethod
     def of(cls, weights: WeightStream) -> "SharedWeights":
-        """Reads a stream to its end; one parameter at a time is copied.
+        """Copies a stream of weights to new shared memory and returns that. The stream is read to its end, and one
+        parameter at a time is in the memory of this process.
 
         Raises:
             OSError: no memory is left.
@@ -148,7 +149,10 @@ class SharedWeights:
         return cls(memory, tuple(parameters))
 
     def stream(self) -> Iterator[tuple[str, torch.Tensor]]:
-        """Yields the parameters, which lie in the memory."""
+        """Yields name and tensor of each parameter, in its own dtype and shape; the tensors lie in the memory.
+
+        A change of one is not seen in other processes.
+        """
         mapped = mmap.mmap(self.memory.fileno(), 0, access=mmap.ACCESS_COPY)
         for parameter in self.parameters:
             dtype, count = DTYPES[parameter.dtype], torch.Size(parameter.shape).numel()
@@ -228,7 +232,7 @@ class ControllerProcess:
         self._ask(Call("push", version), self._weights[version])
 
     def take(self, iteration: int) -> NodeMemory:
-        """Waits for the rollouts of an iteration; returns the memory of a `Drawn`."""
+        """Waits for the rollouts of an iteration, from 0; returns the memory of a `Drawn`, which the caller closes."""
         assert self._state is not None
         reply, drawn = self._ask(Call("take", iteration))
         assert drawn is not None
@@ -254,7 +258,7 @@ class ControllerProcess:
         return rollouts.read(dict[int, ScoredRollouts])
 
     def end(self) -> None:
-        """Answers can still be drawn."""
+        """Ends the iterations; answers can still be drawn."""
         self._state = None
 
     def times(self) -> dict[str, float]:
@@ -422,7 +426,7 @@ OpenController = Callable[[WeightStream, Callable[[], None]], AbstractContextMan
 
 
 def serve_controller(connection: socket.socket, open_controller: OpenController) -> None:
-    """Answers the first rank's calls until it closes the socket, or one of them fails."""
+    """Answers the first rank's calls until it closes the socket, or one of them fails: the error is the last reply."""
     with connection:
         try:
             sign = _signs_of_life(connection)

@@ -260,6 +260,9 @@ def conversing(
         seed: of the run.
         context: model.max_seq_len.
         weight: factor of the reward.
+
+    Raises:
+        UserError: the tokenizer lacks the mark that ends a turn, see `stop_tokens`.
     """
     params = SamplingParams(
         max_new_tokens=config.max_new_tokens,

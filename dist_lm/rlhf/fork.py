@@ -116,15 +116,20 @@ def _compare_drawn(recorded: Episode, now: Episode, tokenizer: Tokenizer, is_exa
     # The ids of a conversation without a verdict are not recorded.
     if not recorded.samples or not now.samples:
         return
+
     recorded_turns, turns = RecordedTurns(recorded), RecordedTurns(now)
+    # Turns that only one side has are found by `compare_ends`.
     for number, pair in enumerate(zip(recorded.turns, now.turns, strict=False), 1):
         if not all(turn.new_tokens for turn in pair):
             return
+
         before, after = recorded_turns.next(pair[0], number), turns.next(pair[1], number)
         compare_ids("prompt", before.prompt, after.prompt, number, tokenizer)
         compare_ids("token", before.tokens, after.tokens, number, tokenizer)
         if not is_exact:
             continue
+
+        # A record keeps fp32, so these are compared in fp32.
         for index, logprobs in enumerate(zip(before.logprobs, after.logprobs, strict=True)):
             logprob, logprob_now = map(np.float32, logprobs)
             if logprob != logprob_now:
@@ -182,16 +187,20 @@ class _Fork:
             compare_ids("prompt", drawn.prompt, request.prompt, number, self.tokenizer)
             answer = self._answer(request, drawn.tokens, drawn.logprobs, drawn.sets)
             origin: Origin = "recorded"
+
         elif number == self.turn and self.edit is not None:
             most = request.params.max_new_tokens
             accepted = f"at most {most} in this turn"
             require(len(self.edit) <= most, self.edit_option, f"{len(self.edit)} tokens", accepted)
+            # No model has drawn these tokens, so they have no log-probabilities.
             answer = self._answer(request, self.edit, [float("nan")] * len(self.edit), ())
             origin = "edited"
+
         else:
             # All turns of a conversation have one version, and this engine counts its own.
             answer = replace(await self.ask_model(request), version=self.recorded.version)
             origin = "recorded" if number < self.turn else "drawn"
+
         self.spoken.append(SpokenTurn(origin, answer.tokens))
         return answer
 

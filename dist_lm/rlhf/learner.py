@@ -102,7 +102,8 @@ class Learner:
     report: Callable[[IterationReport], None] = lambda report: None  # on every rank
     tasks: IterationTasks | None = None
     alive: Callable[[], None] = lambda: None  # called on progress, from any thread
-    scoring: Callable[[float], None] = lambda done: None  # as of `Execution`
+    # called with the share of the forward passes that is done, in [0, 1]
+    scoring: Callable[[float], None] = lambda done: None
     run_both: RunBoth = one_after_other  # runs the work of policy and critic
     stop: StopRequest = field(default_factory=StopRequest)
 
@@ -224,7 +225,8 @@ class Learner:
             self.algorithm.ratio_of,
         )
         prepared = self.algorithm.prepare(collected.experience, state.kl.coefficient)
-        # Where the models' own numbers are not finite, scores are not to blame: `update` skips those gradients.
+        # Inputs of the losses that are not finite come from scores, unless the models' own numbers are not finite: of
+        # those `update` skips the gradients.
         inputs = {"scores": collected.experience.score_B}
         if collected.experience.has_finite_models:
             inputs |= prepared.tokens

@@ -141,12 +141,14 @@ def one_after_other(first: Callable[[], First], second: Callable[[], Second]) ->
 
 @contextmanager
 def own_threads(world: World) -> Iterator[RunBoth]:
-    """Runs policy and critic at the same time, each on half of the threads, if this is the only rank, on a CPU.
+    """Yields what runs the work of policy and critic: at the same time, each on half of the threads, if this is the
+    only rank, on a CPU; otherwise one after the other.
 
     Two small models on one thread each are faster than each of them in turn on two threads. With several ranks, or on a
     GPU, they run one after the other: both models would communicate at the same time, and a GPU serialises them anyway.
 
-    If both functions fail, the error of the first is raised, with a note about the second.
+    An error of either function is raised after both have ended; if both fail, that of the first, with a note about the
+    second.
     """
     threads = torch.get_num_threads()
     # Collectives of two models at the same time could meet in another order on another rank.

@@ -18,17 +18,17 @@ from dist_lm.training.objective import LossSum
 
 
 def k1(policy_BT: torch.Tensor, reference_BT: torch.Tensor) -> torch.Tensor:
-    """Returns the log-ratio of the sampled tokens, nats: unbiased, may be negative."""
+    """Returns the log-ratio of the sampled tokens, nats, (B, T): unbiased, may be negative."""
     return policy_BT - reference_BT
 
 
 def k2(policy_BT: torch.Tensor, reference_BT: torch.Tensor) -> torch.Tensor:
-    """Returns half the squared log-ratio: biased, low variance, never negative."""
+    """Returns half the squared log-ratio, nats, (B, T): biased, low variance, never negative."""
     return (policy_BT - reference_BT).square() / 2
 
 
 def k3(policy_BT: torch.Tensor, reference_BT: torch.Tensor) -> torch.Tensor:
-    """Returns r - 1 - log r for r = reference / policy: unbiased and never negative."""
+    """Returns r - 1 - log r for r = reference / policy, nats, (B, T): unbiased and never negative."""
     log_ratio_BT = reference_BT - policy_BT
     return log_ratio_BT.expm1() - log_ratio_BT
 
@@ -105,7 +105,8 @@ def mean_and_std(value_BT: torch.Tensor, mask_BT: torch.Tensor) -> tuple[torch.T
 
 
 def whiten(value_BT: torch.Tensor, mask_BT: torch.Tensor, *, shift: bool = True, eps: float = 1e-8) -> torch.Tensor:
-    """Scales values to standard deviation 1 over all tokens of the batch, and to mean 0 if `shift`; 0 on padding."""
+    """Returns the values scaled to standard deviation 1 over all tokens of the batch, and shifted to mean 0 if `shift`;
+    (B, T), 0 on padding."""
     mean, std = mean_and_std(value_BT, mask_BT)
     scaled_BT = (value_BT - mean) / (std + eps)
     if not shift:
@@ -177,7 +178,7 @@ def inverse_lengths(mask_BT: torch.Tensor) -> torch.Tensor:
 
 
 def group_columns(experience: Experience, advantage_B: torch.Tensor) -> dict[str, torch.Tensor]:
-    """Returns `token_columns` for an advantage of whole completions."""
+    """Returns `token_columns` for an advantage of whole completions, (B, T) each."""
     return token_columns(experience, per_token(advantage_B, experience.mask_BT))
 
 
@@ -271,6 +272,8 @@ def penalised_policy_loss(
     The KL is k3 times the ratio, so that its gradient is that of the KL of the policy now (DeepSeek-AI 2025,
     DeepSeek-V3.2, eq. 7; without the ratio, as in Shao et al. 2024, eq. 4, the gradient is biased). At ratio 1 both
     have the same value.
+
+    Count and metrics are those of `clipped_policy_loss`, but `policy_loss` has the KL in it.
 
     Columns: `old_logprob`, `advantage`; where they exist, `importance` (weight of the gain of each token),
     `token_weight` (weight of all terms of a token; 1 without it), `reference` (log-probability, for the KL) and

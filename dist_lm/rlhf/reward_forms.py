@@ -88,7 +88,7 @@ class Form:
         return bool(self.required & {"ground_truth", "ground_truths"}) and self.name.startswith("verl")
 
     def takes(self, name: str) -> bool:
-        """Whether the function takes this keyword."""
+        """Returns whether the function takes this keyword."""
         return self.takes_all or name in self.parameters
 
 

@@ -86,6 +86,7 @@ def read_reward_scale(run: RunDirectory) -> RewardScale:
     Raises:
         ArtefactError: the run is not finished, is of another stage, or gave every sample the same score or scores that
             are not finite.
+        OSError: a file cannot be read.
     """
     if not run.result.is_file():
         raise ArtefactError(f"{run.path} is not finished (no {run.result.name}): run stage=reward to its end")

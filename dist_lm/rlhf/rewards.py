@@ -248,7 +248,7 @@ class Judge:
         return title_of(name, self._parts[name])
 
     def close(self) -> None:
-        """End the processes of the rules."""
+        """Ends the processes of the rules."""
         for rule in self._rules.values():
             rule.close()
 
@@ -360,7 +360,7 @@ def share_usable(judged: ScoredRollouts | None, some: bool = True, has_reward_mo
 
 
 def usable_of(judged: ScoredRollouts, some: bool = True, has_reward_model: bool = False) -> UsableRollouts:
-    """Returns the rollouts with a score under every rule, as `share_usable` does, on this rank alone.
+    """Returns the rollouts with a score under every rule, as `share_usable` does, from rollouts that this rank has.
 
     Raises:
         RewardError: if `some` and no rollout has a score.

@@ -136,7 +136,7 @@ class RolloutSource(Protocol):
 
 
 def read_to_end(weights: WeightStream) -> None:
-    """Take part in sending weights that this rank does not use."""
+    """Takes part in sending weights that this rank does not use."""
     for _ in weights:
         continue
 
@@ -235,13 +235,13 @@ class Rollouts:
     """Many rollouts as a few arrays: the form in which they are sent, checkpointed and computed with."""
 
     tokens_N: np.ndarray  # int64; a prompt, its completion, the next prompt, ...
-    logprobs_M: np.ndarray  # fp32
+    logprobs_M: np.ndarray  # fp32, nats; of each completion token, by the engine that drew it
     prompt_tokens_B: np.ndarray  # int64; tokens of each prompt; of a conversation, tokens that the model did not draw
     new_tokens_B: np.ndarray  # int64; tokens of each completion, at least 1 (0 in a conversation without a verdict)
     finish_B: np.ndarray  # int64; index in FINISHES
-    version_B: np.ndarray  # int64
-    position_B: np.ndarray  # int64
-    sample_B: np.ndarray  # int64
+    version_B: np.ndarray  # int64; version of the weights that drew it
+    position_B: np.ndarray  # int64; position of its prompt in the order of prompts
+    sample_B: np.ndarray  # int64; number among the completions of its prompt
     # the tokens among which each completion token was drawn (`model.token_sets`); both empty if every token was drawn
     # from the whole vocabulary
     set_size_M: np.ndarray = field(default_factory=lambda: np.zeros(0, np.int32))  # int32; bytes of each set
@@ -251,9 +251,8 @@ class Rollouts:
     # Of conversations; all are empty without an environment.
     # uint8; 1 where the model drew the token
     drawn_N: np.ndarray = field(default_factory=lambda: np.zeros(0, np.uint8))
-    sample_tokens_S: np.ndarray = field(
-        default_factory=_none
-    )  # int64; tokens of each sample, in the order of `tokens_N`
+    # int64; tokens of each sample, in the order of `tokens_N`
+    sample_tokens_S: np.ndarray = field(default_factory=_none)
     samples_B: np.ndarray = field(default_factory=_none)  # int64; samples of each conversation
     turns_B: np.ndarray = field(default_factory=_none)  # int64; turns of the model
     unreadable_B: np.ndarray = field(default_factory=_none)  # int64; turns that could not be read
@@ -272,6 +271,7 @@ class Rollouts:
         return len(self.samples_B) > 0
 
     def __iter__(self) -> Iterator[Rollout]:
+        # Rollouts stand one behind the other, so the sums of their lengths are their ends.
         end_N = np.cumsum(self.prompt_tokens_B + self.new_tokens_B)
         end_M = np.cumsum(self.new_tokens_B)
         for b, new_tokens in enumerate(self.new_tokens_B):
@@ -281,6 +281,7 @@ class Rollouts:
                 # What follows the first prompt, the environment's turns included, is read as one text.
                 middle = end - self.prompt_tokens_B[b] - new_tokens
                 middle += int(np.argmax(self.drawn_N[middle:end])) if new_tokens else 0
+
             yield Rollout(
                 prompt=self.tokens_N[end - self.prompt_tokens_B[b] - new_tokens : middle],
                 completion=self.tokens_N[middle:end],

@@ -92,7 +92,7 @@ class Rule(Protocol):
         ...
 
     def close(self) -> None:
-        """End the rule's processes. A later call starts them again."""
+        """Ends the rule's processes. A later call starts them again."""
         ...
 
 
@@ -157,7 +157,7 @@ class FunctionRule:
     """
 
     def __init__(self, path: str, key: str, timeout_s: float) -> None:
-        """Start the process.
+        """Starts the process.
 
         Args:
             path: 'package.module:name' of a function that has one of the forms in `reward_forms`.
@@ -189,7 +189,7 @@ class FunctionRule:
                 yield score
 
     def close(self) -> None:
-        """End the process."""
+        """Ends the process."""
         if self._process:
             self._process.end()
         self._process, self._loaded = None, {}
@@ -395,7 +395,7 @@ class TestsRule:
                 raise RewardError(f"{self._key}: `hidden` of the prompt {rollout.prompt!r:.200}: {error}") from error
 
     def close(self) -> None:
-        """End the sandboxes."""
+        """Ends the sandboxes."""
         self._running.clear()
         sandboxes, self._sandboxes = self._sandboxes, None
         if sandboxes is not None:

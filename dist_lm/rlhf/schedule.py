@@ -135,10 +135,9 @@ class RolloutSchedule:
         """
         self._position = position + sum(scored.prompts for scored in pending.values())
         for iteration, scored in pending.items():
-            # A checkpoint of an old release has rollouts without scores, or with scores out of fp32's range.
-            is_too_large = any(
-                (np.abs(score_B) > LARGEST_REWARD).any() for score_B in scored.scores.values()
-            )  # not NaN
+            # A checkpoint of an old release has rollouts without scores, or with scores out of fp32's range. NaN, the
+            # score of a rule that failed, is not too large.
+            is_too_large = any((np.abs(score_B) > LARGEST_REWARD).any() for score_B in scored.scores.values())
             if not scored.scores or is_too_large:
                 scored = self._judge(scored.rollouts)
             self._drawn[iteration] = partial(Drawn, scored, 0.0, 0.0)

@@ -38,6 +38,9 @@ def read_turn(token_ids: Sequence[int], tokenizer: Tokenizer) -> ReadTurn:
 
     Args:
         token_ids: as drawn, perhaps with the token that ended the turn.
+
+    Raises:
+        UserError: the tokenizer lacks the mark that ends a turn, see `stop_tokens`.
     """
     ends = {tokenizer.eot_id, *stop_tokens(tokenizer)}
     written = list(token_ids)
@@ -114,7 +117,9 @@ class Transcript:
         return turn
 
     def add_observation(self, messages: Sequence[Message]) -> None:
-        """Appends the turns that follow one of the model, and the opening of its next turn.
+        """Appends the turns that follow one of the model, and the opening of its next turn, to the last sample.
+
+        If the template now writes the earlier turns otherwise, a new sample with the whole prompt begins instead.
 
         Raises:
             ChatError: the turns do not fit the model's one, JSON cannot express a result, or the template refuses them;

@@ -107,7 +107,11 @@ def _quoted(text: bytes) -> bytes:
 def execute(script: bytes) -> NoReturn:
     """Becomes a shell that runs a script, with the fixed ENVIRONMENT and without files of settings; does not return.
 
-    Exit code 126: the script is longer than an argument may be.
+    Exit code 126: the shell cannot start; most often the script is longer than an argument may be.
+
+    Raises:
+        ValueError: the script has a NUL byte.
+        StopIteration: no folder of PATH has a bash.
     """
     # Python ignores these signals, and a new program inherits that.
     import signal
@@ -171,6 +175,9 @@ def run(test: dict[str, str], source: str, channel: int) -> NoReturn:
 
     Args:
         test: its `before` runs in front of the program.
+
+    Raises:
+        ValueError: the program has a NUL byte.
     """
     before = test["before"]
     script = os.fsencode(f"{before}\n{source}\n" if before else f"{source}\n")
@@ -512,7 +519,7 @@ def _paths(root: bytes, place: bytes, arguments: list[bytes]) -> list[bytes]:
 
 
 def _is_named(path: bytes, names: list[bytes]) -> bool:
-    """Whether a path is one of `names`, below one, or a folder above one."""
+    """Returns whether a path is one of `names`, below one, or a folder above one."""
 
     def is_below(path: bytes, folder: bytes) -> bool:
         return path.startswith(folder + b"/")

@@ -355,7 +355,11 @@ class FileRules:
         self.add(readable)
 
     def add(self, readable: Sequence[str] = (), writable: Sequence[str] = ()) -> None:
-        """Adds trees. A tree is what is at that path now: what is mounted there later is another one."""
+        """Adds trees. A tree is what is at that path now: what is mounted there later is another one.
+
+        Raises:
+            OSError: a tree cannot be opened, or the kernel refuses it.
+        """
         for path in readable:
             _allow(self._ruleset, path, (_EXECUTE | _READ_FILE | _READ_DIR) & self._handled)
         for path in writable:
@@ -496,7 +500,7 @@ def filter_system_calls(program: bytes) -> None:
 
 
 def has_seccomp() -> bool:
-    """Whether this kernel filters system calls, and we have the numbers of this architecture."""
+    """Returns whether this kernel filters system calls, and we have the numbers of this architecture."""
     try:
         with open("/proc/self/status") as status:
             return os.uname().machine in NUMBERS and any(line.startswith("Seccomp:") for line in status)

@@ -55,7 +55,11 @@ class Fenced:
         self._hard = {name: resource.getrlimit(name)[1] for name in _resource_limits(_ANY, namespaces)}
 
     def fork(self) -> int:
-        """Forks into new namespaces, if there are any. Returns the child's pid; 0 in the child."""
+        """Forks into new namespaces, if there are any. Returns the child's pid; 0 in the child.
+
+        Raises:
+            OSError: the kernel refuses the fork.
+        """
         if self.namespaces:
             return confine.fork_into_namespaces(is_filtered=self._system_calls is not None)
         return os.fork()

@@ -50,7 +50,7 @@ _PATTERNS = {
 
 
 def is_forged(language: str, source: str) -> bool:
-    """Whether a program holds what a known forgery does, outside its comments or in them."""
+    """Returns whether a program holds what a known forgery does, outside its comments or in them."""
     return _PATTERNS[language].search(source) is not None
 
 
@@ -61,6 +61,9 @@ def is_lookup(language: str, source: str, tests: Sequence[Test]) -> bool:
     Pairs are input and output of a test, or the comparisons in code of Python and Bash. Pairs with a text of one
     character occur in every program, so they do not count: without at least two others, and half of all pairs, the
     answer is False.
+
+    Raises:
+        SyntaxError: the code of a test in Python is none.
     """
     pairs = [pair for test in tests for pair in _pairs(language, test)]
     long_pairs = {pair for pair in pairs if all(len(text) > 1 for text in pair)}

@@ -47,7 +47,7 @@ def write_frame(channel: int, content: bytes) -> None:
 
 
 def has_more(channel: int) -> bool:
-    """Whether bytes have come, or the other side has gone."""
+    """Returns whether bytes have come, or the other side has gone."""
     poller = select.poll()
     poller.register(channel, select.POLLIN)
     return bool(poller.poll(0))

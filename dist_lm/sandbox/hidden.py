@@ -156,7 +156,7 @@ class References:
 
 
 def _is_void(run: Future[Verdict]) -> bool:
-    """Whether a run has ended without saying anything about its program, so that another one may."""
+    """Returns whether a run has ended without saying anything about its program, so that another one may."""
     return run.done() and (run.cancelled() or run.exception() is not None or not run.result().judged)
 
 

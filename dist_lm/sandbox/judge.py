@@ -183,7 +183,7 @@ class Names(dict):
         self._entry = entry
 
     def is_asked(self, name: str) -> bool:
-        """Whether the program is asked for a name, if the test does not define it."""
+        """Returns whether the program is asked for a name, if the test does not define it."""
         is_ours = hasattr(builtins, name) and name != self._entry
         return not is_ours and not (name.startswith("__") and name.endswith("__")) and not self._is_module(name)
 
@@ -216,12 +216,12 @@ class Names(dict):
 
 
 def _is_shared(value: Any) -> bool:
-    """Whether a value is no copy but stands for an object of the program."""
+    """Returns whether a value is no copy but stands for an object of the program."""
     return type(value) in (Proxy, CallableProxy) or issubclass(type(value), type)
 
 
 def _catches_assertions(value: Any) -> bool:
-    """Whether `except value` catches a failed assertion."""
+    """Returns whether `except value` catches a failed assertion."""
     if type(value) is tuple:
         return any(map(_catches_assertions, value))
     return value is Exception or value is AssertionError
@@ -286,7 +286,7 @@ class CallableProxy(Proxy):
 
 
 def _skips_a_check(error: BaseException, texts: dict[str, str]) -> bool:
-    """Whether an error that a context manager hides failed a check of the test, or kept one from being reached.
+    """Returns whether an error that a context manager hides failed a check of the test, or kept one from being reached.
 
     A test of such a context manager raises on purpose: by `raise`, or in its last statement.
 
@@ -463,7 +463,7 @@ def leaves_nothing(language: str, test: dict[str, str]) -> bool:
 
 
 def _is_class_of_setup(value: Any) -> bool:
-    """Whether a name of the setup is a class whose instances are the program's: it is asked for it instead."""
+    """Returns whether a name of the setup is a class whose instances are the program's: it is asked for it instead."""
     if not issubclass(type(value), type):  # `isinstance` would ask a proxy
         return False
     return value.__module__ == "__main__" and not issubclass(value, BaseException)

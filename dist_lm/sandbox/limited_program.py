@@ -87,14 +87,15 @@ def frames_of(values: Sequence[Any]) -> bytes:
 
 
 def values_of(read: Callable[[int], bytes], most_bytes: int = 1 << 32) -> list[Any]:
-    """Returns the values of the next message.
+    """Returns the values of the next message: values of JSON, and bytes where the sender had bytes.
 
     Args:
-        read: returns that many of the next bytes.
+        read: returns that many of the next bytes; what it raises passes.
         most_bytes: of a frame.
 
     Raises:
-        ValueError: it is no message, or a frame is too large.
+        ValueError, TypeError: it is no message.
+        ValueError: a frame is too large.
     """
 
     def frame() -> bytes:

@@ -563,7 +563,7 @@ def _bubblewrap_options(fences: Fences) -> list[str]:
 
 
 def _may_make_devices() -> bool:
-    """Whether this process has CAP_MKNOD, which bubblewrap can hand on then."""
+    """Returns whether this process has CAP_MKNOD, which bubblewrap can hand on then."""
     status = dict(line.split(":", 1) for line in Path("/proc/self/status").read_text().splitlines())
     return bool(int(status["CapEff"], 16) >> 27 & 1)
 

@@ -197,7 +197,7 @@ class Folder:
             os.close(file)
 
     def _has_plain_parents(self, path: bytes) -> bool:
-        """Whether all folders above a path are folders, and no links."""
+        """Returns whether all folders above a path are folders, and no links."""
         parts = path.split(b"/")[:-1]
         for end in range(1, len(parts) + 1):
             try:

@@ -47,7 +47,7 @@ def _some(names: Sequence[str]) -> str:
 
 
 def only_defines(code: str) -> bool:
-    """Whether code of Python defines and imports, and does nothing else, as functions for pytest do."""
+    """Returns whether code of Python defines and imports, and does nothing else, as functions for pytest do."""
     return all(isinstance(node, _DEFINITIONS) or _is_text(node) for node in ast.parse(code).body)
 
 

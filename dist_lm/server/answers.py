@@ -97,7 +97,8 @@ def prompt_ids_value(job: Job, version: int) -> dict[str, Json]:
 
 
 def ids_value(tokens: Sequence[int], raw: Sequence[float], drawn: Sequence[float]) -> dict[str, Json]:
-    """Returns ids of an answer with log-probabilities of the model and of the distribution they were drawn from."""
+    """Returns ids of an answer with log-probabilities (nats) of the model and of the distribution they were drawn from;
+    None for minus infinity."""
     return {"token_ids": [*tokens], "raw_logprobs": [*map(_finite, raw)], "sampling_logprobs": [*map(_finite, drawn)]}
 
 
@@ -109,9 +110,10 @@ def _finite(number: float) -> float | None:
 def logprobs_value(
     endpoint: Endpoint, tokens: Sequence[int], raw: Sequence[float], top: Sequence[TopLogprobs], tokenizer: Tokenizer
 ) -> dict[str, Json]:
-    """Returns log-probabilities of the model in OpenAI's form.
+    """Returns log-probabilities of the model in OpenAI's form, in nats; None for minus infinity.
 
     Args:
+        raw: one for each of `tokens`.
         top: the likeliest tokens in the place of each; empty if they were not asked for.
     """
     entries = _logprob_entries(tokens, raw, tokenizer)

@@ -60,7 +60,7 @@ class Conversations:
         return [*remembered, *rest], len(remembered)
 
     def remember(self, conversation: Conversation, answer: Message, ids: list[int], client: str = "") -> None:
-        """Remembers an answer.
+        """Remembers an answer; nothing in the layout of an imported model, which may write earlier turns otherwise.
 
         Args:
             conversation: what was answered.

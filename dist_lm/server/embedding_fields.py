@@ -65,7 +65,8 @@ def embedding_job(body: Mapping[str, Json], served: Served) -> EmbeddingJob:
 
 
 def embedding_response(job: EmbeddingJob, embedded: Embedded) -> dict[str, Json]:
-    """Returns the JSON of a response. In base64 a vector is little-endian fp32, as OpenAI's client reads it."""
+    """Returns the JSON of a response, with a vector for each input, in their order. In base64 a vector is little-endian
+    fp32, as OpenAI's client reads it."""
     data = []
     for index, vector_D in enumerate(embedded.vectors_SD):
         value: Json = vector_D.tolist()

@@ -36,6 +36,7 @@ def infill_job(body: Mapping[str, Json], served: Served, client: str) -> Job:
 
     Raises:
         ProtocolError: a field is unknown, has another type or exceeds a limit, or the tokenizer lacks the marks.
+        UserError: as `job_of`.
     """
     check_fields(body, {*SAMPLING, *TEXTS, *IGNORED}, {"n_probs": (0, None)})
 

@@ -129,8 +129,8 @@ def _base_key(model: ModelFiles) -> tuple[str, ...] | None:
 def load_group(
     group: Sequence[ModelFiles], tokenizer: Path | None
 ) -> tuple[LoadedModel, list[AdapterWeights], list[Tokenizer]]:
-    """Returns the weights that the models of a group share, the adapters beside them, and the tokenizer of each model.
-    A model alone is loaded whole, with its adapters merged.
+    """Returns the weights that the models of a group share, the adapters beside them (both fp32, on the host), and the
+    tokenizer of each model. A model alone is loaded whole, with its adapters merged.
 
     Args:
         group: of `by_base`.
@@ -138,6 +138,7 @@ def load_group(
 
     Raises:
         ArtefactError: a checkpoint or tokenizer is missing or damaged, or they do not fit.
+        UserError: a tokenizer needs the package `tokenizers`, which is not installed.
     """
     if len(group) == 1:
         loaded = load_model(group[0].checkpoint, tokenizer)

@@ -107,6 +107,7 @@ def load_served(group: Sequence[ModelFiles], tokenizer: Path | None, options: Mo
     Raises:
         ArtefactError: checkpoint or tokenizer is missing or damaged, or they do not fit.
         ConfigError: the model cannot be cut into `tp` parts, or there are fewer devices.
+        RankLostError: with tp > 1, another process of the model has ended.
     """
     loaded, adapters, tokenizers = load_group(group, tokenizer)
     n_devices = torch.cuda.device_count() if options.device.type == "cuda" else None
@@ -213,6 +214,8 @@ def load_reward(model: ModelFiles, tokenizer: Path | None, options: ModelOptions
 
     Raises:
         ArtefactError: checkpoint or tokenizer is missing or damaged, or they do not fit.
+        OSError: a file cannot be read.
+        UserError: the tokenizer needs the package `tokenizers`, which is not installed.
     """
     checkpoint = files.require_intact(model.checkpoint)
     run = run_of(checkpoint)

@@ -65,10 +65,11 @@ def _input(value: Json, tokenizer: Tokenizer) -> list[int]:
 
 
 def text_prompts(body: Mapping[str, Json], tokenizer: Tokenizer) -> list[list[int]]:
-    """Returns the ids of the prompts of /v1/completions: a text, ids, or a list of either.
+    """Returns the ids of the prompts of /v1/completions: a text, ids, or a list of either. Given ids are not compared
+    with the vocabulary: the engine refuses others.
 
     Raises:
-        ProtocolError: they have another form, or the tokenizer lacks the marks of a middle.
+        ProtocolError: they have another form or are too many, or the tokenizer lacks the marks of a middle.
     """
     value = body.get("prompt")
     prompts: list[Json] = [value]

@@ -63,6 +63,7 @@ def job_of(endpoint: Endpoint, body: Mapping[str, Json], served: Served, client:
 
     Raises:
         ProtocolError: a field is unknown, has another type or exceeds a limit; or the conversation is none.
+        UserError: the tokenizer lacks the mark that ends a turn, see `stop_tokens`.
     """
     check_fields(body, {"model"} | SAMPLING | IGNORED | FIELDS[endpoint], DEFAULTS[endpoint])
     limits = served.limits

@@ -58,6 +58,8 @@ def responses_job(body: Mapping[str, Json], served: Served, client: str) -> Job:
         ProtocolError: a field is unknown, has another type or exceeds a limit; or the conversation is none.
     """
     check_fields(body, {*SAME, *READ, *IGNORED}, DEFAULTS)
+
+    # The same request in the words of /v1/chat/completions, whose checks then hold here too.
     chat: dict[str, Json] = {key: body[key] for key in SAME if body.get(key) is not None}
     chat["messages"] = [*_system(body), *_messages(body)]
     chat["tools"] = [_tool(tool) for tool in typed(body, "tools", list, [])] or None
@@ -66,6 +68,7 @@ def responses_job(body: Mapping[str, Json], served: Served, client: str) -> Job:
     chat["top_logprobs"] = body.get("top_logprobs")
     chat["logprobs"] = LOGPROBS in _includes(body) or bool(chat["top_logprobs"])
     chat["max_completion_tokens"] = body.get("max_output_tokens")
+
     try:
         job = job_of("chat", chat, served, client)
     except ProtocolError as error:

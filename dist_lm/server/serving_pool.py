@@ -162,7 +162,7 @@ class ServingMember(Member):
         self._actor.take_orders.options(concurrency_group=ORDERS).remote(orders, cancelled)
 
     def take_report(self, patience_s: float) -> Report | None:
-        """Collects finished calls: a report if there is one. Does not wait.
+        """Returns the report of the engine if one has come, else None; does not wait.
 
         Args:
             patience_s: longest time without a report, and for a step of the engine.

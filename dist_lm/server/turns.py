@@ -23,7 +23,11 @@ class Turn:
 
 
 def turn_of(answer: Answer, job: Job) -> Turn:
-    """Returns the text and the calls of an answer; of a turn that was cut off inside a call, the text before calls."""
+    """Returns the text and the calls of an answer; of a turn that was cut off inside a call, the text before calls.
+
+    Raises:
+        UserError: the tokenizer lacks the mark that ends a turn, see `stop_tokens`.
+    """
     tokenizer = job.served.tokenizer
     finish = FINISHES[answer.finish]
     if not job.reads_calls:
@@ -45,6 +49,9 @@ def remember(answer: Answer, job: Job) -> None:
     """Remembers the ids of an answer to a chat, so that the conversation can go on with them.
 
     Not those of an answer whose text is not all that the model wrote: one that a stop text cut, or a broken call.
+
+    Raises:
+        UserError: the tokenizer lacks the mark that ends a turn, see `stop_tokens`.
     """
     if not job.conversation:
         return
@@ -102,6 +109,8 @@ class VisibleText:
         if self._has_called:
             self._held = ""
             return before.removesuffix("\n")
+
+        # The end of the text may turn out to belong to a call, so it waits for the next token.
         end = len(self._held) - self._n_kept()
         shown, self._held = self._held[:end], self._held[end:]
         return shown

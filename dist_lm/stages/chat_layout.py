@@ -58,6 +58,7 @@ def given_template(config: TokenizerConfig) -> KeptTemplate | None:
         ArtefactError: the snapshot or the template cannot be read, or the tokenizer has no end-of-text.
         ConfigError: there is no tokenizer at the path.
         UserError: a package that is needed is not installed.
+        OSError: a file cannot be read.
     """
     if config.chat_template == "ours" or not config.is_given:
         return None

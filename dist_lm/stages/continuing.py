@@ -117,7 +117,7 @@ def require_same_settings(
 
 
 def has_output(run: RunDirectory) -> bool:
-    """Whether a run has a checkpoint or a result, which other settings would contradict."""
+    """Returns whether a run has a checkpoint or a result, which other settings would contradict."""
     return run.result.exists() or checkpoint_files.read_pointer(run.checkpoints, checkpoint_files.LATEST) is not None
 
 
@@ -284,6 +284,7 @@ def check_branch(stage: "TrainingStage", config: Config) -> Path:
         ArtefactError: there is no checkpoint, or it belongs to another model, tokenizer or content.
         ConfigError: the run belongs to another stage, differs in more than its schedule, has no fewer steps than
             `config`, or a decay is longer than the steps that are left; or as `check_unread`.
+        OSError: a file cannot be read.
     """
     branch_from = config.stage.branch_from
     start = checkpoint_files.find_checkpoint(Path(branch_from))
@@ -341,6 +342,7 @@ def left_out_by(config: Config, run: RunDirectory) -> "DocumentIds":
     Raises:
         ArtefactError: the file has changed since the run began with it, cannot be read or has a line that is no id; or
             there is no such corpus or document; or no document would be left to learn from.
+        OSError: a file cannot be read.
     """
     path = config.stage.without
     if not path:
@@ -367,6 +369,7 @@ def require_documents_left(config: Config, run: RunDirectory, ids: "DocumentIds"
 
     Raises:
         ArtefactError: names the corpora; or a corpus is damaged.
+        OSError: a file cannot be read.
     """
     folders = [config.corpus_in(run.work, name).name for name in config.corpus_names]
     splits = [read_manifest(run.work.corpus(folder)).splits.get("train", Split()) for folder in folders]
@@ -504,7 +507,7 @@ def with_recorded_folders(config: Config) -> Config:
 def require_same_content(
     start: Path, run: RunDirectory, corpora: Sequence[str], folders: Mapping[str, str] | None = None
 ) -> None:
-    """Refuse to continue from a checkpoint on other content than its run trained on. Missing corpora are not compared.
+    """Refuses to continue from a checkpoint on other content than its run trained on. Missing corpora are not compared.
 
     Args:
         start: checkpoint of the run that is continued.
@@ -513,6 +516,7 @@ def require_same_content(
 
     Raises:
         ArtefactError: names the corpus.
+        OSError: a file cannot be read.
     """
     origin_run = _run_at(start)
     assert origin_run is not None, f"{start} lies in no run"

@@ -112,7 +112,7 @@ def pool_starter(config: Config, device: torch.device) -> Iterator[PoolStarter |
 
 
 def engine_options(pool: RolloutPoolConfig) -> EngineOptions:
-    """The size of an engine of a pool."""
+    """Returns the size of an engine of a pool."""
     return EngineOptions(
         cache_tokens=pool.cache_tokens,
         page_tokens=pool.page_tokens,

@@ -42,7 +42,7 @@ def _added() -> dict[str, str]:
 
 
 def stage_names() -> tuple[str, ...]:
-    """Names of all stages in the order of the pipeline; stages of other packages come last."""
+    """Returns the names of all stages in the order of the pipeline; stages of other packages come last."""
     return (*OWN, *sorted(_added()))
 
 

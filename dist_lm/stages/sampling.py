@@ -151,7 +151,7 @@ def shared_answers(
 
 
 def write_samples(arguments: EvaluationArguments, samples: Iterable[Mapping[str, Any]]) -> None:
-    """Write `samples/step_N.jsonl` on the first rank: one object per sample."""
+    """Writes `samples/step_N.jsonl` on the first rank: one object per sample."""
     if not arguments.world.is_first:
         return
     lines = [json.dumps(sample, ensure_ascii=False) for sample in samples]

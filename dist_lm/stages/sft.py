@@ -133,6 +133,8 @@ def write_answers(arguments: EvaluationArguments) -> None:
     Raises:
         ArtefactError: the corpus is missing or damaged, or the model's logits are not numbers.
         ConfigError: bf16 is asked for on a GPU without it.
+        OSError: a file cannot be read.
+        RequestError: a prompt does not fit the context.
     """
     from dist_lm.data.token_corpus import TokenCorpus
     from dist_lm.generation.request import Request, SamplingParams

@@ -124,7 +124,11 @@ class Shards(ArtefactStage):
             require_known_to_tasks(config)
 
     def for_readers(self, config: Config, readers: Sequence[Config]) -> Config:
-        """Build only the corpora that later stages read: where these are runs that have begun, in their folders."""
+        """Returns `config` with only the corpora that later stages read, in the folders of those that have begun.
+
+        Raises:
+            ArtefactError: as `begun_folders`.
+        """
         read = sorted({name for reader in readers for name in reader.corpus_names})
         return replace(begun_folders(config, readers), stage=replace(own(config), corpora=read))
 
@@ -196,7 +200,7 @@ class Shards(ArtefactStage):
 
 
 def own(config: Config) -> CorporaStageConfig:
-    """The `stage` group with the type of a stage that builds corpora."""
+    """Returns the `stage` group with the type of a stage that builds corpora."""
     assert isinstance(config.stage, CorporaStageConfig)
     return config.stage
 
@@ -227,6 +231,7 @@ def missing_corpora(config: Config, names: Sequence[str], list_inputs: ListInput
 
     Raises:
         ArtefactError: see `is_whole`; or a damaged corpus was made from other sources than those of the configuration.
+        OSError: a file cannot be read.
     """
     work = WorkDirectory(Path(config.work_dir))
     missing = []
@@ -389,7 +394,7 @@ def _licences(config: Config, name: str) -> list[str]:
 
 
 def _has_other_licences(config: Config, name: str, directory: Path) -> bool:
-    """Whether a whole corpus of the configured sources has other licences than the configuration."""
+    """Returns whether a whole corpus of the configured sources has other licences than the configuration."""
     manifest = read_manifest(directory)
     return is_of_settings(config, name, manifest.recipe) and list(manifest.licences) != _licences(config, name)
 
@@ -419,6 +424,7 @@ def with_folders(config: Config, names: Sequence[str], list_inputs: ListInputs =
     Raises:
         ConfigError: as `folder_of`, or `corpus.folders` names a folder that holds no finished corpus.
         ArtefactError: as `folder_of`.
+        OSError: a file cannot be read.
     """
     work = WorkDirectory(Path(config.work_dir))
     folders = dict(config.corpus.folders)
@@ -445,6 +451,7 @@ def folder_of(config: Config, name: str, list_inputs: ListInputs = inputs_of) ->
     Raises:
         ConfigError: a source is invalid.
         ArtefactError: none fits, and a manifest or journal of this name is damaged or of another format.
+        OSError: a file cannot be read.
     """
     work = WorkDirectory(Path(config.work_dir))
     named = work.corpus(name)
@@ -488,6 +495,7 @@ def identity(config: Config, name: str, list_inputs: ListInputs = inputs_of) -> 
 
     Raises:
         ConfigError: a source is invalid.
+        OSError: a file cannot be read.
     """
     inputs = ""
     try:
@@ -507,6 +515,7 @@ def is_of_settings(config: Config, name: str, recipe: Recipe) -> bool:
 
     Raises:
         ConfigError: a source is invalid.
+        ArtefactError, OSError: as `corpus_fingerprint`.
     """
     if form_of(config.corpus, name) != "text":
         settings = corpus_fingerprint(config, name)
@@ -524,6 +533,7 @@ def corpus_settings(config: Config, name: str) -> dict[str, Any]:
 
     Raises:
         ConfigError: a source is invalid.
+        ArtefactError, OSError: as `corpus_fingerprint`.
     """
     if form_of(config.corpus, name) == "text":
         return _fingerprint(config, corpora_of_settings(config, name))
@@ -582,6 +592,7 @@ def is_whole(directory: Path) -> bool:
         FormatError: it has another format.
         ManifestError: its manifest is damaged.
         ArtefactError: it must be built, but the folder holds files that are not ours.
+        OSError: a file cannot be read.
     """
     if not directory.exists():
         return False
@@ -607,6 +618,7 @@ def check_tokenizer(config: Config, directory: Path) -> None:
 
     Raises:
         ArtefactError: names the folder and the way out.
+        OSError: a file cannot be read.
     """
     work = WorkDirectory(Path(config.work_dir))
     if not work.tokenizer_model.exists():
@@ -632,6 +644,7 @@ def corpora_together(config: Config, missing: Sequence[str], list_inputs: ListIn
     Raises:
         ArtefactError: a manifest is damaged.
         ConfigError: a source is invalid.
+        OSError: a file cannot be read.
     """
     if not missing:
         return []
@@ -700,6 +713,7 @@ def earlier_folders(
     Raises:
         ArtefactError: a manifest or journal is damaged.
         UserError: an input cannot be listed.
+        OSError: a file cannot be read.
     """
     work = WorkDirectory(Path(config.work_dir))
     own_folder = config.corpus_in(work, name)
@@ -761,10 +775,12 @@ def require_compared(config: Config, missing: Sequence[str], text_splits: TextSp
     not built again was never compared with these documents, so train text that is built now may contain it.
 
     Args:
+        missing: names of the corpora that are built now; their own manifests are not read.
         text_splits: has read the corpora that are built together.
 
     Raises:
         ArtefactError: names both corpora, or a manifest is damaged.
+        OSError: a file cannot be read.
     """
     work = WorkDirectory(Path(config.work_dir))
     # Train text that contains val of any other corpus is dropped, so those need no refusal.
@@ -995,16 +1011,19 @@ def recipe_of(config: Config, name: str, text_splits: TextSplits | None = None) 
     Raises:
         ArtefactError: there is no tokenizer.
         UserError: an input cannot be listed.
+        OSError: a file cannot be read.
     """
     text_splits = text_splits or TextSplits(config.corpus, config.seed)
     tokenizer_model = WorkDirectory(Path(config.work_dir)).tokenizer_model
-    # Then each task writes one tar a split, however many tokens it has.
+
+    # Where tasks build a corpus, each writes one tar a split, however many tokens that has.
     is_by_tasks = config.corpus.build == "tasks" and form_of(config.corpus, name) == "text"
     listings = (
         listing
         for corpus in corpora_read(config, name, text_splits)
         for listing in listed_inputs(config.corpus, corpus, text_splits.reader.files)
     )
+
     return Recipe(
         tokenizer_sha256=durable.sha256_of(tokenizer_model),
         vocab_size=Tokenizer.load(tokenizer_model).vocab_size,
@@ -1053,6 +1072,7 @@ def corpus_fingerprint(config: Config, name: str, together: Sequence[str] | None
     Raises:
         ConfigError: a source is invalid.
         ArtefactError: the chat template beside the tokenizer is damaged.
+        OSError: a file cannot be read.
     """
     if form_of(config.corpus, name) == "text":
         return text_fingerprint(config) if together is None else _fingerprint(config, [*together])

@@ -102,7 +102,7 @@ class Stage(ABC):
     answers_requests: ClassVar[bool] = False  # its model has learned turns: `dist-lm generate --chat`
 
     def needed(self, config: Config) -> tuple[str, ...]:
-        """The stages of `needs` whose output this configuration reads."""
+        """Returns the stages of `needs` whose output this configuration reads."""
         return self.needs
 
     def start_of(self, config: Config) -> str | None:
@@ -131,11 +131,11 @@ class Stage(ABC):
         return (start, *(stage for stage in needed if stage not in (self.starts_from, start)))
 
     def for_readers(self, config: Config, readers: Sequence[Config]) -> Config:
-        """`config` narrowed to what the later stages of a plan read."""
+        """Returns `config` narrowed to what the later stages of a plan read."""
         return config
 
     def check(self, config: Config) -> None:  # noqa: B027  most stages have nothing to check
-        """Refuse a configuration that cannot run.
+        """Refuses a configuration that cannot run.
 
         Raises:
             ConfigError: names the key (`dist_lm.errors.require` raises it); any other ValueError also refuses.
@@ -143,7 +143,7 @@ class Stage(ABC):
 
     @abstractmethod
     def look(self, config: Config, *, is_target: bool, rebuilt: Collection[str]) -> Look:
-        """Look at the work directory.
+        """Returns what the command has to do for this stage, by a look at the work directory; changes nothing.
 
         Args:
             is_target: whether the command asks for this stage, or builds it on the way.
@@ -156,17 +156,17 @@ class Stage(ABC):
 
     @abstractmethod
     def output(self, config: Config) -> Path:
-        """The output folder that messages name."""
+        """Returns the output folder that messages name."""
 
     @abstractmethod
     def summarize(self, config: Config, console: "Console") -> None:
-        """Print the results: figures, samples, paths."""
+        """Prints the results: figures, samples, paths."""
 
     def print_samples(self, run: RunDirectory, console: "Console") -> None:  # noqa: B027  most stages write none
-        """Print samples of a finished run."""
+        """Prints samples of a finished run."""
 
     def progress(self, config: Config) -> str:
-        """Names the state that the next command continues from, for messages."""
+        """Returns words for the state that the next command continues from, for messages."""
         return "the files that are there"
 
     def read_result(self, run: RunDirectory) -> dict[str, Any]:
@@ -182,11 +182,11 @@ class Stage(ABC):
         return ""
 
     def figures(self, result: Mapping[str, Any]) -> str:
-        """Figures of `result.json` for the closing table, in addition to `key_figures`."""
+        """Returns the figures of `result.json` for the closing table, in addition to `key_figures`."""
         return ""
 
     def rejection(self, config: Config) -> str:
-        """Why the finished stage counts as failed; empty if it succeeded."""
+        """Returns why the finished stage counts as failed; empty if it succeeded."""
         return ""
 
 
@@ -197,7 +197,7 @@ class ArtefactStage(Stage):
 
     @abstractmethod
     def inspect(self, config: Config) -> "Artefact":
-        """Inspect the work directory.
+        """Returns the state of the output in the work directory; changes nothing.
 
         Raises:
             ArtefactError: the files were made with other settings.
@@ -205,7 +205,7 @@ class ArtefactStage(Stage):
 
     @abstractmethod
     def build(self, config: Config, console: "Console") -> None:
-        """Build what is missing."""
+        """Builds what is missing."""
 
     def look(self, config: Config, *, is_target: bool, rebuilt: Collection[str]) -> Look:
         artefact = self.inspect(config)
@@ -249,25 +249,25 @@ class PoolWork(ABC):
 
     @abstractmethod
     def metrics(self) -> dict[str, float]:
-        """Counts so far, under the names of the metrics file."""
+        """Returns counts so far, under the names of the metrics file."""
 
     @abstractmethod
     def requests(self) -> "Iterator[Request]":
-        """The requests without an answer."""
+        """Yields the requests without an answer."""
 
     @abstractmethod
     def take(self, result: "Answer | Refusal") -> None:
-        """Store an answer or a refusal."""
+        """Stores an answer or a refusal."""
 
     def finish(self, keep_going: "Callable[[], bool]") -> None:  # noqa: B027  most work ends with its last answer
-        """Work that is left after the last answer. `keep_going`: whether to go on."""
+        """Does the work that is left after the last answer, while `keep_going` returns True."""
 
     def close(self) -> None:  # noqa: B027  most work holds nothing
-        """End what the work has started: after its last call, also after an error or a signal."""
+        """Ends what the work has started: after its last call, also after an error or a signal."""
 
     @abstractmethod
     def result(self) -> dict[str, Any]:
-        """Fields of `result.json` for finished work."""
+        """Returns the fields of `result.json` for finished work."""
 
 
 class PoolStage(Stage):
@@ -276,30 +276,30 @@ class PoolStage(Stage):
     runs_in = RunsIn.POOL
 
     def rounds(self, config: Config) -> Sequence[Config]:
-        """A configuration for each model of the run, one after the other; `config.model` is the model."""
+        """Returns a configuration for each model of the run, in their order; `config.model` is the model."""
         return [config]
 
     def joined(self, config: Config, results: Sequence[dict[str, Any]]) -> dict[str, Any]:
-        """Fields of `result.json` of a run, from those of its rounds."""
+        """Returns the fields of `result.json` of a run, from those of its rounds."""
         return results[0]
 
     @abstractmethod
     def tokenizer(self, config: Config) -> "Tokenizer":
-        """The tokenizer of the checkpoint."""
+        """Returns the tokenizer of the checkpoint."""
 
     @abstractmethod
     def checkpoint(self, config: Config) -> Path:
-        """The checkpoint that engines load."""
+        """Returns the checkpoint that engines load."""
 
     @abstractmethod
     def engine(self, config: Config) -> tuple["EngineOptions", int, int]:
-        """(size of an engine, GPUs per engine, number of engines; -1: as many as fit)."""
+        """Returns (size of an engine, GPUs per engine, number of engines; -1: as many as fit)."""
 
     @abstractmethod
     def work(
         self, config: Config, run: RunDirectory, tokenizer: "Tokenizer", sandboxes: "Callable[[], Sandboxes]"
     ) -> PoolWork:
-        """Open the work of a run.
+        """Returns the work of a run, opened; the caller closes it.
 
         Args:
             sandboxes: gives what runs programs of models, for a `with` block.
@@ -314,12 +314,12 @@ class PoolStage(Stage):
 
 
 def run_of(config: Config) -> RunDirectory:
-    """The run directory of a configuration."""
+    """Returns the run directory of a configuration."""
     return WorkDirectory(Path(config.work_dir)).run(config.stage.name, config.run_id)
 
 
 def shown_path(path: Path, config: Config) -> str:
-    """A path for the plan: relative to the work directory if it is inside."""
+    """Returns a path for the plan: relative to the work directory if it is inside."""
     if path.is_relative_to(config.work_dir):
         path = path.relative_to(config.work_dir)
     return str(path)

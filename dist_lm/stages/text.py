@@ -113,6 +113,7 @@ class TextStage(TrainingStage):
 
         Raises:
             ArtefactError: as `left_out_by`, or as `TrainingStage.verify`.
+            OSError: a file cannot be read.
         """
         if not set(rebuilt) & set(self.needs):
             left_out_by(config, on_disk.run)
@@ -133,6 +134,7 @@ class TextStage(TrainingStage):
             ArtefactError: a corpus is missing or damaged, or no document fits into a sequence.
             UserError: the tokenizer lacks a mark that stage.fim_rate needs.
             ConfigError: the batch does not divide over the ranks, or a corpus cannot fill a phase.
+            OSError: a file cannot be read.
         """
         from dist_lm.data.sequences import note_of_left_out
 
@@ -193,6 +195,7 @@ class TextStage(TrainingStage):
 
         Raises:
             ArtefactError: the corpus or the tokenizer is missing or damaged.
+            OSError: a file cannot be read.
         """
         from dist_lm.data.evaluation_batches import gzip_bits_per_byte
         from dist_lm.tokenizer.tokenizer import Tokenizer
@@ -259,6 +262,7 @@ def open_stream(arguments: DataArguments) -> "SequenceStream":
         ArtefactError: a corpus is missing or damaged, or fills no sequence.
         UserError: the tokenizer lacks a mark that stage.fim_rate needs.
         ConfigError: the batch does not divide over the ranks, or a corpus cannot fill a phase.
+        OSError: a file cannot be read.
     """
     from dist_lm.data.stream import SequenceStream
 
@@ -281,6 +285,7 @@ def sequence_options(config: Config, run: RunDirectory, tokenizer: "Tokenizer") 
     Raises:
         ArtefactError: a corpus is missing or damaged, or as `left_out_by`.
         UserError: the tokenizer lacks a mark that stage.fim_rate needs.
+        OSError: a file cannot be read.
     """
     from dist_lm.data.infill import Infill, InfillMarks
     from dist_lm.data.sequences import PhasedCorpora
@@ -332,6 +337,7 @@ def evaluator(arguments: DataArguments) -> "Evaluate":
     Raises:
         ArtefactError: a corpus is missing or damaged.
         UserError: the tokenizer lacks a mark that stage.fim_rate needs.
+        OSError: a file cannot be read.
     """
     from dist_lm.data.infill import PSM, SPM, InfillMarks
     from dist_lm.data.infill_evaluation import HeldOutMiddles

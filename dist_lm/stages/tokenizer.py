@@ -67,6 +67,7 @@ class TokenizerStage(ArtefactStage):
                 than `tokenizer=PATH`; or there is none with tokenizer=keep.
             ConfigError, UserError: the given tokenizer or a source of text cannot be found, see `check_same_file` and
                 `tokenizer_fingerprint`.
+            OSError: a file cannot be read.
         """
         work, settings = WorkDirectory(Path(config.work_dir)), config.tokenizer
         exists = work.tokenizer_model.exists()
@@ -103,6 +104,7 @@ class TokenizerStage(ArtefactStage):
             ConfigError: the text gives fewer or needs more pieces than the vocabulary size.
             ArtefactError: the given file is no tokenizer.
             UserError: there is no text, or a source of text cannot be read.
+            OSError: a file cannot be read or written.
         """
         work, settings = WorkDirectory(Path(config.work_dir)), config.tokenizer
         work.tokenizer.mkdir(parents=True, exist_ok=True)
@@ -148,7 +150,11 @@ class TokenizerStage(ArtefactStage):
 
 def with_plain_text(document: Document) -> Document:
     """Returns a document with the text that a tokenizer learns from: of a conversation what its layout has between the
-    marks."""
+    marks.
+
+    Raises:
+        ChatError: the text holds no conversation.
+    """
     if document.form != "conversation":
         return document
     parts = layout(read_conversation(document.text))
@@ -184,6 +190,7 @@ def check_trained(work: WorkDirectory, report: Mapping[str, Any], config: Config
     Raises:
         ArtefactError: names the folder and the way out.
         ConfigError: a source of text is invalid.
+        OSError: a file cannot be read.
     """
     file_format = report.get("format", 1)
     if file_format != FORMAT:
@@ -216,7 +223,7 @@ def check_trained(work: WorkDirectory, report: Mapping[str, Any], config: Config
 
 
 def check_pieces(work: WorkDirectory, report: Mapping[str, Any], settings: TokenizerConfig) -> None:
-    """Refuse a tokenizer that was trained to have other pieces; a key that is null accepts what is there.
+    """Refuses a tokenizer that was trained to have other pieces; a key that is null accepts what is there.
 
     Raises:
         ArtefactError: names the key and the way out.
@@ -250,6 +257,7 @@ def check_template(work: WorkDirectory, settings: TokenizerConfig) -> None:
     Raises:
         ArtefactError: names the folder and the way out.
         ConfigError, UserError: see `given_template`.
+        OSError: a file cannot be read.
     """
     stored_template, given_template = KeptTemplate.read(work.tokenizer), template_of(settings)
     # Only the text counts: the date of a template is the day of its import.

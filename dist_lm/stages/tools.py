@@ -133,6 +133,7 @@ def examine(arguments: EvaluationArguments) -> dict[str, float]:
         ArtefactError: the corpus is missing or damaged, or the model's logits are not numbers.
         UserError: the tokenizer lacks the mark that ends a turn, or a document cannot be read back as a conversation.
         ConfigError: bf16 is asked for on a GPU without it.
+        OSError: a file cannot be read.
     """
     from dist_lm.chat.template import stop_tokens
     from dist_lm.data.token_corpus import TokenCorpus

@@ -129,6 +129,7 @@ class RunDirectory:
 
         Raises:
             ArtefactError: the record is damaged.
+            OSError: a file cannot be read.
         """
         record = durable.read_json(self.corpora)
         if not all(isinstance(entry, dict) for entry in record.values()):
@@ -194,7 +195,7 @@ class RunDirectory:
         return self.path / "logs"
 
     def rank_log(self, rank: int) -> Path:
-        """Output of rank `rank`, all attempts."""
+        """Returns the file with the output of rank `rank`, all attempts."""
         return self.logs / f"rank_{rank:05d}.log"
 
     @property
@@ -215,7 +216,7 @@ class RunDirectory:
         return self.logs / f"collectives_{rank:05d}.json"
 
     def node_log(self, node: int) -> Path:
-        """Output of torchrun on node `node`, and of its ranks until they open their own logs."""
+        """Returns the log of torchrun on node `node`, and of its ranks until they open their own logs."""
         return self.logs / f"node_{node:05d}.log"
 
     @property

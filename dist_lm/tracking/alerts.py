@@ -50,7 +50,7 @@ class AlertWatch:
     """Follows the metrics of one run over its attempts; it must not get the lines of an earlier attempt again."""
 
     def __init__(self, name: str, now: float) -> None:
-        """Begin at `now` (seconds of a monotonic clock)."""
+        """Begins at `now` (seconds of a monotonic clock)."""
         self._name = name
         self._counts: dict[str, float] = {}
         self._alerted_at: dict[str, float] = {}
@@ -60,7 +60,7 @@ class AlertWatch:
         self._stepped = False  # whether this attempt has written a line
 
     def attempt(self, now: float) -> None:
-        """Note that another gang starts: it is allowed the time of a start. The usual interval and the counters
+        """Notes that another gang starts: it is allowed the time of a start. The usual interval and the counters
         stay."""
         self._line_at = now
         self._stepped = False

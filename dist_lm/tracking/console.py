@@ -44,7 +44,7 @@ class Console:
         live: bool | None = None,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
-        """Open the console; nothing is printed yet.
+        """Opens the console; nothing is printed yet.
 
         Args:
             output: stream of results; None: standard output.
@@ -62,7 +62,7 @@ class Console:
         self._view: LiveView | None = None
 
     def line(self, text: str) -> None:
-        """Print one line of text."""
+        """Prints one line of text."""
         with self._above(self._out):
             self._out.print(Text(visible(text)))
 
@@ -76,12 +76,12 @@ class Console:
             self._err.print(Text.assemble(("warning: ", "bold yellow"), message))
 
     def error(self, text: str) -> None:
-        """Print `error: text` to standard error, in one line."""
+        """Prints `error: text` to standard error, in one line."""
         with self._above(self._err):
             self._err.print(Text.assemble(("error: ", "bold red"), _one_line(text)))
 
     def details(self, text: str) -> None:
-        """Print text of several lines, such as a traceback, to standard error."""
+        """Prints text of several lines, such as a traceback, to standard error."""
         with self._above(self._err):
             self._err.print(Text(visible(redact_text(text.rstrip("\n")))))
 
@@ -188,7 +188,7 @@ class Console:
 
     @contextmanager
     def waiting(self, label: str) -> Iterator[None]:
-        """Show work whose progress is unknown; at the end one line stays."""
+        """Shows work whose progress is unknown; at the end one line stays."""
         started = self._clock()
 
         with self._progress(label, None) as display:

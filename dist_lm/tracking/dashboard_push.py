@@ -137,7 +137,7 @@ def _id(*words: str) -> str:
 
 
 def name_panel(panel: "wr.LinePlot", name: str) -> None:
-    """Set the id of a panel (12 characters, as in the package).
+    """Sets the id of a panel (12 characters, as in the package).
 
     Raises:
         ConfigError: the installed package has no such field; also raised by the two functions below.
@@ -147,13 +147,13 @@ def name_panel(panel: "wr.LinePlot", name: str) -> None:
 
 
 def name_view(workspace: "Workspace", name: str) -> None:
-    """Set the name of a view at the server, `nw-SLUG-v`; the workspace's `url` ends with SLUG."""
+    """Sets the name of a view at the server, `nw-SLUG-v`; the workspace's `url` ends with SLUG."""
     _require(workspace, WORKSPACE_FIELDS)
     workspace._internal_name = name
 
 
 def replace_view(workspace: "Workspace", saved: "Workspace") -> None:
-    """Make `save` replace the view `saved` of the server."""
+    """Makes `save` replace the view `saved` of the server."""
     _require(workspace, WORKSPACE_FIELDS)
     workspace._internal_id = saved._internal_id
 

@@ -218,16 +218,16 @@ class TrainingState:
         return f"{text} ({listed(others, NAMED_CORPORA)})" if others else text
 
     def hear(self, ranks: Sequence[RankPulse], now: float) -> None:
-        """Record the heartbeats of all ranks."""
+        """Records the heartbeats of all ranks."""
         self.ranks, self.ranks_at = tuple(ranks), now
 
     def save(self, step: int, at: float | None) -> None:
-        """Record the step of the newest checkpoint (0: there is none) and its time (None: unknown)."""
+        """Records the step of the newest checkpoint (0: there is none) and its time (None: unknown)."""
         if step and (self.saved is None or self.saved[0] != step):
             self.saved = (step, at)
 
     def start(self, gang: GangFacts, since: float = 0.0) -> None:
-        """Begin another attempt at `since`, in seconds since 1970; lines of earlier attempts may be read again."""
+        """Begins another attempt at `since`, in seconds since 1970; lines of earlier attempts may be read again."""
         self.gang = gang
         self.ranks = ()
         if since > self.since:
@@ -261,11 +261,11 @@ class Work:
     result: str | None = None  # None until it ends well
 
     def show(self, done: int, text: Callable[[], str]) -> None:
-        """Record the progress; the view draws it at its own pace."""
+        """Records the progress; the view draws it at its own pace."""
         self.done, self.text = done, text
 
     def finish(self, text: str) -> None:
-        """Record the result."""
+        """Records the result."""
         self.result = text
 
 
@@ -294,14 +294,14 @@ class LiveState:
     warned_at: float = 0.0
 
     def begin(self, name: str, now: float) -> None:
-        """Mark a stage as running."""
+        """Marks a stage as running."""
         stage = self._stage(name)
         stage.state = "running"
         stage.began = now
         self.over = []
 
     def done(self, name: str, now: float, detail: str = "") -> None:
-        """Mark a stage as done; without `detail` the result of its last work remains."""
+        """Marks a stage as done; without `detail` the result of its last work remains."""
         stage = self._stage(name)
         stage.state = "done"
         stage.ended = now
@@ -324,7 +324,7 @@ class LiveState:
             running.detail = self.over[-1]
 
     def warn(self, text: str, now: float) -> None:
-        """Record the newest warning and count all warnings."""
+        """Records the newest warning and counts all warnings."""
         self.warning = text
         self.warnings += 1
         self.warned_at = now

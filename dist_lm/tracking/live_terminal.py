@@ -29,7 +29,7 @@ class LiveView:
     """A context manager that draws a `LiveState`; hold `lock` to change the state."""
 
     def __init__(self, console: Console, state: LiveState, clock: Callable[[], float] = time.monotonic) -> None:
-        """Prepare the view; the block of the context manager starts and ends it.
+        """Prepares the view; the block of the context manager starts and ends it.
 
         Args:
             console: rich's console of the terminal.
@@ -139,7 +139,7 @@ class Above:
         return len(text)
 
     def finish(self) -> None:
-        """Print an incomplete last line."""
+        """Prints an incomplete last line."""
         if self._line:
             self.write("\n")
 
@@ -182,7 +182,7 @@ class Region:
         self._last = list(lines)
 
     def erase(self, columns: int) -> None:
-        """Remove the drawn lines and show the cursor at the start of the first one."""
+        """Removes the drawn lines and shows the cursor at the start of the first one."""
         if self._last is None:
             return
 

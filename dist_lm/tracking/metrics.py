@@ -27,7 +27,7 @@ class MetricsWriter:
     """Appends to a metrics file; each line has reached the operating system when `write` returns."""
 
     def __init__(self, path: Path) -> None:
-        """Open `path` for appending; an incomplete last line, left by a killed writer, is cut off."""
+        """Opens `path` for appending; an incomplete last line, left by a killed writer, is cut off."""
         self._path = path
         if path.exists():
             _cut_torn_line(path)
@@ -57,7 +57,7 @@ class MetricsWriter:
         self._file.flush()
 
     def sync(self) -> None:
-        """Flush the lines to disk; called before a checkpoint is written that counts their steps as completed."""
+        """Flushes the lines to disk; called before a checkpoint is written that counts their steps as completed."""
         os.fsync(self._file.fileno())
 
     def truncate_after(self, step: int) -> None:
@@ -75,7 +75,7 @@ class MetricsWriter:
         self._file = self._path.open("a", encoding="utf-8")
 
     def close(self) -> None:
-        """Close the file; nothing more can be written."""
+        """Closes the file; nothing more can be written."""
         self._file.close()
 
     def __enter__(self) -> "MetricsWriter":
@@ -139,7 +139,7 @@ class LineFollower:
     """Reads the lines that another process appends to a file, which may not exist yet."""
 
     def __init__(self, path: Path, from_end: bool = False) -> None:
-        """Follow `path`; with `from_end` the lines that the file has now are skipped."""
+        """Follows `path`; with `from_end` the lines that the file has now are skipped."""
         self._path = path
         self._inode = -1
         self._offset = 0
@@ -213,7 +213,7 @@ def _cut_torn_line(path: Path) -> None:
 
 
 def write_warnings(path: Path, package: str) -> None:
-    """Append the warnings that this process logs under `package` to `path`, one line each."""
+    """Appends the warnings that this process logs under `package` to `path`, one line each."""
     handler = logging.FileHandler(path)
     handler.addFilter(lambda record: record.levelno == logging.WARNING)
     handler.setFormatter(_OneLine("%(message)s"))

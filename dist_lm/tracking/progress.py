@@ -73,12 +73,12 @@ class Count:
         self.done = 0
 
     def advance(self, by: int = 1) -> None:
-        """Count `by` more units."""
+        """Counts `by` more units."""
         self.done += by
         self._display.show(self.done, self.text)
 
     def each(self, element: Item) -> Item:
-        """Count one element and return it, so that `map` can count."""
+        """Counts one element and returns it, so that `map` can count."""
         self.advance()
         return element
 
@@ -152,11 +152,11 @@ class TrainingProgress:
         return of_this_attempt
 
     def heard(self, ranks: Sequence[RankPulse]) -> None:
-        """Record the last heartbeats of the ranks."""
+        """Records the last heartbeats of the ranks."""
         self.state.hear(ranks, self._clock())
 
     def saved(self, step: int, just_now: bool) -> None:
-        """Record the step of the newest checkpoint; 0: there is none."""
+        """Records the step of the newest checkpoint; 0: there is none."""
         self.state.save(step, self._clock() if just_now else None)
 
     def text(self) -> str:
@@ -189,7 +189,7 @@ class GenerationProgress:
         self._totals = (0, 0)  # (prompts, tokens) at the last update
 
     def update(self, prompts: int, tokens: int) -> None:
-        """Record the totals of answered prompts and tokens, those of earlier commands included."""
+        """Records the totals of answered prompts and tokens, those of earlier commands included."""
         self._totals = (prompts, tokens)
         if self._first is None:
             self._first = self._totals

@@ -103,5 +103,5 @@ def _home(environ: Mapping[str, str]) -> Path:
 
 
 def _warn(file: Path, error: Exception) -> None:
-    """Name the file and the kind of error; its text may quote a secret of the file."""
+    """Names the file and the kind of error; its text may quote a secret of the file."""
     log.warning("%s cannot be read (%s), so wandb does without it", file, type(error).__name__)

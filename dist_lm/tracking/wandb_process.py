@@ -178,7 +178,7 @@ class Recorder:
     """
 
     def __init__(self, run: RunDirectory, init: dict[str, Any]) -> None:
-        """Start recording; steps that earlier attempts have recorded are skipped."""
+        """Starts recording; steps that earlier attempts have recorded are skipped."""
         # The import takes a second, so only the recorder pays for it.
         import wandb
 
@@ -229,7 +229,7 @@ class Recorder:
         }[order["order"]](order)
 
     def finish(self, outcome: str) -> None:
-        """Record the end: exit code 0 for `finished`, else 1; `stopped` is marked as preempted."""
+        """Records the end: exit code 0 for `finished`, else 1; `stopped` is marked as preempted."""
         if outcome == "stopped":
             self._run.mark_preempting()
         self._run.finish(exit_code=int(outcome != "finished"))

@@ -37,7 +37,7 @@ class WandbRun:
     def __init__(
         self, run: RunDirectory, console: Console, init: dict[str, Any], environ: Mapping[str, str], finish_s: float
     ) -> None:
-        """Read or create the identity of the wandb run and start the process; see `start`."""
+        """Reads or creates the identity of the wandb run and starts the process; see `start`."""
         self._console = console
         self._directory = run.wandb
         self._job_type: str = init["job_type"]
@@ -121,7 +121,7 @@ class WandbRun:
         return cls(run, console, init, environ, tracking.finish_s)
 
     def log(self, step: int, metrics: Mapping[str, Any]) -> None:
-        """Record the metrics of a step; steps that were recorded before are skipped.
+        """Records the metrics of a step; steps that were recorded before are skipped.
 
         `step`, `time` and values that are None (not finite) are not recorded.
         """
@@ -129,11 +129,11 @@ class WandbRun:
         self._orders.put({"order": "metrics", "step": step, "values": finite})
 
     def log_at_newest_step(self, figures: Mapping[str, float]) -> None:
-        """Record figures without a step, such as the load of nodes, at the newest step."""
+        """Records figures without a step, such as the load of nodes, at the newest step."""
         self._orders.put({"order": "at_newest_step", "values": dict(figures)})
 
     def samples(self, path: Path, step: int) -> None:
-        """Record a file of JSON lines as a table."""
+        """Records a file of JSON lines as a table."""
         name = SAMPLES_OF.get(self._job_type, SAMPLES)
         self._orders.put({"order": "samples", "key": path.name, "path": str(path), "step": step, "name": name})
 
@@ -158,7 +158,7 @@ class WandbRun:
         self._orders.put(order | {"files": [str(file.resolve()) for file in files], "metadata": redact(metadata)})
 
     def alert(self, alert: Alert) -> None:
-        """Send an alert through wandb."""
+        """Sends an alert through wandb."""
         text = redact_text(alert.text)
         self._orders.put({"order": "alert", "title": alert.title, "text": text, "level": alert.level})
 
@@ -208,7 +208,7 @@ class WandbRun:
                 )
 
     def _listen(self) -> None:
-        """Print the messages of the process."""
+        """Prints the messages of the process."""
         assert self._process.stdout is not None
         with self._process.stdout as pipe:
             for line in pipe:

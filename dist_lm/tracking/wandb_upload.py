@@ -46,7 +46,7 @@ class Uploader:
         say: Callable[[str, str], None],
         retry_s: float = RETRY_S[0],
     ) -> None:
-        """Start the thread.
+        """Starts the thread.
 
         Args:
             logs: wandb's files of the run, oldest first; the last one is being written.
@@ -184,7 +184,7 @@ def answers(environ: Mapping[str, str]) -> bool:
 
 
 def end_tree(process: subprocess.Popen[str]) -> None:
-    """Kill a process and its children."""
+    """Kills a process and its children."""
     # It has just ended.
     with suppress(psutil.NoSuchProcess):
         root = psutil.Process(process.pid)
@@ -194,7 +194,7 @@ def end_tree(process: subprocess.Popen[str]) -> None:
 
 
 def main(parent: str, *arguments: str) -> None:
-    """Run wandb's own command line; the kernel kills it with its parent process."""
+    """Runs wandb's own command line; the kernel kills it with its parent process."""
     die_with_parent(int(parent))
 
     from wandb.cli.cli import cli

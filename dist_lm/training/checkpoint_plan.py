@@ -44,11 +44,14 @@ class SavedShard:
 
 
 def saved_shards(tensors: Mapping[str, torch.Tensor], rank: int, n_ranks: int) -> tuple[SavedShard, ...]:
-    """Returns the shards that a rank saves, in the order of the tensors. No message is needed: ranks that hold the same
-    shards share them out by a rule that each of them knows, and shards without entries are left out.
+    """Returns the shards that a rank saves, in the order of the tensors; shards without entries are left out.
+
+    No message is needed: ranks that hold the same shards share them out by a rule that each of them knows.
 
     Args:
         tensors: all tensors of the checkpoint, by name, of logical shape.
+        rank: any rank of the job, not only this one.
+        n_ranks: all ranks of the job.
     """
     shards = []
     begin = 0
@@ -70,8 +73,16 @@ def _layout_of(tensor: torch.Tensor) -> Hashable:
 
 
 def names_to_save(tensors: Mapping[str, torch.Tensor], rank: int, n_ranks: int) -> list[str]:
-    """Returns the tensors whose shards a rank saves. Of the ranks with the same shards, so many save that each has
-    `REPLICA_BYTES`; the largest tensors are shared out first."""
+    """Returns the names of the tensors whose shards a rank saves, in the order of `tensors`; perhaps none.
+
+    Ranks that hold the same shards share them out, the largest first: each shard is saved by one of them, and so many
+    of them save that each has `REPLICA_BYTES` at least.
+
+    Args:
+        tensors: all tensors of the checkpoint, by name.
+        rank: any rank of the job, not only this one.
+        n_ranks: all ranks of the job.
+    """
     sharing: dict[tuple[int, ...], list[str]] = {}
     replicas: dict[Hashable, tuple[int, ...]] = {}
     for name, tensor in tensors.items():
@@ -165,6 +176,8 @@ def joined_boxes(pieces: Sequence[Piece]) -> list[list[Piece]]:
         across = partial(_other_dimensions, dim)
         boxes.sort(key=lambda box: (across(box), box[0][dim]))
         merged: list[Box] = []
+
+        # A box grows along its row while the next one begins where it ends; a gap begins a new box.
         for _, row in groupby(boxes, across):
             (offsets, shape, members), *rest = row
             for next_offsets, next_shape, next_members in rest:
@@ -175,6 +188,7 @@ def joined_boxes(pieces: Sequence[Piece]) -> list[list[Piece]]:
                     merged.append((offsets, shape, members))
                     offsets, shape, members = next_offsets, next_shape, next_members
             merged.append((offsets, shape, members))
+
         boxes = merged
     return [members for _, _, members in boxes]
 

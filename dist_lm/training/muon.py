@@ -165,7 +165,11 @@ class Stepped:
     variance: Variance | None  # NorMuon
 
     def direction(self, part: slice = slice(None)) -> torch.Tensor:
-        """Returns Nesterov's momentum for a part of this rank's shard, along its first dimension."""
+        """Returns Nesterov's momentum for a part of this rank's shard, in the shape of the part.
+
+        Args:
+            part: rows, along the first dimension.
+        """
         return self.gradient[part].lerp(self.average[part], self.momentum)
 
 

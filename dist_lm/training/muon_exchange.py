@@ -44,7 +44,7 @@ class Message:
     work: Any
 
     def wait(self) -> torch.Tensor:
-        """Waits for the exchange, on a GPU in its stream, and returns what has come."""
+        """Waits for the exchange, on a GPU in its stream, and returns `received`: the parts of all ranks, by rank."""
         if self.work is not None:
             self.work.wait()
         return self.received

@@ -19,7 +19,7 @@ OUTPUTS = ("output", "response")  # Alpaca, Dolly
 
 
 def fits(row: Mapping[str, Json]) -> bool:
-    """Whether a row has an instruction and an answer."""
+    """Returns whether a row has an instruction and an answer."""
     return INSTRUCTION in row and any(name in row for name in OUTPUTS)
 
 

@@ -231,7 +231,7 @@ def one_of(row: Mapping[str, Any], names: Sequence[str]) -> Json:
 
 
 def is_empty(cell: Any) -> bool:
-    """Whether a cell holds nothing; JSON of an empty list is nothing too."""
+    """Returns whether a cell holds nothing; JSON of an empty list is nothing too."""
     return cell is None or (isinstance(cell, str | bytes | list | dict) and (not cell or cell in ("[]", "null")))
 
 
@@ -280,7 +280,7 @@ def refuse_lost(value: Mapping[str, Any], read: Sequence[str], where: str) -> No
 
 
 def says_nothing(value: Json) -> bool:
-    """Whether a value is one that tables fill missing keys with."""
+    """Returns whether a value is one that tables fill missing keys with."""
     if isinstance(value, Mapping):
         return all(says_nothing(part) for part in value.values())
     return value is None or value in ("", [])

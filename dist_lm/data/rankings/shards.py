@@ -146,7 +146,7 @@ class RankingCorpus:
         return slice(end - int(self.completions[document]), end)
 
     def source(self, document: int) -> str:
-        """Names the source of a ranking: what the manifest calls its language."""
+        """Returns the name of the source of a ranking: what the manifest calls its language."""
         return self.corpus.languages[self.corpus.language_codes[document]]
 
     def arrays(self, document: int) -> RankingArrays:

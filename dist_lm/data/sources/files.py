@@ -248,7 +248,7 @@ def by_repository(listing: Inputs, paths: Sequence[str]) -> list[tuple[Input, st
 
 
 def _names_of(roots: set[str], paths: Sequence[str]) -> dict[str, str]:
-    """Names repositories: root -> its last folder, or the path below one of `paths`, or the whole path.
+    """Returns the names of repositories: root -> its last folder, or the path below one of `paths`, or the whole path.
 
     The first of these three that no other repository has is the name.
     """

@@ -81,7 +81,11 @@ class HttpFile(io.RawIOBase):
         return self._position
 
     def seek(self, offset: int, whence: int = io.SEEK_SET) -> int:
-        """Moves to a position and returns it. Only a seek from the end may send a request."""
+        """Moves to a position and returns it. Only a seek from the end may send a request.
+
+        Raises:
+            OSError: the server does not tell the length in time, or has no such file.
+        """
         base = {io.SEEK_SET: 0, io.SEEK_CUR: self._position}.get(whence)
         if base is None:
             base = http_info(self._url)["size"] or 0

@@ -83,7 +83,7 @@ def commit_of(dataset: str, revision: str) -> str:
 
 
 def origin_of(source: SourceConfig) -> str:
-    """Names the data set of a source with its revision, or the first of its files."""
+    """Returns the data set of a source with its revision, or the first of its files."""
     if source.path:
         return source.path[0]
     return f"{source.dataset}@{source.revision or MAIN}"

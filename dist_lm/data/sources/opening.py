@@ -110,6 +110,10 @@ def unpacked(raw: Any, name: str) -> Any:
 
     Args:
         raw: what `open_raw` returned for `name`, or a file that reads it, at its start.
+
+    Raises:
+        ConfigError: the scheme of the URL is not supported.
+        OSError, RefusedContentError: the zip cannot be read, or has what is refused.
     """
     if scheme_of(name):
         return raw

@@ -82,6 +82,6 @@ def read_hub_tools(source: SourceConfig, seed: int, files: Snapshot | None = Non
 
 
 def _tools_of(conversation: Conversation) -> list[str]:
-    """Names the tools that are called, in alphabetical order; without a call, all tools."""
+    """Returns the names of the tools that are called, in alphabetical order; without a call, all tools."""
     called = {call.name for message in conversation.messages for call in message.calls}
     return sorted(called or {tool.name for tool in conversation.tools})

@@ -36,6 +36,7 @@ def inputs_of(config: "EvaluateRunConfig") -> dict[str, str]:
     Raises:
         ConfigError: there is no file of prompts, for the task reward.
         ArtefactError: the manifest of a corpus is damaged.
+        OSError: a file cannot be read.
     """
     from dist_lm.evaluation.tasks import BITS
 
@@ -65,6 +66,7 @@ def corpus_folder(config: Config, name: str) -> Path:
     Raises:
         ConfigError: a source is invalid.
         ArtefactError: a manifest or journal of this name is damaged.
+        OSError: a file cannot be read.
     """
     named = config.corpus_in(WorkDirectory(Path(config.work_dir)), name)
     is_the_only_one = not any(named.parent.glob(f"{name}-????????"))
@@ -75,7 +77,7 @@ def corpus_folder(config: Config, name: str) -> Path:
 
 
 def begun_with(run: RunDirectory) -> dict[str, str]:
-    """The recorded inputs of a run, in the form of `inputs_of`; nothing for a new run."""
+    """Returns the recorded inputs of a run, in the form of `inputs_of`; nothing for a new run."""
     return durable.read_json(run.inputs)
 
 
@@ -93,6 +95,7 @@ def refuse_other_inputs(run: RunDirectory, config: "EvaluateRunConfig") -> None:
     Raises:
         ArtefactError: names the key, the file and the way out.
         ConfigError: as `inputs_of`.
+        OSError: a file cannot be read.
     """
     # Inputs that are gone are not compared: the figures of a finished run stay.
     recorded, current = begun_with(run), inputs_of(config)
@@ -110,7 +113,7 @@ def _with_prefix(inputs: Mapping[str, str], prefix: str) -> set[str]:
 
 
 def table_of(run: RunDirectory) -> Path:
-    """The file with a line for a figure."""
+    """Returns the file with a line for a figure."""
     return run.samples / "table.jsonl"
 
 

@@ -31,6 +31,7 @@ def prompts_of(where: str) -> list[Prompt]:
 
     Raises:
         ConfigError: there is none, a line is invalid or asks for a middle, or two lines have the same id.
+        OSError: a file cannot be read.
     """
     files = find_prompts(where, "eval.prompts")
     count_prompts(files, "eval.prompts")

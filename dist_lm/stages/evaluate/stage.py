@@ -111,6 +111,7 @@ class Evaluate(PoolStage):
             ConfigError: names the key.
             ArtefactError: the reward model's checkpoint is missing.
             UserError: what a task needs is not installed.
+            OSError: a file cannot be read.
         """
         from dist_lm.evaluation.tasks import FILE_TASKS, REWARD, TASKS, check_tasks
 
@@ -143,6 +144,7 @@ class Evaluate(PoolStage):
         Raises:
             ConfigError: the run exists with other settings, or two models are the same.
             ArtefactError: a checkpoint is missing, or a file has changed since the run began.
+            OSError: a file cannot be read.
         """
         config, run = evaluate_config(config), run_of(config)
         # Else it was refused before its first question.
@@ -222,6 +224,7 @@ class Evaluate(PoolStage):
         Raises:
             ArtefactError: a file has changed since the run began, or it began with tests that this release has not.
             UserError: a task cannot be asked.
+            OSError: a file cannot be read.
         """
         from dist_lm.stages.evaluate.work import Evaluation
 
@@ -303,7 +306,7 @@ def checkpoint_of(path: str, config: EvaluateRunConfig, before: str | None) -> P
 
 
 def checkpoint_in(named: Path, before: str | None) -> Path:
-    """The newest checkpoint of what is named, or the one that an unfinished run began with.
+    """Returns the newest checkpoint of what is named, or the one that an unfinished run began with.
 
     Args:
         before: the checkpoint of the run, which it keeps while it exists, even if there are newer ones.

@@ -62,7 +62,7 @@ class Evaluation(PoolWork):
         tokenizer: Tokenizer,
         open_sandboxes: Callable[[], Sandboxes],
     ) -> None:
-        """Make the questions, and find the existing files.
+        """Makes the questions, and finds the existing files.
 
         Raises:
             UserError: a task cannot be asked; names it.
@@ -150,7 +150,7 @@ class Evaluation(PoolWork):
         return table_of(self._run)
 
     def _measured(self, task: str) -> Path:
-        """The file of a task that is measured in this process."""
+        """Returns the file of a task that is measured in this process."""
         return self._folder / f"{task}.jsonl"
 
     @property
@@ -204,6 +204,7 @@ class Evaluation(PoolWork):
             ArtefactError: an input has changed since the run began, or a checkpoint, corpus or tokenizer is missing or
                 damaged.
             ConfigError: there is no file of prompts for the task reward, or this node has no GPU for device=cuda.
+            OSError: a file cannot be read.
         """
         for number in sorted(self._missing):
             if keep_going():
@@ -221,7 +222,7 @@ class Evaluation(PoolWork):
                 durable.write_text(self._measured(task), "".join(json.dumps(record) + "\n" for record in records))
 
     def close(self) -> None:
-        """End the sandboxes; programs that have not begun never do."""
+        """Ends the sandboxes; programs that have not begun never do."""
         self._sandboxes = None
         self._closing.close()
 
@@ -291,7 +292,7 @@ class Evaluation(PoolWork):
 
 
 def answers_requests(checkpoint: Path, tokenizer: Tokenizer) -> bool:
-    """Whether a model was trained on conversations: in its stage, or before its import."""
+    """Returns whether a model was trained on conversations: in its stage, or before its import."""
     stage = checkpoint.parts[-4] if len(checkpoint.parts) > 3 else ""
     imported = checkpoint.parents[1] / "chat_template.jinja"
     return asks_as_chat(stage, tokenizer) or (stage == "import" and imported.is_file())

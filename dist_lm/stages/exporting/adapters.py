@@ -57,6 +57,7 @@ def write_adapters(
 
     Raises:
         ArtefactError: the base is gone or has changed.
+        OSError: a file cannot be written.
     """
     model, stored = adapted_model(checkpoint), stored_tensors(checkpoint)
     token_ids = [special_ids[name] for name in model.lora.tokens]

@@ -141,6 +141,7 @@ def edited_card(folder: Path) -> bytes | None:
 
     Raises:
         ArtefactError: the record of the export is no JSON.
+        OSError: a file cannot be read.
     """
     record = durable.read_json(folder / RECORD)
     if not record or not (folder / CARD).is_file():
@@ -224,7 +225,7 @@ def _made(
 
 
 def _template(run: RunDirectory | None, tokenizer: Tokenizer) -> str:
-    """The chat template by which conversations were laid out: the imported model's, else ours."""
+    """Returns the chat template by which conversations were laid out: the imported model's, else ours."""
     if tokenizer.kept_template:
         return tokenizer.kept_template.text
     # An imported model whose template lays out as ours keeps the text of its own.

@@ -92,6 +92,7 @@ class Export(ArtefactStage):
 
         Raises:
             ArtefactError: the run has no checkpoint, or the record in the folder is damaged.
+            OSError: a file cannot be read.
         """
         stage, folder = group_of(config), folder_of(config)
         checkpoint = checkpoint_files.find_checkpoint(_run(config))
@@ -138,13 +139,13 @@ class Export(ArtefactStage):
 
 
 def group_of(config: Config) -> ExportGroup:
-    """The `stage` group with its type."""
+    """Returns the `stage` group with its type."""
     assert isinstance(config.stage, ExportGroup)
     return config.stage
 
 
 def folder_of(config: Config) -> Path:
-    """The folder that the stage writes."""
+    """Returns the folder that the stage writes."""
     stage = group_of(config)
     if stage.folder:
         return Path(stage.folder).expanduser()
@@ -158,7 +159,7 @@ def check_repository(key: str, repository: str) -> None:
 
 
 def push_folder(folder: Path, repository: str, api: Any = None) -> None:
-    """Upload an export to the Hugging Face hub. A repository that does not exist is made, for its owner alone.
+    """Uploads an export to the Hugging Face hub. A repository that does not exist is made, for its owner alone.
 
     Files of an earlier export that this one lacks are removed there; files of others stay. The record in `folder` then
     names the repository.
@@ -196,7 +197,7 @@ def push_folder(folder: Path, repository: str, api: Any = None) -> None:
 
 
 def _run(config: Config) -> Path:
-    """The run, or the checkpoint."""
+    """Returns the run, or the checkpoint."""
     stage = group_of(config)
     if stage.init_from != AUTO:
         return Path(stage.init_from)

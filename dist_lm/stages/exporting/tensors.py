@@ -19,7 +19,7 @@ Read = Callable[[str], torch.Tensor]  # a parameter of ours by its name
 def in_files(
     tensors: Mapping[str, StoredTensor | ComputedTensor], file_bytes: int
 ) -> Iterator[dict[str, StoredTensor | ComputedTensor]]:
-    """The tensors of each file, in order: a new file starts when a tensor does not fit into `file_bytes`."""
+    """Yields the tensors of each file, in order: a new file starts when a tensor does not fit into `file_bytes`."""
     # A tensor larger than `file_bytes` gets a file of its own.
     part: dict[str, StoredTensor | ComputedTensor] = {}
     for name, tensor in tensors.items():
@@ -31,7 +31,7 @@ def in_files(
 
 
 def as_torch(tensor: StoredTensor | ComputedTensor, name: str) -> torch.Tensor:
-    """A stored tensor.
+    """Returns a stored tensor.
 
     Raises:
         ArtefactError: its dtype is none of fp32, fp16 and bf16; names the tensor.
@@ -43,7 +43,7 @@ def as_torch(tensor: StoredTensor | ComputedTensor, name: str) -> torch.Tensor:
 
 
 def made(dtype: str, shape: Shape, make: Callable[[], torch.Tensor]) -> ComputedTensor:
-    """A tensor of a file, computed when it is written. `dtype`: name of safetensors."""
+    """Returns a tensor of a file, computed when it is written. `dtype`: name of safetensors."""
     torch_dtype = TORCH[dtype]
     return ComputedTensor(dtype, shape, math.prod(shape) * torch_dtype.itemsize, lambda: _bytes(make().to(torch_dtype)))
 

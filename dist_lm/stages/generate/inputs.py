@@ -19,6 +19,7 @@ def check_inputs(files: list[Path], stage: "GenerateConfig", run: RunDirectory) 
     Raises:
         ConfigError: there are no prompts, or the files are invalid.
         ArtefactError: the run began with other prompts.
+        OSError: a file cannot be read.
     """
     # Answers of one run to different prompts would look like answers to the same ones.
     inputs, recorded = count_prompts(files), begun_with(run)
@@ -28,7 +29,7 @@ def check_inputs(files: list[Path], stage: "GenerateConfig", run: RunDirectory) 
 
 
 def check_checkpoint(checkpoint: Path, run: RunDirectory) -> dict[str, str]:
-    """The hash of a checkpoint's manifest, a part of `prompts.json`.
+    """Returns the hash of a checkpoint's manifest, a part of `prompts.json`.
 
     Raises:
         ArtefactError: the run began with other weights at the same place.
@@ -49,5 +50,5 @@ def begun_with(run: RunDirectory) -> dict[str, Any]:
 
 
 def label_of(checkpoint: Path) -> str:
-    """The name of a checkpoint in samples: STAGE/RUN_ID/STEP."""
+    """Returns the name of a checkpoint in samples: STAGE/RUN_ID/STEP."""
     return "/".join(checkpoint.parts[-4:-2] + checkpoint.parts[-1:])

@@ -40,7 +40,7 @@ CONSTRAINT = "constraint"  # field of a prompt
 
 
 def check(config: "GenerateRunConfig") -> None:
-    """Refuse settings that no engine can run with.
+    """Refuses settings that no engine can run with.
 
     Raises:
         ConfigError: names the key.
@@ -57,7 +57,7 @@ def sampling_keys() -> list[str]:
 
 
 def params_of(stage: "GenerateConfig") -> SamplingParams:
-    """The sampling parameters.
+    """Returns the sampling parameters.
 
     Raises:
         ConfigError: names the key.
@@ -70,7 +70,7 @@ def params_of(stage: "GenerateConfig") -> SamplingParams:
 
 
 def options_of(stage: "GenerateConfig") -> EngineOptions:
-    """The size of the engines.
+    """Returns the size of the engines.
 
     Raises:
         ConfigError: names the key.
@@ -109,7 +109,7 @@ def check_tokens(stage: "GenerateConfig", model: ModelConfig) -> None:
 
 
 def tp_of(config: "GenerateRunConfig") -> int:
-    """The number of devices that share the model of an engine; 1 for parallel.tp=-1.
+    """Returns the number of devices that share the model of an engine; 1 for parallel.tp=-1.
 
     Raises:
         ConfigError: the model cannot be split over this number of devices.
@@ -131,7 +131,7 @@ class Tally:
     refused_at: int = -1  # this prompt number
 
     def add(self, record: dict[str, Any], number: int) -> None:
-        """Count one line of a part, which belongs to prompt `number`."""
+        """Counts one line of a part, which belongs to prompt `number`."""
         # A prompt has a line for each answer; the first one counts the prompt.
         self.prompts += record.get("index", 0) == 0
         if "error" in record:
@@ -236,6 +236,7 @@ class Samples(PoolWork):
         Raises:
             ConfigError: the prompts are gone.
             ArtefactError: the prompts changed while they were read.
+            OSError: a file cannot be read.
         """
         truncate = cast(Any, self._stage.truncate)
         for prompt in read_prompts(self._files):
@@ -277,7 +278,7 @@ class Samples(PoolWork):
             self._keep(number, [_record(answer) for answer in answers])
 
     def _check_prompts(self) -> None:
-        """Refuse prompts that changed while they were read, which takes as long as the run.
+        """Refuses prompts that changed while they were read, which takes as long as the run.
 
         Raises:
             ConfigError, ArtefactError: they are gone, or not those that the run began with.
@@ -387,5 +388,5 @@ def _record(answer: Answer) -> dict[str, Any]:
 
 
 def _shortest(number: float) -> float:
-    """The number with the fewest digits that is equal in fp32."""
+    """Returns the number with the fewest digits that is equal in fp32."""
     return float(str(np.float32(number)))

@@ -86,6 +86,7 @@ class Generate(PoolStage):
         Raises:
             ConfigError: settings that no engine can run with, no prompts, or a run that exists with other settings.
             ArtefactError: the checkpoint is missing or does not fit, or prompts or weights changed since the run began.
+            OSError: a file cannot be read.
         """
         from dist_lm.stages.generate import parts as generate_parts
 
@@ -147,7 +148,7 @@ class Generate(PoolStage):
         return Samples(generate_config(config), run, tokenizer)
 
     def summarize(self, config: Config, console: "Console") -> None:
-        """Print the number of answers and their folder."""
+        """Prints the number of answers and their folder."""
         run = run_of(config)
         result = self.read_result(run)
         console.summary(
@@ -179,7 +180,7 @@ def generate_config(config: Config) -> GenerateRunConfig:
 
 
 def refused_text(result: Mapping[str, Any]) -> str:
-    """The number of refused prompts and the first reason."""
+    """Returns the number of refused prompts and the first reason."""
     first_reason = result.get("first_refusal")
     return f"{result['refused']:,} refused" + (f": {first_reason}" if first_reason else "")
 

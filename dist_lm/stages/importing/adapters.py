@@ -64,6 +64,7 @@ def import_adapters(
         ArtefactError: an option or a tensor is one that our adapters lack, they do not fit the base, or there is no
             such base; names the key, the tensor or the run.
         UserError: a package that is needed is not installed.
+        OSError: a file cannot be written.
     """
     described = adapters_in(folder)
     path = file_in(folder, WEIGHTS)

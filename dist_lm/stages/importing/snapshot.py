@@ -47,6 +47,7 @@ def import_model(
         ArtefactError: the folder lacks a file, the model has an option or tensor that ours lacks (the message names
             it), or the run exists or cannot be written.
         UserError: a package that is needed is not installed.
+        OSError: a file cannot be read or written.
     """
     accepted = "letters, digits, '.', '_', '-', the first one a letter or digit"
     require(re.fullmatch(r"\w[\w.-]*", name, re.ASCII) is not None, "NAME", name, accepted)

@@ -68,6 +68,7 @@ class Import(ArtefactStage):
         Raises:
             ArtefactError: another snapshot was imported under this name, or the model cannot be read.
             UserError: a package that is needed is not installed.
+            OSError: a file cannot be read.
         """
         from dist_lm.model.size import parameter_count
 
@@ -102,6 +103,7 @@ class Import(ArtefactStage):
 
         Raises:
             ConfigError, ArtefactError, UserError: see `import_model`.
+            OSError: a file cannot be read or written.
         """
         from dist_lm.stages.importing.snapshot import import_model  # imports torch
 
@@ -114,7 +116,7 @@ class Import(ArtefactStage):
 
 
 def imported_run(config: Config) -> RunDirectory:
-    """The run of an import on the way; one with `tokenizer.add_marks` has a name of its own."""
+    """Returns the run of an import on the way; one with `tokenizer.add_marks` has a name of its own."""
     name = name_of(config.stage.init_from)
     if config.tokenizer.add_marks:
         name += "-marks"

@@ -69,6 +69,7 @@ def import_snapshot(
     Raises:
         ArtefactError: see `snapshot.import_model`.
         UserError: a package that is needed is not installed.
+        OSError: a file cannot be written.
     """
     # All checks come before anything is written.
     model, architecture = model_in(folder, run.path.name)
@@ -133,7 +134,11 @@ class Words:
         return replace(self, content=content, tokenizer=tokenizer)
 
     def write(self, run: RunDirectory) -> None:
-        """Writes them into a new run, whose folder is made."""
+        """Writes them into a new run, whose folder is made.
+
+        Raises:
+            OSError: a file cannot be written.
+        """
         folder = run.path / "tokenizer"
         folder.mkdir(parents=True)
         durable.write_bytes(folder / self.file_name, self.content)
@@ -233,6 +238,7 @@ def snapshot_at(source: str) -> Iterator[Path]:
     Raises:
         ArtefactError: there is no such model, or the file is damaged.
         UserError: a package that is needed (gguf, huggingface_hub) is not installed.
+        OSError: a file cannot be written.
     """
     path = Path(source).expanduser()
     if path.suffix != ".gguf":

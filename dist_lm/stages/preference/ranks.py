@@ -44,6 +44,7 @@ def open_data(arguments: DataArguments) -> StageData:
     Raises:
         ConfigError: a setting that rankings do not allow.
         ArtefactError: the corpus holds no rankings, none fits into a sequence, or the file of the reference is gone.
+        OSError: a file cannot be read.
     """
     config = arguments.config
     assert isinstance(config, PreferenceRunConfig)

@@ -63,6 +63,7 @@ def ranked_samples(source: SourceConfig, config: RankingsConfig, console: Consol
     Raises:
         ArtefactError: there is no model, no program in the corpus, or the model's logits are not numbers.
         UserError: the tokenizer lacks the mark that ends a turn.
+        OSError: a file cannot be read.
     """
     if config.stage.init_from == "none":
         raise ArtefactError(

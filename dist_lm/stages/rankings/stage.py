@@ -42,7 +42,12 @@ class Rankings(ArtefactStage):
     starts_from = "tools"
 
     def for_readers(self, config: Config, readers: Sequence[Config]) -> Config:
-        """Build only the corpora that later stages read, with samples of the model that they start from."""
+        """Returns `config` with only the corpora that later stages read, and with the model that these start from as
+        the one that samples.
+
+        Raises:
+            ArtefactError: as `begun_folders`.
+        """
         corpora = sorted({reader.stage.corpus for reader in readers if reader.stage.corpus})
         config = begun_folders(config, readers)
         return replace(config, stage=replace(own(config), corpora=corpora, init_from=readers[0].stage.init_from))

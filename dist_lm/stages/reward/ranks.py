@@ -54,6 +54,7 @@ def open_data(arguments: DataArguments) -> StageData:
     Raises:
         ConfigError: a setting that rankings do not allow, or a batch that does not divide over the ranks.
         ArtefactError: the corpus holds no rankings, or none fits into a sequence.
+        OSError: a file cannot be read.
     """
     assert isinstance(arguments.config, RewardRunConfig)
     settings = arguments.config.stage.reward
@@ -78,6 +79,7 @@ def open_rankings(arguments: DataArguments, takes_labels: bool = False) -> tuple
     Raises:
         ArtefactError: the corpus is missing or damaged, holds no rankings, or labels that the stage does not learn
             from.
+        OSError: a file cannot be read.
     """
     stage = arguments.config.stage
     directory = arguments.config.corpus_in(arguments.run.work, stage.corpus)
@@ -150,6 +152,7 @@ def score_samples(arguments: EvaluationArguments) -> dict[str, float]:
     Raises:
         ArtefactError: no completion fits into the model's context either, or corpus or initial checkpoint is missing.
         UserError: as `policy_samples`.
+        OSError: a file cannot be read.
     """
     config = arguments.config
     assert isinstance(config, RewardRunConfig)

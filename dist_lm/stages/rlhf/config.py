@@ -365,7 +365,7 @@ def rlhf_config(config: Config) -> RlhfRunConfig:
 
 
 def check_reward_model(config: RlhfRunConfig, shape: ModelConfig) -> None:
-    """Refuse a model that gives no scores, or has another vocabulary than the policy.
+    """Refuses a model that gives no scores, or has another vocabulary than the policy.
 
     Raises:
         ArtefactError: names the run.

@@ -54,7 +54,7 @@ class PromptsOfRun:
 
 
 def read_prompts(config: RlhfRunConfig, run: RunDirectory, tokenizer: Tokenizer, judges: bool) -> PromptsOfRun:
-    """Reads the prompts of a run, or the tasks of its environment.
+    """Returns the prompts of a run, or the tasks of its environment, and the constraints of completions.
 
     Args:
         judges: whether this process judges completions, for which it needs rows and tests.

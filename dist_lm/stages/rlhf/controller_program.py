@@ -48,7 +48,7 @@ ERRORS = (
 def start_controller(
     run: RunDirectory, device: torch.device, weights: WeightStream, alive: Callable[[], None], staleness: int
 ) -> ControllerProcess:
-    """Starts the controller of a run in a child of this process, the first rank.
+    """Starts the controller of a run in a child of this process, the first rank, and returns it; to be closed.
 
     Args:
         weights: of any version of the policy; read to the end.
@@ -73,7 +73,7 @@ def start_controller(
 def opened_controller(
     run: RunDirectory, device: torch.device, weights: WeightStream, alive: Callable[[], None]
 ) -> Iterator[Controller]:
-    """Opens the controller of a run in this process, with its pool of actors.
+    """Yields the controller of a run in this process, with its pool of actors; both end with the block.
 
     Raises:
         ClusterError, ArtefactError, ConfigError, UserError, PoolFailure: as `open_controller`.

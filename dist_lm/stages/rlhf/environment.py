@@ -42,8 +42,10 @@ def open_environment_supply(
     """
     settings = config.rlhf
     limits = settings.environment_limits.limits
+    # The environment gives the only part of the reward: `RlhfRunGroup` refuses others beside it.
     ((part, weight),) = [(name, part.weight) for name, part in settings.rewards.items()]
     open_host = partial(Host, settings.environment, limits, trust_me=config.sandbox == TRUST_ME)
+
     return EnvironmentSupply(
         VersionedSource(source),
         ShuffledPrompts(tasks, config.seed),
@@ -61,7 +63,11 @@ def open_environment_supply(
 
 
 def turn_constraint(settings: RlhfRunGroup, tokenizer: Tokenizer) -> ConstraintOf | None:
-    """Returns what every turn must be, by the tools of its task; None without rlhf.constraint."""
+    """Returns what every turn must be, by the tools of its task; None without rlhf.constraint.
+
+    Raises:
+        ConfigError: the file of rlhf.constraint cannot be read, or holds no constraint.
+    """
     if not settings.constraint:
         return None
     if path := settings.constraint_file:

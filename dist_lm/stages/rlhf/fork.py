@@ -107,6 +107,7 @@ def edited_turn(text: str, tokenizer: Tokenizer, option: str = "--edit") -> list
 
     Raises:
         ConfigError: it is empty, or the mark that ends a turn stands within it.
+        UserError: the tokenizer lacks the mark that ends a turn, see `stop_tokens`.
     """
     ends = (tokenizer.eot_id, *stop_tokens(tokenizer))
     ids = tokens_with_marks(text, tokenizer)

@@ -63,12 +63,14 @@ class LoadedRun:
 
 
 def load_run(run: RunDirectory, config: RlhfRunConfig, start: RankStart, algorithm: Algorithm) -> LoadedRun:
-    """Loads the models from the newest intact checkpoint of the run, else from the initial checkpoints (collective).
+    """Returns the models and the state of a run: from its newest intact checkpoint, else from the initial checkpoints
+    (collective).
 
     Raises:
         ArtefactError: a checkpoint is missing, damaged, belongs to another model or tokenizer, or is not the one that
             the run began with; or the reward model's run is not finished.
         ConfigError: the critic shall have the head of a reward model that computes otherwise.
+        OSError: a file cannot be read.
     """
     resume_from = checkpoint.newest_intact(run.checkpoints, start.world)
     init_from = Path(config.stage.init_from) if config.stage.init_from != "none" else None
@@ -124,9 +126,9 @@ def load_run(run: RunDirectory, config: RlhfRunConfig, start: RankStart, algorit
 
 
 def base_record(directory: Path) -> dict[str, str]:
-    """Identifies the checkpoint that a frozen model, or the base of a critic with adapters, was loaded from.
+    """Returns the record of a checkpoint that a frozen model, or the base of a critic with adapters, was loaded from.
 
-    The record has the path and the SHA-256 of the manifest.
+    It has the path (`base`) and the hexadecimal SHA-256 of the manifest (`base_sha256`).
 
     Raises:
         ArtefactError: the checkpoint has no manifest.
@@ -135,7 +137,8 @@ def base_record(directory: Path) -> dict[str, str]:
 
 
 def check_frozen(resume_from: Path, frozen: Bases) -> None:
-    """Refuse a reference and a reward model other than those that the run began with; they may have moved.
+    """Refuses a reference and a reward model other than those that the run began with; returns nothing. They may have
+    moved, and a checkpoint of an old release, which names none, passes.
 
     Raises:
         ArtefactError: names the checkpoint, the key and both models.
@@ -171,7 +174,7 @@ def frozen_models(directory: Path) -> Bases | None:
 
 
 def check_critic(resume_from: Path, base: Mapping[str, str]) -> None:
-    """Refuse adapters of a critic for another base.
+    """Refuses adapters of a critic for another base; returns nothing.
 
     Raises:
         ArtefactError: names the checkpoint and both bases; or the checkpoint has no record of the base.
@@ -191,6 +194,7 @@ def first_state(settings: RlhfRunGroup) -> RlhfState:
 
     Raises:
         ArtefactError: the reward model's run is not finished.
+        OSError: a file cannot be read.
     """
     scale = None
     # The scale is fixed for the whole run; measured anew, it would move with the policy.

@@ -75,6 +75,8 @@ def run_rank(run: RunDirectory, stop: StopRequest, heartbeat: Heartbeat) -> None
         CheckpointWriteError: a checkpoint could not be written.
         UserError: a task of stage.eval_tasks cannot be asked, or as `read_prompts` and `open_controller`.
         ClusterError, PoolFailure: Ray refuses the first rank, or actors find no place or keep dying.
+        ControllerLostError: the controller's process ends again and again; on the first rank.
+        OSError: a file cannot be read.
     """
     began = time.time()
     config = load_config(run.config)
@@ -221,6 +223,7 @@ def pretraining_text(
     Raises:
         ArtefactError: a corpus is missing or too small for a sequence.
         ConfigError: the batch of text does not divide over the ranks.
+        OSError: a file cannot be read.
     """
     settings = config.rlhf
     if not settings.pretrain_coefficient:
@@ -277,7 +280,7 @@ class Reporter:
         self._eta = Eta(self.config.stage.steps)
 
     def __call__(self, report: IterationReport) -> None:
-        """Report an iteration."""
+        """Writes the line of metrics of an iteration and its samples, if they are due, and counts its tokens."""
         new_tokens = int(report.rollouts.new_tokens_B.sum())
         self.tokens += new_tokens
         self.iteration = report.iteration
@@ -326,7 +329,7 @@ class Reporter:
             )
 
     def alive(self, phase: Phase, done: float = 0.0) -> None:
-        """Write a heartbeat, with the share of the phase that is done; 0: unknown."""
+        """Writes a heartbeat, with the share of the phase that is done, in [0, 1]; 0: unknown."""
         self.heartbeat.beat(phase, self.iteration, done)
 
     def _write_table(self, report: IterationReport) -> None:
@@ -380,7 +383,7 @@ class Saving:
     is_first: bool
 
     def __call__(self, state: RlhfState) -> None:
-        """Save `state` with the current models."""
+        """Saves `state` with the current models."""
         self.reporter.alive(Phase.SAVING)
         # A checkpoint may not be newer than the metrics: a resumed run writes only the later lines.
         if self.reporter.metrics:

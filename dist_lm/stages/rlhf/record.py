@@ -373,6 +373,9 @@ class ConversationRecord:
         """Returns the checkpoint with the weights of the policy after `version` iterations; None: it is not kept.
 
         The files are not verified.
+
+        Raises:
+            ArtefactError: what a checkpoint says of its run's start cannot be read, or a candidate has no manifest.
         """
         if version:
             checkpoint = self.run.checkpoints / checkpoint_files.step_name(version)

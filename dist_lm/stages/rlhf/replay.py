@@ -96,7 +96,11 @@ class Chosen:
 
 
 def no_weights(record: ConversationRecord, version: int) -> str:
-    """Says that weights are not kept, and what keeps them."""
+    """Returns the sentence that says that weights are not kept, and what keeps them.
+
+    Args:
+        version: finished iterations of the weights.
+    """
     init_from = record.config.stage.init_from
     if version == 0 and init_from == "none":
         return "no checkpoint holds the random weights that the run began with (stage.init_from=none)"
@@ -114,7 +118,8 @@ def no_weights(record: ConversationRecord, version: int) -> str:
 def draw_again(record: ConversationRecord, chosen: Chosen) -> Iterator[IterationReplay]:
     """Yields, for each recorded iteration, how it compares with conversations that its weights draw again.
 
-    Where the checkpoint with these weights is not kept, only metrics are compared.
+    Where the checkpoint with these weights is not kept, only metrics are compared; of a single rollout, which has
+    none, that is an ArtefactError.
 
     Raises:
         ArtefactError, ConfigError: a file is missing, damaged or of something else, or what is chosen is not there.
@@ -343,8 +348,10 @@ def _result(
     """Returns the result for an iteration, of which no conversations were replayed if there are no outcomes."""
     episodes = [episode for _, episode in rollouts]
     numbers = [number for number, _ in rollouts]
+    # Not strict: there are no outcomes if nothing was replayed.
     differing = [pair for pair in zip(numbers, outcomes, strict=False) if pair[1].difference is not None]
     rollout, first = differing[0] if differing else (None, None)
+
     return IterationReplay(
         iteration=iteration.number,
         version=iteration.version,

@@ -130,7 +130,7 @@ class Rlhf(TrainingStage):
 
 
 def one_line(text: str) -> str:
-    """Returns the beginning of a text, in one line."""
+    """Returns the first `WIDTH` characters of a text, with `\\n` for its line breaks, and "..." if it was longer."""
     flat = text.replace("\n", "\\n")
     if len(flat) <= WIDTH:
         return flat
@@ -144,6 +144,7 @@ def check_inputs(config: RlhfRunConfig) -> None:
         ConfigError: a key names nothing, a function cannot be imported, or a constraint not be followed.
         ArtefactError: a prompt is invalid, or the model gives no scores, has another vocabulary, or its run is not
             finished.
+        UserError: constraints need the package llguidance, which is not installed.
     """
     from dist_lm.stages.rlhf.constraint import check_constraint
     from dist_lm.stages.rlhf.environment_tasks import check_environment

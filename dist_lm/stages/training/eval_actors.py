@@ -240,6 +240,7 @@ def tasks_of_steps(
         ArtefactError: the file of a task has changed since the run began.
         ClusterError: Ray refuses the first rank.
         ConfigError: as `BetweenSteps.reached`, where the ranks answer what was left.
+        OSError: a file cannot be read.
     """
     tasks = loop_tasks(config, run, tokenizer)
     parts = Evaluated(config, run, world, tokenizer, model, tasks, metrics, heartbeat)

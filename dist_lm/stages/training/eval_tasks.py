@@ -73,13 +73,13 @@ class Evaluated:
         return sandboxes_of(self.cluster, 0, self.config.sandbox == TRUST_ME) if task_round.executes else None
 
     def weights(self, receives: bool) -> WeightStream:
-        """The weights of the model; every rank reads them to the end (collective)."""
+        """Returns the weights of the model; every rank reads them to the end (collective)."""
         # Parameters may still be gathered from the last step.
         reshard(self.model)
         return stream_weights(self.model, self.model.config, self.dtype, receives)
 
     def write(self, step: int, records: Mapping[str, list[Record]], waited_s: float | None = None) -> None:
-        """Write figures and answers (first rank).
+        """Writes figures and answers (first rank).
 
         Args:
             waited_s: seconds that training waited; None: written before.
@@ -101,18 +101,18 @@ class TasksOfSteps(StepTasks, Protocol):
 
 
 def weights_file(run: RunDirectory, step: int) -> Path:
-    """The weights after `step` steps, while their evaluation by actors is not done."""
+    """Returns the file of the weights after `step` steps, while their evaluation by actors is not done."""
     return run.evaluations / f"step_{step:08d}.safetensors"
 
 
 def stored(parts: Evaluated, step: int) -> WeightStream:
-    """The weights in `weights_file`."""
+    """Returns the weights in `weights_file`."""
     weights = load_file(weights_file(parts.run, step))
     return ((name, weights[name]) for name in parameter_shapes(parts.model.config.plain))
 
 
 def discard_weights(parts: Evaluated, step: int) -> None:
-    """Remove the weights of an evaluation, once its figures are on disk (first rank)."""
+    """Removes the weights of an evaluation, once its figures are on disk (first rank)."""
     assert parts.metrics is not None
     # A crash in between must find either the figures or the weights.
     parts.metrics.sync()
@@ -128,6 +128,7 @@ def pending(parts: Evaluated, steps_done: int) -> dict[int, tuple[str, ...]]:
 
     Raises:
         ArtefactError: the metrics file is damaged.
+        FileNotFoundError: the run has no metrics.
     """
     written = {(line["step"], name) for line in read_metrics(parts.run.metrics) for name in line}
     pending_tasks = {}

@@ -77,6 +77,8 @@ def joined(run: RunDirectory, config: Config, heartbeat: Heartbeat) -> Iterator[
     Raises:
         ArtefactError: the tokenizer is missing or damaged.
         ConfigError: this rank should have a GPU and its node has too few, or may open too few files.
+        UserError: the tokenizer needs the package `tokenizers`, which is not installed.
+        StrangerError: another user has connected to a port of this rank.
     """
     # Heartbeats detect hangs, not this timeout. It is long because the other ranks of stage rlhf wait in one collective
     # while the first rank generates: a shorter one would end a healthy run.
@@ -125,7 +127,7 @@ def check_corpora(run: RunDirectory, config: Config, tokenizer: Tokenizer, world
 
 
 def open_metrics(run: RunDirectory, world: World, state: TrainState) -> MetricsWriter | None:
-    """The metrics file on the first rank, without the lines that an attempt wrote after its last checkpoint.
+    """Returns the metrics file on the first rank, without the lines that an attempt wrote after its last checkpoint.
 
     Raises:
         ArtefactError: the metrics file is damaged.
@@ -195,6 +197,7 @@ def metrics_of_step(run: RunDirectory, step: int) -> dict[str, float | None]:
 
     Raises:
         ArtefactError: the metrics file is damaged.
+        FileNotFoundError: the run has no metrics.
     """
     metrics = {}
     for line in read_metrics(run.metrics):
@@ -216,6 +219,7 @@ def run_rank(stage: "TrainingStage", run: RunDirectory, stop: StopRequest, heart
         NonFiniteGradientsError, CheckpointWriteError: see `Trainer.run`.
         UserError: a task of stage.eval_tasks cannot be asked, or the tokenizer lacks a mark that the stage needs.
         ClusterError, PoolFailure: Ray refuses the first rank, or actors of eval.pool find no place or keep dying.
+        OSError: a file cannot be read.
     """
     began = time.time()
     config = load_config(run.config)
@@ -321,7 +325,7 @@ def run_rank(stage: "TrainingStage", run: RunDirectory, stop: StopRequest, heart
 
 
 def step_profiler(run: RunDirectory, config: Config, world: World) -> StepProfiler | None:
-    """The profiler of this rank; None without profile.steps."""
+    """Returns the profiler of this rank; None without profile.steps."""
     if not config.profile.steps:
         return None
     on_gpu = world.device.type == "cuda"
@@ -338,6 +342,7 @@ def restore(
 
     Raises:
         ArtefactError: there is no checkpoint, or it belongs to another model, tokenizer or content.
+        OSError: a file cannot be read.
     """
     tokenizer_sha256 = start.tokenizer.sha256
     resume_from = checkpoint.newest_intact(run.checkpoints, start.world)
@@ -402,7 +407,7 @@ def initial_model(config: Config, start: RankStart, model: Transformer, *, begun
 
 
 def trained_tokens(lora: LoraConfig, tokenizer: Tokenizer) -> torch.Tensor | None:
-    """Returns the ids of stage.lora.tokens; None without such tokens.
+    """Returns the ids of stage.lora.tokens, (tokens,) int64 on the host; None without such tokens.
 
     Raises:
         ConfigError: the tokenizer has no special token of that name.

@@ -84,11 +84,11 @@ class TrainingStage(Stage):
         run_rank(self, run, stop, heartbeat)
 
     def objective(self, config: Config) -> "Objective":
-        """The loss of a batch."""
+        """Returns the function that computes the loss of a batch."""
         raise NotImplementedError(f"stage {self.name} has a program of its own")
 
     def prepare(self, config: Config) -> "Prepare | None":
-        """A function that gets the micro-batches of a step before its passes; None: nothing is to prepare."""
+        """Returns a function that gets the micro-batches of a step before its passes; None: nothing is to prepare."""
         return None
 
     def open_data(self, arguments: DataArguments) -> StageData:
@@ -101,15 +101,15 @@ class TrainingStage(Stage):
         raise NotImplementedError(f"stage {self.name} has a program of its own")
 
     def before_training(self, arguments: EvaluationArguments) -> dict[str, float]:
-        """Metrics before the first step, with stage.eval_at_start; the same on every rank (collective)."""
+        """Returns the metrics before the first step, with stage.eval_at_start; the same on every rank (collective)."""
         return {}
 
     def after_training(self, arguments: EvaluationArguments) -> dict[str, float]:
-        """Metrics after the last step; the same on every rank (collective)."""
+        """Returns the metrics after the last step; the same on every rank (collective)."""
         return {}
 
     def result(self, config: Config, run: RunDirectory, metrics: Mapping[str, Any]) -> dict[str, Any]:
-        """Additional fields of `result.json` (first rank).
+        """Returns additional fields of `result.json` (first rank).
 
         Args:
             metrics: metrics of the last step.
@@ -147,7 +147,7 @@ class TrainingStage(Stage):
         raise NotImplementedError(f"stage {self.name} reads no sequences of a corpus")
 
     def example_batch(self, config: Config) -> "Batch | None":
-        """A micro-batch for the dry run; None: random tokens for next-token prediction."""
+        """Returns a micro-batch for the dry run; None: random tokens for next-token prediction."""
         return None
 
     # --- where the run is prepared: in the launcher, or on rank 0 without one ---
@@ -171,6 +171,7 @@ class TrainingStage(Stage):
             ConfigError: the run exists with other settings, or a key names something that does not fit.
             ArtefactError: a checkpoint, a corpus or a file is missing or does not fit.
             UserError: a package that is needed to read `hf:SOURCE` is not installed.
+            OSError: a file cannot be read.
         """
         init_from = config.stage.init_from
         config = with_recorded_folders(config)
@@ -319,6 +320,7 @@ class TrainingStage(Stage):
                 a task.
             ArtefactError: a checkpoint, a corpus or a file is missing or does not fit.
             UserError: a package that is needed to read `hf:SOURCE`, or for a base in four bits, is not installed.
+            OSError: a file cannot be read.
         """
         if config.stage.eval_tasks:
             from dist_lm.evaluation.tasks import check_tasks
@@ -384,7 +386,7 @@ class TrainingStage(Stage):
         console.summary(f"stage={self.name} is done", dict(self.entries(config, run, result)))
 
     def print_figures(self, config: Config, result: Mapping[str, Any], console: "Console") -> None:
-        """Print the tables of the summary."""
+        """Prints the tables of the summary."""
         print_before_and_after(result, console)
 
     def print_samples(self, run: RunDirectory, console: "Console") -> None:
@@ -438,7 +440,7 @@ class TrainingStage(Stage):
             yield "corpus", f"dist-lm data inspect {run.corpus(config.stage.corpus)}"
 
     def own_entries(self, result: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
-        """The stage's own lines of the summary's last box."""
+        """Returns the stage's own lines of the summary's last box."""
         return iter(())
 
     packed: ClassVar[str] = "conversations"  # kind of documents that are packed whole
@@ -475,6 +477,7 @@ def find_run(config: Config, *, is_target: bool) -> RunState:
 
     Raises:
         ArtefactError: `result.json` is damaged.
+        OSError: a file cannot be read.
     """
     run = run_of(config)
     steps = durable.read_json(run.result, {"steps": (int, NoneType)}).get("steps") or 0
@@ -537,7 +540,7 @@ def task_entries(result: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
 
 
 def last_samples(run: RunDirectory) -> list[dict[str, Any]]:
-    """The lines of the newest file of samples."""
+    """Returns the lines of the newest file of samples."""
     newest = sorted(run.samples.glob("step_*.jsonl"))[-1:]
     return [sample for file in newest for sample in durable.json_lines(file)]
 

@@ -102,6 +102,9 @@ def sequential(scene: Scene) -> Turns:
     with its result, and the answer.
 
     Earlier records of the subject are deleted and no tool is busy any more, so that both calls succeed.
+
+    Raises:
+        ToolError: a tool refuses a call.
     """
     rng = scene.rng
     first = scene.take(lambda topic: topic.action in ("create", "search", "newest"))
@@ -313,7 +316,7 @@ def _typing_error(record_id: str, records: dict[str, dict[str, Json]], rng: rand
 
 
 def _add_tool(scene: Scene) -> None:
-    """Add a tool, often for the same subject as the first, so that only the action tells them apart."""
+    """Adds a tool, often for the same subject as the first, so that only the action tells them apart."""
     if scene.tools and scene.rng.random() < 0.4 and scene.has(_about(scene.tools[0].subject)):
         scene.take(_about(scene.tools[0].subject))
     else:

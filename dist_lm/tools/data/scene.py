@@ -43,7 +43,7 @@ class World:
     before_calls: "list[World] | None" = None  # copies of the world before each call; None: none are made
 
     def put(self, subject: str, domain: str, fields: Record | None = None, record_id: str | None = None) -> str:
-        """Add a record with the fields of its domain, of which `fields` sets some; returns the id."""
+        """Adds a record with the fields of its domain, of which `fields` sets some; returns the id."""
         records = self.records.setdefault(subject, {})
         record_id = record_id or self._free_id(records)
         records[record_id] = {name: draw(kind, self.rng).json for name, kind in fields_of(domain)} | (fields or {})
@@ -192,7 +192,11 @@ class Scene:
         return any(map(fits, self._free()))
 
     def take(self, fits: Callable[[Topic], bool] = lambda topic: True) -> Specification:
-        """Pick an unused tool of the shelf whose topic fits, and add it to the tools."""
+        """Picks an unused tool of the shelf whose topic fits, and adds it to the tools.
+
+        Raises:
+            IndexError: there is none; ask `has` first.
+        """
         tool = self.pick(fits)
         self.tools.append(tool)
         return tool

@@ -28,7 +28,7 @@ class Toolbox:
     """The functions of one file as tools. They run one at a time in one separate process, so state survives a call."""
 
     def __init__(self, file: Path, limits: Limits) -> None:
-        """Load `file`.
+        """Loads `file`.
 
         Raises:
             UserError: the file is missing or cannot be loaded, or a function cannot be a tool; the message names it.
@@ -49,7 +49,7 @@ class Toolbox:
         self.close()
 
     def close(self) -> None:
-        """End the process; the next call starts another one."""
+        """Ends the process; the next call starts another one."""
         if self._host:
             self._host.end()
             self._host = None
