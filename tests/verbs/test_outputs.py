@@ -36,7 +36,7 @@ WRITES = {
 READS = {
     *("path", "paths", "corpus", "work", "inputs", "data", "model", "preferences", "prompts", "tokenizer", "base"),
     *("source", "work_dir", "runs", "run", "offline", "include_path", "tools", "constraint", "table", "board", "json"),
-    *("edit_file", "documents"),
+    *("edit_file", "documents", "cache"),  # a cache is shared
 }
 
 
