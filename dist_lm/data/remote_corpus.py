@@ -107,7 +107,7 @@ class RemoteFolder:
                 info = self._file_info(name)
                 if (now := _identity_in_store(info)) != identity:
                     raise ChangedInputError(self.path(name), f"{now}, was {identity}")
-                with self._store.open_input_file(info) as file:
+                with self._store.open_input_file(info.path) as file:
                     content = file.read_at(size, begin)
             else:
                 with HttpFile(self.path(name), random_access=True) as file:

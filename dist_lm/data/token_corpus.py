@@ -59,10 +59,10 @@ class TokenCorpus:
         self._cure = f"build the corpus again with `{BUILD_COMMAND}`"
         self._tars: _Tars | RemoteTars
         if self.is_remote:
-            from dist_lm.data.remote_corpus import RemoteTars  # imports libraries that local corpora do not need
+            from dist_lm.data import remote_corpus  # imports libraries that local corpora do not need
 
             self._cure = "upload an intact copy, and run `dist-lm data attach` again"
-            self._tars = RemoteTars(directory, shards)
+            self._tars = remote_corpus.RemoteTars(directory, shards)
         else:
             self._tars = _Tars([directory / shard.name for shard in shards])
         self._checked = bytearray(self._index.n_members)  # members that this process has compared with the manifest
