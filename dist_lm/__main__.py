@@ -14,7 +14,7 @@ from dist_lm.errors import ArtefactError, require, require_folder_name
 from dist_lm.launcher.process import run_program
 from dist_lm.storage import outputs
 from dist_lm.tracking.console import Console
-from dist_lm.tracking.readable import OutputConsole, say
+from dist_lm.tracking.readable import OutputConsole, gib, say
 from dist_lm.verbs.arguments import CheckpointPath, DeviceName, TokenizerPath
 from dist_lm.verbs.checkpoint import checkpoint
 from dist_lm.verbs.generate import generate
@@ -88,7 +88,7 @@ def data_attach(
 ) -> None:
     """Use a remote corpus of texts or conversations where it is: training reads its tars through a cache."""
     require_folder_name("NAME", name)
-    from dist_lm.data.remote_corpus import attach
+    from dist_lm.data.attach import attach
     from dist_lm.storage.run_directory import WorkDirectory
 
     manifest = attach(url, WorkDirectory(work).corpus(name), cache, int(cache_gib * 2**30))
@@ -97,6 +97,12 @@ def data_attach(
         f"attached {name}: {tokens:,} training tokens, tokenizer {manifest.recipe.tokenizer_sha256[:12]}; "
         f"corpus.folders.CORPUS={name} trains on it"
     )
+    tar_bytes = sum(shard.size for split in manifest.splits.values() for shard in split.shards)
+    if tar_bytes > cache_gib * 2**30:
+        say(
+            f"the cache holds {cache_gib:g} of {gib(tar_bytes)}: pieces of 4 MiB come again in every epoch, most of "
+            "them for a few documents; with --cache-gib for the whole corpus each comes once to a node"
+        )
 
 
 @data.command("step")

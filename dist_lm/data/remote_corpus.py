@@ -1,36 +1,25 @@
-"""Reads a corpus whose tars stay behind http, s3 or gs.
+"""Reads a corpus whose tars stay behind http, s3 or gs (`data.attach`), by pieces, through a cache on local disk.
 
-`attach` makes a corpus folder with the manifest, the indices and the origins of the remote one, and `remote.json` in
-place of the tars. The tars are read by pieces, through a cache on local disk (`data.piece_cache`). Every answer of a
-server must be of the tar that was attached.
-
-Credentials come from the environment (`data.sources.opening`). A URL that could hold some is refused, because
-`remote.json` is written to disk.
+Every answer of a server must be of the tar that was attached. Credentials come from the environment
+(`data.sources.opening`).
 """
 
 import hashlib
-import secrets
-import shutil
 from collections.abc import Sequence
-from concurrent.futures import Executor, ThreadPoolExecutor
-from dataclasses import asdict, dataclass
+from concurrent.futures import Executor
+from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import Any, Self
 
-from dist_lm.data.index import load_index
-from dist_lm.data.journal import rows_path, rows_state
-from dist_lm.data.manifest import Manifest, Shard, index_path, manifest_path, read_manifest, remote_path
+from dist_lm.data.manifest import Shard, remote_path
 from dist_lm.data.piece_cache import PieceCache
-from dist_lm.data.shard_writer import origins_path
 from dist_lm.data.sources.failures import brief
-from dist_lm.data.sources.opening import REMOTE, HttpFile, filesystem, open_raw, scheme_of
-from dist_lm.errors import ArtefactError, ChangedInputError, ConfigError, require
+from dist_lm.data.sources.opening import HttpFile, filesystem, open_raw, scheme_of
+from dist_lm.errors import ArtefactError, ChangedInputError
 from dist_lm.storage import durable
 
 PIECE = 4 << 20  # bytes
-LEAST_CACHE = 256 << 20  # bytes: the pieces that the ranks of a node read at once
-REQUESTS = 16  # at once, while a corpus is attached
 CURE = "restore it; or, if the same file was uploaded again, run `dist-lm data attach` again"
 
 
@@ -166,6 +155,7 @@ class RemoteTars:
         if missing := [name for name in self._names if name not in record.tars]:
             raise ArtefactError(f"{remote_path(directory)} does not name {missing[0]}: run `dist-lm data attach` again")
 
+        self._pending: set[tuple[int, int]] = set()  # (tar, piece) that a pool will fetch
         self._identities = [record.tars[name] for name in self._names]
         self._keys = []
         for shard, identity in zip(shards, self._identities, strict=True):
@@ -201,7 +191,11 @@ class RemoteTars:
     def read_ahead(self, tar: int, offset: int, size: int, pool: Executor) -> None:
         """Has a pool fetch the pieces that hold these bytes. An error is left to the reader, who asks again."""
         for piece in self._pieces(tar, offset, size):
-            pool.submit(self._add, tar, piece)
+            # Neighbours are in one piece, and a thread that waits for a piece of another fetches nothing.
+            if (tar, piece) not in self._pending:
+                self._pending.add((tar, piece))
+                future = pool.submit(self._add, tar, piece)
+                future.add_done_callback(lambda _, piece=piece: self._pending.discard((tar, piece)))
 
     def _add(self, tar: int, piece: int) -> None:
         begin, size = self._extent(tar, piece)
@@ -223,95 +217,3 @@ class RemoteTars:
 
     def _name(self, tar: int, piece: int) -> str:
         return f"{self._keys[tar]}-{piece:06d}"
-
-
-def attach(url: str, directory: Path, cache: Path, cache_bytes: int) -> Manifest:
-    """Makes a corpus folder of a remote corpus, and returns its manifest. The tars stay where they are.
-
-    An attached folder of the same corpus is renewed: after an upload, or for another cache.
-
-    Args:
-        url: of the folder with `manifest.json`.
-        cache: a folder on a local disk of each node; made when it is first used.
-
-    Raises:
-        ConfigError: the URL, or the size of the cache, is not accepted.
-        ArtefactError: there is no such corpus or a file of it is missing or differs from its manifest; or `directory`
-            is taken.
-        OSError: a file cannot be written.
-    """
-    url = url.rstrip("/")
-    _check_url(url)
-    require(cache_bytes >= LEAST_CACHE, "--cache-gib", cache_bytes / 2**30, f"at least {LEAST_CACHE / 2**30:g}")
-    if directory.exists() and not remote_path(directory).is_file():
-        raise ArtefactError(f"{directory} is taken by a corpus that is not attached: give another name")
-
-    temporary = directory.with_name(f".{directory.name}.{secrets.token_hex(8)}.tmp")
-    temporary.mkdir(parents=True)
-    try:
-        folder = RemoteFolder(url)
-        durable.write_bytes(manifest_path(temporary), folder.content("manifest.json"))
-        manifest = read_manifest(temporary)
-        shards = [shard for split in manifest.splits.values() for shard in split.shards]
-        if directory.exists() and read_manifest(directory).content != manifest.content:
-            raise ArtefactError(f"{directory} is attached to another corpus: give another name")
-
-        with ThreadPoolExecutor(REQUESTS) as pool:
-            identities = list(pool.map(lambda shard: _copy_beside_tar(folder, shard, temporary), shards))
-        tars = {shard.name: identity for shard, identity in zip(shards, identities, strict=True)}
-        record = RemoteCorpus(url, str(cache.absolute()), cache_bytes, tars)
-        durable.write_sealed(remote_path(temporary), asdict(record))
-
-        if not directory.exists():
-            temporary.rename(directory)
-            durable.fsync(directory.parent)
-        else:
-            # The same corpus: each file may be renewed alone, while runs read the others.
-            for path in sorted(temporary.iterdir()):
-                path.replace(directory / path.name)
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
-    return manifest
-
-
-def _check_url(url: str) -> None:
-    """Refuses a URL that is not remote, or that may hold credentials; returns nothing."""
-    accepted = f"a folder behind {', '.join(REMOTE)}"
-    scheme, separator, rest = url.partition("://")
-    if "@" in rest.partition("/")[0] or "?" in url or "#" in url:
-        # The message leaves the address out, because messages are logged.
-        raise ConfigError(
-            "URL=(an address with a user, a query or a fragment): expected one without: credentials come from the "
-            "environment, and the address is written to disk"
-        )
-    require(bool(separator) and scheme in REMOTE and bool(rest), "URL", url, accepted)
-
-
-def _copy_beside_tar(folder: RemoteFolder, shard: Shard, directory: Path) -> dict[str, Any]:
-    """Copies the index, origins and rows of a tar; returns what the server tells about the tar.
-
-    Raises:
-        ArtefactError: a file is missing, or differs from the manifest.
-        OSError: a file cannot be written.
-    """
-    tar = directory / shard.name
-    try:
-        identity = folder.identity(shard.name)
-        paths = [index_path(tar), origins_path(tar)]
-        if shard.rows:
-            paths.append(rows_path(tar))
-        for path in paths:
-            durable.write_bytes(path, folder.content(path.name))
-    except ArtefactError as error:
-        raise ArtefactError(f"{error}; a remote corpus is a copy of all files of its folder") from error
-
-    if identity.get("size") != shard.size:
-        raise ArtefactError(
-            f"{folder.path(shard.name)}: {identity.get('size')} bytes, expected {shard.size}: upload it again"
-        )
-    index = load_index(index_path(tar))
-    if index is None or index.sha256 != shard.index_sha256:
-        raise ArtefactError(f"{folder.path(index_path(tar).name)} is not of this corpus: upload it again")
-    if (state := rows_state(tar, shard)) != "ok":
-        raise ArtefactError(f"{folder.path(rows_path(tar).name)}: {state}: upload it again")
-    return identity

@@ -7,16 +7,20 @@ import signal
 import subprocess
 import sys
 import threading
+from collections.abc import Callable
+from concurrent.futures import Executor, Future, ThreadPoolExecutor, wait
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from dist_lm.data import attach as attaching
 from dist_lm.data import piece_cache, remote_corpus
+from dist_lm.data import stream as stream_module
+from dist_lm.data.attach import attach
 from dist_lm.data.inspect import verify
 from dist_lm.data.manifest import index_path, manifest_path, read_manifest, remote_path
 from dist_lm.data.piece_cache import PieceCache
-from dist_lm.data.remote_corpus import attach
 from dist_lm.data.sources import http_file
 from dist_lm.data.split_index import split_index_path
 from dist_lm.data.stream import SequenceStream
@@ -37,7 +41,7 @@ DEADLINE_S = patient(60)
 @pytest.fixture(autouse=True)
 def small_pieces(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(remote_corpus, "PIECE", PIECE)
-    monkeypatch.setattr(remote_corpus, "LEAST_CACHE", 2 * PIECE)
+    monkeypatch.setattr(attaching, "LEAST_CACHE", 2 * PIECE)
     monkeypatch.setattr(http_file, "FIRST_WAIT_S", 0.001)
 
 
@@ -220,6 +224,44 @@ def test_a_build_never_replaces_an_attached_corpus(served: Served, local: Path, 
     with pytest.raises(ArtefactError, match=r"remote.json"):
         TokenCorpus.open(attached, "train")
     assert manifest_path(attached).is_file()
+
+
+class AtOnce(Executor):
+    """Does at once what a pool of threads would do later."""
+
+    def submit(self, function: Callable[..., Any], /, *arguments: Any, **_: Any) -> Future[Any]:
+        future: Future[Any] = Future()
+        try:
+            future.set_result(function(*arguments))
+        except ArtefactError as error:
+            future.set_exception(error)
+        return future
+
+
+@pytest.mark.parametrize("masked", [False, True])
+def test_pieces_are_fetched_before_their_steps_are_prepared(served: Served, tmp_path: Path, masked: bool) -> None:
+    """Finds reading ahead that misses a piece of a later step, or that stops."""
+    near = write(tmp_path / "near", documents(LENGTHS, masked=masked), shard_tokens=3000)
+    far = tmp_path / "far"
+    attach(f"{served.url}/near", far, tmp_path / "cache", 100 * PIECE)
+    settings: dict[str, Any] = {"seed": 3, "seq_len": 300, "global_batch": 2, "micro_batch": 1}
+    steps = stream_module.PREFETCH + stream_module.FETCHED_AHEAD
+    expected = take(TokenCorpus.open(near, "train"), steps, **settings)
+
+    def pool(workers: int, name: str, *arguments: Any) -> Executor:
+        return AtOnce() if name == "fetch" else ThreadPoolExecutor(workers, name, *arguments)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(stream_module, "ThreadPoolExecutor", pool)
+        stream = SequenceStream(TokenCorpus.open(far, "train"), dp_rank=0, dp_size=1, **settings)
+    with stream:
+        first = next(stream)
+        wait(stream._steps)  # the next steps are prepared
+        asked = len(served.sent)
+        served.fails = 503
+        delivered = [first, *(next(stream) for _ in range(steps - 2))]
+    assert len(served.sent) == asked
+    assert_same(joined(delivered), joined(expected[: len(delivered)]))
 
 
 # --- the cache ---
