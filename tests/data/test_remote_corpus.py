@@ -25,6 +25,7 @@ from dist_lm.data.sources import http_file
 from dist_lm.data.split_index import split_index_path
 from dist_lm.data.stream import SequenceStream
 from dist_lm.data.token_corpus import TokenCorpus
+from dist_lm.data.unit_order import WindowEpoch
 from dist_lm.errors import ArtefactError, ConfigError
 from dist_lm.stages.shards import is_whole
 from tests.data.file_server import Served
@@ -67,7 +68,7 @@ def cached_bytes(cache: Path) -> int:
     return sum(path.stat().st_size for path in cache.iterdir() if path.name != piece_cache.TOTAL)
 
 
-@pytest.mark.parametrize("order", ["documents", "units"])
+@pytest.mark.parametrize("order", ["documents", "units", "windows"])
 def test_batches_are_those_of_the_local_corpus(local: Path, attached: Path, order: str) -> None:
     """Finds a remote read of other bytes, or a moved order, at two ranks over the end of an epoch."""
     for rank in range(2):
@@ -119,6 +120,23 @@ def test_a_small_cache_never_passes_its_limit(served: Served, local: Path) -> No
     assert sum(shard.size for shard in read_manifest(local).splits["train"].shards) > most
     assert max(sizes) <= most
     assert cached_bytes(cache) <= most
+
+
+@pytest.mark.heavy
+def test_an_epoch_in_windows_fetches_little_more_than_the_corpus(
+    served: Served, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Finds windows that the cache does not hold: it has a quarter of the corpus, of which at most 1.3 x is fetched."""
+    monkeypatch.setattr(WindowEpoch, "chunk_tokens", 16 * PIECE // 2)
+    monkeypatch.setattr(WindowEpoch, "window_tokens", 48 * PIECE // 2)
+    near = write(tmp_path / "near", documents(lengths(8000, 200)), documents_per_member=64, shard_tokens=10**6)
+    tar_bytes = sum(shard.size for shard in read_manifest(near).splits["train"].shards)
+    attach(f"{served.url}/near", tmp_path / "far", tmp_path / "cache", tar_bytes // 4)
+    served.sent.clear()
+    corpus = TokenCorpus.open(tmp_path / "far", "train")
+    settings: dict[str, Any] = {"order": "windows", "seq_len": 512, "global_batch": 8}
+    take(corpus, corpus.n_tokens // 512 // 8, **settings)
+    assert sum(served.sent) <= 1.3 * tar_bytes
 
 
 @pytest.mark.parametrize("damage", ["flipped", "cut", "empty"])
