@@ -100,8 +100,8 @@ def data_attach(
     tar_bytes = sum(shard.size for split in manifest.splits.values() for shard in split.shards)
     if tar_bytes > cache_gib * 2**30:
         say(
-            f"the cache holds {cache_gib:g} of {gib(tar_bytes)}: pieces of 4 MiB come again in every epoch, most of "
-            "them for a few documents; with --cache-gib for the whole corpus each comes once to a node"
+            f"the cache holds {cache_gib:g} GiB of {gib(tar_bytes)}: train with stage.order=windows, or give a larger "
+            "--cache-gib; other orders fetch a piece of 4 MiB for a few documents"
         )
 
 

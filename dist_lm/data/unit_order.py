@@ -237,7 +237,8 @@ class WindowEpoch(UnitEpoch):
         chunk_of_group = begins // self.chunk_tokens
         n_chunks = int(chunk_of_group[-1]) + 1
 
-        place_of_chunk = np.empty(n_chunks, np.int64)
+        # A small type, because numpy sorts it in a pass.
+        place_of_chunk = np.empty(n_chunks, np.min_scalar_type(n_chunks))
         place_of_chunk[permutation(n_chunks, key(Shuffle.UNIT_CHUNKS, seed, epoch))] = np.arange(n_chunks)
         window_of_group = place_of_chunk[chunk_of_group] // (self.window_tokens // self.chunk_tokens)
 
@@ -245,7 +246,8 @@ class WindowEpoch(UnitEpoch):
         shuffled = super()._shuffled_groups(seed, epoch)
         groups = shuffled[np.argsort(window_of_group[shuffled], kind="stable")]
         sizes = np.diff(self._units.group_tokens)
-        is_last = np.append(np.diff(window_of_group[groups]) > 0, True)
+        windows = window_of_group[groups]
+        is_last = np.append(windows[1:] != windows[:-1], True)
         self._window_ends = np.cumsum(sizes[groups])[is_last]  # (windows,) tokens of the epoch
         return groups
 
