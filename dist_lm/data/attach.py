@@ -41,7 +41,8 @@ def attach(url: str, directory: Path, cache: Path, cache_bytes: int) -> Manifest
     """
     url = url.rstrip("/")
     _check_url(url)
-    require(cache_bytes >= LEAST_CACHE, "--cache-gib", round(cache_bytes / 2**30, 3), f"at least {LEAST_CACHE / 2**30:g}")
+    cache_gib = round(cache_bytes / 2**30, 3)
+    require(cache_bytes >= LEAST_CACHE, "--cache-gib", cache_gib, f"at least {LEAST_CACHE / 2**30:g}")
     if directory.exists() and not is_attached(directory):
         raise ArtefactError(f"{directory} is taken by a corpus that is not attached: give another name")
 
