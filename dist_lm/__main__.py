@@ -10,11 +10,11 @@ from typing import Annotated
 import typer
 
 from dist_lm.bench.command import bench
-from dist_lm.errors import ArtefactError, require
+from dist_lm.errors import ArtefactError, require, require_folder_name
 from dist_lm.launcher.process import run_program
 from dist_lm.storage import outputs
 from dist_lm.tracking.console import Console
-from dist_lm.tracking.readable import OutputConsole, say
+from dist_lm.tracking.readable import OutputConsole, gib, say
 from dist_lm.verbs.arguments import CheckpointPath, DeviceName, TokenizerPath
 from dist_lm.verbs.checkpoint import checkpoint
 from dist_lm.verbs.generate import generate
@@ -76,6 +76,33 @@ def data_list(
     from dist_lm.verbs.data_list import print_corpora
 
     print_corpora(WorkDirectory(work), OutputConsole(), unused=unused)
+
+
+@data.command("attach")
+def data_attach(
+    url: Annotated[str, typer.Argument(help="A corpus folder behind http, s3 or gs.", metavar="URL")],
+    name: Annotated[str, typer.Argument(help="The folder to make in WORK/corpora.")],
+    cache: Annotated[Path, typer.Option(help="A folder on a local disk of each node, for pieces of tars.")],
+    cache_gib: Annotated[float, typer.Option(help="Most GiB in that folder.")] = 100.0,
+    work: Annotated[Path, typer.Option(help="The work directory.")] = Path("work"),
+) -> None:
+    """Use a remote corpus of texts or conversations where it is: training reads its tars through a cache."""
+    require_folder_name("NAME", name)
+    from dist_lm.data.attach import attach
+    from dist_lm.storage.run_directory import WorkDirectory
+
+    manifest = attach(url, WorkDirectory(work).corpus(name), cache, int(cache_gib * 2**30))
+    tokens = manifest.splits["train"].counts.tokens
+    say(
+        f"attached {name}: {tokens:,} training tokens, tokenizer {manifest.recipe.tokenizer_sha256[:12]}; "
+        f"corpus.folders.CORPUS={name} trains on it"
+    )
+    tar_bytes = sum(shard.size for split in manifest.splits.values() for shard in split.shards)
+    if tar_bytes > cache_gib * 2**30:
+        say(
+            f"the cache holds {cache_gib:g} GiB of {gib(tar_bytes)}: train with stage.order=windows, or give a larger "
+            "--cache-gib; other orders fetch a piece of 4 MiB for a few documents"
+        )
 
 
 @data.command("step")

@@ -91,6 +91,7 @@ class ChangedInputError(ArtefactError):
             f"{name}: changed while it was read ({words}), so documents held out before could be train now: run the "
             "command again when nothing writes to it (lines may be added to plain text)"
         )
+        self.words = words
         self._arguments = name, words
 
     def __reduce__(self) -> tuple[type[Self], tuple[str, str]]:

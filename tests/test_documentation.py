@@ -431,6 +431,7 @@ WORDS_OF_A_PAGE["asynchronous.md"] = 350  # what is taken, refused and recorded 
 WORDS_OF_A_PAGE["first_agent.md"] = 520  # an environment, a run and a fork, step by step
 WORDS_OF_A_PAGE["scale.md"] = 850  # costs by number of ranks, and what breaks at 10,000
 WORDS_OF_A_PAGE["large_corpora.md"] = 400  # an order of units, what ranks share, its figures
+WORDS_OF_A_PAGE["remote_corpora.md"] = 550  # a corpus in a bucket: the cache, and what can go wrong
 WORDS_OF_A_PAGE["builds.md"] = 420  # corpora built by tasks: passes, interruptions, disk
 WORDS_OF_A_PAGE["tests.md"] = 720  # on which layout, dtype and length each equality was shown
 WORDS_OF_A_PAGE["provenance.md"] = 620  # documents of a step, a run without some of them, benchmarks

@@ -332,7 +332,8 @@ class StageConfig(TrainerGroup):
     too_long: str = "drop"
     # file of documents whose loss does not count, CORPUS:NUMBER a line (docs/provenance.md); "": none
     without: str = ""  # pyright: ignore[reportIncompatibleVariableOverride]
-    # what an epoch of texts shuffles: documents | units (up to 64 neighbours; for hundreds of millions of documents)
+    # what an epoch of texts shuffles: documents | units (up to 64 neighbours; for hundreds of millions of documents) |
+    # windows (units inside windows of 2**28 tokens; for remote corpora that are larger than their cache)
     order: str = "documents"
 
     def __post_init__(self) -> None:
@@ -344,7 +345,9 @@ class StageConfig(TrainerGroup):
         )
         accepted = "none with stage.document_mask=false: documents that see these learn from them"
         require(self.document_mask or not self.without, "stage.without", self.without, accepted)
-        require(self.order in ("documents", "units"), "stage.order", self.order, "documents or units")
+        require(
+            self.order in ("documents", "units", "windows"), "stage.order", self.order, "documents, units or windows"
+        )
 
         # a file of one's own can take out what the file that it varies mixes in
         self.mix = {name: share for name, share in (self.mix or {}).items() if share}

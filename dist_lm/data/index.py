@@ -24,7 +24,7 @@ from pathlib import Path
 import numpy as np
 from numpy.lib import format as npy
 
-from dist_lm.data.manifest import BUILD_COMMAND, Counts, Shard, index_path, shard_state
+from dist_lm.data.manifest import BUILD_COMMAND, Counts, Shard, index_path, is_attached, shard_state
 from dist_lm.errors import ArtefactError
 from dist_lm.storage import durable
 
@@ -86,12 +86,19 @@ def open_index(tar: Path, shard: Shard) -> ShardIndex:
     """Returns the index of `tar`: read from the file beside it if the manifest names it, else rebuilt and saved.
 
     A tar that was touched since the index was written is hashed, which reads it whole; so is one without a usable
-    index. In a folder that is not writable nothing is saved, and a warning is logged.
+    index. In a folder that is not writable nothing is saved, and a warning is logged. The index of an attached corpus
+    is only read.
 
     Raises:
         ArtefactError: the tar is missing or damaged, or differs from its entry `shard` in the manifest.
         OSError: the tar or the index cannot be read, or the index cannot be written.
     """
+    if is_attached(tar.parent):
+        index = load_index(index_path(tar))
+        if index is None or index.sha256 != shard.index_sha256:
+            raise ArtefactError(f"{index_path(tar)} is missing or damaged: run `dist-lm data attach` again")
+        return index
+
     # The size costs a `stat`; the hash, which reads the tar, waits until the index gives a reason.
     if (state := shard_state(tar, shard, hashes=False)) != "ok":
         raise ArtefactError(f"{tar}: {state}: build it again with `{BUILD_COMMAND}`")

@@ -15,7 +15,7 @@ from zstandard import ZstdError
 from dist_lm.data.index import open_index
 from dist_lm.data.inputs import Inputs
 from dist_lm.data.journal import entries, journal_path, rows_state
-from dist_lm.data.manifest import Manifest, Shard, manifest_path, read_manifest, shard_state
+from dist_lm.data.manifest import Manifest, Shard, is_attached, manifest_path, read_manifest, shard_state
 from dist_lm.data.shard_writer import read_origins
 from dist_lm.data.token_corpus import TokenCorpus
 from dist_lm.errors import ArtefactError
@@ -186,7 +186,8 @@ def _manifest(directory: Path) -> Manifest:
 
 
 def _state(directory: Path, split: str, shard: Shard, vocab_size: int) -> str:
-    """Returns `ok`, or what is wrong with a tar. Reads it whole; a missing index is saved.
+    """Returns `ok`, or what is wrong with a tar. Reads it whole, but of an attached one only its members; a missing
+    index is saved.
 
     Args:
         vocab_size: of the corpus; every token id must be below.
@@ -194,7 +195,9 @@ def _state(directory: Path, split: str, shard: Shard, vocab_size: int) -> str:
     Raises:
         OSError: the tar cannot be read, or the index cannot be written.
     """
-    state = shard_state(directory / shard.name, shard, hashes=True)
+    state = "ok"
+    if not is_attached(directory):
+        state = shard_state(directory / shard.name, shard, hashes=True)
     if state != "ok" or not shard.counts.documents:
         return state
 

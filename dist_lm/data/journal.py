@@ -21,6 +21,7 @@ from dist_lm.data.manifest import (
     Shard,
     manifest_path,
     read_manifest,
+    remote_path,
     shard_name,
     shard_state,
 )
@@ -142,7 +143,8 @@ def entries(directory: Path) -> tuple[set[str], list[str]]:
         ArtefactError: the manifest or the journal cannot be read.
         OSError: there is no such folder.
     """
-    named = {path.name for path in (manifest_path(directory), journal_path(directory)) if path.is_file()}
+    paths = (manifest_path(directory), journal_path(directory), remote_path(directory))
+    named = {path.name for path in paths if path.is_file()}
     if named:
         named |= {REJECTED, *(split_index_path(directory, split).name for split in SPLITS)}
     for name in _named_tars(directory):

@@ -170,6 +170,16 @@ def manifest_path(directory: Path) -> Path:
     return directory / "manifest.json"
 
 
+def remote_path(directory: Path) -> Path:
+    """Returns the path of the file that stands in place of the tars of an attached corpus (`data.remote_corpus`)."""
+    return directory / "remote.json"
+
+
+def is_attached(directory: Path) -> bool:
+    """Returns whether the tars of a corpus stay behind a URL."""
+    return remote_path(directory).is_file()
+
+
 def token_dtype(vocab_size: int) -> np.dtype:
     """Returns the type that holds every token id of a vocabulary: uint16 or uint32, little-endian."""
     return np.dtype("<u2" if vocab_size <= 2**16 else "<u4")

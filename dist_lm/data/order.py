@@ -45,6 +45,7 @@ class Shuffle(IntEnum):
     UNIT_ROTATIONS = 18  # documents with which they begin
     UNIT_SEQUENCES = 19  # the sequences cut from them
     UNIT_INFILL = 20  # the number of slices of a block of sequences that are rearranged
+    UNIT_CHUNKS = 21  # chunks of a corpus that make windows
 
 
 def permutation(n: int, seed: int) -> np.ndarray:

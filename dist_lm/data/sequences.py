@@ -16,7 +16,7 @@ from dist_lm.data.order import DocumentSlice, EpochOrder, Shuffle, key, permutat
 from dist_lm.data.packing import DROP, SPLIT, TRUNCATE, PackedEpoch, Packing
 from dist_lm.data.phases import PhasedMix
 from dist_lm.data.token_corpus import TokenCorpus
-from dist_lm.data.unit_order import UnitEpoch
+from dist_lm.data.unit_order import UnitEpoch, WindowEpoch
 from dist_lm.errors import ArtefactError
 
 if TYPE_CHECKING:
@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 SEQ_LEN = "stage.seq_len"
 CACHED_EPOCHS = 2  # sequences are read in rising numbers, and a step may cross the end of an epoch
 BLOCK = 100  # sequences; shares are whole per cent
-DOCUMENTS, UNITS = ORDERS = ("documents", "units")  # items that an epoch of text shuffles
+DOCUMENTS, UNITS, WINDOWS = ORDERS = ("documents", "units", "windows")  # items that an epoch of text shuffles
 
 Order = TypeVar("Order")
 
@@ -112,7 +112,7 @@ class CorpusSequences:
         """
         self.corpus, self._without = corpus, without
         self._seed, self._infill = seed, infill
-        self._shuffles_units = order == UNITS
+        self._epoch_of_units = {UNITS: UnitEpoch, WINDOWS: WindowEpoch}.get(order)
 
         # Each sequence takes less text, which leaves space for the marks of the slices that may be rearranged.
         self._max_slices = 0
@@ -161,8 +161,8 @@ class CorpusSequences:
             return PackedEpoch(self.packing, self._seed, epoch)
 
         infill = self._infill if self._max_slices else None
-        if self._shuffles_units:
-            order = UnitEpoch(self.corpus.units, self._seed, epoch, self._text_len)
+        if self._epoch_of_units:
+            order = self._epoch_of_units(self.corpus.units, self._seed, epoch, self._text_len)
             if infill:
                 return UnitInfillEpoch(self.corpus, order, infill, self._max_slices, self._seed, epoch)
             return order

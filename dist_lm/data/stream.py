@@ -26,6 +26,8 @@ if TYPE_CHECKING:
     from dist_lm.data.without import DocumentIds
 
 PREFETCH = 2  # steps prepared ahead
+FETCHED_AHEAD = 4  # steps whose pieces of remote tars are fetched before they are prepared
+FETCHES = 8  # requests of a rank at once
 
 
 @dataclass(frozen=True, slots=True)
@@ -171,6 +173,11 @@ class SequenceStream(StepStream):
         self._seq_len, self._pad_id, self._first_token = seq_len, pad_id, first_token
         self._document_mask, self._reset_positions = document_mask, reset_positions
 
+        self._fetches: ThreadPoolExecutor | None = None
+        if any(each.is_remote for each in self._sequences.corpora):
+            self._fetches = ThreadPoolExecutor(FETCHES, "fetch")
+        self._fetched_to = position  # steps before this position were given to the pool
+
         packing = self.corpora[0].packing
         super().__init__(
             self._batch,
@@ -182,6 +189,30 @@ class SequenceStream(StepStream):
             pin_memory=pin_memory,
             packing=packing.report() if packing else None,
         )
+
+    def close(self) -> None:
+        """Ends the thread as `StepStream.close` does, and drops requests that were not sent yet."""
+        super().close()
+        if self._fetches:
+            self._fetches.shutdown(wait=False, cancel_futures=True)
+
+    def _step(self, position: int) -> StepData:
+        if self._fetches:
+            self._fetch_ahead(position, self._fetches)
+        return super()._step(position)
+
+    def _fetch_ahead(self, position: int, pool: ThreadPoolExecutor) -> None:
+        """Has a pool fetch what the steps behind `position` read of remote corpora. The order of data is not touched.
+
+        Runs in the thread that prepares steps, because the orders of epochs belong to it.
+        """
+        while self._fetched_to <= position + FETCHED_AHEAD * self._global_batch:
+            for offsets in self._micro_batches:
+                for offset in offsets:
+                    corpus, slices = self._sequences.slices(self._fetched_to + offset)
+                    if corpus.is_remote:
+                        corpus.read_ahead(slices, pool)
+            self._fetched_to += self._global_batch
 
     def _batch(self, numbers: list[int]) -> Batch:
         """Returns the micro-batch of these global sequence numbers, in host memory.

@@ -1,6 +1,7 @@
 """Reads one split of a corpus on disk: maps document numbers to offsets in its tars, and reads tokens from there.
 
-Tars are read with `pread` through a bounded number of descriptors. Every KiB is compared with its checksum in the index
+Tars are read with `pread` through a bounded number of descriptors; those of an attached corpus through a cache
+(`data.remote_corpus`). Every KiB is compared with its checksum in the index
 of the split. If a checksum is not known yet, its member is read whole and compared with the CRC-32 in the manifest, and
 its tokens with the vocabulary: once, whatever the number of processes.
 """
@@ -10,17 +11,21 @@ import threading
 import zlib
 from bisect import bisect_left, bisect_right
 from collections.abc import Iterator, Sequence
+from concurrent.futures import Executor
 from functools import cached_property
 from pathlib import Path
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 
-from dist_lm.data.manifest import BUILD_COMMAND, Shard, Split, read_manifest, token_dtype
+from dist_lm.data.manifest import BUILD_COMMAND, Shard, Split, is_attached, read_manifest, token_dtype
 from dist_lm.data.order import DocumentSlice
 from dist_lm.data.split_index import BLOCK, SplitIndex
 from dist_lm.data.unit_order import Units
 from dist_lm.errors import ArtefactError
+
+if TYPE_CHECKING:
+    from dist_lm.data.remote_corpus import RemoteTars
 
 OPEN_TARS = 64  # descriptors of one split
 
@@ -44,13 +49,22 @@ class TokenCorpus:
         """
         self.directory = directory
         self.split = split
+        self.is_remote = is_attached(directory)
         self._index = SplitIndex(directory, split, shards, vocab_size, is_saved=is_saved)
         self.languages = self._index.languages
         self.n_documents, self.n_tokens = self._index.n_documents, self._index.n_tokens
         self.has_mask = self._index.has_mask
 
         self._shards, self._vocab_size, self._dtype = shards, vocab_size, token_dtype(vocab_size)
-        self._tars = _Tars([directory / shard.name for shard in shards])
+        self._cure = f"build the corpus again with `{BUILD_COMMAND}`"
+        self._tars: _Tars | RemoteTars
+        if self.is_remote:
+            from dist_lm.data import remote_corpus  # imports libraries that local corpora do not need
+
+            self._cure = "upload an intact copy, and run `dist-lm data attach` again"
+            self._tars = remote_corpus.RemoteTars(directory, shards)
+        else:
+            self._tars = _Tars([directory / shard.name for shard in shards])
         self._checked = bytearray(self._index.n_members)  # members that this process has compared with the manifest
         self._unit = _Unit(0, 0, _Area(0, 0, 0, 0, 0), 0, [])  # the one that was read last
         self._run = _Run(-1, 0, b"")  # the blocks that were read last
@@ -168,6 +182,24 @@ class TokenCorpus:
             return np.ones(stop - start, np.uint8)
         begin = unit.begin(document)
         return np.frombuffer(self._read(mask, begin + start, begin + stop), np.uint8)
+
+    def read_ahead(self, slices: Sequence[DocumentSlice], pool: Executor) -> None:
+        """Has a pool fetch what `tokens_of` and `mask` will read of some slices; only for a remote corpus.
+
+        Of a member whose checksums are not known yet this is all of it, as it is for a member with a mask.
+        """
+        assert not isinstance(self._tars, _Tars), f"{self.directory} is local"
+        columns, width = self._index.columns, self._dtype.itemsize
+        for document, start, stop in slices:
+            unit = self._open_unit(document)
+            area, begin = unit.tokens, unit.begin(document)
+            first_block = area.block + width * (begin + start) // BLOCK
+            if columns["checksums"].item(first_block) == 0 or columns["member_mask"].item(area.member) >= 0:
+                member_begin = columns["member_begin"].item(area.member)
+                member_size = columns["member_end"].item(area.member) - member_begin
+                self._tars.read_ahead(area.tar, member_begin, member_size, pool)
+            else:
+                self._tars.read_ahead(area.tar, area.offset + width * (begin + start), width * (stop - start), pool)
 
     def members(self) -> Iterator[tuple[range, np.ndarray]]:
         """Yields the documents of each member, and their tokens end to end (uint16 or uint32), in their order.
@@ -301,11 +333,11 @@ class TokenCorpus:
         # The manifest has the checksums of a tar's members in the order of the tar.
         number_in_tar = member - bisect_left(columns["member_tar"], tar)
         expected = self._shards[tar].checksum(number_in_tar)
+        if zlib.crc32(content) != expected and self._tars.forget(tar, begin, end - begin):
+            # The cache may be damaged where the remote tar is not.
+            content = memoryview(self._tars.read(tar, begin, end - begin))
         if (checksum := zlib.crc32(content)) != expected:
-            raise ArtefactError(
-                f"{span} are damaged: CRC-32 {checksum:08x}, expected {expected:08x}: "
-                f"build the corpus again with `{BUILD_COMMAND}`"
-            )
+            raise ArtefactError(f"{span} are damaged: CRC-32 {checksum:08x}, expected {expected:08x}: {self._cure}")
 
         # On a GPU an id past the embedding is a device-side assertion, which names no file.
         tokens, mask = self._tokens_of(member), self._mask_of(member)
@@ -401,6 +433,10 @@ class _Tars:
                 f"expected: build the corpus again with `{BUILD_COMMAND}`"
             )
         return content
+
+    def forget(self, tar: int, offset: int, size: int) -> bool:
+        """Returns False: bytes of a local file do not come again from elsewhere."""
+        return False
 
     def _opened(self, tar: int) -> int:
         """Returns the descriptor of a tar, opened; closes those that were not read for the longest time.

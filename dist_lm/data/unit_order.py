@@ -65,6 +65,28 @@ class Permutation:
                 return number
 
 
+class WindowedPermutation:
+    """Permutes the numbers 0 .. n-1 inside consecutive windows, each as `Permutation` does."""
+
+    def __init__(self, ends: list[int], permutation_key: int) -> None:
+        """`ends`: the number behind the last of each window; rising, and n for the last one."""
+        self._begins, self._ends = [0, *ends[:-1]], ends
+        self._windows = [
+            Permutation(end - begin, splitmix64_at(permutation_key, window))
+            for window, (begin, end) in enumerate(zip(self._begins, ends, strict=True))
+        ]
+
+    def __getitem__(self, i: int) -> int:
+        """Returns the number at place i."""
+        window = bisect_right(self._ends, i)
+        return self._begins[window] + self._windows[window][i - self._begins[window]]
+
+    def place(self, number: int) -> int:
+        """Returns the place of a number: the inverse."""
+        window = bisect_right(self._ends, number)
+        return self._begins[window] + self._windows[window].place(number - self._begins[window])
+
+
 @dataclass
 class Units:
     """The units of a corpus, in the order of its documents."""
@@ -117,12 +139,18 @@ class UnitEpoch:
         self.seq_len = seq_len
         self._units = units
         sizes = np.diff(units.group_tokens)
-        self._groups = permutation(len(sizes), key(Shuffle.UNITS, seed, epoch))  # in the order of the epoch
+        self._groups = self._shuffled_groups(seed, epoch)  # in the order of the epoch
         self._ends = np.cumsum(sizes[self._groups])  # (groups,) positions behind each of them
         self._rotation_key = key(Shuffle.UNIT_ROTATIONS, seed, epoch)
 
         self.n_sequences = sequences_an_epoch(units.n_tokens, seq_len)
-        self._cut_of_visit = Permutation(self.n_sequences, key(Shuffle.UNIT_SEQUENCES, seed, epoch))
+        self._cut_of_visit = self._shuffled_cuts(key(Shuffle.UNIT_SEQUENCES, seed, epoch))
+
+    def _shuffled_groups(self, seed: int, epoch: int) -> np.ndarray:
+        return permutation(len(self._units.first_of_group), key(Shuffle.UNITS, seed, epoch))
+
+    def _shuffled_cuts(self, permutation_key: int) -> Permutation | WindowedPermutation:
+        return Permutation(self.n_sequences, permutation_key)
 
     def begin(self, i: int) -> int:
         """Returns the position in the concatenated tokens where the i-th sequence visited begins."""
@@ -190,3 +218,41 @@ class UnitEpoch:
         first_choice = splitmix64_at(self._rotation_key, group) % (len(ends) - 1)
         rotated_begin = ends[units.border(unit, first_choice)]
         return rotated_begin if rotated_begin < units.group_tokens.item(group + 1) else begin
+
+
+class WindowEpoch(UnitEpoch):
+    """The order of units inside windows that a cache of a remote corpus holds (`stage.order=windows`).
+
+    The corpus is cut into chunks of about `chunk_tokens` as it is stored. A window is made of as many shuffled chunks
+    as have `window_tokens`. Groups are shuffled inside their window, and sequences are visited window by window. So an
+    epoch reads each chunk within one window, whatever the size of the corpus. The price is that only chunks of one
+    window meet in a batch.
+    """
+
+    chunk_tokens = 1 << 23  # 16 or 32 MiB
+    window_tokens = 1 << 28  # 512 MiB or 1 GiB
+
+    def _shuffled_groups(self, seed: int, epoch: int) -> np.ndarray:
+        begins = self._units.group_tokens[:-1]
+        chunk_of_group = begins // self.chunk_tokens
+        n_chunks = int(chunk_of_group[-1]) + 1
+
+        # A small type, because numpy sorts it in a pass.
+        place_of_chunk = np.empty(n_chunks, np.min_scalar_type(n_chunks))
+        place_of_chunk[permutation(n_chunks, key(Shuffle.UNIT_CHUNKS, seed, epoch))] = np.arange(n_chunks)
+        window_of_group = place_of_chunk[chunk_of_group] // (self.window_tokens // self.chunk_tokens)
+
+        # A stable sort of shuffled groups by window shuffles each window.
+        shuffled = super()._shuffled_groups(seed, epoch)
+        groups = shuffled[np.argsort(window_of_group[shuffled], kind="stable")]
+        sizes = np.diff(self._units.group_tokens)
+        windows = window_of_group[groups]
+        is_last = np.append(windows[1:] != windows[:-1], True)
+        self._window_ends = np.cumsum(sizes[groups])[is_last]  # (windows,) tokens of the epoch
+        return groups
+
+    def _shuffled_cuts(self, permutation_key: int) -> WindowedPermutation:
+        # A cut belongs to the window in which it begins.
+        ends = np.minimum(-(-self._window_ends // self.seq_len), self.n_sequences)
+        ends[-1] = self.n_sequences
+        return WindowedPermutation(ends.tolist(), permutation_key)

@@ -51,6 +51,7 @@ from dist_lm.data.manifest import (
     changed_inputs,
     differences,
     inputs_hash,
+    is_attached,
     listed_inputs,
     manifest_path,
     read_manifest,
@@ -395,6 +396,9 @@ def _licences(config: Config, name: str) -> list[str]:
 
 def _has_other_licences(config: Config, name: str, directory: Path) -> bool:
     """Returns whether a whole corpus of the configured sources has other licences than the configuration."""
+    # The licences of an attached corpus are those of its remote folder.
+    if is_attached(directory):
+        return False
     manifest = read_manifest(directory)
     return is_of_settings(config, name, manifest.recipe) and list(manifest.licences) != _licences(config, name)
 
@@ -591,7 +595,8 @@ def is_whole(directory: Path) -> bool:
     Raises:
         FormatError: it has another format.
         ManifestError: its manifest is damaged.
-        ArtefactError: it must be built, but the folder holds files that are not ours.
+        ArtefactError: it must be built, but the folder holds files that are not ours; or an attached corpus cannot be
+            opened.
         OSError: a file cannot be read.
     """
     if not directory.exists():
@@ -608,6 +613,9 @@ def is_whole(directory: Path) -> bool:
     except (FormatError, ManifestError):
         raise
     except ArtefactError as error:
+        # A build would put other tars into the folder.
+        if is_attached(directory):
+            raise
         log.info("%s", error)
     require_only_ours(directory)
     return False

@@ -16,7 +16,7 @@ from dist_lm.data.sequences import UNITS, CorpusSequences
 from dist_lm.data.split_index import unit_begins
 from dist_lm.data.stream import SequenceStream
 from dist_lm.data.token_corpus import TokenCorpus
-from dist_lm.data.unit_order import Permutation, UnitEpoch, Units
+from dist_lm.data.unit_order import Permutation, UnitEpoch, Units, WindowEpoch
 from tests.data.synthetic_corpus import documents, lengths, write
 
 MEMBER = 100  # documents
@@ -47,6 +47,14 @@ def units_of(document_lengths: Sequence[int], continues: Sequence[bool] = ()) ->
     )
 
 
+class SmallWindows(WindowEpoch):
+    """The order of windows, several of which are in a corpus of the tests."""
+
+    chunk_tokens = 300
+    window_tokens = 900
+
+
+EPOCHS = st.sampled_from([UnitEpoch, SmallWindows])
 CORPORA = st.integers(1, 400).flatmap(
     lambda n: st.tuples(
         st.lists(st.integers(1, 40), min_size=n, max_size=n), st.lists(st.booleans(), min_size=n, max_size=n)
@@ -86,6 +94,7 @@ def test_permutation_is_fair() -> None:
     assert np.abs(off_diagonal - 200).max() < 5 * np.sqrt(200)
 
 
+PINNED_WINDOWS = [1100, 400, 550, 1000]
 PINNED = [
     [(20, 5, 21), (21, 0, 28), (22, 0, 7)],
     [(32, 21, 25), (33, 0, 32), (34, 0, 15)],
@@ -99,16 +108,41 @@ def test_order_is_pinned() -> None:
     epoch = UnitEpoch(units_of(document_lengths), seed=11, epoch=2, seq_len=50)
     assert [epoch.sequence(i) for i in range(3)] == PINNED
     assert [Permutation(1000, 7)[i] for i in range(4)] == [985, 590, 518, 536]
+    windows = SmallWindows(units_of(document_lengths), seed=11, epoch=2, seq_len=50)
+    assert [windows.begin(i) for i in range(4)] == PINNED_WINDOWS
+
+
+def test_a_chunk_is_read_within_one_window(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Finds sequences whose chunks come again later, which a cache of a window would fetch twice."""
+    monkeypatch.setattr(SmallWindows, "chunk_tokens", 4000)
+    monkeypatch.setattr(SmallWindows, "window_tokens", 16_000)
+    document_lengths, seq_len = lengths(4000, 30), 50
+    units = units_of(document_lengths)
+    chunk_of_unit = units.tokens // 4000
+    for epoch in range(2):
+        order = SmallWindows(units, 3, epoch, seq_len)
+        visits: dict[int, list[int]] = {}
+        for i in range(order.n_sequences):
+            for part in order.sequence(i):
+                unit = np.searchsorted(units.documents, part.document, side="right") - 1
+                visits.setdefault(int(chunk_of_unit[unit]), []).append(i)
+
+        # The last sequence that is cut from a window ends in a chunk of the next one.
+        longest = 16_000 + 64 * 30  # tokens of a window: its last unit reaches into the next chunk
+        n_longer = sum(max(places) - min(places) > longest / seq_len for places in visits.values())
+        n_windows = -(-len(visits) // 4)
+        assert n_windows > 3
+        assert n_longer < n_windows
 
 
 @settings(max_examples=20)
-@given(CORPORA, st.integers(0, 2**64), st.integers(0, 3), st.integers(1, 60))
+@given(EPOCHS, CORPORA, st.integers(0, 2**64), st.integers(0, 3), st.integers(1, 60))
 def test_every_token_is_a_target_once(
-    corpus: tuple[list[int], list[bool]], seed: int, epoch_number: int, seq_len: int
+    order: type[UnitEpoch], corpus: tuple[list[int], list[bool]], seed: int, epoch_number: int, seq_len: int
 ) -> None:
     """Finds a token that is lost or comes twice, and a sequence of another length."""
     total = sum(corpus[0])
-    epoch = UnitEpoch(units_of(*corpus), seed, epoch_number, seq_len)
+    epoch = order(units_of(*corpus), seed, epoch_number, seq_len)
     assert epoch.n_sequences == (total - 1) // seq_len
     n_targets = np.zeros((len(corpus[0]), 40), int)
     for i in range(epoch.n_sequences):
@@ -122,10 +156,12 @@ def test_every_token_is_a_target_once(
 
 
 @settings(max_examples=20)
-@given(CORPORA, st.integers(0, 3))
-def test_documents_of_a_repository_stay_together(corpus: tuple[list[int], list[bool]], epoch_number: int) -> None:
+@given(EPOCHS, CORPORA, st.integers(0, 3))
+def test_documents_of_a_repository_stay_together(
+    order: type[UnitEpoch], corpus: tuple[list[int], list[bool]], epoch_number: int
+) -> None:
     """Finds a repository that the shuffle of units, or the rotation of one, tears apart."""
-    found = order_of_documents(UnitEpoch(units_of(*corpus), 5, epoch_number, 8), sum(corpus[0]))
+    found = order_of_documents(order(units_of(*corpus), 5, epoch_number, 8), sum(corpus[0]))
     assert sorted(found) == list(range(len(corpus[0])))
     place = np.argsort(found)
     follows = np.flatnonzero(corpus[1])
@@ -133,12 +169,12 @@ def test_documents_of_a_repository_stay_together(corpus: tuple[list[int], list[b
 
 
 @settings(max_examples=30)
-@given(CORPORA, st.integers(1, 50), st.data())
+@given(EPOCHS, CORPORA, st.integers(1, 50), st.data())
 def test_visits_are_the_sequences_that_hold_a_slice(
-    corpus: tuple[list[int], list[bool]], seq_len: int, data: st.DataObject
+    order: type[UnitEpoch], corpus: tuple[list[int], list[bool]], seq_len: int, data: st.DataObject
 ) -> None:
     """Finds documents whose steps `data where` would not name."""
-    epoch = UnitEpoch(units_of(*corpus), 1, 2, seq_len)
+    epoch = order(units_of(*corpus), 1, 2, seq_len)
     document = data.draw(st.integers(0, len(corpus[0]) - 1))
     start = data.draw(st.integers(0, corpus[0][document] - 1))
     part = DocumentSlice(document, start, data.draw(st.integers(start + 1, corpus[0][document])))

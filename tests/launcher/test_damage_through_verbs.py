@@ -249,6 +249,7 @@ CASES: dict[str, tuple[Case, ...]] = {
 # Verbs without a file of ours in their way.
 NOT_DAMAGED = {
     "bench": "makes its own data and models, and reads no run",
+    "data attach": "reads files of a server; tests/data/test_remote_corpus.py damages them",
     "metrics": "prints the registry of the package",
     "replay": "reads a model as generate does; tests/stages/test_conversation_record.py damages the conversations",
     "serve": "reads a model as generate does, before it listens",

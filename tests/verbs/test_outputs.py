@@ -36,7 +36,7 @@ WRITES = {
 READS = {
     *("path", "paths", "corpus", "work", "inputs", "data", "model", "preferences", "prompts", "tokenizer", "base"),
     *("source", "work_dir", "runs", "run", "offline", "include_path", "tools", "constraint", "table", "board", "json"),
-    *("edit_file", "documents"),
+    *("edit_file", "documents", "cache"),  # a cache is shared
 }
 
 
@@ -66,6 +66,8 @@ def test_every_path_of_every_verb_is_known_to_be_read_or_written() -> None:
     assert {parameter for parameter in paths if parameter not in WRITES and parameter[1] not in READS} == {
         ("bench", "name"),
         ("bench", "overrides"),
+        ("data attach", "name"),
+        ("data attach", "url"),
         ("data step", "step"),
         ("data where", "text"),
     }

@@ -107,6 +107,11 @@ class RankingCorpus:
             OSError: a tar cannot be read, or an index cannot be written.
         """
         corpus = TokenCorpus.open(directory, split)
+        if corpus.is_remote:
+            raise ArtefactError(
+                f"corpus {directory} is attached, and rankings are read from local tars: copy its files into another "
+                "folder of work/corpora"
+            )
         # The arrays of every member are read now, so checksums cannot wait for the first use of a member.
         corpus.check()
 

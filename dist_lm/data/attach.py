@@ -1,0 +1,117 @@
+"""Makes a corpus folder whose tars stay behind http, s3 or gs: `dist-lm data attach`.
+
+The folder has the manifest, the indices, origins and rows of the remote one, and `remote.json` in place of the tars
+(`data.remote_corpus`). A URL that could hold credentials is refused, because `remote.json` is written to disk.
+"""
+
+import secrets
+import shutil
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from dist_lm.data.index import load_index
+from dist_lm.data.journal import rows_path, rows_state
+from dist_lm.data.manifest import Manifest, Shard, index_path, is_attached, manifest_path, read_manifest, remote_path
+from dist_lm.data.remote_corpus import RemoteCorpus, RemoteFolder
+from dist_lm.data.shard_writer import origins_path
+from dist_lm.data.sources.opening import REMOTE
+from dist_lm.errors import ArtefactError, ConfigError, require
+from dist_lm.storage import durable
+
+LEAST_CACHE = 256 << 20  # bytes: the pieces that the ranks of a node read at once
+REQUESTS = 16  # at once
+
+
+def attach(url: str, directory: Path, cache: Path, cache_bytes: int) -> Manifest:
+    """Makes a corpus folder of a remote corpus, and returns its manifest. The tars stay where they are.
+
+    An attached folder of the same corpus is renewed: after an upload, or for another cache.
+
+    Args:
+        url: of the folder with `manifest.json`.
+        cache: a folder on a local disk of each node; made when it is first used.
+
+    Raises:
+        ConfigError: the URL, or the size of the cache, is not accepted.
+        ArtefactError: there is no such corpus or a file of it is missing or differs from its manifest; or `directory`
+            is taken.
+        OSError: a file cannot be written.
+    """
+    url = url.rstrip("/")
+    _check_url(url)
+    cache_gib = round(cache_bytes / 2**30, 3)
+    require(cache_bytes >= LEAST_CACHE, "--cache-gib", cache_gib, f"at least {LEAST_CACHE / 2**30:g}")
+    if directory.exists() and not is_attached(directory):
+        raise ArtefactError(f"{directory} is taken by a corpus that is not attached: give another name")
+
+    temporary = directory.with_name(f".{directory.name}.{secrets.token_hex(8)}.tmp")
+    temporary.mkdir(parents=True)
+    try:
+        folder = RemoteFolder(url)
+        durable.write_bytes(manifest_path(temporary), folder.content("manifest.json"))
+        manifest = read_manifest(temporary)
+        shards = [shard for split in manifest.splits.values() for shard in split.shards]
+        if directory.exists() and read_manifest(directory).content != manifest.content:
+            raise ArtefactError(f"{directory} is attached to another corpus: give another name")
+
+        with ThreadPoolExecutor(REQUESTS) as pool:
+            identities = list(pool.map(lambda shard: _copy_beside_tar(folder, shard, temporary), shards))
+        tars = {shard.name: identity for shard, identity in zip(shards, identities, strict=True)}
+        record = RemoteCorpus(url, str(cache.absolute()), cache_bytes, tars)
+        durable.write_sealed(remote_path(temporary), asdict(record))
+
+        if not directory.exists():
+            temporary.rename(directory)
+            durable.fsync(directory.parent)
+        else:
+            # The same corpus: each file may be renewed alone, while runs read the others.
+            for path in sorted(temporary.iterdir()):
+                path.replace(directory / path.name)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+    return manifest
+
+
+def _check_url(url: str) -> None:
+    """Refuses a URL that is not remote, or that may hold credentials; returns nothing."""
+    accepted = f"a folder behind {', '.join(REMOTE)}"
+    scheme, separator, rest = url.partition("://")
+    if "@" in rest.partition("/")[0] or "?" in url or "#" in url:
+        # The message leaves the address out, because messages are logged.
+        raise ConfigError(
+            "URL=(an address with a user, a query or a fragment): expected one without: credentials come from the "
+            "environment, and the address is written to disk"
+        )
+    require(bool(separator) and scheme in REMOTE and bool(rest), "URL", url, accepted)
+
+
+def _copy_beside_tar(folder: RemoteFolder, shard: Shard, directory: Path) -> dict[str, Any]:
+    """Copies the index, origins and rows of a tar; returns what the server tells about the tar.
+
+    Raises:
+        ArtefactError: a file is missing, or differs from the manifest.
+        OSError: a file cannot be written.
+    """
+    tar = directory / shard.name
+    try:
+        identity = folder.identity(shard.name)
+        paths = [index_path(tar), origins_path(tar)]
+        if shard.rows:
+            paths.append(rows_path(tar))
+        for path in paths:
+            durable.write_bytes(path, folder.content(path.name))
+    except ArtefactError as error:
+        raise ArtefactError(f"{error}; a remote corpus is a copy of all files of its folder") from error
+
+    if identity.get("size") != shard.size:
+        raise ArtefactError(
+            f"{folder.path(shard.name)}: {identity.get('size')} bytes, expected {shard.size}: upload it again"
+        )
+    index = load_index(index_path(tar))
+    if index is None or index.sha256 != shard.index_sha256:
+        raise ArtefactError(f"{folder.path(index_path(tar).name)} is not of this corpus: upload it again")
+    if (state := rows_state(tar, shard)) != "ok":
+        raise ArtefactError(f"{folder.path(rows_path(tar).name)}: {state}: upload it again")
+    return identity
