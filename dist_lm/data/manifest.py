@@ -20,7 +20,7 @@ from typing import Any, Self
 
 import numpy as np
 
-from dist_lm.config.corpus import CorpusConfig, SourceConfig
+from dist_lm.config.corpus import SPLITS, CorpusConfig, SourceConfig
 from dist_lm.data.inputs import HUB, Inputs, changes, inputs_of
 from dist_lm.data.sources.reader import corpus_sources
 from dist_lm.errors import ArtefactError
@@ -305,6 +305,9 @@ def parse_counts(fields_of_counts: Mapping[str, Any]) -> Counts:
 
 
 def _parse_split(name: str, split: Mapping[str, Any]) -> Split:
+    # Names of files begin with it, so that another one could lead out of the folder.
+    if name not in SPLITS:
+        raise ValueError(f"a split is named {name!r}")
     shards = [Shard.parse(shard, shard_name(name, number)) for number, shard in enumerate(split["shards"])]
     return Split(tuple(shards), {language: parse_counts(counts) for language, counts in split["languages"].items()})
 

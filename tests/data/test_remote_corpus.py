@@ -9,6 +9,7 @@ import sys
 import threading
 from collections.abc import Callable
 from concurrent.futures import Executor, Future, ThreadPoolExecutor, wait
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +20,15 @@ from dist_lm.data import piece_cache, remote_corpus
 from dist_lm.data import stream as stream_module
 from dist_lm.data.attach import attach
 from dist_lm.data.inspect import verify
-from dist_lm.data.manifest import index_path, manifest_path, read_manifest, remote_path
+from dist_lm.data.manifest import (
+    Split,
+    index_path,
+    manifest_path,
+    read_manifest,
+    remote_path,
+    shard_name,
+    write_manifest,
+)
 from dist_lm.data.piece_cache import PieceCache
 from dist_lm.data.sources import http_file
 from dist_lm.data.split_index import split_index_path
@@ -225,6 +234,21 @@ def test_what_cannot_be_attached(served: Served, local: Path, attached: Path) ->
         attach(f"{served.url}/remote", local.parent / "new", cache, 100 * PIECE)
     assert not (local.parent / "new").exists()
     assert not list(local.parent.glob(".new*"))
+
+
+def test_a_strangers_manifest_writes_no_file_elsewhere(served: Served, local: Path, tmp_path: Path) -> None:
+    """Finds names of files that lead out of the attached folder."""
+    manifest = read_manifest(local)
+    name = "../train"
+    shards = [replace(shard, name=shard_name(name, i)) for i, shard in enumerate(manifest.splits["train"].shards)]
+    write_manifest(local, replace(manifest, splits={name: Split(tuple(shards))}))
+    for path in local.iterdir():
+        shutil.copy(path, served.folder)  # where the server looks for them
+
+    folder = tmp_path / "own" / "corpora" / "far"
+    with pytest.raises(ArtefactError, match=r"a split is named '\.\./train'"):
+        attach(f"{served.url}/remote", folder, tmp_path / "cache", 100 * PIECE)
+    assert not list(folder.parent.iterdir())
 
 
 def test_a_build_never_replaces_an_attached_corpus(served: Served, local: Path, attached: Path) -> None:
