@@ -30,7 +30,7 @@ NAMES = {  # families of transformers -> architectures of llama.cpp
     "SmolLM3": "smollm3",
     "Granite": "granite",
 }
-READ = ("Llama", "Qwen3")  # families with the same activation in llama.cpp and transformers
+READ = ("Llama", "Qwen2", "Qwen3")  # families with the same activation in llama.cpp and transformers
 SIZES = {
     "context_length": "max_position_embeddings",
     "embedding_length": "hidden_size",

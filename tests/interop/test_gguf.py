@@ -166,7 +166,7 @@ def test_a_tokenizer_that_llama_cpp_lacks_is_refused(tmp_path: Path) -> None:
             gguf_vocabulary(Tokenizer.load(tmp_path / "tokenizer.json"), content)
 
 
-@pytest.mark.parametrize("family", ["Llama", "Llama with biases", "Qwen3"])
+@pytest.mark.parametrize("family", ["Llama", "Llama with biases", "Qwen2", "Qwen3"])
 def test_what_goes_out_comes_in_again(family: str, pair: tuple[Tokenizer, LlamaServer], tmp_path: Path) -> None:
     tokenizer, _ = pair
     config = small(family, vocab_size=tokenizer.vocab_size, tie_embeddings=family == "Qwen3", norm_eps=1e-6)
