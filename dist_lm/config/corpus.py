@@ -290,6 +290,9 @@ class CorpusConfig:
     # serial: one process reads and decides | tasks: worker processes do, for corpora of texts; `shard_tokens` does not
     # count then, each task writes a tar
     build: str = "serial"
+    # the documents of each task in a random order, repositories whole; with build=tasks. For stage.order=units and
+    # sources that are sorted by language
+    shuffle_in_tasks: bool = False
     cleaning: CleaningConfig = field(default_factory=CleaningConfig)
     max_bad_fraction: float = 0.001  # share of the rows of a source that may be broken; they are counted and skipped
     # corpus -> its folder in work/corpora, which the plan chooses and ranks read. A finished folder that a command
@@ -321,6 +324,12 @@ class CorpusConfig:
         require(self.documents_per_member > 0, "corpus.documents_per_member", self.documents_per_member, ">= 1")
         require(self.shard_tokens > 0, "corpus.shard_tokens", self.shard_tokens, ">= 1")
         require(self.build in BUILDS, "corpus.build", self.build, " | ".join(BUILDS))
+        require(
+            not self.shuffle_in_tasks or self.build == "tasks",
+            "corpus.shuffle_in_tasks",
+            self.shuffle_in_tasks,
+            "false with corpus.build=serial: set corpus.build=tasks",
+        )
 
 
 @dataclass

@@ -58,6 +58,7 @@ from dist_lm.data.shard_writer import SplitWriter
 from dist_lm.data.sorted_runs import later_copies, read_part, records_of, write_run
 from dist_lm.data.sources.reader import Rejected
 from dist_lm.data.task_results import is_finished, writing
+from dist_lm.document import TokenizedDocument
 from dist_lm.errors import ArtefactError, UserError
 from dist_lm.storage import durable
 from dist_lm.tokenizer.tokenizer import Tokenizer
@@ -612,6 +613,16 @@ class _TarsOfTask:
         self.finished[split].append(shard)
 
 
+@dataclass(frozen=True)
+class _Encoded:
+    """A document of a task as it is written."""
+
+    position: float  # of its group, as of `Survey`
+    split: str
+    document: TokenizedDocument
+    content: bytes  # hash of its text
+
+
 def _write(build: Build, number: int, result: Path) -> None:
     config, task = build.config, build.task(number)
     source = source_of(config, task)
@@ -633,6 +644,7 @@ def _write(build: Build, number: int, result: Path) -> None:
     )
     writers = {split: SplitWriter(split, tars) for split in SPLITS}
     report, report_of_val = IngestReport(), IngestReport()
+    waiting: list[_Encoded] = []  # documents that are written when all of the task are known
 
     with ExitStack() as stack:
         rejected = stack.enter_context((result / REJECTED_ROWS).open("w", encoding="utf-8"))
@@ -647,7 +659,12 @@ def _write(build: Build, number: int, result: Path) -> None:
             if fate in (TRAIN, VAL):
                 split = SPLITS[fate]
                 document = cleaned(config, record, split, report)
-                writers[split].write(tokenizer.encode_document(document), task.source, _content(document.text))
+                position = float(task_survey.positions[document_number])
+                encoded = _Encoded(position, split, tokenizer.encode_document(document), _content(document.text))
+                if config.shuffle_in_tasks:
+                    waiting.append(encoded)
+                else:
+                    writers[split].write(encoded.document, task.source, encoded.content)
             elif fate == BENCHMARK:
                 contamination = benchmarks.first_in(record.document.text) if benchmarks else None
                 assert contamination is not None, "the survey found it in the same text"
@@ -663,6 +680,11 @@ def _write(build: Build, number: int, result: Path) -> None:
                 report_of_val.reject(candidate, source, "overlapping")
             else:
                 report.reject(candidate, source, "contains_val")
+
+        # Positions are hashes of repositories, and of texts without one, so their order is a random one. The sort is
+        # stable: a repository stays whole, its documents in the order of the source.
+        for encoded in sorted(waiting, key=lambda encoded: encoded.position):
+            writers[encoded.split].write(encoded.document, task.source, encoded.content)
         for writer in writers.values():
             writer.finish()
 

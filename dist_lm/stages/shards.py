@@ -1124,6 +1124,8 @@ def _fingerprint(config: Config, names: list[str]) -> dict[str, Any]:
     ):  # none changes a document
         corpus.pop(key)
     # Corpora from before these keys have no such setting, and are as without it.
+    if not corpus["shuffle_in_tasks"]:
+        corpus.pop("shuffle_in_tasks")
     if not corpus["cleaning"]["near_duplicates"]:
         corpus["cleaning"].pop("near_duplicates")
     benchmarks = corpus["cleaning"].pop("benchmarks")

@@ -220,6 +220,59 @@ def add_near_copies(path: Path, rows: Path, generator: random.Random) -> None:
 
 
 @pytest.mark.heavy
+def test_documents_of_a_task_are_shuffled(monkeypatch, new_work, tmp_path):
+    """Would find a document that a shuffle loses, a torn repository, an origin of another document, an order that
+    depends on who ran a task, and neighbours in a source that stay neighbours."""
+    corpus = write_corpora(tmp_path, random.Random(0), held_out=True)
+    stored = by_tasks(monkeypatch, new_work("stored"), corpus, 3000, in_this_process)
+    files: dict[str, bytes] = {}
+    for seed in range(2):
+        run_pass = in_random_order(random.Random(seed))
+        shuffled = replace(corpus, build="tasks", shuffle_in_tasks=True)
+        folders = by_tasks(monkeypatch, new_work(f"shuffled{seed}"), shuffled, 3000, run_pass)
+        files = files or files_of(folders)
+        assert files_of(folders) == files
+
+    n_projects = 0
+    for name in CORPORA:
+        for split in SPLITS:
+            before, after = (documents_of(corpora[name], split) for corpora in (stored, folders))
+            assert sorted(itertools.chain(*after)) == sorted(itertools.chain(*before))
+            assert [sorted(tar) for tar in after] == [sorted(tar) for tar in before]
+            if split == "train":
+                assert after != before
+
+        # Files of a project stand together in a tar, in the order of their source.
+        for tar in documents_of(folders[name], "train"):
+            sources = [source for _, source in tar if "/project" in source]
+            runs = [project for project, _ in itertools.groupby(Path(source).parent.name for source in sources)]
+            assert len(runs) == len(set(runs))
+            n_projects += len(runs)
+            for project in runs:
+                own = [source for source in sources if Path(source).parent.name == project]
+                assert own == [
+                    source
+                    for tar_before in documents_of(stored[name], "train")
+                    for _, source in tar_before
+                    if source in own
+                ]
+    assert n_projects
+
+
+def documents_of(folder: Path, split: str) -> list[list[tuple[str, str]]]:
+    """Returns (text, source) of each document, by tar."""
+    texts = iter(decoded(folder, split))
+    shards_of_split = read_manifest(folder).splits[split].shards
+    return [[(next(texts), origin.source) for origin in read_origins(folder / shard.name)] for shard in shards_of_split]
+
+
+def test_a_shuffle_in_tasks_needs_tasks():
+    """Would find a key that a build in one process silently passes over."""
+    with pytest.raises(ConfigError, match=r"corpus\.shuffle_in_tasks=True: expected false with corpus\.build=serial"):
+        CorpusConfig("test", {}, shuffle_in_tasks=True)
+
+
+@pytest.mark.heavy
 def test_any_number_of_workers_gives_the_same_bytes(monkeypatch, new_work, tmp_path):
     """Would find a tar or a count that depends on who read it, and on the order in which tasks end."""
     generator = random.Random(0)
