@@ -8,7 +8,7 @@ from typing import Any
 from dist_lm.environments.code_repair import CodeRepair
 from dist_lm.environments.protocol import Environment, Limits
 from dist_lm.environments.sandboxes import SharedSandboxes
-from dist_lm.environments.sessions import BashSession, PythonSession
+from dist_lm.environments.sessions import BashSession, PythonSession, SandboxSession
 from dist_lm.environments.sql import HiddenDatabase
 from dist_lm.environments.tools import GeneratedTools
 from dist_lm.storage.process import cores
@@ -43,6 +43,13 @@ class OwnEnvironments:
         """Returns the block in which a step runs. `workers` blocks run at once; the time that a step waits for its
         block is not its own."""
         return self._steps
+
+    @property
+    def sandboxes_again(self) -> int:
+        return self._sandboxes.sessions_again
+
+    def seconds_again(self, environment: Environment | None) -> float:
+        return environment.seconds_again if isinstance(environment, SandboxSession) else 0.0
 
     async def open(self) -> None:
         """Raises SandboxError if no sandbox can be made here."""

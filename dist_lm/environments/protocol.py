@@ -27,6 +27,7 @@ Failure = Literal[
     "too_long",  # the observation has more bytes than allowed
     "refused",  # the environment does not take this task
     "infrastructure",  # the sandbox or the machine failed, which says nothing about the model
+    "differs",  # its process ended, and when the conversation was held again, an answer was another one than before
 ]
 """Why a conversation has no reward; a closed list, so that failures can be counted by reason."""
 
@@ -55,6 +56,13 @@ class EnvironmentFailedError(Exception):
         self.reason: Failure = reason
         self.detail = " ".join(detail.split())[:MOST_DETAIL]
         super().__init__(f"{reason}: {self.detail}")
+
+
+class EnvironmentDiedError(EnvironmentFailedError):
+    """Raised if the process of an environment ends. This need not be its doing, so the conversation is held again."""
+
+    def __init__(self, detail: str) -> None:
+        super().__init__("crashed", detail)
 
 
 @dataclass(frozen=True)

@@ -11,7 +11,19 @@ from dist_lm.sandbox.program import Program, Verdict
 from dist_lm.sandbox.session import PooledSession, SessionFailedError, SessionLanguage, SessionPool, Turn
 
 TESTS = ProgramLimits(cpu_s=1.0, wall_s=8.0)
+OWN_SLACK_S = 300.0  # the project's own environments limit the code that they run; this only ends what hangs
+MOST_AGAIN_S = 120.0  # most seconds in which the code of a session whose sandbox has ended is run again
 _OVERHEAD_S = 0.9  # share of the seconds of a step that the code of the model may use
+
+
+def again_seconds(limits: Limits) -> float:
+    """Returns for how many seconds a conversation with these limits may run the code of its session again."""
+    return min(MOST_AGAIN_S, limits.seconds)
+
+
+def seconds_of_turn(limits: Limits) -> float:
+    """Returns the most seconds that the code of a turn may take in a conversation with these limits."""
+    return _OVERHEAD_S * min(limits.seconds_a_step, limits.seconds)
 
 
 class SharedSandboxes:
@@ -29,6 +41,11 @@ class SharedSandboxes:
         self._programs: SandboxPool | None = None
         self._references = References()
 
+    @property
+    def sessions_again(self) -> int:
+        """Sessions so far whose code was run again, because their sandbox or program had been killed."""
+        return self._sessions.num_run_again if self._sessions else 0
+
     def open(self) -> None:
         """Raises SandboxError if no sandbox can be made here. Sandboxes start at their first use."""
         self._sessions = self._stack.enter_context(SessionPool(self._workers, self._trust_me))
@@ -42,9 +59,10 @@ class SharedSandboxes:
     def session(self, language: SessionLanguage, limits: Limits) -> PooledSession:
         """Returns a session whose turns fit into a step of a conversation with these limits."""
         assert self._sessions is not None, "open comes first"
-        wall_s = _OVERHEAD_S * limits.seconds_a_step
+        wall_s = seconds_of_turn(limits)
         turn_limits = ProgramLimits(cpu_s=min(5.0, wall_s), wall_s=wall_s)
-        return self._sessions.begin(language, turn_limits, cpu_s=turn_limits.cpu_s * limits.turns)
+        cpu_s = turn_limits.cpu_s * limits.turns
+        return self._sessions.begin(language, turn_limits, cpu_s, most_again_s=again_seconds(limits))
 
     async def turn(self, session: PooledSession, code: str) -> Turn:
         """Runs the code of a turn in a session.

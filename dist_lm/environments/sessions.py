@@ -12,6 +12,7 @@ are ignored), else 0. It is compared outside the sandbox: no code of the model s
 
 import json
 import shlex
+import time
 from collections.abc import Mapping
 
 from dist_lm.chat.messages import Call, Json, Tool
@@ -27,11 +28,13 @@ from dist_lm.environments.protocol import (
     Verdict,
 )
 from dist_lm.environments.results import clipped, executed
-from dist_lm.environments.sandboxes import SharedSandboxes
+from dist_lm.environments.sandboxes import OWN_SLACK_S, SharedSandboxes, seconds_of_turn
 from dist_lm.sandbox.session import PooledSession, SessionLanguage, Turn
 
+NO_TIME = "not run: no time is left"
 
-class _Session:
+
+class SandboxSession:
     """Base of both languages."""
 
     language: SessionLanguage
@@ -41,6 +44,12 @@ class _Session:
         self._sandboxes, self._limits = sandboxes, limits
         self._session: PooledSession | None = None
         self._answers: tuple[str, ...] = ()
+        self._spent_s = self._spent_in_step_s = 0.0  # time of calls, without what was run again
+
+    @property
+    def seconds_again(self) -> float:
+        """How long the session has run its code again, because its sandbox had ended."""
+        return self._session.seconds_again if self._session else 0.0
 
     async def reset(self, task: Task) -> Observation:
         data = task.data
@@ -49,6 +58,7 @@ class _Session:
         opening = opening_of(data)
 
         await self.close()
+        self._spent_s = 0.0
         self._session = self._sandboxes.session(self.language, self._limits)
         if files := data.get("files"):
             await self._write(files)
@@ -56,6 +66,7 @@ class _Session:
 
     async def step(self, action: Action) -> Step:
         observation = Observation()
+        self._spent_in_step_s = 0.0
         if action.calls:
             observation = await executed(action.calls, (self.tool,), self._result, self._limits)
             if not action.cut:
@@ -73,7 +84,16 @@ class _Session:
 
     async def _result(self, call: Call, most_bytes: int) -> Json:
         assert self._session is not None, "reset comes first"
+        # Code that sleeps, call after call, would end the conversation without a verdict.
+        limits, turn_s = self._limits, seconds_of_turn(self._limits)
+        is_late = self._spent_in_step_s + turn_s > limits.seconds_a_step + OWN_SLACK_S
+        if is_late or self._spent_s + turn_s > limits.seconds:
+            return {"error": NO_TIME}
+
+        begin, again_s = time.monotonic(), self.seconds_again
         turn = await self._sandboxes.turn(self._session, call.arguments["code"])
+        spent_s = time.monotonic() - begin - (self.seconds_again - again_s)
+        self._spent_s, self._spent_in_step_s = self._spent_s + spent_s, self._spent_in_step_s + spent_s
         return result_of(turn, most_bytes, self.language == "python")
 
     async def _write(self, files: Json) -> None:
@@ -95,7 +115,7 @@ class _Session:
         raise NotImplementedError
 
 
-class PythonSession(_Session):
+class PythonSession(SandboxSession):
     """A session of Python: variables and files stay from turn to turn."""
 
     language = "python"
@@ -111,7 +131,7 @@ class PythonSession(_Session):
         return f"with open({name!r}, 'w', newline='') as _file:\n    _ = _file.write({text!r})\ndel _file, _"
 
 
-class BashSession(_Session):
+class BashSession(SandboxSession):
     """A session of Bash: files stay from turn to turn, each turn is a shell of its own."""
 
     language = "bash"

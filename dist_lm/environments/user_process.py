@@ -17,7 +17,15 @@ from typing import Any
 
 from dist_lm.chat import json_text
 from dist_lm.chat.messages import ChatError, Json
-from dist_lm.environments.protocol import Action, EnvironmentFailedError, Limits, Observation, Step, Task
+from dist_lm.environments.protocol import (
+    Action,
+    EnvironmentDiedError,
+    EnvironmentFailedError,
+    Limits,
+    Observation,
+    Step,
+    Task,
+)
 from dist_lm.environments.values import action_value, failure_of, observation_of, step_of, task_value
 from dist_lm.errors import UserError
 from dist_lm.storage import process as processes
@@ -48,6 +56,7 @@ class EnvironmentProcess:
 
         Raises:
             UserError: there is no such class, or its file cannot be imported within `LOADING_S`; the process is ended.
+            EnvironmentDiedError: the process ends before it has imported the class.
             OSError: no process can be started.
         """
         arguments = (self._name, str(self._limits.memory_bytes), str(self._limits.observation_bytes))
@@ -63,8 +72,10 @@ class EnvironmentProcess:
         except TimeoutError:
             await self.end()
             raise UserError(f"environment {self._name}: reading it takes longer than {LOADING_S:.0f} s") from None
+        except EnvironmentDiedError:
+            raise
         except EnvironmentFailedError as failure:
-            raise UserError(f"environment {self._name}: its process does not start ({failure.detail})") from None
+            raise _unstarted(self._name, failure) from None
 
         if answer.get("loaded") != self._name:
             await self.end()
@@ -102,7 +113,8 @@ class EnvironmentProcess:
         """Sends a request and returns the part `kind` of its answer. The process is ended if it answers wrongly.
 
         Raises:
-            EnvironmentFailedError: the environment failed, its process ended, or it sent something else.
+            EnvironmentDiedError: its process ended.
+            EnvironmentFailedError: the environment failed, or its process sent something else.
         """
         if self._connection is None:
             raise EnvironmentFailedError("crashed", "the process has ended")
@@ -126,7 +138,8 @@ class EnvironmentProcess:
         """Returns the next message.
 
         Raises:
-            EnvironmentFailedError: the process ended or sent something else; it is ended then.
+            EnvironmentDiedError: the process ended.
+            EnvironmentFailedError: it sent something else, and is ended.
         """
         assert self._connection is not None, "start comes first"
         # A line without an end must not fill the memory of this process.
@@ -154,7 +167,7 @@ class EnvironmentProcess:
             raise EnvironmentFailedError("bad_message", f"a {type(message).__name__}")
         return message
 
-    async def _ended(self) -> EnvironmentFailedError:
+    async def _ended(self) -> EnvironmentDiedError:
         """Returns the failure of a process that has closed its socket, and ends what is left of it."""
         # The socket closes a moment before the process has ended.
         code: int | None = None
@@ -162,7 +175,7 @@ class EnvironmentProcess:
             with contextlib.suppress(subprocess.TimeoutExpired):
                 code = await asyncio.to_thread(self._process.wait, 1.0)
         await self.end()
-        return EnvironmentFailedError("crashed", f"its process ended (exit code {code})")
+        return EnvironmentDiedError(f"its process ended (exit code {code})")
 
     async def end(self) -> None:
         """Kills the process and all that it has started; may be called twice."""
@@ -191,6 +204,13 @@ class UserEnvironments:
         self._idle: list[EnvironmentProcess] = []
         self._all: set[EnvironmentProcess] = set()
 
+    @property
+    def sandboxes_again(self) -> int:
+        return 0  # these environments have no sandbox of ours
+
+    def seconds_again(self, environment: Any) -> float:
+        return 0.0
+
     async def open(self) -> None:
         """Starts one process, so that a mistake of the user shows before anything else.
 
@@ -200,13 +220,17 @@ class UserEnvironments:
         place = self._name.rpartition(":")[0]
         if place.endswith(".py") and not Path(place).is_file():
             raise UserError(f"environment {self._name}: there is no file {place}")
-        self._idle.append(await self._started())
+        try:
+            self._idle.append(await self._started())
+        except EnvironmentDiedError as death:
+            raise _unstarted(self._name, death) from None
 
     async def take(self) -> EnvironmentProcess:
         """Returns a process for a conversation.
 
         Raises:
-            EnvironmentFailedError: a new process does not start.
+            EnvironmentDiedError: a new process ends at its start.
+            EnvironmentFailedError: a new process does not start for another reason.
         """
         while self._idle:
             # A process may have ended, or have sent something, since it was given back.
@@ -239,7 +263,7 @@ class UserEnvironments:
         self._all.add(process)
         try:
             await process.start()
-        except UserError:
+        except (UserError, EnvironmentDiedError):
             self._all.discard(process)  # it has ended
             raise
         return process
@@ -247,3 +271,7 @@ class UserEnvironments:
     async def _end(self, process: EnvironmentProcess) -> None:
         self._all.discard(process)
         await process.end()
+
+
+def _unstarted(name: str, failure: EnvironmentFailedError) -> UserError:
+    return UserError(f"environment {name}: its process does not start ({failure.detail})")

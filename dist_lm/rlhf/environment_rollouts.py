@@ -147,10 +147,12 @@ class EnvironmentSupply:
     folder: Path | None = None  # for the files of finished conversations; None: they are not kept
     alive: SignsOfLife = field(default_factory=SignsOfLife)
     waiting: WaitingTimes = field(default_factory=WaitingTimes)
+    take_held_again: Callable[[], int] = lambda: 0  # conversations executed again since the last call
 
     def times(self) -> dict[str, float]:
-        """Returns how long conversations have waited since the last call, as metrics."""
-        return self.waiting.take()
+        """Returns how long conversations have waited since the last call, and how many were executed again, as
+        metrics."""
+        return self.waiting.take() | {"perf/held_again": float(self.take_held_again())}
 
     def conversing(self, config: RlhfConfig, seed: int) -> Conversing:
         """Returns how conversations are held; `seed`: of the run."""

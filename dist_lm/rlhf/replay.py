@@ -24,7 +24,7 @@ from dist_lm.rlhf.episodes import Episode, Turn
 from dist_lm.rlhf.request_feed import Ask
 from dist_lm.tokenizer.tokenizer import Tokenizer, text_with_marks
 
-OF_THE_MACHINE: tuple[Failure, ...] = ("timeout", "infrastructure")
+OF_THE_MACHINE: tuple[Failure, ...] = ("timeout", "infrastructure", "differs")
 """Failures that need not happen again: how a conversation ended by one of them is not compared."""
 OF_ROUNDING = ("token", "log-probability", "tokens allowed", "number of tokens")
 """Differences that sums in another order may make."""

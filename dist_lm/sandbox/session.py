@@ -9,20 +9,24 @@ Equal code gives equal output, as far as it reads no clock, no address and no ra
 hash seed, process numbers and time zone are fixed.
 """
 
+import hashlib
 import threading
+import time
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import astuple, dataclass
+from signal import SIGKILL
 from typing import Literal, Self
 
 from dist_lm.errors import require
 from dist_lm.sandbox.program import Limits
-from dist_lm.sandbox.sandbox import Sandbox, fences
+from dist_lm.sandbox.sandbox import Sandbox, SandboxError, fences
 from dist_lm.sandbox.turns import FACTS
 from dist_lm.sandbox.watched import DONE, OUTPUT, STARVED, TIMEOUT, TROUBLE
 
 SessionLanguage = Literal["python", "bash"]
 TURN_LIMITS = Limits(cpu_s=5.0, wall_s=20.0)
 SESSION_CPU_S = 60.0
+AGAIN_S = 60.0  # most seconds for code that is run once more
 MOST_CODE = 64 << 10  # bytes of the code of a turn
 
 TurnOutcome = Literal["ended", "timeout", "output", "lost"]
@@ -46,6 +50,11 @@ class Turn:
     def is_right(self) -> bool:
         """Whether the code came to its end."""
         return self.outcome == "ended" and self.exit_code == 0
+
+    @property
+    def was_killed(self) -> bool:
+        """Whether something, perhaps the code itself, has killed the program or the sandbox; limits excepted."""
+        return self.outcome == "lost" or (self.outcome == "ended" and self.exit_code == -SIGKILL)
 
 
 class Session:
@@ -121,6 +130,10 @@ class Session:
 class SessionPool:
     """Sessions side by side: each has a sandbox of its own, which is used again when the session has ended.
 
+    A session whose program or sandbox is killed or fails runs all its code once more in another sandbox. If that gives
+    the same turns and is not killed in turn, the session goes on there; else it goes on as it is. Code that kills its
+    session each time therefore finds no difference, and no code can choose to have no turn.
+
     Args:
         workers: turns that run at once; others wait.
         trust_me: run code without isolation where the machine allows none.
@@ -132,6 +145,7 @@ class SessionPool:
         self._idle: list[Sandbox] = []
         self._all: list[Sandbox] = []
         self._threads: ThreadPoolExecutor | None = None
+        self.num_run_again = 0  # sessions so far that have run their code once more
 
     def __enter__(self) -> Self:
         """Raises SandboxError if no sandbox can be made here."""
@@ -148,10 +162,19 @@ class SessionPool:
         self._all, self._idle, self._threads = [], [], None
 
     def begin(
-        self, language: SessionLanguage, limits: Limits = TURN_LIMITS, cpu_s: float = SESSION_CPU_S
+        self,
+        language: SessionLanguage,
+        limits: Limits = TURN_LIMITS,
+        cpu_s: float = SESSION_CPU_S,
+        most_again_s: float = AGAIN_S,
     ) -> "PooledSession":
-        """Returns a session; arguments as of `Session`. Nothing is started before its first turn."""
-        return PooledSession(self, language, limits, cpu_s)
+        """Returns a session. Nothing is started before its first turn.
+
+        Args:
+            language, limits, cpu_s: as of `Session`; code that is run once more has these CPU seconds again.
+            most_again_s: most seconds for code that is run once more; a turn that begins in time may pass them.
+        """
+        return PooledSession(self, language, limits, cpu_s, most_again_s)
 
     def _take(self) -> Sandbox:
         with self._lock:
@@ -169,12 +192,17 @@ class SessionPool:
 class PooledSession:
     """A session of a pool; its turns run in the order in which they are given, in threads of the pool."""
 
-    def __init__(self, pool: SessionPool, language: SessionLanguage, limits: Limits, cpu_s: float) -> None:
+    def __init__(
+        self, pool: SessionPool, language: SessionLanguage, limits: Limits, cpu_s: float, most_again_s: float
+    ) -> None:
         self._language: SessionLanguage = language
-        self._pool, self._limits, self._cpu_s = pool, limits, cpu_s
+        self._pool, self._limits, self._cpu_s, self._most_again_s = pool, limits, cpu_s, most_again_s
         self._turn = threading.Lock()  # held while a thread works on the session
         self._sandbox: Sandbox | None = None
         self._session: Session | None = None
+        self._history: list[tuple[str, bytes]] = []  # code of the turns so far, with the hashes of what they did
+        self._was_run_again = False
+        self.seconds_again = 0.0  # time for code that was run once more
         self._is_closed = False
 
     def run(self, code: str) -> Future[Turn]:
@@ -192,9 +220,67 @@ class PooledSession:
             if self._is_closed:
                 raise SessionFailedError("the session has been closed")
             if self._session is None:
-                self._sandbox = self._pool._take()
-                self._session = Session(self._sandbox, self._language, self._limits, self._cpu_s, self._pool._trust_me)
-            return self._session.run(code)
+                self._sandbox, self._session = self._begun()
+
+            turn, failure = None, None
+            try:
+                turn = self._session.run(code)
+            except SessionFailedError as error:
+                failure = error
+            if (turn is None or turn.was_killed) and not self._was_run_again:
+                self._was_run_again = True
+                turn = self._run_again(code) or turn
+
+            if turn is None:
+                assert failure is not None
+                raise failure
+            if not self._was_run_again:
+                self._history.append((code, _hash_of(turn)))
+            return turn
+
+    def _run_again(self, code: str) -> Turn | None:
+        """Runs all turns so far and this one in another sandbox, where the session then goes on; returns the turn.
+
+        None: it was killed there as well, a turn did something else than before, or there was no time. The session then
+        goes on where it was.
+        """
+        with self._pool._lock:
+            self._pool.num_run_again += 1
+        begin = time.monotonic()
+        sandbox, session = self._begun()
+        try:
+            turn = self._repeated(session, code, begin + self._most_again_s)
+        except (SessionFailedError, SandboxError):
+            # The machine is in trouble. The first try has a turn, which no code may exchange for a failure.
+            turn = None
+        finally:
+            self._history = []  # there is no third try
+            self.seconds_again = time.monotonic() - begin
+
+        if turn is None:
+            session.close()
+            self._pool._give_back(sandbox)
+            return None
+        assert self._session is not None
+        assert self._sandbox is not None
+        self._session.close()
+        self._pool._give_back(self._sandbox)
+        self._sandbox, self._session = sandbox, session
+        return turn
+
+    def _repeated(self, session: Session, code: str, deadline: float) -> Turn | None:
+        """Runs the turns so far in a new session, then `code`; see `_run_again`."""
+        for earlier_code, hash_before in self._history:
+            if time.monotonic() > deadline or _hash_of(session.run(earlier_code)) != hash_before:
+                return None
+        if time.monotonic() > deadline:
+            return None
+        turn = session.run(code)
+        return None if turn.was_killed else turn
+
+    def _begun(self) -> tuple[Sandbox, Session]:
+        sandbox = self._pool._take()
+        return sandbox, Session(sandbox, self._language, self._limits, self._cpu_s, self._pool._trust_me)
 
     def _close(self) -> None:
         with self._turn:
@@ -202,3 +288,8 @@ class PooledSession:
                 self._session.close()
                 self._pool._give_back(self._sandbox)
             self._is_closed = True
+
+
+def _hash_of(turn: Turn) -> bytes:
+    """Returns a hash of all that a turn did; outputs themselves would fill the memory."""
+    return hashlib.sha256(repr(astuple(turn)).encode()).digest()

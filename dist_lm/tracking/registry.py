@@ -175,13 +175,19 @@ SPEED = (
     ),
     *_table(
         "throughput",
+        RLHF,
+        ("perf/held_again", "rollouts", "lower", "Conversations executed again after a death."),
+        only="with rlhf.environment",
+    ),
+    *_table(
+        "throughput",
         TEXT_STAGES,
         ("perf/bytes_per_token", "bytes/token", "higher", "UTF-8 bytes per token of the training corpora."),
     ),
     *_table(
         "throughput",
         TRAINING_STAGES,
-        ("perf/eta_s", "s", "lower", "Estimated time to the last step, with evaluations and checkpoints."),
+        ("perf/eta_s", "s", "lower", "Estimated time to the end, with evaluations and checkpoints."),
         only="from the second step of an attempt",
     ),
     *_table(
@@ -280,7 +286,7 @@ HELD_OUT = (
         ("tools",),
         ("tools/parses", "", "higher", "Share of turns with a call that parses."),
         ("tools/valid_call", "", "higher", "Share of turns whose calls all fit an offered schema."),
-        ("tools/name_exact", "", "higher", "Share of turns that call exactly the expected tools."),
+        ("tools/name_exact", "", "higher", "Share of turns with exactly the expected tools."),
         ("tools/args_exact", "", "higher", "Share of expected calls made with equal arguments."),
         ("tools/call_exact", "", "higher", "Share of turns with exactly the expected calls."),
         ("tools/false_refusals", "", "lower", "Share of turns answered without a call."),
@@ -374,8 +380,8 @@ REINFORCEMENT = (
     *_table(
         "rlhf",
         RLHF,
-        ("rlhf/skipped_{part}", "rollouts", "", "Rollouts that this part does not apply to (it returned None)."),
-        only="where a reward function returned None",
+        ("rlhf/skipped_{part}", "rollouts", "", "Rollouts that this part leaves out."),
+        only="where a function returned None",
     ),
     *_table(
         "rlhf",
@@ -413,15 +419,15 @@ REINFORCEMENT = (
     *_table(
         "agents",
         RLHF,
-        ("rollout/turns", "turns", "", "Mean number of the model's turns in a conversation."),
+        ("rollout/turns", "turns", "", "Mean turns of the model in a conversation."),
         ("rollout/turn_tokens", "tokens", "", "Mean length of a turn of the model."),
         ("rollout/unreadable_turns", "", "lower", "Share of turns that are empty or have broken calls."),
-        ("rollout/tool_errors", "results", "lower", "Mean number of calls of a conversation that return an error."),
+        ("rollout/tool_errors", "results", "lower", "Mean number of failed calls of a conversation."),
         ("rollout/broken_prefixes", "samples", "", "Samples begun because the chat template rewrote earlier turns."),
         ("rollout/cut_{limit}", "", "lower", "Share of conversations that this limit ended."),
         ("rollout/invalid_{reason}", "rollouts", "lower", "Conversations without a verdict for this reason."),
-        ("timing/environment_s", "s", "lower", "Mean time that a conversation waited for its environment."),
-        ("timing/model_s", "s", "lower", "Mean time that a conversation waited for turns of the model."),
+        ("timing/environment_s", "s", "lower", "Mean wait of a conversation for its environment."),
+        ("timing/model_s", "s", "lower", "Mean wait of a conversation for the model."),
         only="with rlhf.environment",
     ),
     *_table(
@@ -477,7 +483,7 @@ REINFORCEMENT = (
         RLHF,
         ("rollout/tokens_per_s", "tokens/s", "higher", "Sampled tokens per second of generation."),
         ("timing/judging_s", "s", "lower", "Time of scoring by rules."),
-        only="for rollouts of this attempt",
+        only="for this attempt's rollouts",
     ),
     *_table(
         "throughput",

@@ -220,6 +220,27 @@ def test_no_turn_of_a_model_leaves_its_conversation_without_a_verdict(name: str)
 
 
 @sandboxed
+@pytest.mark.heavy
+def test_calls_that_sleep_leave_the_conversation_its_verdict():
+    """Finds a policy that escapes a bad reward by calls that use all seconds of the conversation."""
+    # What a machine under load takes besides is far less than a turn.
+    limits = Limits(turns=4, seconds_a_step=patient(2.0), seconds=patient(5.0))
+    sleeping = Action("", (Call("bash", {"code": "sleep 600"}),) * 2)
+
+    async def conversation() -> list[Step]:
+        async with Host("bash", limits) as host:
+            episode = host.episode(Task.of("0", TASKS["bash"]))
+            steps = [await episode.reset()]
+            while not steps[-1].done:
+                steps.append(await episode.step(sleeping))
+            return steps
+
+    steps = asyncio.run(conversation())
+    assert reward(steps) == 0.0, steps[-1]
+    assert results(steps[-2])[-1] == {"error": "not run: no time is left"}
+
+
+@sandboxed
 @pytest.mark.parametrize(
     ("name", "change", "message"),
     [

@@ -45,13 +45,14 @@ def open_environment_supply(
     # The environment gives the only part of the reward: `RlhfRunGroup` refuses others beside it.
     ((part, weight),) = [(name, part.weight) for name, part in settings.rewards.items()]
     open_host = partial(Host, settings.environment, limits, trust_me=config.sandbox == TRUST_ME)
+    conversations = stack.enter_context(ConversationLoop(open_host))
 
     return EnvironmentSupply(
         VersionedSource(source),
         ShuffledPrompts(tasks, config.seed),
         EnvironmentJudge(settings.environment, part, settings.max_failed_fraction),
         tokenizer,
-        stack.enter_context(ConversationLoop(open_host)),
+        conversations,
         limits,
         config.model.max_seq_len,
         settings.environments_at_once,
@@ -59,6 +60,7 @@ def open_environment_supply(
         turn_constraint(settings, tokenizer),
         run.conversations,
         alive,
+        take_held_again=conversations.host.take_held_again,
     )
 
 
