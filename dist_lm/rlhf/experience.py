@@ -92,8 +92,8 @@ def collect(
         importance_BT = truncated_importance(outputs["logprob"], engine_BT, mask_BT, config.importance_cap, ratio_of)
 
     # The KL is that of the policy, so tokens that older weights drew are weighted as if the policy had drawn them. It is
-    # a sum over tokens, so whatever unit the algorithm's ratio has, each token has its own weight. Fresh ones keep
-    # weight 1: for them importance is rounding alone.
+    # a sum over tokens, so each has its own weight, whatever unit the algorithm's ratio has. Fresh ones keep weight 1:
+    # for them importance is rounding alone.
     kl_weight_BT = None
     is_stale_B = torch.from_numpy(rollouts.version_B < version).to(execution.device)
     if is_stale_B.any():
