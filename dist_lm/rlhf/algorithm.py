@@ -103,7 +103,8 @@ class Experience:
     reference_logprob_BT: torch.Tensor | None  # None: there is no reference model
     value_BT: torch.Tensor | None  # the critic's value before each token; None: there is no critic
     importance_BT: torch.Tensor | None  # weight of each token, see `policy_gradient.truncated_importance`; None: 1
-    kl_weight_BT: torch.Tensor | None = None  # importance of tokens that older weights drew, 1 for others; None: 1
+    # importance of each token that older weights drew, not truncated, and 1 for others; None: 1
+    kl_weight_BT: torch.Tensor | None = None
 
     @property
     def has_finite_models(self) -> bool:
@@ -131,6 +132,7 @@ class DrawnTokens:
     rollout_N: torch.Tensor  # int64; the rollout of each token
     columns: Mapping[str, torch.Tensor]  # the columns of `Prepared`, (N,)
     kl_coefficient: float = 0.0  # the coefficient of `Prepared`
+    largest_kl_weight: float = math.inf  # for the KL of tokens that older weights drew
 
 
 # --- the algorithm ---

@@ -210,6 +210,12 @@ class RlhfConfig(_KeysOfAlgorithms, IterationConfig):
         return 0 if self.asynchronous else self.max_staleness
 
     @property
+    def largest_kl_weight(self) -> float:
+        """Cap of the importance of a token in the KL penalty, which tokens of older weights always have: without
+        `importance_cap` there is no cap."""
+        return self.importance_cap or math.inf
+
+    @property
     def algorithm_keys(self) -> AlgorithmKeys:
         """The keys that the algorithm reads, without nulls."""
         return self._algorithm_keys

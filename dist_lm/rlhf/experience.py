@@ -6,6 +6,7 @@ Dimensions: B rollouts of all ranks, T tokens of the longest completion, S rollo
 batch.
 """
 
+import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TypeVar
@@ -90,12 +91,14 @@ def collect(
     if config.importance_cap:
         importance_BT = truncated_importance(outputs["logprob"], engine_BT, mask_BT, config.importance_cap, ratio_of)
 
-    # The KL is that of the policy now, so tokens that older weights drew are weighted as if the policy had drawn them.
-    # Fresh ones keep weight 1: for them importance is rounding alone.
+    # The KL is that of the policy, so tokens that older weights drew are weighted as if the policy had drawn them. As a
+    # sum over tokens it needs the weight of each token, whatever unit the algorithm's ratio has. Fresh tokens keep
+    # weight 1: for them importance is rounding alone.
     kl_weight_BT = None
     is_stale_B = torch.from_numpy(rollouts.version_B < version).to(execution.device)
-    if importance_BT is not None and is_stale_B.any():
-        kl_weight_BT = torch.where(is_stale_B[:, None], importance_BT, 1.0)
+    if is_stale_B.any():
+        weight_BT = truncated_importance(outputs["logprob"], engine_BT, mask_BT, largest=math.inf)
+        kl_weight_BT = torch.where(is_stale_B[:, None], weight_BT, 1.0)
 
     experience = Experience(
         mask_BT=mask_BT.float(),

@@ -435,6 +435,7 @@ def policy_objective(
             rollout_N=batch.column_N // longest,
             columns={name: column[batch.column_N] for name, column in flat_columns.items()},
             kl_coefficient=prepared.kl_coefficient,
+            largest_kl_weight=config.largest_kl_weight,
         )
         loss = algorithm.policy_loss(tokens)
 

@@ -6,6 +6,7 @@ completion and 0 on the padding after it. Functions over N take the completion t
 Dimensions: B completions, T tokens of the longest completion, N completion tokens of a micro-batch.
 """
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 
@@ -37,16 +38,20 @@ ESTIMATES: dict[str, Callable[[torch.Tensor, torch.Tensor], torch.Tensor]] = {"k
 """rlhf.kl_estimate -> its function: (log-probabilities of the policy, of the reference) -> nats per token."""
 
 
-def reference_kl(experience: Experience, estimate: str) -> torch.Tensor:
+def reference_kl(experience: Experience, estimate: str, largest_weight: float = math.inf) -> torch.Tensor:
     """Returns the estimated KL from the reference at each token, nats, (B, T); 0 on padding and without a reference.
 
     It is weighted where older weights drew the token. Without weights its mean would be no KL: the policy makes tokens
     that it has left improbable, and these would count, as log(policy / reference), far below 0.
+
+    Args:
+        largest_weight: truncates the weights. Without it, k1 and k3 have the divergence as their mean, which is never
+            negative. With it, their mean is smaller where the policy has made tokens much more probable.
     """
     if experience.reference_logprob_BT is None:
         return torch.zeros_like(experience.mask_BT)
     kl_BT = ESTIMATES[estimate](experience.logprob_BT, experience.reference_logprob_BT) * experience.mask_BT
-    return kl_BT if experience.kl_weight_BT is None else kl_BT * experience.kl_weight_BT
+    return kl_BT if experience.kl_weight_BT is None else kl_BT * experience.kl_weight_BT.clamp(max=largest_weight)
 
 
 # --- rewards and advantages ---
@@ -277,7 +282,8 @@ def penalised_policy_loss(
 
     Columns: `old_logprob`, `advantage`; where they exist, `importance` (weight of the gain of each token),
     `token_weight` (weight of all terms of a token; 1 without it), `reference` (log-probability, for the KL) and
-    `kl_weight` (importance of tokens that older weights drew, for the KL; 1 without it).
+    `kl_weight` (importance of tokens that older weights drew, for the KL; 1 without it). Together with the ratio it is
+    at most `tokens.largest_kl_weight`.
 
     Args:
         clip: as in `clipped_policy_loss`, as are `clip_high` and `ratio_N`.
@@ -301,7 +307,13 @@ def penalised_policy_loss(
     # KL and entropy belong to the policy now. The ratio leads there from the policy at the start of the iteration, and
     # `kl_weight` to that one from the weights that drew the token.
     if tokens.kl_coefficient:
-        kl_N = k3(tokens.logprob_N, columns["reference"]) * ratio_N * columns.get("kl_weight", 1)
+        kl_ratio_N = ratio_N
+        if "kl_weight" in columns:
+            # Of the token, also where `ratio_N` is of the completion: k3 is huge at tokens that the policy has left,
+            # and only their own ratio is as small.
+            token_ratio_N = (tokens.logprob_N - columns["old_logprob"]).exp()
+            kl_ratio_N = (token_ratio_N * columns["kl_weight"]).clamp(max=tokens.largest_kl_weight)
+        kl_N = k3(tokens.logprob_N, columns["reference"]) * kl_ratio_N
         total = total + tokens.kl_coefficient * (token_weight_N * kl_N).sum()
         metrics["policy_loss"] = total.detach()
     if entropy_coefficient:

@@ -37,10 +37,10 @@ def test_estimates_have_the_mean_they_claim_and_k2_and_k3_are_never_negative():
     assert all(bool((ESTIMATES[name](policy, reference) >= 0).all()) for name in ("k2", "k3"))
 
 
-def drawn_by_older_weights() -> tuple[torch.Tensor, torch.Tensor, Experience]:
+def drawn_by_older_weights(seed: int = 1) -> tuple[torch.Tensor, torch.Tensor, Experience]:
     """Returns the log-probabilities of the older weights and of the reference, and the experience of a batch that has
     each of 8 tokens once, at one place."""
-    torch.manual_seed(1)
+    torch.manual_seed(seed)
     older, policy, reference = (2 * torch.randn(3, 1, 8)).log_softmax(-1).unbind(0)
     ones = torch.ones(1, 8)
     importance = truncated_importance(policy, older, ones, largest=math.inf)
@@ -48,16 +48,70 @@ def drawn_by_older_weights() -> tuple[torch.Tensor, torch.Tensor, Experience]:
     return older, reference, experience
 
 
-def test_the_divergence_on_tokens_of_older_weights_is_that_of_the_policy():
+@pytest.mark.parametrize("drawn_by", ["older weights", "the reference"])
+def test_the_divergence_on_tokens_of_older_weights_is_that_of_the_policy(drawn_by):
     """Finds an estimate whose mean falls below 0, which rewards with a KL penalty would pay for."""
-    older, reference, experience = drawn_by_older_weights()
-    policy = experience.logprob_BT
-    true = float((policy.exp() * (policy - reference)).sum())
-    for name in ("k1", "k3"):
-        assert float((older.exp() * reference_kl(experience, name)).sum()) == pytest.approx(true, abs=1e-5), name
-    # At the start of a run the older weights are the reference.
-    unweighted = reference_kl(replace(experience, kl_weight_BT=None), "k1")
-    assert float((reference.exp() * unweighted).sum()) < 0 < true
+    for seed in range(50):
+        older, reference, experience = drawn_by_older_weights(seed)
+        if drawn_by == "the reference":  # as at the start of a run
+            older = reference
+            weight = truncated_importance(experience.logprob_BT, older, experience.mask_BT, largest=math.inf)
+            experience = replace(experience, kl_weight_BT=weight)
+        policy = experience.logprob_BT
+        true = float((policy.exp() * (policy - reference)).sum())
+        for name in ("k1", "k3"):
+            mean = float((older.exp() * reference_kl(experience, name)).sum())
+            assert mean == pytest.approx(true, abs=1e-4), name
+        if drawn_by == "the reference":
+            unweighted = reference_kl(replace(experience, kl_weight_BT=None), "k1")
+            assert float((older.exp() * unweighted).sum()) < 0 < true
+
+
+@pytest.mark.parametrize("cap", [0.5, 2.0, 5.0])
+def test_a_truncated_penalty_pays_at_most_a_third_of_a_nat_per_token(cap):
+    """Finds a truncation that rewards the policy without bound for moving away from the reference: with weights of at
+    most c the mean is at least z log z, for the mean weight z, and so above -1/e. k3 never pays."""
+    for seed in range(50):
+        _, reference, experience = drawn_by_older_weights(seed)
+        weight = truncated_importance(experience.logprob_BT, reference, experience.mask_BT, largest=math.inf)
+        experience = replace(experience, kl_weight_BT=weight)
+        mean = float((reference.exp() * reference_kl(experience, "k1", cap)).sum())
+        z = float((reference.exp() * weight.clamp(max=cap)).sum())
+        assert mean >= z * math.log(z) - 1e-5 > -0.37
+        assert (reference_kl(experience, "k3", cap) >= 0).all()
+
+
+@pytest.mark.parametrize("unit", ["token", "completion"])
+def test_no_token_of_older_weights_has_more_than_the_cap_of_its_divergence(unit):
+    """Finds a token that the policy has left and that fills the loss: its k3 is the inverse of its probability, and a
+    ratio of the whole completion does not make it small."""
+    cap = 2.0
+    older = torch.tensor([-1.0, -4.0, -0.5, -2.0])
+    before = torch.tensor([-0.2, -1.0, -16.0, -2.0])  # by the policy at the start of the iteration
+    now = torch.tensor([-0.1, -0.5, -20.0, -9.0])
+    columns = {
+        "old_logprob": before,
+        "advantage": torch.zeros(4),
+        "reference": torch.tensor([-1.0, -4.0, -0.5, -2.0]),
+        "kl_weight": (before - older).exp(),
+    }
+    for place in range(4):
+        only = {name: column[place : place + 1] for name, column in columns.items()}
+        tokens = DrawnTokens(
+            now[place : place + 1],
+            torch.zeros(1),
+            torch.zeros(1, dtype=torch.int64),
+            only,
+            kl_coefficient=1.0,
+            largest_kl_weight=cap,
+        )
+        ratio = torch.ones(1) if unit == "completion" else None
+        loss = float(penalised_policy_loss(tokens, clip=0.2, ratio_N=ratio).total)
+        divergence = float(ESTIMATES["k3"](now, columns["reference"])[place])
+        weight = min(math.exp(float(now[place] - older[place])), cap)
+        assert loss == pytest.approx(weight * divergence, rel=1e-4)
+        # w k3 is at most reference / older, but for the cap.
+        assert 0 <= loss < math.exp(float(columns["reference"][place] - older[place])) + cap * 4
 
 
 def test_the_penalty_on_tokens_of_older_weights_has_the_gradient_of_the_divergence():

@@ -88,7 +88,7 @@ class Ppo(Algorithm):
         mask_BT, value_BT, keys = experience.mask_BT, experience.value_BT, self.keys
         assert value_BT is not None, "PPO has a critic"
 
-        kl_BT = reference_kl(experience, keys.kl_estimate)
+        kl_BT = reference_kl(experience, keys.kl_estimate, self.config.largest_kl_weight)
         reward_BT = token_rewards(experience.score_B, kl_BT, mask_BT, kl_coefficient)
         if keys.whiten_rewards:
             reward_BT = whiten(reward_BT, mask_BT, shift=False)

@@ -64,7 +64,7 @@ class ReinforcePp(Algorithm):
         )
 
         mask_BT = experience.mask_BT
-        kl_BT = reference_kl(experience, self.keys.kl_estimate)
+        kl_BT = reference_kl(experience, self.keys.kl_estimate, self.config.largest_kl_weight)
         reward_BT = token_rewards(experience.score_B, kl_BT, mask_BT, kl_coefficient)
         return_BT = rewards_to_come(reward_BT, mask_BT)
 

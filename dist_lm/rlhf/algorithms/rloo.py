@@ -57,7 +57,7 @@ class Rloo(Algorithm):
         # imports torch, which the launcher does without
         from dist_lm.rlhf.policy_gradient import group_columns, groups_of, inverse_lengths, reference_kl
 
-        kl_BT = reference_kl(experience, self.keys.kl_estimate)
+        kl_BT = reference_kl(experience, self.keys.kl_estimate, self.config.largest_kl_weight)
         reward_B = experience.score_B - kl_coefficient * kl_BT.sum(1)
 
         # (R_i - mean of all) G / (G - 1) equals R_i less the mean of the others.
