@@ -5,7 +5,7 @@ micro-batches changes nothing.
 """
 
 from collections.abc import Callable, Collection, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from itertools import groupby
 from typing import TYPE_CHECKING, Generic, Protocol, TypeVar
 
@@ -147,7 +147,7 @@ class CorpusSequences:
         for epoch, numbers_of_epoch in groupby(numbers, lambda number: number // self.n_sequences):
             order, visits = self._epochs.order(epoch), [number % self.n_sequences for number in numbers_of_epoch]
             if isinstance(order, RearrangedEpoch):
-                contents += [replace(order.content(i), without=self._without) for i in visits]
+                contents += [order.content(i)._replace(without=self._without) for i in visits]
             elif isinstance(order, PackedEpoch):
                 contents += [SequenceContent(self.corpus, order.sequence(i), self._without) for i in visits]
             else:
