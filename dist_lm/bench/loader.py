@@ -12,8 +12,10 @@ import multiprocessing
 import os
 import tempfile
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
+from functools import partial
+from itertools import islice
 from multiprocessing.queues import SimpleQueue
 from multiprocessing.synchronize import Barrier
 from pathlib import Path
@@ -29,7 +31,7 @@ from dist_lm.data.batch import Batch, assemble
 from dist_lm.data.index import DOCUMENT, MEMBER, ShardIndex
 from dist_lm.data.manifest import Counts, Manifest, Recipe, Shard, Split, shard_name, write_manifest
 from dist_lm.data.order import splitmix64
-from dist_lm.data.sequences import DOCUMENTS, UNITS, CorpusSequences
+from dist_lm.data.sequences import DOCUMENTS, UNITS, WINDOWS, CorpusSequences
 from dist_lm.data.shard_writer import CorpusWriter
 from dist_lm.data.split_index import SplitIndex, split_index_path
 from dist_lm.data.token_corpus import TokenCorpus
@@ -39,7 +41,13 @@ from dist_lm.parallel.mesh import World
 from dist_lm.prepare.compose import compose_config
 
 ORDER, SORT = "order of units", "sorting as many keys"
-UNITS_STREAM, DOCUMENTS_STREAM, CROP = "stream, order of units", "stream, order of documents", "random crop"
+CROP = "random crop"
+UNITS_STREAM = "stream, order of units"
+STREAMS = {
+    UNITS_STREAM: UNITS,
+    "stream, order of windows": WINDOWS,
+    "stream, order of documents": DOCUMENTS,
+}
 NODE, OPEN, OPEN_TOGETHER = "eight ranks of a node, a document B", "open s", "eight open at once s"
 EPOCH, READ = "order of an epoch s", "read in an epoch by eight ranks, of the corpus x"
 MANY, QUICK_MANY = 200_000_000, 2_000_000  # documents without content
@@ -77,14 +85,13 @@ def cases(overrides: Sequence[str], quick: bool) -> list[Case]:
     )
 
     # A step takes milliseconds, so more rounds are needed than of an order of 200 M documents.
-    streams = (UNITS_STREAM, DOCUMENTS_STREAM)
     on_disk = Case(
         name=f"{tokens / 1e6:.0f} M tokens, {SEQUENCES}x{SEQ_LEN}",
         config=config_of(tokens),
-        variants=dict.fromkeys((*streams, CROP), GroupSize(1)),
+        variants=dict.fromkeys((*STREAMS, CROP), GroupSize(1)),
         comparisons=[
-            *(Comparison(variant=variant, peer=CROP) for variant in streams),
-            *(Comparison(variant=variant, fact=READ) for variant in streams),
+            *(Comparison(variant=variant, peer=CROP) for variant in STREAMS),
+            *(Comparison(variant=variant, fact=READ) for variant in STREAMS),
         ],
         rounds=7,
         amount=STEPS * SEQUENCES * SEQ_LEN,
@@ -237,7 +244,7 @@ def reading_trial(variant: str, directory: Path, n_tokens: int) -> Trial:
     is READ.
 
     Args:
-        variant: CROP, or a stream whose epochs are ordered by documents or by units.
+        variant: CROP, or one of `STREAMS`.
         directory: gets the corpus.
         n_tokens: tokens of the corpus.
 
@@ -248,31 +255,36 @@ def reading_trial(variant: str, directory: Path, n_tokens: int) -> Trial:
     crop = RandomCrop(corpus, directory)
     # Every process of a run finds the checksums that the first epoch has left.
     corpus.check()
-    sequences = CorpusSequences(corpus, 0, SEQ_LEN, order=UNITS if variant == UNITS_STREAM else DOCUMENTS)
-    batch_of: Callable[[list[int]], Batch] = crop.batch if variant == CROP else stream_of(sequences)
+    order = STREAMS.get(variant, DOCUMENTS)
+    batches_of: Callable[[list[list[int]]], Iterable[Batch]]
+    batches_of = partial(map, crop.batch) if variant == CROP else stream_of(corpus, order)
     number = 0
 
     def step() -> float:
         nonlocal number
-        for _ in range(STEPS):
-            batch_of([*range(number, number + SEQUENCES)])
-            number += SEQUENCES
+        end = number + STEPS * SEQUENCES
+        for _ in batches_of([[*range(first, first + SEQUENCES)] for first in range(number, end, SEQUENCES)]):
+            pass
+        number = end
         return 0.0
 
     def facts() -> dict[str, float]:
-        return {READ: bytes_of_epoch(directory, sequences) / (2 * corpus.n_tokens)}
+        return {READ: bytes_of_epoch(directory, order) / (2 * corpus.n_tokens)}
 
     return Trial(step, dict if variant == CROP else facts, losses=list)
 
 
-def stream_of(sequences: CorpusSequences) -> Callable[[list[int]], Batch]:
-    """Returns the function from sequence numbers to a batch, as a stream of training has it."""
+def stream_of(corpus: TokenCorpus, order: str) -> Callable[[list[list[int]]], Iterable[Batch]]:
+    """Returns the function from sequence numbers of a step to its batches, as a stream of training has it."""
+    sequences = CorpusSequences(corpus, 0, SEQ_LEN, order=order)
 
-    def batch_of(numbers: list[int]) -> Batch:
-        contents = [sequences.content(number) for number in numbers]
-        return assemble(contents, numbers, seq_len=SEQ_LEN, document_mask=True, reset_positions=True)
+    def batches_of(numbers: list[list[int]]) -> Iterable[Batch]:
+        contents = iter(sequences.contents([number for batch in numbers for number in batch]))
+        for batch in numbers:
+            rows = list(islice(contents, len(batch)))
+            yield assemble(rows, batch, seq_len=SEQ_LEN, document_mask=True, reset_positions=True)
 
-    return batch_of
+    return batches_of
 
 
 class RandomCrop:
@@ -323,12 +335,16 @@ def write_tokens(directory: Path, n_tokens: int) -> TokenCorpus:
     return TokenCorpus.open(corpus_directory, "train")
 
 
-def bytes_of_epoch(directory: Path, sequences: CorpusSequences) -> int:
+def bytes_of_epoch(directory: Path, order: str) -> int:
     """Returns the bytes that eight ranks ask the file system for in an epoch, each with a corpus of its own."""
-    ranks = [TokenCorpus.open(directory / "corpus", "train") for _ in range(RANKS)]
+    ranks = [
+        CorpusSequences(TokenCorpus.open(directory / "corpus", "train"), 0, SEQ_LEN, order=order) for _ in range(RANKS)
+    ]
     before = _bytes_asked_for()
-    for number in range(sequences.n_sequences):
-        ranks[number // SEQUENCES % RANKS].tokens_of(sequences.slices(number))
+    for rank, sequences in enumerate(ranks):
+        numbers = [number for number in range(sequences.n_sequences) if number // SEQUENCES % RANKS == rank]
+        for row in sequences.contents(numbers):
+            row.corpus.tokens_of(row.slices)
     return _bytes_asked_for() - before
 
 

@@ -6,7 +6,9 @@ The folder has the manifest, the indices, origins and rows of the remote one, an
 
 import secrets
 import shutil
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -19,9 +21,12 @@ from dist_lm.data.shard_writer import origins_path
 from dist_lm.data.sources.opening import REMOTE
 from dist_lm.errors import ArtefactError, ConfigError, require
 from dist_lm.storage import durable
+from dist_lm.storage.lock import is_locked, locked
 
 LEAST_CACHE = 256 << 20  # bytes: the pieces that the ranks of a node read at once
 REQUESTS = 16  # at once
+LOCK = "attach.lock"  # held while a folder is filled
+LOCK_WAIT_S = 10.0
 
 
 def attach(url: str, directory: Path, cache: Path, cache_bytes: int) -> Manifest:
@@ -46,9 +51,7 @@ def attach(url: str, directory: Path, cache: Path, cache_bytes: int) -> Manifest
     if directory.exists() and not is_attached(directory):
         raise ArtefactError(f"{directory} is taken by a corpus that is not attached: give another name")
 
-    temporary = directory.with_name(f".{directory.name}.{secrets.token_hex(8)}.tmp")
-    temporary.mkdir(parents=True)
-    try:
+    with _new_folder(directory) as temporary:
         folder = RemoteFolder(url)
         durable.write_bytes(manifest_path(temporary), folder.content("manifest.json"))
         manifest = read_manifest(temporary)
@@ -65,13 +68,38 @@ def attach(url: str, directory: Path, cache: Path, cache_bytes: int) -> Manifest
         if not directory.exists():
             temporary.rename(directory)
             durable.fsync(directory.parent)
+            (directory / LOCK).unlink()
         else:
             # The same corpus: each file may be renewed alone, while runs read the others.
             for path in sorted(temporary.iterdir()):
-                path.replace(directory / path.name)
+                if path.name != LOCK:
+                    path.replace(directory / path.name)
+    return manifest
+
+
+@contextmanager
+def _new_folder(directory: Path) -> Iterator[Path]:
+    """Makes a folder beside `directory` for the block, removes it afterwards, and those that killed commands left.
+
+    Raises:
+        ArtefactError: the file system has no locks.
+        OSError: the folder cannot be made.
+    """
+    for path in directory.parent.glob(f".{directory.name}.*.tmp"):
+        name = durable.TEMPORARY_NAME.match(path.name)
+        is_ours = name is not None and name[1] == directory.name and path.is_dir()
+        # A command that has just begun has an empty folder, and locks it next.
+        if is_ours and any(path.iterdir()) and not is_locked(path / LOCK):
+            shutil.rmtree(path, ignore_errors=True)
+
+    temporary = directory.with_name(f".{directory.name}.{secrets.token_hex(8)}.tmp")
+    temporary.mkdir(parents=True)
+    try:
+        # Another command that looks whether the lock is free holds it for a moment.
+        with locked(temporary / LOCK, wait_s=LOCK_WAIT_S):
+            yield temporary
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
-    return manifest
 
 
 def _check_url(url: str) -> None:

@@ -5,7 +5,7 @@ Dimensions: B sequences, T tokens.
 
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, fields, replace
-from typing import Any, Protocol, Self
+from typing import Any, NamedTuple, Protocol, Self
 
 import numpy as np
 import torch
@@ -143,8 +143,7 @@ class Documents(Protocol):
         ...
 
 
-@dataclass(frozen=True, slots=True)
-class SequenceContent:
+class SequenceContent(NamedTuple):
     """The content of one sequence, a row of a batch."""
 
     corpus: Documents
@@ -180,9 +179,9 @@ def assemble(
     Raises:
         ArtefactError: a tar that the corpus reads from is damaged.
     """
-    # One token more than the inputs: the last target.
-    tokens = np.full((len(rows), seq_len + 1), pad_id, np.int64)
-    counts = np.zeros((len(rows), seq_len), np.float32)  # whether a target counts; padding never does
+    shape = len(rows), seq_len
+    inputs, targets = np.empty(shape, np.int64), np.empty(shape, np.int64)
+    counts = np.zeros(shape, np.float32)  # whether a target counts; padding never does
     document_starts: list[tuple[int, int]] = []  # (row, position)
     n_tokens = 0
 
@@ -204,32 +203,36 @@ def assemble(
 
         n_inputs = min(begin, seq_len)
         n_tokens += n_inputs
-        numbers_in_row.append(len(row.slices))
-        begins.append(0)
-        sizes.append(seq_len - n_inputs)
+        n_targets = max(begin - 1, 0)
+        if n_targets < seq_len:
+            numbers_in_row.append(len(row.slices))
+            begins.append(0)
+            sizes.append(seq_len - n_inputs)
+            inputs[b, n_inputs:] = targets[b, n_targets:] = pad_id
 
         if row.slices:
-            tokens[b, :begin] = row.corpus.tokens_of(row.slices)
-            counts[b, : begin - 1] = _counted_targets(row)
+            # Targets keep the end-of-text that opens a document.
+            tokens = row.corpus.tokens_of(row.slices)
+            inputs[b, :n_inputs] = tokens[:n_inputs]
+            targets[b, :n_targets] = tokens[1:]
+            counts[b, :n_targets] = _counted_targets(row)
 
     # One call for all rows: a call for each slice would cost more than the elements that it writes.
     document = np.repeat(numbers_in_row, sizes) if document_mask else np.zeros(counts.size, np.int64)
-    position = np.arange(seq_len) - np.repeat(begins if reset_positions else [0] * len(sizes), sizes).reshape(
-        counts.shape
-    )
+    position = np.tile(np.arange(seq_len), (len(rows), 1))
+    if reset_positions:
+        position -= np.repeat(begins, sizes).reshape(shape)
 
-    # A copy, even of one row, which numpy takes for contiguous: targets keep the end-of-text that opens a document.
-    inputs = tokens[:, :-1].copy()
     if first_token:
         for b, begin in document_starts:
             first_token.put(inputs[b, begin:])
     return Batch(
         tokens_BT=_tensor(inputs),
-        targets_BT=_tensor(tokens[:, 1:]),
+        targets_BT=_tensor(targets),
         loss_mask_BT=_tensor(counts),
-        document_BT=_tensor(document.reshape(counts.shape)),
+        document_BT=_tensor(document.reshape(shape)),
         position_BT=_tensor(position),
-        sequence_B=torch.tensor(numbers, dtype=torch.int64),
+        sequence_B=_tensor(np.array(numbers, np.int64)),
         logit_index_N=logit_indices(counts),
         n_tokens=n_tokens,
     )

@@ -12,6 +12,7 @@ second shuffled order, so that the parts of one long document do not meet in a b
 
 import hashlib
 from enum import IntEnum, unique
+from itertools import islice
 from typing import NamedTuple
 
 import numpy as np
@@ -55,8 +56,20 @@ def permutation(n: int, seed: int) -> np.ndarray:
 
 def splitmix64(seed: int, n: int) -> np.ndarray:
     """Returns the first n outputs of SplitMix64 from `seed`, of which the lowest 64 bits count: (n,) uint64."""
-    # In place, because n may be the number of all documents.
-    state = np.arange(1, n + 1, dtype=np.uint64)
+    return _mixed(np.arange(1, n + 1, dtype=np.uint64), seed)
+
+
+def splitmix64_of(seed: int, numbers: np.ndarray) -> np.ndarray:
+    """Returns the outputs of SplitMix64 of these numbers, counted from 0: uint64, of the shape of `numbers`.
+
+    Args:
+        numbers: of an integer type.
+    """
+    return _mixed(numbers.astype(np.uint64) + np.uint64(1), seed)
+
+
+def _mixed(state: np.ndarray, seed: int) -> np.ndarray:
+    """Turns counters of SplitMix64, from 1 on, into its outputs. In place, because these may be all documents."""
     state *= np.uint64(_GAMMA)
     state += np.uint64(seed % _WORD)
     state ^= state >> np.uint64(30)
@@ -101,6 +114,33 @@ class DocumentSlice(NamedTuple):
     stop: int
 
 
+class SliceTable(NamedTuple):
+    """Slices of documents that cover several ranges of tokens, those of one range behind those of another."""
+
+    documents: np.ndarray  # (slices,) int64
+    starts: np.ndarray  # (slices,) int64; tokens of the document before the slice
+    stops: np.ndarray  # (slices,) int64
+    counts: np.ndarray  # (ranges,) int64; slices of each range
+
+    def slices(self) -> list[list[DocumentSlice]]:
+        """Returns the slices of each range."""
+        columns = (column.tolist() for column in (self.documents, self.starts, self.stops))
+        slices = map(DocumentSlice, *columns)
+        return [list(islice(slices, count)) for count in self.counts.tolist()]
+
+
+def expanded(first: np.ndarray, counts: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Returns the numbers first[i], first[i] + 1, ... of each i, `counts[i]` of them, and for each number its i."""
+    owner = np.repeat(np.arange(len(counts)), counts)
+    return np.arange(len(owner)) + (first - np.cumsum(counts) + counts)[owner], owner
+
+
+def following(column: np.ndarray, index: np.ndarray, end: int) -> np.ndarray:
+    """Returns the element of a column behind each of some places; `end` behind its last one."""
+    behind = index + 1
+    return np.where(behind < len(column), column[np.minimum(behind, len(column) - 1)], end)
+
+
 class Concatenation:
     """Documents laid end to end. Maps positions in these tokens to slices of documents."""
 
@@ -133,6 +173,26 @@ class Concatenation:
             index += 1
         return slices
 
+    def table(self, begins: np.ndarray, ends: np.ndarray) -> SliceTable:
+        """Returns the slices that cover tokens [begin, end) of each range, as `slices` does for one of them.
+
+        Args:
+            begins, ends: (ranges,) int64; no range is empty.
+        """
+        first = np.searchsorted(self.ends, begins, side="right")
+        last = np.searchsorted(self.ends, ends - 1, side="right")
+        index, owner = expanded(first, last - first + 1)
+
+        documents, document_ends = self._documents[index], self.ends[index]
+        document_begins = document_ends - self._lengths[documents]
+        starts = np.maximum(begins[owner], document_begins) - document_begins
+        stops = np.minimum(ends[owner], document_ends) - document_begins
+
+        # An empty document gives no slice.
+        has_tokens = starts < stops
+        counts = np.bincount(owner[has_tokens], minlength=len(begins))
+        return SliceTable(documents[has_tokens], starts[has_tokens], stops[has_tokens], counts)
+
 
 class EpochOrder:
     """The sequences of one epoch.
@@ -163,6 +223,11 @@ class EpochOrder:
         # One more token: the last target, which is the first input of the next cut.
         begin = self.begin(i)
         return self.concatenation.slices(begin, begin + self.seq_len + 1)
+
+    def table(self, visits: np.ndarray) -> SliceTable:
+        """Returns what `sequence` returns for each of these sequences visited: (n,) int64."""
+        begins = self._cut_of_visit[visits] * self.seq_len
+        return self.concatenation.table(begins, begins + self.seq_len + 1)
 
     def slices(self, begin: int, end: int) -> list[DocumentSlice]:
         """Returns the slices that cover the tokens [begin, end) of the epoch, in order."""

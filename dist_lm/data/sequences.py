@@ -5,7 +5,8 @@ micro-batches changes nothing.
 """
 
 from collections.abc import Callable, Collection, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
+from itertools import groupby
 from typing import TYPE_CHECKING, Generic, Protocol, TypeVar
 
 import numpy as np
@@ -138,10 +139,22 @@ class CorpusSequences:
         """Returns the content of sequence `number`: `seq_len + 1` tokens, perhaps fewer of conversations and with
         `infill`.
         """
-        order, i = self._epochs.locate(number)
-        if isinstance(order, RearrangedEpoch):
-            return replace(order.content(i), without=self._without)
-        return SequenceContent(self.corpus, order.sequence(i), self._without)
+        return self.contents([number])[0]
+
+    def contents(self, numbers: Sequence[int]) -> list[SequenceContent]:
+        """Returns the contents of some sequences, as `content` does. A sequence of text takes less time among many."""
+        contents: list[SequenceContent] = []
+        for epoch, numbers_of_epoch in groupby(numbers, lambda number: number // self.n_sequences):
+            order, visits = self._epochs.order(epoch), [number % self.n_sequences for number in numbers_of_epoch]
+            if isinstance(order, RearrangedEpoch):
+                contents += [order.content(i)._replace(without=self._without) for i in visits]
+            elif isinstance(order, PackedEpoch):
+                contents += [SequenceContent(self.corpus, order.sequence(i), self._without) for i in visits]
+            else:
+                table = order.table(np.array(visits))
+                rows = zip(self.corpus.located(table), table.slices(), strict=True)
+                contents += [SequenceContent(located, slices, self._without) for located, slices in rows]
+        return contents
 
     def slices(self, number: int) -> list[DocumentSlice]:
         """Returns the slices of documents in sequence `number`, with the last target, as they stand in the corpus."""
@@ -286,10 +299,14 @@ class MixedSequences:
         """The corpora, that of the stage first."""
         return [sequences.corpus for sequences in self.of_corpora]
 
-    def content(self, number: int) -> SequenceContent:
-        """Returns global sequence `number`."""
-        corpus, number_in_corpus = self._mix.locate(number)
-        return self.of_corpora[corpus].content(number_in_corpus)
+    def contents(self, numbers: Sequence[int]) -> list[SequenceContent]:
+        """Returns the contents of some global sequences."""
+        located = [self._mix.locate(number) for number in numbers]
+        contents = {
+            corpus: iter(self.of_corpora[corpus].contents([number for each, number in located if each == corpus]))
+            for corpus in dict(located)
+        }
+        return [next(contents[corpus]) for corpus, _ in located]
 
     def slices(self, number: int) -> tuple[TokenCorpus, list[DocumentSlice]]:
         """Returns the corpus of global sequence `number`, and the slices of its documents."""

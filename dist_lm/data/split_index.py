@@ -45,6 +45,7 @@ import numpy as np
 
 from dist_lm.data.index import ShardIndex, open_index
 from dist_lm.data.manifest import BUILD_COMMAND, Shard, index_path, token_dtype
+from dist_lm.data.order import following
 from dist_lm.errors import ArtefactError
 
 UNIT = 64  # documents of a unit at most
@@ -134,11 +135,9 @@ class SplitIndex:
         if ends is not None:
             return ends
 
+        self._check_lengths(unit)
         begin, end = self.unit_documents(unit)
         lengths = self.columns["lengths"][begin:end]
-        if "lengths" not in self._checked and zlib.crc32(lengths.data) != self.columns["unit_checksum"].item(unit):
-            self._remake("lengths")
-            lengths = self.columns["lengths"][begin:end]
         ends = list(accumulate(lengths.tolist(), initial=self.columns["unit_token"].item(unit)))
 
         # All are dropped together, which needs no lock where several threads read. Two may pass the bound at once.
@@ -146,6 +145,31 @@ class SplitIndex:
             self._unit_ends = {}
         self._unit_ends[unit] = ends
         return ends
+
+    def unit_lengths(self, units: np.ndarray) -> np.ndarray:
+        """Returns the tokens of the documents of some units, 0 behind the last of a unit: (n, UNIT) int64.
+
+        Raises:
+            ArtefactError, OSError: as for a new `SplitIndex`.
+        """
+        if "lengths" not in self._checked:
+            for unit in units[~self._is_checked_unit[units]].tolist():
+                self._check_lengths(unit)
+
+        firsts, place = self.columns["unit_document"], np.arange(UNIT)
+        begins = firsts[units]
+        n_documents = following(firsts, units, self.n_documents) - begins
+        documents = np.minimum(begins[:, None] + place, self.n_documents - 1)
+        return np.where(place < n_documents[:, None], self.columns["lengths"][documents], 0).astype(np.int64)
+
+    def _check_lengths(self, unit: int) -> None:
+        """Compares the lengths of a unit with their checksum when they are first used."""
+        if "lengths" in self._checked or self._is_checked_unit[unit]:
+            return
+        begin, end = self.unit_documents(unit)
+        if zlib.crc32(self.columns["lengths"][begin:end].data) != self.columns["unit_checksum"].item(unit):
+            self._remake("lengths")
+        self._is_checked_unit[unit] = True
 
     def unit_documents(self, unit: int) -> tuple[int, int]:
         """Returns the first document of a unit, and the one behind its last."""
@@ -254,6 +278,7 @@ class SplitIndex:
             os.close(self._descriptor)
         self._descriptor, self._is_writable = descriptor, is_writable
         self._header, self.columns, self._checked = header, columns, set(small)
+        self._is_checked_unit = np.zeros(len(columns["unit_document"]), bool)  # units whose lengths were compared
         self.n_members = len(columns["member_tar"])
         self.languages: list[str] = header["languages"]
         self.n_documents: int = header["documents"]

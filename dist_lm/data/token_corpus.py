@@ -13,14 +13,15 @@ from bisect import bisect_left, bisect_right
 from collections.abc import Iterator, Sequence
 from concurrent.futures import Executor
 from functools import cached_property
+from itertools import pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 
 from dist_lm.data.manifest import BUILD_COMMAND, Shard, Split, is_attached, read_manifest, token_dtype
-from dist_lm.data.order import DocumentSlice
-from dist_lm.data.split_index import BLOCK, SplitIndex
+from dist_lm.data.order import DocumentSlice, SliceTable, following
+from dist_lm.data.split_index import BLOCK, UNIT, SplitIndex
 from dist_lm.data.unit_order import Units
 from dist_lm.errors import ArtefactError
 
@@ -132,8 +133,10 @@ class TokenCorpus:
             documents=documents,
             tokens=index.columns["unit_token"],
             n_tokens=self.n_tokens,
+            n_documents=self.n_documents,
             continues=index.continues(documents) if has_repositories else np.zeros(len(documents), bool),
             ends=index.unit_ends,
+            lengths=index.unit_lengths,
             border=border,
         )
 
@@ -169,6 +172,62 @@ class TokenCorpus:
 
         contents = [self._read(area, width * begin, width * end) for area, begin, end in spans]
         return np.frombuffer(b"".join(contents), self._dtype)
+
+    def located(self, table: SliceTable) -> list["LocatedSlices"]:
+        """Looks up where the slices of each range lie, all at once; they are read later. No range is empty."""
+        columns, documents = self._index.columns, table.documents
+        units = np.searchsorted(columns["unit_document"], documents, side="right") - 1
+        places = documents - columns["unit_document"][units]
+        is_before = np.arange(UNIT) < places[:, None]
+        tokens_before = np.where(is_before, self._index.unit_lengths(units), 0).sum(1)
+        begins = columns["unit_token"][units] + tokens_before + table.starts  # tokens of the split
+        ends = begins + table.stops - table.starts
+        members = columns["unit_member"][units].astype(np.int64)
+
+        # Slices of a range that are neighbours in a member are read together.
+        range_ends = np.cumsum(table.counts)
+        is_first = np.ones(len(documents), bool)
+        is_first[1:] = (begins[1:] != ends[:-1]) | (members[1:] != members[:-1])
+        is_first[range_ends - table.counts] = True
+        firsts = np.flatnonzero(is_first)
+        begins, ends = begins[firsts], ends[np.append(firsts[1:], len(documents)) - 1]
+        members = members[firsts]
+
+        # Whole blocks are read; the last one of a member may be shorter.
+        width = self._dtype.itemsize
+        first_tokens = columns["member_token"][members]
+        sizes = width * (following(columns["member_token"], members, self.n_tokens) - first_tokens)
+        begins, ends = width * (begins - first_tokens), width * (ends - first_tokens)
+        first_blocks, end_blocks = begins // BLOCK, -(-ends // BLOCK)
+        read_begins, read_ends = first_blocks * BLOCK, np.minimum(end_blocks * BLOCK, sizes)
+        blocks = columns["member_block"][members]
+        fields = (
+            members,
+            columns["member_tar"][members],
+            columns["member_tokens"][members] + read_begins,
+            read_ends - read_begins,
+            blocks + first_blocks,
+            blocks + end_blocks,
+            begins - read_begins,
+            (ends - begins) // width,
+        )
+        spans = list(map(_Span, *(field.tolist() for field in fields)))
+        span_ends = np.searchsorted(firsts, range_ends).tolist()
+        return [LocatedSlices(self, spans[i:j]) for i, j in pairwise([0, *span_ends])]
+
+    def read_span(self, span: "_Span") -> np.ndarray:
+        """Reads the tokens of a span, and compares the blocks that hold them with their checksums.
+
+        Raises:
+            ArtefactError: as `tokens`.
+        """
+        content = self._tars.read(span.tar, span.offset, span.size)
+        view = memoryview(content)
+        checksums = [zlib.crc32(view[i : i + BLOCK]) for i in range(0, span.size, BLOCK)]
+        if checksums != self._index.columns["checksums"][span.block : span.end_block].tolist():
+            # They are not known yet, or the member is damaged.
+            content = self._read_blocks(self._tokens_of(span.member), span.block, span.end_block)
+        return np.frombuffer(content, self._dtype, span.n_tokens, span.skipped)
 
     def mask(self, document: int, start: int, stop: int) -> np.ndarray:
         """Reads the loss mask of tokens [start, stop): (stop - start,) uint8; ones if the document has no mask.
@@ -377,6 +436,40 @@ class _Unit(NamedTuple):
     def begin(self, document: int) -> int:
         """Returns the tokens of the member before a document."""
         return self.ends[document - self.first] - self.member_token
+
+
+class _Span(NamedTuple):
+    """Consecutive tokens of a member, and the blocks that hold them."""
+
+    member: int
+    tar: int
+    offset: int  # bytes from the start of the tar to the first block
+    size: int  # bytes of the blocks
+    block: int  # numbers of the blocks in the split
+    end_block: int
+    skipped: int  # bytes of the first block before the tokens
+    n_tokens: int
+
+
+class LocatedSlices(NamedTuple):
+    """A corpus as one sequence reads it: it was looked up where its slices lie."""
+
+    corpus: TokenCorpus
+    spans: list[_Span]
+    has_mask = False
+
+    def tokens_of(self, slices: Sequence[DocumentSlice]) -> np.ndarray:
+        """Reads the tokens of the slices that were located, end to end: (n,) uint16 or uint32.
+
+        Raises:
+            ArtefactError: the tar is damaged.
+        """
+        parts = [self.corpus.read_span(span) for span in self.spans]
+        return parts[0] if len(parts) == 1 else np.concatenate(parts)
+
+    def mask(self, document: int, start: int, stop: int) -> np.ndarray:
+        """Reads the loss mask of a slice."""
+        return self.corpus.mask(document, start, stop)
 
 
 class _Run(NamedTuple):

@@ -21,7 +21,18 @@ from functools import cached_property
 
 import numpy as np
 
-from dist_lm.data.order import DocumentSlice, Shuffle, key, permutation, sequences_an_epoch, splitmix64_at
+from dist_lm.data.order import (
+    DocumentSlice,
+    Shuffle,
+    SliceTable,
+    expanded,
+    following,
+    key,
+    permutation,
+    sequences_an_epoch,
+    splitmix64_at,
+    splitmix64_of,
+)
 
 _ROUNDS = 6
 
@@ -52,6 +63,22 @@ class Permutation:
             if i < self.n:
                 return i
 
+    def numbers(self, places: np.ndarray) -> np.ndarray:
+        """Returns the number at each of some places, as `[]` does for one: (places,) int64."""
+        numbers = self._next(places.astype(np.uint64))
+        while (is_outside := numbers >= self.n).any():
+            numbers[is_outside] = self._next(numbers[is_outside])
+        return numbers.astype(np.int64)
+
+    def _next(self, numbers: np.ndarray) -> np.ndarray:
+        """Passes numbers of uint64 through the network once."""
+        side = np.uint64(self._side)
+        left, right = np.divmod(numbers, side)
+        for round_key in self._round_keys:
+            # The remainder first, because the sum of a number and a hash may exceed 64 bits.
+            left, right = right, (left + splitmix64_of(round_key, right) % side) % side
+        return left * side + right
+
     def place(self, number: int) -> int:
         """Returns the place of a number: the inverse."""
         assert 0 <= number < self.n, (number, self.n)
@@ -81,6 +108,15 @@ class WindowedPermutation:
         window = bisect_right(self._ends, i)
         return self._begins[window] + self._windows[window][i - self._begins[window]]
 
+    def numbers(self, places: np.ndarray) -> np.ndarray:
+        """Returns the number at each of some places: (places,) int64."""
+        numbers = np.empty(len(places), np.int64)
+        windows = np.searchsorted(self._ends, places, side="right")
+        for window in np.unique(windows).tolist():
+            begin, is_inside = self._begins[window], windows == window
+            numbers[is_inside] = begin + self._windows[window].numbers(places[is_inside] - begin)
+        return numbers
+
     def place(self, number: int) -> int:
         """Returns the place of a number: the inverse."""
         window = bisect_right(self._ends, number)
@@ -94,9 +130,12 @@ class Units:
     documents: np.ndarray  # (units,) int64; documents before each unit
     tokens: np.ndarray  # (units,) int64; tokens before each unit
     n_tokens: int  # tokens of all units
+    n_documents: int  # documents of all units
     continues: np.ndarray  # (units,) bool; whether a unit is of the repository of the unit before it
     # From a unit to the tokens of the corpus before each of its documents, and those before the end of its last.
     ends: Callable[[int], list[int]]
+    # From units to the tokens of their documents, 0 behind the last of a unit: (n,) int64 -> (n, largest unit) int64.
+    lengths: Callable[[np.ndarray], np.ndarray]
     # From a unit and the place of a document in it to the first document there or later that begins a repository; 0 if
     # there is none.
     border: Callable[[int, int], int]
@@ -127,6 +166,29 @@ class Units:
                 begin, i = stop, i + 1
             unit += 1
         return slices
+
+    def table(self, begins: np.ndarray, ends: np.ndarray) -> SliceTable:
+        """Returns the slices that cover tokens [begin, end) of each range of the corpus, as `slices` does for one.
+
+        Args:
+            begins, ends: (ranges,) int64; no range is empty.
+        """
+        first = np.searchsorted(self.tokens, begins, side="right") - 1
+        last = np.searchsorted(self.tokens, ends - 1, side="right") - 1
+        units, owner = expanded(first, last - first + 1)
+
+        # All documents of each unit, of which a few lie in its range.
+        lengths = self.lengths(units)
+        document_ends = self.tokens[units, None] + np.cumsum(lengths, 1)
+        document_begins = document_ends - lengths
+        begins, ends = begins[owner], ends[owner]
+        row, place = np.nonzero((lengths > 0) & (document_begins < ends[:, None]) & (document_ends > begins[:, None]))
+
+        first_token = document_begins[row, place]
+        starts = np.maximum(begins[row], first_token) - first_token
+        stops = np.minimum(ends[row], document_ends[row, place]) - first_token
+        counts = np.bincount(owner[row], minlength=len(first))
+        return SliceTable(self.documents[units[row]] + place, starts, stops, counts)
 
 
 class UnitEpoch:
@@ -160,6 +222,35 @@ class UnitEpoch:
         """Returns the slices of the i-th sequence visited: `seq_len + 1` tokens in all."""
         begin = self.begin(i)
         return self.slices(begin, begin + self.seq_len + 1)
+
+    def table(self, visits: np.ndarray) -> SliceTable:
+        """Returns what `sequence` returns for each of these sequences visited: (n,) int64."""
+        begins = self._cut_of_visit.numbers(visits) * self.seq_len
+        ends = begins + self.seq_len + 1
+        first = np.searchsorted(self._ends, begins, side="right")
+        last = np.searchsorted(self._ends, ends - 1, side="right")
+        places, owner = expanded(first, last - first + 1)
+
+        groups = self._groups[places]
+        stored, stored_end = self._units.group_tokens[groups], self._units.group_tokens[groups + 1]
+        group_ends = self._ends[places]
+        group_begins = group_ends - (stored_end - stored)
+        begins, ends = np.maximum(begins[owner], group_begins), np.minimum(ends[owner], group_ends)
+
+        # Up to the end of the group as it is stored, then from its beginning up to where the epoch began.
+        middle = self._rotated_begins(groups)
+        turn = group_begins + stored_end - middle
+        parts = [
+            (middle + begins - group_begins, middle + np.minimum(ends, turn) - group_begins),
+            (stored + np.maximum(begins, turn) - turn, stored + ends - turn),
+        ]
+        part_begins, part_ends = (np.stack(column, 1).ravel() for column in zip(*parts, strict=True))
+        has_tokens = part_begins < part_ends
+
+        table = self._units.table(part_begins[has_tokens], part_ends[has_tokens])
+        counts = np.zeros(len(visits), np.int64)
+        np.add.at(counts, np.repeat(owner, 2)[has_tokens], table.counts)
+        return table._replace(counts=counts)
 
     def slices(self, begin: int, end: int) -> list[DocumentSlice]:
         """Returns the slices that cover the tokens [begin, end) of the epoch, in order."""
@@ -218,6 +309,24 @@ class UnitEpoch:
         first_choice = splitmix64_at(self._rotation_key, group) % (len(ends) - 1)
         rotated_begin = ends[units.border(unit, first_choice)]
         return rotated_begin if rotated_begin < units.group_tokens.item(group + 1) else begin
+
+    def _rotated_begins(self, groups: np.ndarray) -> np.ndarray:
+        """Returns what `_rotated_begin` returns for each group."""
+        units = self._units
+        unit = units.first_of_group[groups]
+        n_units = following(units.first_of_group, groups, len(units.tokens)) - unit
+        begins = units.tokens[unit]
+
+        lengths = units.lengths(unit)
+        n_documents = following(units.documents, unit, units.n_documents) - units.documents[unit]
+        choices = splitmix64_of(self._rotation_key, groups) % n_documents.astype(np.uint64)
+        places = np.array(list(map(units.border, unit.tolist(), choices.tolist())))
+        tokens_before = np.where(np.arange(lengths.shape[1]) < places[:, None], lengths, 0).sum(1)
+
+        # A group of several units stays as it is stored.
+        rotated_begins = begins + tokens_before
+        stays = (n_units > 1) | (rotated_begins >= units.group_tokens[groups + 1])
+        return np.where(stays, begins, rotated_begins)
 
 
 class WindowEpoch(UnitEpoch):

@@ -53,6 +53,14 @@ def test_every_token_is_a_target_once(lengths: list[int], seed: int, epoch: int,
     assert all(0 <= token < lengths[document] for document, token in targets)
 
 
+@given(st.lists(st.integers(0, 40), max_size=30).filter(any), st.integers(1, 50))
+def test_many_sequences_are_those_found_alone(lengths: list[int], seq_len: int) -> None:
+    """Finds a step that is looked up at once and differs from its sequences, also with empty documents."""
+    order = EpochOrder(np.array(lengths), 0, 1, seq_len)
+    visits = [*range(order.n_sequences - 1, -1, -1), *range(order.n_sequences)]
+    assert order.table(np.array(visits, np.int64)).slices() == [order.sequence(i) for i in visits]
+
+
 @given(LENGTHS, st.integers(0, 3))
 def test_tokens_follow_one_another(lengths: list[int], epoch: int) -> None:
     order = EpochOrder(np.array(lengths), 7, epoch, 4)

@@ -15,7 +15,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from dist_lm.data.batch import Batch
-from dist_lm.data.order import DocumentSlice, EpochOrder
+from dist_lm.data.order import DocumentSlice, EpochOrder, SliceTable
 from dist_lm.data.packing import PackedEpoch, Packing
 from dist_lm.data.stream import PREFETCH, SequenceStream, StepData, rank_micro_batches
 from dist_lm.data.token_corpus import TokenCorpus
@@ -190,13 +190,18 @@ def test_iteration_ends_on_close_and_so_does_the_thread(plain: TokenCorpus) -> N
 
 def test_an_error_in_the_thread_reaches_the_reader(plain: TokenCorpus, monkeypatch: pytest.MonkeyPatch) -> None:
     """At the step it belongs to, not earlier, and again if the reader asks again."""
-    read = plain.tokens_of
+    located = plain.located
     damaged = EpochOrder(plain.lengths, SETTINGS["seed"], 0, T).sequence(30)[0].document
 
-    def failing(slices: Sequence[DocumentSlice]) -> np.ndarray:
-        if damaged in [part.document for part in slices]:
+    class Failing:
+        has_mask = False
+
+        def tokens_of(self, slices: Sequence[DocumentSlice]) -> np.ndarray:
             raise OSError("disk gone")
-        return read(slices)
+
+    def located_but_failing(table: SliceTable) -> list[Any]:
+        is_damaged = [damaged in [part.document for part in slices] for slices in table.slices()]
+        return [Failing() if fails else row for row, fails in zip(located(table), is_damaged, strict=True)]
 
     per_step = [
         {
@@ -207,7 +212,7 @@ def test_an_error_in_the_thread_reaches_the_reader(plain: TokenCorpus, monkeypat
         for step in range(3)
     ]
     first_bad = next(step for step, used in enumerate(per_step) if damaged in used)
-    monkeypatch.setattr(plain, "tokens_of", failing)
+    monkeypatch.setattr(plain, "located", located_but_failing)
     with SequenceStream(plain, **SETTINGS) as stream:
         for _ in range(first_bad):
             next(stream)

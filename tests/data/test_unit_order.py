@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from dist_lm.data.infill import PLAIN, PSM, SPM, Infill, InfillMarks, UnitInfillEpoch, most_slices
 from dist_lm.data.order import DocumentSlice, EpochOrder, splitmix64, splitmix64_at
 from dist_lm.data.sequences import UNITS, CorpusSequences
-from dist_lm.data.split_index import unit_begins
+from dist_lm.data.split_index import UNIT, unit_begins
 from dist_lm.data.stream import SequenceStream
 from dist_lm.data.token_corpus import TokenCorpus
 from dist_lm.data.unit_order import Permutation, UnitEpoch, Units, WindowEpoch
@@ -36,11 +36,16 @@ def units_of(document_lengths: Sequence[int], continues: Sequence[bool] = ()) ->
         documents=begins,
         tokens=before[begins],
         n_tokens=int(tokens.sum()),
+        n_documents=len(tokens),
         continues=follows[begins],
         ends=lambda unit: [
             *before[begins[unit] : ends[unit]].tolist(),
             int(before[ends[unit] - 1] + tokens[ends[unit] - 1]),
         ],
+        lengths=lambda units: np.array(
+            [np.pad(tokens[begins[unit] : ends[unit]], (0, UNIT - ends[unit] + begins[unit])) for unit in units],
+            np.int64,
+        ).reshape(-1, UNIT),
         border=lambda unit, document: next(
             (i for i in range(document, ends[unit] - begins[unit]) if not follows[begins[unit] + i]), 0
         ),
@@ -58,6 +63,13 @@ EPOCHS = st.sampled_from([UnitEpoch, SmallWindows])
 CORPORA = st.integers(1, 400).flatmap(
     lambda n: st.tuples(
         st.lists(st.integers(1, 40), min_size=n, max_size=n), st.lists(st.booleans(), min_size=n, max_size=n)
+    )
+)
+
+CORPORA_WITH_EMPTY = st.integers(1, 200).flatmap(
+    lambda n: st.tuples(
+        st.lists(st.integers(0, 40), min_size=n, max_size=n).filter(any),
+        st.lists(st.booleans(), min_size=n, max_size=n),
     )
 )
 
@@ -153,6 +165,17 @@ def test_every_token_is_a_target_once(
             n_targets[document, start + (j == 0) : stop] += 1
     assert n_targets.max() <= 1
     assert total - 1 - n_targets.sum() == (total - 1) % seq_len
+
+
+@settings(max_examples=10)
+@given(EPOCHS, CORPORA_WITH_EMPTY, st.integers(0, 2**64), st.integers(1, 60))
+def test_many_sequences_are_those_found_alone(
+    order: type[UnitEpoch], corpus: tuple[list[int], list[bool]], seed: int, seq_len: int
+) -> None:
+    """Finds a step that is looked up at once and differs from its sequences, also with empty documents."""
+    epoch = order(units_of(*corpus), seed, 1, seq_len)
+    visits = [*range(epoch.n_sequences - 1, -1, -1), *range(epoch.n_sequences)]
+    assert epoch.table(np.array(visits, np.int64)).slices() == [epoch.sequence(i) for i in visits]
 
 
 @settings(max_examples=20)

@@ -9,7 +9,7 @@ Dimensions: B sequences, T tokens, P rankings, K completions of the largest, N j
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
-from functools import cached_property
+from functools import cached_property, partial
 from itertools import combinations
 
 import numpy as np
@@ -86,7 +86,7 @@ class RankingStream(StepStream):
         self._rows = RankingRows(rankings.corpus, seed, seq_len)
         self.n_sequences = self._rows.packing.n_rows  # an epoch
         super().__init__(
-            self.batch,
+            partial(map, self.batch),
             global_batch=global_batch,
             micro_batch=micro_batch,
             dp_rank=dp_rank,
