@@ -121,8 +121,6 @@ class Shards(ArtefactStage):
         for name in config.corpus.corpora or {}:
             accepted = "another name: folders of this form hold another content of a corpus"
             require(not BESIDE.fullmatch(name), "the name of a corpus in corpus.corpora", name, accepted)
-        if config.corpus.build == "tasks":
-            require_known_to_tasks(config)
 
     def for_readers(self, config: Config, readers: Sequence[Config]) -> Config:
         """Returns `config` with only the corpora that later stages read, in the folders of those that have begun.
@@ -905,25 +903,6 @@ def name_unread_archives(name: str, inputs: Sequence[Inputs], console: "Console"
             console.line(f"corpus {name}: {hint}")
 
 
-def require_known_to_tasks(config: Config) -> None:
-    """Refuses settings that a build by tasks does not know; returns nothing.
-
-    A limit counts the documents of a source that are no copies. Which ones are is known when all sources are read, and
-    behind the limit of one source no text makes that of another a copy: so sources would have to be read in turn.
-
-    Raises:
-        ConfigError: names the keys and the way out.
-    """
-    unknown = [
-        f"limit of corpus.corpora.{corpus}[{number}]"
-        for corpus in text_corpora(config.corpus)
-        for number, source in enumerate(corpus_sources(config.corpus, corpus))
-        if source.limit
-    ]
-    if unknown:
-        raise ConfigError(f"corpus.build=tasks does not know {', '.join(unknown)}: set corpus.build=serial")
-
-
 def build_by_tasks(
     config: Config, names: Sequence[str], missing: Sequence[str], text_splits: TextSplits, console: "Console"
 ) -> None:
@@ -942,7 +921,7 @@ def build_by_tasks(
     # Imported here, because runs that find their corpora need none of it.
     from dist_lm.data.build_by_tasks import plan_of, publish, run_passes
     from dist_lm.data.build_plan import plan_fingerprint
-    from dist_lm.data.build_tasks import REVISION, Build, sizes_of_pass
+    from dist_lm.data.build_tasks import IN_TURN, REVISION, Build, sizes_of_pass
     from dist_lm.data.task_results import has_result
     from dist_lm.data.unfinished_builds import begin_pass
 
@@ -967,7 +946,9 @@ def build_by_tasks(
             sizes = sizes_of_pass(tasks, pass_name, numbers)
             done = [number for number in numbers if has_result(build.result(pass_name, number))]
             with console.tasks(f"{pass_name} of {', '.join(names)}", sizes, done) as progress:
-                yield from map(progress.ended, workers(folder, pass_name, numbers))
+                batches = [[number] for number in numbers] if pass_name in IN_TURN else [numbers]
+                for batch in batches:
+                    yield from map(progress.ended, workers(folder, pass_name, batch))
 
         run_passes(build.folder, tasks, run_pass, names, together, text_splits.earlier, text_splits.reader)
     require_compared(config, missing, text_splits)

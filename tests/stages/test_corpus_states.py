@@ -458,7 +458,7 @@ def test_a_begun_build_that_a_newer_commit_drops_is_announced_with_the_way_out(
     write_rows(rows, 300)
     lines = [json.loads(line) for line in rows.read_text().splitlines()]
     monkeypatch.setattr("dist_lm.tokenizer.encode.CHUNK_DOCUMENTS", 1)
-    monkeypatch.setattr(hub, "hub_rows", lambda _: lambda row: lines[row:])
+    monkeypatch.setattr(hub, "hub_rows", lambda *_: lambda row: lines[row:])
     config = config_of(work, SourceConfig("hub", "english", dataset="owner/stories"))
 
     def build_at(commit: str) -> str:
