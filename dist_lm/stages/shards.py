@@ -28,7 +28,7 @@ from omegaconf import MISSING
 
 from dist_lm.chat.documents import encode_document, sample_documents
 from dist_lm.chat.template import FORMAT
-from dist_lm.config.corpus import SPLITS, CorpusConfig, SourceConfig
+from dist_lm.config.corpus import SPLITS, TRAIN, CorpusConfig, SourceConfig
 from dist_lm.config.root import Config
 from dist_lm.config.stage import StageGroup
 from dist_lm.data.earlier import EarlierCorpora
@@ -165,6 +165,7 @@ class Shards(ArtefactStage):
         config = with_folders(config, sorted(open_names), reader.files)
         missing = missing_corpora(config, wanted_names, reader.files)
         correct_corpora(config, [name for name in wanted_names if name not in missing])
+        tell_of_tokenizer(config, missing, console)
 
         # A corpus that is repaired is compared with the earlier corpora of its first build, so its bytes come again.
         texts = [name for name in missing if form_of(config.corpus, name) == "text"]
@@ -968,6 +969,41 @@ def build_by_tasks(
             documents={corpus: text_splits.reader.documents(corpus) for corpus in together},
         )
     shutil.rmtree(build.folder)
+
+
+def tell_of_tokenizer(config: Config, missing: Sequence[str], console: "Console") -> None:
+    """Says which of the corpora to build a trained tokenizer was not trained on: their inputs or settings have changed
+    since it wrote other corpora of these names.
+
+    Args:
+        config: of `with_folders`.
+        missing: corpora to build.
+
+    Raises:
+        ArtefactError: there is no tokenizer, or a manifest is damaged.
+    """
+    if config.tokenizer.source != TRAIN:
+        return  # the user has chosen it
+    work = WorkDirectory(Path(config.work_dir))
+    sha256 = durable.sha256_of(work.tokenizer_model)
+    written = {
+        folder.name for folder in finished_corpora(work) if read_manifest(folder).recipe.tokenizer_sha256 == sha256
+    }
+
+    def is_other_content(folder: str, name: str) -> bool:
+        return folder == name or (BESIDE.fullmatch(folder) is not None and folder[: -len("-1a2b3c4d")] == name)
+
+    changed = [
+        name
+        for name in tokenizer_corpora(config.corpus)
+        if name in missing
+        and any(is_other_content(folder, name) for folder in written - {config.corpus_in(work, name).name})
+    ]
+    if changed:
+        console.line(
+            f"{work.tokenizer} is kept, trained on earlier sources of {', '.join(changed)}: to train one on those of "
+            "now, give another work_dir; with tokenizer=keep this line is not shown"
+        )
 
 
 def tell_of_builds(folder: Path, console: "Console") -> None:
