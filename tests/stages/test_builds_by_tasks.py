@@ -34,7 +34,7 @@ from dist_lm.data.manifest import read_manifest
 from dist_lm.data.shard_writer import read_origins
 from dist_lm.data.sources.hub import commit_of
 from dist_lm.data.task_workers import RunPass, in_this_process, local_workers
-from dist_lm.errors import ArtefactError, ChangedInputError, UserError
+from dist_lm.errors import ArtefactError, ChangedInputError, ConfigError, UserError
 from dist_lm.prepare.compose import compose_config
 from dist_lm.stages import shards
 from dist_lm.storage import durable
