@@ -134,8 +134,10 @@ def run_passes(
     """
     build = Build(folder)
     all_numbers = range(len(tasks))
-    deque(run_pass(folder, "survey", all_numbers), maxlen=0)
-    n_documents = sum(n_records(build.result("survey", number) / RUN) for number in all_numbers)
+    deque(run_pass(folder, "survey", [number for number in all_numbers if number not in build.limited]), maxlen=0)
+    if build.limited:
+        deque(run_pass(folder, "limits", sorted(build.limited)), maxlen=0)
+    n_documents = sum(n_records(build.survey(number) / RUN) for number in all_numbers)
     write_parts(build, "key_parts", n_parts(n_documents))
     deque(run_pass(folder, "copies", range(n_parts(n_documents) * len(build.classes))), maxlen=0)
     require_readable(build, tasks, reader)
@@ -210,7 +212,7 @@ def choose_searches(build: Build, n_results: int) -> int:
         n_results: of the pass `neighbours`.
     """
     # Texts are numbered in the order of the plan, so a smaller number is an earlier text.
-    ends = np.cumsum([0, *(n_records(build.result("survey", number) / RUN) for number in range(build.n_tasks))])
+    ends = np.cumsum([0, *(n_records(build.survey(number) / RUN) for number in range(build.n_tasks))])
     n_texts = int(ends[-1])
     text_groups = TextGroups(n_texts)
     has_neighbour = np.zeros(n_texts, bool)

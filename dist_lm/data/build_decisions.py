@@ -4,6 +4,7 @@ What tasks find is merged by sums, unions and the smallest place, so neither the
 which tasks end changes a decision:
 
 1. `survey` reads a task: key, group and size of each document that passes the checks, and the texts that could be val.
+   A source with `limit` ends where `SourceLimit` says, which knows the texts of all tasks before.
 2. Of equal keys, the first in the order of the plan stays (`data.sorted_runs`); the others are copies.
 3. `sizes_below` sums the bytes that each halving of `val_fraction` would hold out; `fitting_share` chooses the share.
 4. `compare` compares train of a task with all held-out texts.
@@ -13,7 +14,7 @@ Later readings of a task must give the documents of the survey again: `same_docu
 """
 
 from collections import Counter
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import TextIO
 
@@ -55,6 +56,7 @@ class Survey:
     rows: RowErrors  # counts of all rows
     dropped: Counter[str]  # reason -> documents that do not pass the checks
     languages: dict[str, str]  # language -> place of its first document
+    left: int | None = None  # documents that the limit of the source leaves to later tasks; None: it has no limit
 
 
 @dataclass(frozen=True)
@@ -132,12 +134,52 @@ def screenings(
     return rows, screened_candidates()
 
 
-def survey(config: CorpusConfig, task: BuildTask, candidates: Iterable[Candidate]) -> Survey:
+class SourceLimit:
+    """Ends a source behind as many documents as its `limit` allows, which does not count copies of earlier texts.
+
+    Keys are looked up in batches as large as what is left of the limit. If none of a batch is a copy, the source ends
+    at its last document, so nothing is read behind that one.
+    """
+
+    def __init__(self, left: int, count_new: Callable[[Sequence[bytes]], int]) -> None:
+        """
+        Args:
+            left: documents that the limit leaves to the task.
+            count_new: returns how many of these different keys no earlier task has.
+        """
+        self.left = left
+        self._count_new = count_new
+
+    def cut(self, screened_candidates: Iterable[Screening]) -> Iterator[Screening]:
+        """Yields the same values up to the last document of the source; `left` is right when they have ended."""
+        if not self.left:
+            return
+        seen: set[bytes] = set()
+        batch: list[bytes] = []
+        for candidate, record, reason in screened_candidates:
+            yield candidate, record, reason
+            if record is None or record.key in seen:
+                continue
+
+            seen.add(record.key)
+            batch.append(record.key)
+            if len(batch) == self.left:
+                self.left -= self._count_new(batch)
+                batch = []
+                if not self.left:
+                    return
+        self.left -= self._count_new(batch)
+
+
+def survey(
+    config: CorpusConfig, task: BuildTask, candidates: Iterable[Candidate], limit: SourceLimit | None = None
+) -> Survey:
     """Reads a task for the first time. Returns what the decisions need to know of its documents, as hashes and sizes;
     of the texts only those that may be held out.
 
     Args:
-        candidates: what `candidates_of` yields for the task; read to the end.
+        candidates: what `candidates_of` yields for the task; read to the end, or to that of the limit.
+        limit: of the source, if it has one.
 
     Raises:
         ConfigError: a file of cleaning.benchmarks cannot be read, or as `candidates`.
@@ -150,6 +192,8 @@ def survey(config: CorpusConfig, task: BuildTask, candidates: Iterable[Candidate
     dropped: Counter[str] = Counter()
     languages: dict[str, str] = {}
     rows, screened_candidates = screenings(config, source_of(config, task), candidates)
+    if limit:
+        screened_candidates = limit.cut(screened_candidates)
     for _, record, reason in screened_candidates:
         if record is None:
             dropped[reason] += 1
@@ -177,19 +221,25 @@ def survey(config: CorpusConfig, task: BuildTask, candidates: Iterable[Candidate
         rows,
         dropped,
         languages,
+        limit.left if limit else None,
     )
 
 
-def same_documents(keys: np.ndarray, screened_candidates: Iterable[Screening], name: str) -> Iterator[Screening]:
+def same_documents(
+    keys: np.ndarray, screened_candidates: Iterable[Screening], name: str, *, is_cut: bool = False
+) -> Iterator[Screening]:
     """Yields the same values if their documents are those of the survey.
 
     Args:
         keys: of the survey.
         name: the source, for messages.
+        is_cut: the limit of the source was reached, so nothing is read behind the last document.
 
     Raises:
         ChangedInputError: they are others.
     """
+    if is_cut and not len(keys):
+        return
     n_documents = 0
     for candidate, record, reason in screened_candidates:
         if record is not None:
@@ -197,6 +247,8 @@ def same_documents(keys: np.ndarray, screened_candidates: Iterable[Screening], n
                 raise ChangedInputError(candidate.source, "it has another text than at the first reading")
             n_documents += 1
         yield candidate, record, reason
+        if is_cut and n_documents == len(keys):
+            return
     if n_documents != len(keys):
         raise ChangedInputError(name, f"{n_documents:,} documents, was {len(keys):,}")
 

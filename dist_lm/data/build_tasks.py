@@ -1,14 +1,15 @@
 """Runs the tasks of a build of corpora of texts: plain functions from files to a result on disk, on any node.
 
     survey   of each task of the plan: reads, cleans, screens and hashes its documents
+    limits   the same of tasks of sources with `limit`, in turn: each must know which texts came before
     copies   of each range of keys: the documents whose text an earlier one has
     neighbours, windows, search   only with `cleaning.near_duplicates`: see below
     compare  of each task: what its train texts have of the held-out texts, which were chosen in between
     write    of each task: tokenizes what is kept, and writes a tar for each split
 
 A build has a folder: `settings.json`, the tasks of the plan, and a result for each task of each pass
-(`data.task_results`). A task depends on results of the passes before it alone, so tasks of a pass run anywhere and in
-any order, and a task that was lost runs again.
+(`data.task_results`). A task depends on results of the passes before it alone, and in a pass of `IN_TURN` on earlier
+tasks of it. So tasks of a pass run anywhere and in any order, and a task that was lost runs again.
 """
 
 import hashlib
@@ -37,6 +38,7 @@ from dist_lm.data.build_decisions import (
     VAL,
     Rule,
     Screening,
+    SourceLimit,
     Survey,
     candidates_of,
     compare,
@@ -55,7 +57,7 @@ from dist_lm.data.near_duplicate_groups import band_records, neighbours, with_co
 from dist_lm.data.near_duplicates import BANDS, band_hashes, common_bands, search, text_windows
 from dist_lm.data.screening import IngestReport, RowErrors, note_dropped, source_name
 from dist_lm.data.shard_writer import SplitWriter
-from dist_lm.data.sorted_runs import later_copies, read_part, records_of, write_run
+from dist_lm.data.sorted_runs import among_runs, later_copies, read_part, records_of, write_run
 from dist_lm.data.sources.reader import Rejected
 from dist_lm.data.task_results import is_finished, writing
 from dist_lm.document import TokenizedDocument
@@ -63,7 +65,7 @@ from dist_lm.errors import ArtefactError, UserError
 from dist_lm.storage import durable
 from dist_lm.tokenizer.tokenizer import Tokenizer
 
-REVISION = 5  # one more with every change to the results of tasks: those of another revision are not used
+REVISION = 6  # one more with every change to the results of tasks: those of another revision are not used
 RUN, COPIES, REPORT, REJECTED_ROWS = "keys.run", "copies.npy", "report.json", "rejected.jsonl"
 ARRAYS, BAND_RUN, PAIRS = "arrays.npz", "bands.run", "pairs.npy"
 TEXTS, ENDS, SEARCHES, WINDOWS_OF_TEXTS = "texts.npy", "ends.npy", "searches.bin", "windows.bin"
@@ -84,7 +86,9 @@ class Build:
         path = self.folder / "settings.json"
         if not path.exists():
             raise ArtefactError(f"{path} is missing: work_dir must be on a file system that all nodes share")
-        return durable.read_json(path, {"config": dict, "seed": int, "tokenizer": str, "classes": list})
+        return durable.read_json(
+            path, {"config": dict, "seed": int, "tokenizer": str, "classes": list, "limited": list}
+        )
 
     @cached_property
     def config(self) -> CorpusConfig:
@@ -128,8 +132,17 @@ class Build:
         listings = durable.read_json(self._listing_path(task.corpus, task.source))
         return Inputs.from_json(listings["files"])
 
+    @cached_property
+    def limited(self) -> frozenset[int]:
+        """The tasks of sources with `limit`."""
+        return frozenset(self._settings["limited"])
+
     def result(self, pass_name: str, number: int) -> Path:
         return self.folder / pass_name / f"{number:06d}"
+
+    def survey(self, number: int) -> Path:
+        """Returns the result that has the survey of a task."""
+        return self.result("limits" if number in self.limited else "survey", number)
 
     def write(
         self,
@@ -153,6 +166,7 @@ class Build:
             "seed": seed,
             "tokenizer": str(tokenizer_model.resolve()),
             "classes": [[*key, numbers] for key, numbers in classes.items()],
+            "limited": [number for number, task in enumerate(tasks) if source_of(config, task).limit],
         }
         durable.write_sealed(self.folder / "settings.json", settings)
 
@@ -199,11 +213,32 @@ def run_task(folder: Path, pass_name: str, number: int) -> None:
 def _survey(build: Build, number: int, result: Path) -> None:
     task = build.task(number)
     with _named(task):
-        task_survey = survey(build.config, task, candidates_of(build.config, build.seed, task, build.listing(task)))
+        candidates = candidates_of(build.config, build.seed, task, build.listing(task))
+        task_survey = survey(build.config, task, candidates, _limit(build, number, task))
     write_run(result / RUN, records_of([key.tobytes() for key in task_survey.keys], number))
     if build.config.cleaning.near_duplicates:
         write_run(result / BAND_RUN, band_records(task_survey.bands, number))
     write_survey(result, task_survey)
+
+
+def _limit(build: Build, number: int, task: BuildTask) -> SourceLimit | None:
+    """Returns what the limit of a source leaves to a task, from the surveys of the tasks before it."""
+    left = source_of(build.config, task).limit
+    if not left:
+        return None
+    if number:
+        before = build.task(number - 1)
+        if (before.corpus, before.source) == (task.corpus, task.source):
+            left = read_survey(build, number - 1).left
+            assert left is not None, "all tasks of a source have its limit"
+
+    class_number = build.classes.index(class_of(build.config, task))
+    earlier_runs = [build.survey(earlier) / RUN for earlier in build.tasks_of_class(class_number) if earlier < number]
+
+    def count_new(keys: Sequence[bytes]) -> int:
+        return int((~among_runs(records_of(keys, number), earlier_runs)).sum())
+
+    return SourceLimit(left, count_new)
 
 
 def write_survey(result: Path, task_survey: Survey) -> None:
@@ -222,6 +257,7 @@ def write_survey(result: Path, task_survey: Survey) -> None:
         "first": [asdict(row) for row in rows.first],
         "dropped": task_survey.dropped,
         "languages": task_survey.languages,
+        "left": task_survey.left,
     }
     (result / "counts.json").write_text(json.dumps(counts), encoding="utf-8")
     (result / "val_texts.zst").write_bytes(_compressed(task_survey.val_texts))
@@ -239,7 +275,7 @@ def read_survey(build: Build, number: int, *, with_texts: bool = False, with_gro
         ArtefactError: the settings of the build are missing, or settings or plan are damaged.
         OSError: the survey cannot be read.
     """
-    result = build.result("survey", number)
+    result = build.survey(number)
     counts = json.loads((result / "counts.json").read_text(encoding="utf-8"))
     rows = RowErrors(source_of(build.config, build.task(number)), build.config.max_bad_fraction)
     rows.add(counts["n_rows"], counts["n_bad"], [Rejected(**row) for row in counts["first"]])
@@ -258,6 +294,7 @@ def read_survey(build: Build, number: int, *, with_texts: bool = False, with_gro
             rows,
             Counter(counts["dropped"]),
             counts["languages"],
+            counts["left"],
         )
 
 
@@ -266,7 +303,7 @@ def read_survey(build: Build, number: int, *, with_texts: bool = False, with_gro
 
 def _copies(build: Build, number: int, result: Path) -> None:
     class_number, part = divmod(number, parts_of(build))
-    runs = [build.result("survey", task) / RUN for task in build.tasks_of_class(class_number)]
+    runs = [build.survey(task) / RUN for task in build.tasks_of_class(class_number)]
     copies = later_copies(read_part(runs, part, parts_of(build)))
     places = np.stack([copies["task"], copies["number"]], axis=1)
     save_places(result / COPIES, places[np.lexsort([places[:, 1], places[:, 0]])])
@@ -358,7 +395,7 @@ def _neighbours(build: Build, number: int, result: Path) -> None:
     pairs = np.empty((0, 2, 2), np.uint32)
     # Texts that a user holds out are in no relation to others.
     if not build.classes[class_number][1]:
-        runs = [build.result("survey", task) / BAND_RUN for task in build.tasks_of_class(class_number)]
+        runs = [build.survey(task) / BAND_RUN for task in build.tasks_of_class(class_number)]
         records = with_common_bands(read_part(runs, part, parts_of(build, "band_parts")))
         pairs = neighbours(_without_copies(build, records))
     np.save(result / PAIRS, pairs)
@@ -723,7 +760,8 @@ def _read_again(build: Build, number: int, task_survey: Survey, rejected: Any = 
     with _named(task):
         candidates = candidates_of(build.config, build.seed, task, build.listing(task))
         _, screened_candidates = screenings(build.config, source, candidates, rejected)
-        yield from same_documents(task_survey.keys, screened_candidates, source_name(source))
+        is_cut = task_survey.left == 0
+        yield from same_documents(task_survey.keys, screened_candidates, source_name(source), is_cut=is_cut)
 
 
 @contextmanager
@@ -753,6 +791,7 @@ def _decompressed(content: bytes) -> Any:
 
 PASSES = {
     "survey": _survey,
+    "limits": _survey,
     "copies": _copies,
     "neighbours": _neighbours,
     "windows": _windows,
@@ -760,7 +799,14 @@ PASSES = {
     "compare": _compare,
     "write": _write,
 }
-BY_INPUTS = ("survey", "windows", "compare", "write")  # passes whose tasks read the inputs of the task of that number
+IN_TURN = ("limits",)  # passes whose tasks run one after the other, in their order
+BY_INPUTS = (
+    "survey",
+    "limits",
+    "windows",
+    "compare",
+    "write",
+)  # passes whose tasks read the inputs of the task of that number
 
 
 def sizes_of_pass(tasks: Sequence[BuildTask], pass_name: str, numbers: Sequence[int]) -> dict[int, float]:

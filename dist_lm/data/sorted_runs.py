@@ -99,5 +99,31 @@ def later_copies(records: np.ndarray) -> np.ndarray:
     return records[is_copy]
 
 
+def among_runs(records: np.ndarray, runs: Sequence[Path]) -> np.ndarray:
+    """Returns which records have the key of a record of a run: (records,) bool.
+
+    A run costs a binary search for each record, in the mapped file.
+
+    Args:
+        records: (records,) RECORD, sorted by key; few beside those of all runs.
+        runs: files of `write_run`.
+
+    Raises:
+        OSError: a run cannot be read.
+        ValueError: a run is truncated.
+    """
+    is_among = np.zeros(len(records), bool)
+    for path in runs:
+        if not path.stat().st_size:
+            continue  # an empty file cannot be mapped
+        run = np.memmap(path, RECORD, "r")
+        begins = np.searchsorted(run["high"], records["high"], "left")
+        ends = np.searchsorted(run["high"], records["high"], "right")
+        for position in np.flatnonzero(ends > begins).tolist():
+            lows = run["low"][begins[position] : ends[position]]
+            is_among[position] |= bool((lows == records["low"][position]).any())
+    return is_among
+
+
 def _sorted(records: np.ndarray) -> np.ndarray:
     return records[np.lexsort([records[field] for field in ("number", "task", "low", "high")])]

@@ -28,7 +28,7 @@ from omegaconf import MISSING
 
 from dist_lm.chat.documents import encode_document, sample_documents
 from dist_lm.chat.template import FORMAT
-from dist_lm.config.corpus import SPLITS, CorpusConfig, SourceConfig
+from dist_lm.config.corpus import SPLITS, TRAIN, CorpusConfig, SourceConfig
 from dist_lm.config.root import Config
 from dist_lm.config.stage import StageGroup
 from dist_lm.data.earlier import EarlierCorpora
@@ -121,8 +121,6 @@ class Shards(ArtefactStage):
         for name in config.corpus.corpora or {}:
             accepted = "another name: folders of this form hold another content of a corpus"
             require(not BESIDE.fullmatch(name), "the name of a corpus in corpus.corpora", name, accepted)
-        if config.corpus.build == "tasks":
-            require_known_to_tasks(config)
 
     def for_readers(self, config: Config, readers: Sequence[Config]) -> Config:
         """Returns `config` with only the corpora that later stages read, in the folders of those that have begun.
@@ -167,6 +165,7 @@ class Shards(ArtefactStage):
         config = with_folders(config, sorted(open_names), reader.files)
         missing = missing_corpora(config, wanted_names, reader.files)
         correct_corpora(config, [name for name in wanted_names if name not in missing])
+        tell_of_tokenizer(config, missing, console)
 
         # A corpus that is repaired is compared with the earlier corpora of its first build, so its bytes come again.
         texts = [name for name in missing if form_of(config.corpus, name) == "text"]
@@ -905,25 +904,6 @@ def name_unread_archives(name: str, inputs: Sequence[Inputs], console: "Console"
             console.line(f"corpus {name}: {hint}")
 
 
-def require_known_to_tasks(config: Config) -> None:
-    """Refuses settings that a build by tasks does not know; returns nothing.
-
-    A limit counts the documents of a source that are no copies. Which ones are is known when all sources are read, and
-    behind the limit of one source no text makes that of another a copy: so sources would have to be read in turn.
-
-    Raises:
-        ConfigError: names the keys and the way out.
-    """
-    unknown = [
-        f"limit of corpus.corpora.{corpus}[{number}]"
-        for corpus in text_corpora(config.corpus)
-        for number, source in enumerate(corpus_sources(config.corpus, corpus))
-        if source.limit
-    ]
-    if unknown:
-        raise ConfigError(f"corpus.build=tasks does not know {', '.join(unknown)}: set corpus.build=serial")
-
-
 def build_by_tasks(
     config: Config, names: Sequence[str], missing: Sequence[str], text_splits: TextSplits, console: "Console"
 ) -> None:
@@ -942,7 +922,7 @@ def build_by_tasks(
     # Imported here, because runs that find their corpora need none of it.
     from dist_lm.data.build_by_tasks import plan_of, publish, run_passes
     from dist_lm.data.build_plan import plan_fingerprint
-    from dist_lm.data.build_tasks import REVISION, Build, sizes_of_pass
+    from dist_lm.data.build_tasks import IN_TURN, REVISION, Build, sizes_of_pass
     from dist_lm.data.task_results import has_result
     from dist_lm.data.unfinished_builds import begin_pass
 
@@ -967,7 +947,9 @@ def build_by_tasks(
             sizes = sizes_of_pass(tasks, pass_name, numbers)
             done = [number for number in numbers if has_result(build.result(pass_name, number))]
             with console.tasks(f"{pass_name} of {', '.join(names)}", sizes, done) as progress:
-                yield from map(progress.ended, workers(folder, pass_name, numbers))
+                batches = [[number] for number in numbers] if pass_name in IN_TURN else [numbers]
+                for batch in batches:
+                    yield from map(progress.ended, workers(folder, pass_name, batch))
 
         run_passes(build.folder, tasks, run_pass, names, together, text_splits.earlier, text_splits.reader)
     require_compared(config, missing, text_splits)
@@ -987,6 +969,41 @@ def build_by_tasks(
             documents={corpus: text_splits.reader.documents(corpus) for corpus in together},
         )
     shutil.rmtree(build.folder)
+
+
+def tell_of_tokenizer(config: Config, missing: Sequence[str], console: "Console") -> None:
+    """Says which of the corpora to build a trained tokenizer was not trained on: their inputs or settings have changed
+    since it wrote other corpora of these names.
+
+    Args:
+        config: of `with_folders`.
+        missing: corpora to build.
+
+    Raises:
+        ArtefactError: there is no tokenizer, or a manifest is damaged.
+    """
+    if config.tokenizer.source != TRAIN:
+        return  # the user has chosen it
+    work = WorkDirectory(Path(config.work_dir))
+    sha256 = durable.sha256_of(work.tokenizer_model)
+    written = {
+        folder.name for folder in finished_corpora(work) if read_manifest(folder).recipe.tokenizer_sha256 == sha256
+    }
+
+    def is_other_content(folder: str, name: str) -> bool:
+        return folder == name or (BESIDE.fullmatch(folder) is not None and folder[: -len("-1a2b3c4d")] == name)
+
+    changed = [
+        name
+        for name in tokenizer_corpora(config.corpus)
+        if name in missing
+        and any(is_other_content(folder, name) for folder in written - {config.corpus_in(work, name).name})
+    ]
+    if changed:
+        console.line(
+            f"{work.tokenizer} is kept, trained on earlier sources of {', '.join(changed)}: to train one on those of "
+            "now, give another work_dir; with tokenizer=keep this line is not shown"
+        )
 
 
 def tell_of_builds(folder: Path, console: "Console") -> None:

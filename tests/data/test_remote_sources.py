@@ -21,6 +21,7 @@ from dist_lm.data.sources.reader import Candidate, reader_of
 from dist_lm.data.sources.snapshot import Snapshot
 from dist_lm.document import Document
 from dist_lm.errors import ArtefactError, ChangedInputError, ConfigError
+from tests.data.s3_server import serving_bucket, upload
 from tests.data.test_files import write
 
 
@@ -115,33 +116,8 @@ def test_what_is_not_there_is_one_line(served):
 
 @pytest.fixture(scope="module")
 def bucket() -> Iterator[str]:
-    """An empty bucket of a server of s3 on loopback."""
-    boto3 = pytest.importorskip("boto3")
-    server_of = pytest.importorskip("moto.server").ThreadedMotoServer
-    patch = pytest.MonkeyPatch()
-    server = server_of(ip_address="127.0.0.1", port=0, verbose=False)
-    server.start()
-    host, port = server.get_host_and_port()
-    for name, value in {
-        "AWS_ENDPOINT_URL": f"http://{host}:{port}",
-        "AWS_ACCESS_KEY_ID": "user",
-        "AWS_SECRET_ACCESS_KEY": "secret",
-        "AWS_REGION": "us-east-1",
-        "AWS_EC2_METADATA_DISABLED": "true",
-    }.items():
-        patch.setenv(name, value)
-    boto3.client("s3", region_name="us-east-1").create_bucket(Bucket="mine")
-    yield "mine"
-    server.stop()
-    patch.undo()
-
-
-def upload(bucket: str, files: dict[str, bytes]) -> None:
-    import boto3
-
-    client = boto3.client("s3", region_name="us-east-1")
-    for name, content in files.items():
-        client.put_object(Bucket=bucket, Key=name, Body=content)
+    with serving_bucket("mine") as name:
+        yield name
 
 
 def parquet_bytes(rows: list[dict]) -> bytes:

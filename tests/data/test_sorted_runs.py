@@ -12,6 +12,7 @@ import pytest
 
 from dist_lm.data.sorted_runs import (
     RECORD,
+    among_runs,
     later_copies,
     merged,
     n_parts,
@@ -49,6 +50,17 @@ def write_runs(folder: Path, tasks: Sequence[Sequence[bytes]]) -> list[Path]:
         runs.append(folder / f"{task}.run")
         write_run(runs[-1], records_of(keys, task))
     return runs
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_keys_of_runs_are_those_of_a_set(tmp_path, seed):
+    """Would find a key that is taken for another one with an equal half, and a run without documents that is an
+    error."""
+    *tasks, sought = random_tasks(random.Random(seed))
+    sought = sorted({*sought, *EDGES[::2]})
+    expected = {key for keys in tasks for key in keys}
+    is_among = among_runs(records_of(sought, 9), write_runs(tmp_path, tasks))
+    assert is_among.tolist() == [key in expected for key in sought]
 
 
 @pytest.mark.parametrize("parts", [1, 2, 3, 7])

@@ -15,10 +15,14 @@ from contextlib import nullcontext
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
+import datasets
 import pytest
 import zstandard
+from datasets import IterableDataset
+from huggingface_hub import HfApi
 
 from dist_lm.config.corpus import SPLITS, CleaningConfig, CorpusConfig, SourceConfig
 from dist_lm.config.root import Config
@@ -28,6 +32,7 @@ from dist_lm.data.build_tasks import run_task
 from dist_lm.data.journal import REJECTED
 from dist_lm.data.manifest import read_manifest
 from dist_lm.data.shard_writer import read_origins
+from dist_lm.data.sources.hub import commit_of
 from dist_lm.data.task_workers import RunPass, in_this_process, local_workers
 from dist_lm.errors import ArtefactError, ChangedInputError, ConfigError, UserError
 from dist_lm.prepare.compose import compose_config
@@ -38,6 +43,7 @@ from dist_lm.tracking.console import Console
 from tests.conftest import TINY_MODEL
 from tests.data.file_server import serving
 from tests.data.mixed_corpora import write_corpora
+from tests.data.s3_server import serving_bucket, upload
 from tests.patience import patient
 from tests.stages.test_several_corpora import decoded
 
@@ -442,20 +448,43 @@ def test_an_input_that_changes_between_passes_is_named(monkeypatch, new_work, tm
         by_tasks(monkeypatch, new_work("changed"), corpus, 3000, run_and_change)
 
 
-@pytest.mark.parametrize(
-    ("changes", "key"),
-    [
-        (
-            {"corpora": {"mine": [SourceConfig("files", "", path=["."], limit=3)]}},
-            r"limit of corpus\.corpora\.mine\[0\]",
-        ),
-    ],
-)
-def test_what_tasks_cannot_do_is_refused_by_name(new_work, tmp_path, changes, key):
-    """Would find a key that is silently passed over, or found only when the tokenizer is trained."""
-    corpus = replace(write_corpora(tmp_path, random.Random(0), held_out=False), **changes)
-    with pytest.raises(ConfigError, match=key):
-        shards.STAGE.check(config_of(new_work("refused"), corpus, build="tasks"))
+@pytest.mark.heavy
+@pytest.mark.parametrize("seed", range(4))
+def test_a_limit_counts_documents_as_one_process_does(monkeypatch, new_work, tmp_path, seed):
+    """Would find a limit that counts copies, or copies of texts behind the limit of an earlier source, a broken row
+    behind the last document that is reported, and a limit that each task has for itself."""
+    generator = random.Random(seed)
+    corpus = write_corpora(tmp_path, generator, held_out=bool(seed % 2))
+    corpora = {
+        name: [replace(source, limit=generator.choice([0, 9, 15, 30])) for source in sources]
+        for name, sources in corpus.corpora.items()
+    }
+    corpora["first"][0] = replace(corpora["first"][0], limit=12)
+    add_near_copies(tmp_path / "second" / "rows" / "0a.jsonl", tmp_path / "first" / "rows" / "0.jsonl", generator)
+    cleaning = replace(corpus.cleaning, across_corpora=seed > 1, near_duplicates=0.7 if seed % 2 else 0.0)
+    corpus = replace(
+        corpus, corpora=corpora, max_bad_fraction=0.9, val_tokens=4000, val_fraction=0.6, cleaning=cleaning
+    )
+    expected = build(new_work("serial"), corpus)
+    for task_bytes in (1, 3000, 1 << 30):
+        folders = by_tasks(monkeypatch, new_work(f"tasks{task_bytes}"), corpus, task_bytes, in_random_order(generator))
+        for name in CORPORA:
+            assert described(folders[name]) == described(expected[name])
+
+
+def test_nothing_is_read_behind_a_limit(monkeypatch, new_work, tmp_path):
+    """Would find a data set of a terabyte that is read whole for its first thousand rows."""
+    folder = tmp_path / "rows"
+    folder.mkdir()
+    (folder / "0.jsonl").write_text("\n".join([*ROWS[:20], "broken", *ROWS[:20]]))
+    (folder / "1.jsonl").write_text("\n".join([*ROWS[10:25], '{"text"']))
+    damaged = gzip.compress("\n".join(ROWS).encode())[:50]
+    (folder / "2.jsonl.gz").write_bytes(damaged)
+    source = SourceConfig("jsonl", "english", "mit", path=f"{folder}/*", limit=25)
+    corpus = CorpusConfig("test", {"text": [source]}, val_fraction=0.2, max_bad_fraction=0.1)
+    expected = described(build(new_work("serial"), corpus)["text"])
+    run_pass = in_random_order(random.Random(0))
+    assert described(by_tasks(monkeypatch, new_work("tasks"), corpus, 1, run_pass)["text"]) == expected
 
 
 @pytest.mark.heavy
@@ -524,6 +553,64 @@ def test_files_behind_urls_are_built_as_by_one_process(monkeypatch, new_work, tm
         expected = described(build(new_work("serial"), corpus)["text"])
         run_pass = in_random_order(random.Random(0))
         assert described(by_tasks(monkeypatch, new_work("tasks"), corpus, 1, run_pass)["text"]) == expected
+
+
+@pytest.mark.heavy
+def test_files_of_s3_are_built_as_by_one_process(monkeypatch, new_work):
+    """Would find worker processes that list the store anew or that its environment does not reach, and an object that
+    changes between two passes."""
+    objects = {f"d/{number}.jsonl": "\n".join(ROWS[number::3]).encode() for number in range(3)}
+    with serving_bucket("mine") as bucket, local_workers(2) as run_pass:
+        upload(bucket, objects | {"d/_tmp/half.jsonl": b"{"})
+        source = SourceConfig("jsonl", "english", "mit", path=f"s3://{bucket}/d")
+        corpus = CorpusConfig("test", {"text": [source]}, val_fraction=0.2)
+        expected = described(build(new_work("serial"), corpus)["text"])
+        assert described(by_tasks(monkeypatch, new_work("tasks"), corpus, 1, run_pass)["text"]) == expected
+
+        def run_and_change(folder: Path, pass_name: str, numbers: Sequence[int]) -> Iterator[int]:
+            yield from run_pass(folder, pass_name, numbers)
+            if pass_name == "copies":
+                upload(bucket, {"d/1.jsonl": objects["d/1.jsonl"].replace(b"word", b"work")})
+
+        with pytest.raises(ChangedInputError, match=r"d/1\.jsonl.*changed while it was read"):
+            by_tasks(monkeypatch, new_work("changed"), corpus, 1, run_and_change)
+
+
+@pytest.mark.heavy
+@pytest.mark.parametrize("limit", [0, 20])
+def test_a_data_set_of_the_hub_is_read_at_one_commit(monkeypatch, new_work, limit):
+    """Would find a worker process that asks for the commit of the branch again: its owner pushes under the build."""
+    rows = [json.loads(row) for row in ROWS]
+    commits: list[str] = []
+    pushes = itertools.count()
+
+    def load_dataset(dataset: str, revision: str, **_: object) -> IterableDataset:
+        commits.append(revision)
+        return IterableDataset.from_generator(lambda: iter(rows))
+
+    def dataset_info(*_: object, revision: str) -> SimpleNamespace:
+        return SimpleNamespace(sha=f"{next(pushes):040x}")
+
+    def as_another_process(folder: Path, pass_name: str, numbers: Sequence[int]) -> Iterator[int]:
+        for number in numbers:
+            commit_of.cache_clear()
+            run_task(folder, pass_name, number)
+            yield number
+
+    monkeypatch.setattr(datasets, "load_dataset", load_dataset)
+    monkeypatch.setattr(HfApi, "dataset_info", dataset_info)
+    monkeypatch.setattr(shards, "workers_of", lambda config: nullcontext(as_another_process))
+    source = SourceConfig("hub", "english", "mit", dataset="owner/stories", limit=limit)
+    corpus = CorpusConfig("test", {"text": [source]}, val_fraction=0.2)
+    descriptions = []
+    for how in ("serial", "tasks"):
+        commit_of.cache_clear()
+        work = new_work(how)
+        shards.STAGE.build(config_of(work, corpus, build=how), Console())
+        descriptions.append(described(work.corpus("text")))
+    commit_of.cache_clear()
+    assert len(set(commits)) == 2  # one of each build
+    assert descriptions[1] == descriptions[0]
 
 
 @pytest.mark.parametrize("compress", [gzip.compress, zstandard.compress])

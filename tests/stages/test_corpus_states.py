@@ -83,6 +83,28 @@ def tars(directory: Path) -> dict[str, tuple[int, bytes]]:
 
 
 @pytest.mark.heavy
+@pytest.mark.parametrize("how", ["serial", "tasks"])
+def test_a_tokenizer_of_earlier_inputs_is_named(
+    work: WorkDirectory, tmp_path: Path, capsys: pytest.CaptureFixture[str], how: str
+) -> None:
+    """Would find a user who adds files in another language and never learns that the tokenizer has not seen them."""
+    rows = tmp_path / "rows.jsonl"
+    write_rows(rows, 100)
+    config = config_of(work, source_of(rows), build=how)
+    words = f"{work.tokenizer} is kept, trained on earlier sources of mine: to train one on those of now, give another"
+    shards.STAGE.build(config, Console())
+    assert "is kept" not in capsys.readouterr().out
+
+    write_rows(rows, 150)
+    shards.STAGE.build(config, Console())
+    assert words in capsys.readouterr().out
+    shards.STAGE.build(config, Console())  # builds nothing
+    write_rows(rows, 200)
+    shards.STAGE.build(replace(config, tokenizer=replace(config.tokenizer, source="keep")), Console())
+    assert "is kept" not in capsys.readouterr().out
+
+
+@pytest.mark.heavy
 def test_changed_inputs_are_named_and_build_a_corpus_beside_the_old_one(work: WorkDirectory, tmp_path: Path) -> None:
     """Finds a finished corpus that is built again in place, and a run that cannot go on with it."""
     rows = tmp_path / "rows.jsonl"
@@ -458,7 +480,7 @@ def test_a_begun_build_that_a_newer_commit_drops_is_announced_with_the_way_out(
     write_rows(rows, 300)
     lines = [json.loads(line) for line in rows.read_text().splitlines()]
     monkeypatch.setattr("dist_lm.tokenizer.encode.CHUNK_DOCUMENTS", 1)
-    monkeypatch.setattr(hub, "hub_rows", lambda _: lambda row: lines[row:])
+    monkeypatch.setattr(hub, "hub_rows", lambda *_: lambda row: lines[row:])
     config = config_of(work, SourceConfig("hub", "english", dataset="owner/stories"))
 
     def build_at(commit: str) -> str:

@@ -136,8 +136,15 @@ def data_set_rows(
 
     check_is_data_set(source)
     origin = origin_of(source)
-    for number, row in resumed(hub_rows(source), origin):
+    for number, row in resumed(hub_rows(source, listed_commit(files) if files else ""), origin):
         yield SourceRow(f"{origin}:{number}", row, tuple(row))
+
+
+def listed_commit(files: Snapshot) -> str:
+    """Returns the commit at which a data set was listed, which other processes must read, too; empty if the
+    configuration names it."""
+    commits = [file.etag for file in files.listing.taken if file.name.startswith(HUB)]
+    return commits[0] if commits else ""
 
 
 def check_is_data_set(source: SourceConfig) -> None:
@@ -165,8 +172,11 @@ def check_is_data_set(source: SourceConfig) -> None:
         )
 
 
-def hub_rows(source: SourceConfig) -> RowsFrom:
+def hub_rows(source: SourceConfig, listed: str = "") -> RowsFrom:
     """Returns a function that opens the data set of `source` at any row, counted from 0. Nothing is opened yet.
+
+    Args:
+        listed: the commit to read; empty: that of the revision of `source`.
 
     The function passes on what the libraries of the hub raise.
 
@@ -181,7 +191,7 @@ def hub_rows(source: SourceConfig) -> RowsFrom:
     def rows_from(row: int) -> Iterable[Row]:
         """Returns the rows from number `row` on; the stream reads them when it is iterated. Asks the hub."""
         # A commit, because a branch may move between two openings of one stream.
-        commit = commit_of(source.dataset, source.revision or MAIN)
+        commit = listed or commit_of(source.dataset, source.revision or MAIN)
         options = {"name": source.subset, "revision": commit, "split": source.split or TRAIN}
         if source.data_dir:
             options["data_dir"] = source.data_dir
