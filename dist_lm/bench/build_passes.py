@@ -226,13 +226,13 @@ def write_made_up(
             save_places(result / COPIES, _places(random, n_tasks, task_documents, COPY_SHARE / key_parts))
     for search in range(n_searches):
         with writing(build.result("search", search)) as result:
-            places = _places(random, n_tasks, task_documents, NEIGHBOUR_SHARE / 2 / n_searches)
-            save_places(result / COPIES, places)
-            write_strings(result, ["made up"] * len(places))
+            similar_texts = _places(random, n_tasks, task_documents, NEIGHBOUR_SHARE / 2 / n_searches)
+            save_places(result / COPIES, similar_texts)
+            write_strings(result, ["made up"] * len(similar_texts))
 
     # A text with a neighbour has most bands in common with it.
-    places = _places(random, n_tasks, task_documents, NEIGHBOUR_SHARE)
-    pairs = random.permutation(places)[: len(places) // 2 * 2].reshape(-1, 2, 2).astype(np.uint32)
+    similar_texts = _places(random, n_tasks, task_documents, NEIGHBOUR_SHARE)
+    pairs = random.permutation(similar_texts)[: len(similar_texts) // 2 * 2].reshape(-1, 2, 2).astype(np.uint32)
     for number in range(PAIR_RESULTS):
         with writing(build.result("neighbours", number)) as result:
             np.save(result / PAIRS, pairs)

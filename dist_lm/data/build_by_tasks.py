@@ -188,10 +188,10 @@ def require_readable(build: Build, tasks: Sequence[BuildTask], reader: SourceRea
                 documents.update(task_survey.keys[document].tobytes())
                 documents.update(task_survey.groups[document].encode())
                 n_documents += 1
-            for language, place in task_survey.languages.items():
+            for language, location in task_survey.languages.items():
                 languages.setdefault(corpus, set()).add(language)
                 if len(languages[corpus]) > LANGUAGES:
-                    raise too_many_languages(build.config, corpus, place)
+                    raise too_many_languages(build.config, corpus, location)
 
         # Broken rows are the better explanation for a source without documents, so they are checked first.
         rows.check()
@@ -218,8 +218,8 @@ def choose_searches(build: Build, n_results: int) -> int:
         # Results of a band that very many texts share are large.
         pairs = np.load(build.result("neighbours", number) / PAIRS, mmap_mode="r")
         for begin in range(0, len(pairs), AT_ONCE):
-            places = np.array(pairs[begin : begin + AT_ONCE])
-            numbers = ends[places[:, :, 0]] + places[:, :, 1]
+            task_and_number = np.array(pairs[begin : begin + AT_ONCE])
+            numbers = ends[task_and_number[:, :, 0]] + task_and_number[:, :, 1]
             text_groups.join(numbers)
             has_neighbour[numbers.ravel()] = True
     groups = text_groups.groups()

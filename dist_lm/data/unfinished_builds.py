@@ -62,11 +62,11 @@ def _unfinished_build(folder: Path) -> UnfinishedBuild:
         return UnfinishedBuild(folder, (), "", 0, 0, folder.stat().st_mtime)
 
     results = folder / content["pass"]
-    begun = (folder / STATE).stat().st_mtime
+    begun_at = (folder / STATE).stat().st_mtime
     if not results.is_dir():
-        return UnfinishedBuild(folder, tuple(content["corpora"]), content["pass"], content["tasks"], 0, begun)
+        return UnfinishedBuild(folder, tuple(content["corpora"]), content["pass"], content["tasks"], 0, begun_at)
 
     # A result is renamed into the folder of its pass, which sets the time of the folder.
     n_results = sum(not path.name.startswith(".") for path in results.iterdir())
-    latest = max(begun, results.stat().st_mtime)
+    latest = max(begun_at, results.stat().st_mtime)
     return UnfinishedBuild(folder, tuple(content["corpora"]), content["pass"], content["tasks"], n_results, latest)

@@ -131,8 +131,8 @@ class RecordedTurns:
         if not all(sample.drawn[begin:end]) or end > len(sample.ids):
             raise unreadable(recorded, f"turn {number} is not one piece of its sample")
 
-        place, self._place, self._begin = self._place, self._place + turn.new_tokens, end
-        drawn = slice(place, self._place)
+        first_drawn, self._place, self._begin = self._place, self._place + turn.new_tokens, end
+        drawn = slice(first_drawn, self._place)
         return RecordedTurn(sample.ids[:begin], sample.ids[begin:end], recorded.logprobs[drawn], recorded.sets[drawn])
 
 

@@ -77,8 +77,8 @@ class ShuffledPrompts(Generic[Prompt]):
 
     def index(self, position: int) -> int:
         """Returns which of `prompts` stands at a position."""
-        epoch, place = divmod(position, len(self.prompts))
-        return int(_epoch_order(len(self.prompts), self.seed, epoch)[place])
+        epoch, number_in_epoch = divmod(position, len(self.prompts))
+        return int(_epoch_order(len(self.prompts), self.seed, epoch)[number_in_epoch])
 
 
 @lru_cache(maxsize=4)

@@ -965,8 +965,8 @@ def build_by_tasks(
         def run_pass(folder: Path, pass_name: str, numbers: Sequence[int]) -> Iterator[int]:
             begin_pass(folder, names, pass_name, len(numbers))
             sizes = sizes_of_pass(tasks, pass_name, numbers)
-            done = [number for number in numbers if has_result(build.result(pass_name, number))]
-            with console.tasks(f"{pass_name} of {', '.join(names)}", sizes, done) as progress:
+            finished_numbers = [number for number in numbers if has_result(build.result(pass_name, number))]
+            with console.tasks(f"{pass_name} of {', '.join(names)}", sizes, finished_numbers) as progress:
                 yield from map(progress.ended, workers(folder, pass_name, numbers))
 
         run_passes(build.folder, tasks, run_pass, names, together, text_splits.earlier, text_splits.reader)

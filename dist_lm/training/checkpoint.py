@@ -340,14 +340,14 @@ def read_contents(checkpoint: Path) -> Contents:
 def contents_of(stored: Mapping[str, StoredTensor]) -> Contents:
     """Returns where the parts of tensors lie as arrays, which are short to send and fast to search."""
     names = sorted({part.file.name for tensor in stored.values() for part in tensor.parts})
-    places = {name: place for place, name in enumerate(names)}
+    file_numbers = {name: number for number, name in enumerate(names)}
     tensors = {}
     for name, tensor in stored.items():
         by_dimension = (len(tensor.parts), len(tensor.shape))
         tensors[name] = PartsOfTensor(
             tensor.dtype,
             list(tensor.shape),
-            file_P=np.array([places[part.file.name] for part in tensor.parts], dtype=np.int64),
+            file_P=np.array([file_numbers[part.file.name] for part in tensor.parts], dtype=np.int64),
             start_P=np.array([part.start for part in tensor.parts], dtype=np.int64),
             offset_PD=np.array([part.offsets for part in tensor.parts], dtype=np.int64).reshape(by_dimension),
             size_PD=np.array([part.shape for part in tensor.parts], dtype=np.int64).reshape(by_dimension),

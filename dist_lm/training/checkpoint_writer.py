@@ -89,8 +89,8 @@ def write_files(directory: Path, plan: Plan, bytes_of: Callable[[PlannedPart], n
             part.name: ComputedTensor(part.dtype, part.shape, part.bytes, partial(bytes_of, part))
             for part in file.parts
         }
-        places = {part.name: {"saved_offsets": part.offsets} for part in file.parts}
-        write_tensors(directory / file.name, tensors, {**FORMAT, PLACES: json.dumps(places)})
+        offsets_of_parts = {part.name: {"saved_offsets": part.offsets} for part in file.parts}
+        write_tensors(directory / file.name, tensors, {**FORMAT, PLACES: json.dumps(offsets_of_parts)})
         digests[file.name] = durable.sha256_of(directory / file.name)
     return digests
 
@@ -259,13 +259,13 @@ def main() -> None:
             request = requests.get()
             try:
                 if "plan" in request:
-                    plan, done = plan_from_json(request["plan"]), None
+                    plan, digests = plan_from_json(request["plan"]), None
                 elif "write" in request:
-                    done = write_files(Path(request["write"]), plan, partial(put_together, copies=copies))
+                    digests = write_files(Path(request["write"]), plan, partial(put_together, copies=copies))
                 else:
                     publish(Publication.from_json(request["publish"]))
-                    done = None
-                send({"done": done})
+                    digests = None
+                send({"done": digests})
             except ArtefactError as error:
                 send({"refused": str(error)})
             except OSError as error:
