@@ -90,6 +90,10 @@ def run_build(config: Config, folder: Path, tokenizer_model: Path) -> dict[str, 
 
     Returns:
         CPU seconds of each pass.
+
+    Raises:
+        ArtefactError: a manifest is missing or damaged.
+        OSError: a file cannot be read or written.
     """
     seconds: dict[str, float] = {}
 
@@ -139,6 +143,9 @@ def facts_of_serial_part(
     Args:
         folder: gets the made-up results.
         n_tasks, task_documents: number of tasks that have results, and of their documents.
+
+    Raises:
+        ArtefactError: a manifest is missing or damaged.
     """
     n_searches = int(n_documents * NEIGHBOUR_SHARE) // SEARCH_TEXTS
     build, tasks = write_made_up(folder, n_tasks, task_documents, n_parts(n_documents), n_searches)
@@ -185,6 +192,9 @@ def write_made_up(
     Args:
         key_parts, n_searches: number of results of the passes `copies` and `search`, in which each task looks up its
             documents.
+
+    Raises:
+        OSError: a file cannot be written.
     """
     random = np.random.default_rng(0)
     source = SourceConfig("parquet", "english", path="made-up")
@@ -240,7 +250,11 @@ def write_made_up(
 
 
 def write_comparison(build: Build, number: int) -> None:
-    """Writes the made-up result of a task of the pass `compare`."""
+    """Writes the made-up result of a task of the pass `compare`.
+
+    Raises:
+        OSError: a file cannot be written.
+    """
     _, index = read_val(build)
     random = np.random.default_rng(number)
     windows: dict[str, Any] = {

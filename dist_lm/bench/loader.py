@@ -165,7 +165,11 @@ class _WithoutContent(SplitIndex):
 
 
 def write_without_content(directory: Path, n_documents: int) -> None:
-    """Writes a corpus whose tars are holes: its manifest and the index of its split."""
+    """Writes a corpus whose tars are holes: its manifest and the index of its split.
+
+    Raises:
+        OSError: a file cannot be written.
+    """
     shards = []
     for number in range(-(-n_documents // TAR_DOCUMENTS)):
         n = min(TAR_DOCUMENTS, n_documents - number * TAR_DOCUMENTS)
@@ -310,7 +314,12 @@ class RandomCrop:
 
 
 def write_tokens(directory: Path, n_tokens: int) -> TokenCorpus:
-    """Writes and opens a corpus of random tokens, with documents of `MEAN_TOKENS` on average."""
+    """Writes and opens a corpus of random tokens, with documents of `MEAN_TOKENS` on average.
+
+    Raises:
+        ArtefactError: the corpus is missing, unfinished or damaged.
+        OSError: a tar cannot be read, or an index cannot be written.
+    """
     random = np.random.default_rng(0)
     recipe = Recipe("0" * 64, VOCABULARY, "0" * 64, MEMBER_DOCUMENTS, n_tokens // 4)
     corpus_directory = directory / "corpus"

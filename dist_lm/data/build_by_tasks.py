@@ -208,6 +208,9 @@ def choose_searches(build: Build, n_results: int) -> int:
 
     Args:
         n_results: of the pass `neighbours`.
+
+    Raises:
+        OSError: a file cannot be read or written.
     """
     # Texts are numbered in the order of the plan, so a smaller number is an earlier text.
     ends = np.cumsum([0, *(n_records(build.result("survey", number) / RUN) for number in range(build.n_tasks))])
@@ -328,6 +331,7 @@ def choose_rule(
         NothingHeldOutError: one of these corpora has no val.
         ArtefactError: it has no train, or an earlier corpus is damaged.
         UserError: a process that reads earlier corpora died.
+        OSError: a file cannot be read or written.
     """
     val, index = read_val(build)
     index.take_evidence()

@@ -336,6 +336,10 @@ def fates(build: Build, number: int, task_survey: Survey, rule: Rule) -> np.ndar
     Args:
         number: of the task.
         rule: with an empty one, no document is held out or dropped for what others contain.
+
+    Raises:
+        ArtefactError: a file is damaged.
+        OSError: a file cannot be read or written.
     """
     task = build.task(number)
     copies = is_copy(build, number, len(task_survey.keys))

@@ -44,7 +44,11 @@ def begin_pass(folder: Path, corpora: Sequence[str], pass_name: str, n_tasks: in
 
 
 def unfinished_builds(work: Path) -> list[UnfinishedBuild]:
-    """Returns the unfinished builds of a work directory, by name; those under way are among them."""
+    """Returns the unfinished builds of a work directory, by name; those under way are among them.
+
+    Raises:
+        OSError: a file cannot be read.
+    """
     builds = []
     for path in sorted((work / "builds").glob("*/")):
         # A build that completes its corpora removes its folder, maybe just now.

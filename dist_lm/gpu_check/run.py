@@ -142,6 +142,8 @@ def run_check(check: Check, gpus: int, folder: Path, *, rehearse: bool) -> Resul
 
     Raises:
         ConfigError: the folder was not created by this function, or cannot be replaced.
+        ArtefactError: a file is damaged.
+        OSError: a file cannot be read.
     """
     _check_replaceable(folder)
     try:

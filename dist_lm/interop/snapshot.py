@@ -120,6 +120,7 @@ def named_base(folder: Path) -> str:
     Raises:
         ArtefactError: an option is one that our adapters lack; or they name no base, or were downloaded and name a path
             of this machine. The message names the way out.
+        UserError: no process can be started for reading the file.
     """
     base = adapter_folder.adapters_in(folder).base
     where = f"{folder / adapter_folder.CONFIG}: base_model_name_or_path"

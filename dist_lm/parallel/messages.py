@@ -40,6 +40,7 @@ def broadcast(value: T, expected: Any, group: dist.ProcessGroup | None = None) -
 
     Raises:
         MessageError: something else has arrived.
+        TypeError: the value is of none of the types that `decode` reads.
     """
     is_first = dist.get_rank(group) == 0
     device = _device_of(group)
@@ -87,6 +88,7 @@ def all_gather(value: T, expected: Any, group: dist.ProcessGroup | None = None) 
 
     Raises:
         MessageError: something else has arrived.
+        TypeError: the value is of none of the types that `decode` reads.
     """
     device = _device_of(group)
     content = encode(value)

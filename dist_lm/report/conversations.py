@@ -78,6 +78,9 @@ def read_conversations(run: RunDirectory, most: int, is_finished: bool) -> tuple
     Args:
         most: iterations.
         is_finished: whether the run is; else its last file, which may still grow, counts only if it is the only one.
+
+    Raises:
+        UserError: the tokenizer lacks the mark that ends a turn, see `stop_tokens`.
     """
     if not run.conversations.is_dir():
         return ()

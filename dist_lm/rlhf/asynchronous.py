@@ -155,6 +155,7 @@ class AsynchronousSchedule:
             RewardError: too many conversations have no verdict.
             RequestError: the engines refuse a request.
             ArtefactError: a conversation that the schedule names is not recorded.
+            OSError: the schedule cannot be written.
             UserError, PoolFailure: of the source, see `RolloutSource`.
             Exception: what a conversation raises.
         """

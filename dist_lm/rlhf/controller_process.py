@@ -469,7 +469,11 @@ class _Child:
     evaluations: dict[int, Callable[[], Records]] = field(default_factory=dict)
 
     def called(self, call: Call, large: NodeMemory | None) -> tuple[Done, NodeMemory | None]:
-        """Makes a call; returns the reply with what comes along."""
+        """Makes a call; returns the reply with what comes along.
+
+        Raises:
+            OSError: no memory is left.
+        """
         controller = self.controller
         match call.method:
             case "begin":

@@ -64,6 +64,7 @@ def reference_of(
     Raises:
         ArtefactError: no ranking of a split fits into a sequence, or a tar is damaged; or of `initial`.
         OSError: the file cannot be read or written; on the first rank alone, while the others wait for it.
+        MessageError: another rank has sent something else.
     """
     stored = _stored(path, key, has_steps) if world.is_first else None
     stored = broadcast(stored, dict[str, SplitReference] | None)

@@ -168,6 +168,7 @@ def evaluated(run: RunDirectory, checkpoints: Mapping[str, Path], device: str) -
         ArtefactError: tokenizer, corpora or a checkpoint are missing or damaged.
         ConfigError: this version cannot read the configuration of the run.
         UserError: as `open_data` of the stage.
+        StrangerError: another user has connected to a port of this rank.
     """
     config, tokenizer = load_config(run.config), Tokenizer.load(run.tokenizer_model)
     on_gpu = device == "cuda" or (device == "auto" and torch.cuda.is_available())

@@ -481,6 +481,7 @@ def recorded_folders(config: Config) -> dict[str, str]:
 
     Raises:
         ArtefactError: the record of the run is damaged.
+        OSError: a file cannot be read.
     """
     run = run_of(config)
     begun_run: RunDirectory | None = run

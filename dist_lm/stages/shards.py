@@ -273,6 +273,7 @@ def correct_corpora(config: Config, names: Sequence[str]) -> None:
     Raises:
         ArtefactError: a manifest is missing or damaged.
         ConfigError: there is no such corpus.
+        OSError: a file cannot be read or written.
     """
     work = WorkDirectory(Path(config.work_dir))
     for name in names:
@@ -296,6 +297,7 @@ def inspect_corpora(
             others, or a manifest is damaged.
         ConfigError: a source is invalid.
         UnreachableError: the hub cannot be asked for a missing corpus; not in a dry run.
+        OSError: a file cannot be read.
     """
     if not names:
         return Artefact(True, "no corpus to build")
@@ -693,6 +695,7 @@ def finished_corpora(work: WorkDirectory) -> list[Path]:
 
     Raises:
         ManifestError (an ArtefactError): a manifest is damaged.
+        OSError: a file cannot be read.
     """
     folders = []
     for path in sorted((work.path / "corpora").glob("*/manifest.json")):
@@ -823,6 +826,7 @@ def build_corpus(
         ChangedInputError: a file changed since it was listed; no manifest is written.
         ConfigError: a source is invalid.
         UserError: a source cannot be read, or is not Unicode.
+        OSError: a file cannot be read or written.
     """
     work = WorkDirectory(Path(config.work_dir))
     report = IngestReport()
@@ -888,7 +892,12 @@ def build_corpus(
 
 def workers_of(config: Config) -> AbstractContextManager["RunPass"]:
     """Returns what runs the tasks of a build: all nodes of a Ray cluster, or processes of this machine, where Ray would
-    only cost its start."""
+    only cost its start.
+
+    Raises:
+        ClusterError: on entering, the cluster cannot be joined.
+        UserError: from the `RunPass`, when workers die again and again.
+    """
     if config.cluster.name == "ray":
         from dist_lm.cluster.build_workers import ray_workers
 
@@ -938,6 +947,8 @@ def build_by_tasks(
 
     Raises:
         ArtefactError: as `require_compared`; or as `run_passes`, whose other errors pass.
+        OSError: a file cannot be read or written.
+        UserError: an input cannot be listed.
     """
     # Imported here, because runs that find their corpora need none of it.
     from dist_lm.data.build_by_tasks import plan_of, publish, run_passes

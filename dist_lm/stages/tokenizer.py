@@ -105,6 +105,7 @@ class TokenizerStage(ArtefactStage):
             ArtefactError: the given file is no tokenizer.
             UserError: there is no text, or a source of text cannot be read.
             OSError: a file cannot be read or written.
+            RuntimeError: SentencePiece refuses for another reason.
         """
         work, settings = WorkDirectory(Path(config.work_dir)), config.tokenizer
         work.tokenizer.mkdir(parents=True, exist_ok=True)

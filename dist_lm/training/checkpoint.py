@@ -283,6 +283,7 @@ def read(checkpoint: Path, tensors: Mapping[str, torch.Tensor]) -> None:
     Raises:
         ArtefactError: on every rank, if a tensor is missing in the checkpoint or has another shape there, if its parts
             leave holes or overlap, or if any rank cannot read a file or a header.
+        MessageError: another rank has sent something else.
     """
     contents = on_first_rank(lambda: read_contents(checkpoint), Contents)
     _check(checkpoint, contents, tensors)

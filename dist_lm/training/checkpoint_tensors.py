@@ -245,6 +245,7 @@ def tensors_in(file: Path) -> dict[str, StoredTensor]:
     Raises:
         ArtefactError: the file cannot be read, is no safetensors file, or is cut short; or tensors overlap. The message
             names the tensor.
+        UserError: no process can be started for reading the file.
     """
     tensors = {}
     for name, dtype, shape, start in tensor_entries(file):

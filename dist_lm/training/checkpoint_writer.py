@@ -247,7 +247,11 @@ class WriterProcess:
 
 
 def main() -> None:
-    """Writes what the rank asks for, until the rank ends."""
+    """Writes what the rank asks for, until the rank ends.
+
+    Raises:
+        OSError: the kernel refuses to end this process with its parent.
+    """
     parent, memories = sys.argv[2:]
     # Children of the rank may hold its end of the socket open, so its end alone would not tell.
     die_with_parent(int(parent))

@@ -170,6 +170,7 @@ def push_folder(folder: Path, repository: str, api: Any = None) -> None:
     Raises:
         ArtefactError: the hub refuses it.
         UserError: huggingface_hub is not installed.
+        OSError: a file cannot be read.
     """
     try:
         from huggingface_hub import HfApi

@@ -71,6 +71,7 @@ class Rankings(ArtefactStage):
             ConfigError: no corpus is configured, or a source is invalid.
             ArtefactError: there is no model or program to sample from, or a folder holds files of others.
             UserError: a source cannot be read.
+            OSError: a file cannot be read.
         """
         assert isinstance(config, RankingsConfig)
         names = wanted_corpora(config, rankings=True)

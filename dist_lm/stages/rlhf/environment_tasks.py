@@ -38,6 +38,7 @@ def read_tasks(settings: RlhfRunGroup) -> tuple[list[Task], list[Task]]:
     Raises:
         ConfigError: there is no such file.
         ArtefactError: a row is broken, or no task is left.
+        OSError: a file cannot be read.
     """
     tasks = [*_tasks_of(settings.prompts_from, PROMPTS_FROM)]
     if settings.held_out_from:

@@ -77,6 +77,7 @@ def run_rank(run: RunDirectory, stop: StopRequest, heartbeat: Heartbeat) -> None
         ClusterError, PoolFailure: Ray refuses the first rank, or actors find no place or keep dying.
         ControllerLostError: the controller's process ends again and again; on the first rank.
         OSError: a file cannot be read.
+        StrangerError: another user has connected to a port of this rank.
     """
     began = time.time()
     config = load_config(run.config)
@@ -409,6 +410,7 @@ def last_figures(run: RunDirectory, iteration: int) -> dict[str, float]:
 
     Raises:
         ArtefactError: the metrics file lacks the iteration.
+        FileNotFoundError: the run has no metrics.
     """
     metrics = metrics_of_step(run, iteration)
     if "rlhf/reward_mean" not in metrics:
