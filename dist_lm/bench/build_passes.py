@@ -118,6 +118,10 @@ def facts_of_passes(config: Config, folder: Path, tokenizer_model: Path, n_bytes
 
     Args:
         n_bytes: text of the corpus.
+
+    Raises:
+        ArtefactError: a manifest is missing or damaged.
+        OSError: a file cannot be read or written.
     """
     cleaning = replace(config.corpus.cleaning, near_duplicates=SIMILARITY)
     config = replace(config, corpus=replace(config.corpus, cleaning=cleaning))
@@ -146,6 +150,7 @@ def facts_of_serial_part(
 
     Raises:
         ArtefactError: a manifest is missing or damaged.
+        OSError: a file cannot be written.
     """
     n_searches = int(n_documents * NEIGHBOUR_SHARE) // SEARCH_TEXTS
     build, tasks = write_made_up(folder, n_tasks, task_documents, n_parts(n_documents), n_searches)

@@ -302,6 +302,7 @@ def run_learning(
         UserError: as `compose_config`, a tokenizer lacks a mark that stage.fim_rate needs, or the gradients of our
             learner are not finite.
         OSError: a file cannot be written.
+        StrangerError: another user has connected to a port of this process.
     """
     # Mistakes of the command line are found before any model is built.
     parsed_budget = Budget.parse(budget)

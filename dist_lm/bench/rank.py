@@ -204,6 +204,7 @@ def main() -> None:
         OSError: the kernel refuses to tie this process to its parent.
         ConfigError: this rank should have a GPU and the node has too few.
         StrangerError: another user has connected to a port of this rank.
+        ArtefactError: a configuration is missing or damaged.
     """
     parent, import_path, device = int(sys.argv[1]), sys.argv[2], sys.argv[3]
     die_with_parent(parent)

@@ -90,8 +90,6 @@ def answer(
     Raises:
         ArtefactError: the weights do not fit the model, or its logits are not numbers.
         UserError: the tokenizer lacks the marks of a conversation.
-        RankLostError: another process of the model has ended.
-        RuntimeError: with tp > 1, this process is a rank already.
     """
     tokenizer = loaded.tokenizer
     engine = build_engine(loaded, device, SEQUENCES, CACHE_TOKENS)

@@ -413,8 +413,6 @@ def evaluate(
         ArtefactError: the checkpoint is missing or damaged, or data cannot be fetched.
         UserError: as `run_harness`.
         OSError: a file cannot be written.
-        RankLostError: another process of the model has ended.
-        RuntimeError: with tp > 1, this process is a rank already.
     """
     require(dtype in ("auto", *DTYPES), "--dtype", dtype, f"auto, {' or '.join(DTYPES)}")
     require(options.limit is None or options.limit > 0, "--limit", options.limit, "more than 0")

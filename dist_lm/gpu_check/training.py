@@ -102,6 +102,7 @@ def large(probe: Probe) -> None:
         CheckFailedError: a loss is not finite.
         ConfigError: bf16 is asked for on a GPU without it.
         StrangerError: another user has connected to a port of this rank.
+        ArtefactError: the profile is damaged.
     """
     config = probe.config(*LARGE, "parallel.compile=always", "stage.micro_batch=4", "stage.global_batch=4", tiny=TINY)
     training = Training(probe, config)
@@ -210,7 +211,7 @@ def laps_on(device: torch.device) -> Laps:
 
 
 def optimizers(probe: Probe) -> None:
-    """Checks that the loss on one batch falls with each optimizer; notes the time of its update (ms) and the fall (nats).
+    """Checks that the loss on a batch falls with each optimizer; notes the time of an update (ms) and the fall (nats).
 
     Raises:
         CheckFailedError: it does not fall.

@@ -292,7 +292,8 @@ def special_tokens_of(folder: Path) -> dict[str, str]:
 
 
 def snapshot_record(source: str, folder: Path) -> dict[str, Any]:
-    """Returns what an import records of its snapshot: the commit of a model of the hub, or the files of a folder.
+    """Returns what an import records of its snapshot: id and commit of a model of the hub, or hash and status of the
+    files of a folder; nothing of a single file.
 
     Raises:
         ArtefactError: a file is a link that leaves the folder, or no regular file.

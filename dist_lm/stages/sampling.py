@@ -91,7 +91,7 @@ def answer_all(
         RequestError: a request does not fit the context.
         ArtefactError: the model's logits are not numbers.
         ConfigError: bf16 is asked for on a GPU without it.
-        RankLostError: another process of the model has ended.
+        MessageError: another rank has sent something else.
     """
     # An engine would gather the whole model for nothing.
     if not requests:

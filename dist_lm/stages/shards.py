@@ -563,6 +563,7 @@ def begun_folders(config: Config, readers: Sequence[Config]) -> Config:
 
     Raises:
         ArtefactError: the record of a run is damaged.
+        OSError: a file cannot be read.
     """
     folders: dict[str, set[str]] = {}
     for reader in readers:
@@ -1001,7 +1002,11 @@ def build_by_tasks(
 
 
 def tell_of_builds(folder: Path, console: "Console") -> None:
-    """Says whether a build goes on, and which builds of other settings or inputs were not finished."""
+    """Says whether a build goes on, and which builds of other settings or inputs were not finished.
+
+    Raises:
+        OSError: a file cannot be read.
+    """
     from dist_lm.data.unfinished_builds import unfinished_builds
 
     for build in unfinished_builds(folder.parent.parent):

@@ -171,6 +171,7 @@ def load(
     Raises:
         ArtefactError: the checkpoint cannot be read, lacks a tensor, or belongs to another model or other adapters; the
             message names the keys that differ.
+        MessageError: another rank has sent something else.
     """
     state, saved_model = files.read_state(checkpoint)
     files.check_same_model(checkpoint, saved_model, model_config)
@@ -197,6 +198,7 @@ def load_weights(checkpoint: Path, model: nn.Module, model_config: ModelConfig) 
     Raises:
         ArtefactError: the checkpoint cannot be read, its base is gone or has changed, or it belongs to another model;
             the message names the keys that differ.
+        MessageError: another rank has sent something else.
     """
     _load_parameters(checkpoint, model, model_config)
 

@@ -124,7 +124,6 @@ def sample(
     Raises:
         ArtefactError: the model's logits are not numbers.
         UserError: the tokenizer lacks the mark that ends a turn.
-        RankLostError: another process of the model has ended.
     """
     device = torch.device("cuda" if config.device != "cpu" and torch.cuda.is_available() else "cpu")
     # One engine for all beginnings: their samples share its batches.

@@ -19,6 +19,7 @@ def check_environment(settings: RlhfRunGroup) -> None:
     Raises:
         ConfigError: there is no such environment or file, or the file does not have the class.
         ArtefactError: a row is no task, or there are none.
+        OSError: a file cannot be read.
     """
     Host(settings.environment, settings.environment_limits.limits)
     if path := settings.environment_file:

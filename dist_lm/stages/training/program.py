@@ -224,6 +224,7 @@ def run_rank(stage: "TrainingStage", run: RunDirectory, stop: StopRequest, heart
         ClusterError, PoolFailure: Ray refuses the first rank, or actors of eval.pool find no place or keep dying.
         OSError: a file cannot be read.
         StrangerError: another user has connected to a port of this rank.
+        MessageError: another rank has sent something else.
     """
     began = time.time()
     config = load_config(run.config)
