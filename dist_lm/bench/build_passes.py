@@ -94,6 +94,7 @@ def run_build(config: Config, folder: Path, tokenizer_model: Path) -> dict[str, 
     Raises:
         ArtefactError: a manifest is missing or damaged.
         OSError: a file cannot be read or written.
+        ConfigError: a source is invalid.
     """
     seconds: dict[str, float] = {}
 
@@ -122,6 +123,7 @@ def facts_of_passes(config: Config, folder: Path, tokenizer_model: Path, n_bytes
     Raises:
         ArtefactError: a manifest is missing or damaged.
         OSError: a file cannot be read or written.
+        ConfigError: a source is invalid.
     """
     cleaning = replace(config.corpus.cleaning, near_duplicates=SIMILARITY)
     config = replace(config, corpus=replace(config.corpus, cleaning=cleaning))

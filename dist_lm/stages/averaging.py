@@ -58,6 +58,7 @@ def average(run: RunDirectory, last: int, ema: bool, device: str, console: Conso
         ArtefactError: a checkpoint is missing or damaged, or has no exponential average; the folder exists or cannot be
             written; or tokenizer or corpora of the run are missing.
         UserError: as `evaluated`.
+        StrangerError: another user has connected to a port of this process.
     """
     require(ema != (last > 0), "--last", last, "a positive number, or --ema instead")
     require(device in ("", "auto", "cpu", "cuda"), "--device", device, "auto, cpu or cuda")

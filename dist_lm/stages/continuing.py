@@ -500,6 +500,7 @@ def with_recorded_folders(config: Config) -> Config:
 
     Raises:
         ArtefactError: as `recorded_folders`.
+        OSError: a file cannot be read.
     """
     folders = {name: folder for name, folder in recorded_folders(config).items() if name in config.corpus_names}
     return replace(config, corpus=replace(config.corpus, folders={**config.corpus.folders, **folders}))

@@ -129,6 +129,7 @@ class Shards(ArtefactStage):
 
         Raises:
             ArtefactError: as `begun_folders`.
+            OSError: a file cannot be read.
         """
         read = sorted({name for reader in readers for name in reader.corpus_names})
         return replace(begun_folders(config, readers), stage=replace(own(config), corpora=read))

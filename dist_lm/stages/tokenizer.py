@@ -245,6 +245,7 @@ def template_of(settings: TokenizerConfig) -> KeptTemplate | None:
 
     Raises:
         ConfigError, ArtefactError, UserError: see `given_template`.
+        OSError: a file cannot be read.
     """
     # Only for models of transformers.
     from dist_lm.stages.chat_layout import given_template

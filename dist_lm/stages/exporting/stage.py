@@ -121,6 +121,7 @@ class Export(ArtefactStage):
 
         Raises:
             ConfigError, ArtefactError, UserError: see `exporting.files.export` and `push_folder`.
+            OSError: a file cannot be read or written.
         """
         from dist_lm.stages.exporting.files import export  # imports torch
 

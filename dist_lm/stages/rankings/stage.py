@@ -47,6 +47,7 @@ class Rankings(ArtefactStage):
 
         Raises:
             ArtefactError: as `begun_folders`.
+            OSError: a file cannot be read.
         """
         corpora = sorted({reader.stage.corpus for reader in readers if reader.stage.corpus})
         config = begun_folders(config, readers)

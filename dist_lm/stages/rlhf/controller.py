@@ -62,6 +62,7 @@ def read_prompts(config: RlhfRunConfig, run: RunDirectory, tokenizer: Tokenizer,
     Raises:
         ArtefactError, ConfigError: as `read_all` and `read_tasks`.
         UserError: as `rollout_constraints`.
+        OSError: a file cannot be read.
     """
     if config.rlhf.environment:
         return PromptsOfRun(*read_tasks(config.rlhf), constraints=None)
