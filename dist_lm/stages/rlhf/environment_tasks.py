@@ -6,7 +6,6 @@ from collections.abc import Iterator
 
 from dist_lm.chat.messages import ChatError
 from dist_lm.data.prompt_rows import find_rows, read_rows
-from dist_lm.environments.host import Host
 from dist_lm.environments.protocol import Task
 from dist_lm.errors import ArtefactError, require
 from dist_lm.stages.rlhf.config import RlhfRunGroup
@@ -21,6 +20,9 @@ def check_environment(settings: RlhfRunGroup) -> None:
         ArtefactError: a row is no task, or there are none.
         OSError: a file cannot be read.
     """
+    # Imported here, because runs without an environment need no host.
+    from dist_lm.environments.host import Host
+
     Host(settings.environment, settings.environment_limits.limits)
     if path := settings.environment_file:
         # The file is not executed here. A class whose name occurs nowhere in it can only come from a star import.

@@ -401,7 +401,8 @@ class Saving:
         )
         if self.reporter.metrics:
             self.reporter.metrics.write(state.iteration, {"checkpoint/stall_s": time.perf_counter() - began})
-        if self.is_first and not self.reporter.config.rlhf.keep_conversations:
+        settings = self.reporter.config.rlhf
+        if self.is_first and settings.environment and not settings.keep_conversations:
             remove_old_conversations(self.reporter.run)
 
 
