@@ -108,6 +108,7 @@ def build(variant: str, config: Config, world: World) -> Trial:
     Raises:
         ConfigError, ArtefactError, UserError: the text for the measurement cannot be read.
         OSError: the folder cannot be written.
+        RuntimeError: SentencePiece refuses the text.
     """
     folder = tempfile.TemporaryDirectory(prefix="dlm-bench-")
     cleaning = CleaningConfig() if variant == CLEANED else no_cleaning()
