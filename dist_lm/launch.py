@@ -66,6 +66,8 @@ def launch() -> None:
     Raises:
         SystemExit: with the exit code of the command, see the module; not after a view of the configuration.
         UserError: the command cannot run.
+        OSError: a file cannot be read.
+        RuntimeError: a step of the dry run failed.
     """
     console = Console()
     try:
@@ -256,7 +258,11 @@ def describe_steps(plan: Plan, console: Console) -> None:
 
 
 def ranks_planned(config: Config) -> int:
-    """GPUs or ranks per node of the hardware that a dry run plans for, not of this machine."""
+    """GPUs or ranks per node of the hardware that a dry run plans for, not of this machine.
+
+    Raises:
+        ConfigError: device=cuda on a machine without a GPU, or ranks and actors do not fit the nodes.
+    """
     if config.hardware.device != "cuda":
         return ranks_here(config)
     return config.cluster.ranks_of_node(config.hardware.devices_per_node)
@@ -374,6 +380,7 @@ def run_missing(plan: Plan, console: Console, pipeline: "Pipeline", job: str | N
     Raises:
         ClusterError: the cluster cannot be joined.
         Stopped, KeyboardInterrupt: a signal came before the cluster was joined, where the caller has set handlers.
+        ConfigError: a layout, batch, device or hardware group does not fit the nodes.
     """
     from dist_lm.cluster.ray_cluster import connect
     from dist_lm.launcher.pipeline import build_artefact

@@ -69,6 +69,9 @@ def main() -> None:
     """Runs one rank of torchrun, and ends with it; the process starts itself again once with the full environment.
 
     Without arguments or torchrun it exits with the usage (code 1).
+
+    Raises:
+        OSError: the kernel refuses to end this process with its parent.
     """
     arguments = sys.argv[1:]
     if not arguments or "RANK" not in os.environ:
@@ -94,6 +97,9 @@ def train_run(run: RunDirectory) -> None:
     Rank 0 first waits for ranks of an earlier attempt to end, and rewrites `config.yaml` if the layout was resolved for
     another number of ranks; the other ranks wait for it. Without `config.yaml` the process exits with code 2. A failure
     is recorded in the run directory and ends the process with code 1.
+
+    Raises:
+        OSError: the log cannot be opened.
     """
     rank, stop = int(os.environ["RANK"]), StopRequest()
     if not run.config.is_file():
@@ -124,6 +130,9 @@ def train_stage(arguments: Sequence[str]) -> None:
 
     If rank 0 refuses the command line (UserError), all ranks exit with code 2. After that, output goes to the log of
     the rank, and a failure is recorded in the run directory and ends the process with code 1.
+
+    Raises:
+        OSError: the log cannot be opened.
     """
     rank, stop = int(os.environ["RANK"]), StopRequest()
     with ExitStack() as locks:

@@ -90,6 +90,11 @@ def run_build(config: Config, folder: Path, tokenizer_model: Path) -> dict[str, 
 
     Returns:
         CPU seconds of each pass.
+
+    Raises:
+        ArtefactError: a manifest is missing or damaged.
+        OSError: a file cannot be read or written.
+        ConfigError: a source is invalid.
     """
     seconds: dict[str, float] = {}
 
@@ -114,6 +119,11 @@ def facts_of_passes(config: Config, folder: Path, tokenizer_model: Path, n_bytes
 
     Args:
         n_bytes: text of the corpus.
+
+    Raises:
+        ArtefactError: a manifest is missing or damaged.
+        OSError: a file cannot be read or written.
+        ConfigError: a source is invalid.
     """
     cleaning = replace(config.corpus.cleaning, near_duplicates=SIMILARITY)
     config = replace(config, corpus=replace(config.corpus, cleaning=cleaning))
@@ -139,6 +149,10 @@ def facts_of_serial_part(
     Args:
         folder: gets the made-up results.
         n_tasks, task_documents: number of tasks that have results, and of their documents.
+
+    Raises:
+        ArtefactError: a manifest is missing or damaged.
+        OSError: a file cannot be written.
     """
     n_searches = int(n_documents * NEIGHBOUR_SHARE) // SEARCH_TEXTS
     build, tasks = write_made_up(folder, n_tasks, task_documents, n_parts(n_documents), n_searches)
@@ -185,6 +199,9 @@ def write_made_up(
     Args:
         key_parts, n_searches: number of results of the passes `copies` and `search`, in which each task looks up its
             documents.
+
+    Raises:
+        OSError: a file cannot be written.
     """
     random = np.random.default_rng(0)
     source = SourceConfig("parquet", "english", path="made-up")
@@ -226,13 +243,13 @@ def write_made_up(
             save_places(result / COPIES, _places(random, n_tasks, task_documents, COPY_SHARE / key_parts))
     for search in range(n_searches):
         with writing(build.result("search", search)) as result:
-            places = _places(random, n_tasks, task_documents, NEIGHBOUR_SHARE / 2 / n_searches)
-            save_places(result / COPIES, places)
-            write_strings(result, ["made up"] * len(places))
+            similar_texts = _places(random, n_tasks, task_documents, NEIGHBOUR_SHARE / 2 / n_searches)
+            save_places(result / COPIES, similar_texts)
+            write_strings(result, ["made up"] * len(similar_texts))
 
     # A text with a neighbour has most bands in common with it.
-    places = _places(random, n_tasks, task_documents, NEIGHBOUR_SHARE)
-    pairs = random.permutation(places)[: len(places) // 2 * 2].reshape(-1, 2, 2).astype(np.uint32)
+    similar_texts = _places(random, n_tasks, task_documents, NEIGHBOUR_SHARE)
+    pairs = random.permutation(similar_texts)[: len(similar_texts) // 2 * 2].reshape(-1, 2, 2).astype(np.uint32)
     for number in range(PAIR_RESULTS):
         with writing(build.result("neighbours", number)) as result:
             np.save(result / PAIRS, pairs)
@@ -240,7 +257,11 @@ def write_made_up(
 
 
 def write_comparison(build: Build, number: int) -> None:
-    """Writes the made-up result of a task of the pass `compare`."""
+    """Writes the made-up result of a task of the pass `compare`.
+
+    Raises:
+        OSError: a file cannot be written.
+    """
     _, index = read_val(build)
     random = np.random.default_rng(number)
     windows: dict[str, Any] = {

@@ -133,6 +133,7 @@ def configurations(shapes: Sequence[Sequence[str]], overrides: Sequence[str], qu
 
     Raises:
         ConfigError, ArtefactError, UserError: as `compose_config`.
+        OSError: a file cannot be read.
     """
     if overrides:
         shapes = [overrides]

@@ -107,6 +107,8 @@ def build(variant: str, config: Config, world: World) -> Trial:
 
     Raises:
         ConfigError, ArtefactError, UserError: the text for the measurement cannot be read.
+        OSError: the folder cannot be written.
+        RuntimeError: SentencePiece refuses the text.
     """
     folder = tempfile.TemporaryDirectory(prefix="dlm-bench-")
     cleaning = CleaningConfig() if variant == CLEANED else no_cleaning()
@@ -182,7 +184,7 @@ class Work:
         """Builds the corpus anew; its text is never kept in memory, however small it is.
 
         Raises:
-            ConfigError, ArtefactError, UserError: as `build_corpus`.
+            ConfigError, ArtefactError, UserError, OSError: as `build_corpus`.
         """
         shutil.rmtree(self.directory.corpus(CORPUS), ignore_errors=True)
         text_splits = TextSplits(self.config.corpus, self.config.seed)

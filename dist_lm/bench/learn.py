@@ -243,7 +243,11 @@ def curves_of_a_seed(
 
 @contextmanager
 def alone() -> Iterator[None]:
-    """Makes a process group of this process alone inside the block; an optimizer step sums over it."""
+    """Makes a process group of this process alone inside the block; an optimizer step sums over it.
+
+    Raises:
+        StrangerError: another user has connected to a port of this rank.
+    """
     with guarded():
         dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
     try:
@@ -297,6 +301,8 @@ def run_learning(
         ArtefactError: the work directory lacks the corpus or the tokenizer, or one is damaged.
         UserError: as `compose_config`, a tokenizer lacks a mark that stage.fim_rate needs, or the gradients of our
             learner are not finite.
+        OSError: a file cannot be written.
+        StrangerError: another user has connected to a port of this process.
     """
     # Mistakes of the command line are found before any model is built.
     parsed_budget = Budget.parse(budget)

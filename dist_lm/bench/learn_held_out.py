@@ -57,6 +57,7 @@ def arguments_of(config: Config, device: torch.device) -> DataArguments:
 
     Raises:
         ArtefactError: the tokenizer is missing or damaged.
+        UserError: the package `tokenizers` is needed and not installed.
     """
     group, tokenizer = dist.group.WORLD, WorkDirectory(Path(config.work_dir)).tokenizer_model
     assert group is not None

@@ -49,6 +49,7 @@ def peer_recipe(name: str, words: Sequence[str], base: Sequence[str]) -> Recipe:
     Raises:
         ConfigError: the peer is unknown or not there, or does not know a word.
         ArtefactError, UserError: as `compose_config`.
+        OSError: a file cannot be read.
     """
     kind = name.split()[0]
     if kind not in NAMES:

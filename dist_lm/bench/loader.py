@@ -69,18 +69,18 @@ def cases(overrides: Sequence[str], quick: bool) -> list[Case]:
     def config_of(steps: int) -> Config:
         return compose_config(["stage=language", "model=nano", "tracking=none", f"stage.steps={steps}", *overrides])
 
-    many, tokens = (QUICK_MANY, QUICK_READ_TOKENS) if quick else (MANY, READ_TOKENS)
+    num_documents, tokens = (QUICK_MANY, QUICK_READ_TOKENS) if quick else (MANY, READ_TOKENS)
     facts = (NODE, OPEN, OPEN_TOGETHER, EPOCH)
     without_content = Case(
-        name=f"{many / 1e6:.0f} M documents",
-        config=config_of(many),
+        name=f"{num_documents / 1e6:.0f} M documents",
+        config=config_of(num_documents),
         variants=dict.fromkeys((ORDER, SORT), GroupSize(1)),
         comparisons=[
             Comparison(variant=ORDER, ceiling=SORT),
             *(Comparison(variant=ORDER, fact=fact) for fact in facts),
         ],
         rounds=3,
-        amount=many,
+        amount=num_documents,
         unit="documents/s",
     )
 
@@ -172,7 +172,11 @@ class _WithoutContent(SplitIndex):
 
 
 def write_without_content(directory: Path, n_documents: int) -> None:
-    """Writes a corpus whose tars are holes: its manifest and the index of its split."""
+    """Writes a corpus whose tars are holes: its manifest and the index of its split.
+
+    Raises:
+        OSError: a file cannot be written.
+    """
     shards = []
     for number in range(-(-n_documents // TAR_DOCUMENTS)):
         n = min(TAR_DOCUMENTS, n_documents - number * TAR_DOCUMENTS)
@@ -191,13 +195,13 @@ def write_without_content(directory: Path, n_documents: int) -> None:
 def facts_of_opening(directory: Path, n_documents: int) -> dict[str, float]:
     """Returns what a node of eight ranks holds and how long they take, each rank alone and all at once."""
     alone = opened_by(directory, 1)
-    together = opened_by(directory, RANKS)
+    opened_together = opened_by(directory, RANKS)
     mapped = split_index_path(directory, "train").stat().st_size
-    private = sum(n_bytes for _, _, n_bytes in together)
+    private = sum(n_bytes for _, _, n_bytes in opened_together)
     return {
         NODE: (mapped + private) / n_documents,
         OPEN: alone[0][0],
-        OPEN_TOGETHER: max(seconds for seconds, _, _ in together),
+        OPEN_TOGETHER: max(seconds for seconds, _, _ in opened_together),
         EPOCH: alone[0][1],
     }
 
@@ -307,8 +311,8 @@ class RandomCrop:
         is_start = tokens == EOT
         is_start[:, 0] = True
         document = np.cumsum(is_start, 1) - 1
-        place = np.arange(SEQ_LEN + 1)
-        position = place - np.maximum.accumulate(np.where(is_start, place, 0), 1)
+        offsets = np.arange(SEQ_LEN + 1)
+        position = offsets - np.maximum.accumulate(np.where(is_start, offsets, 0), 1)
 
         return Batch(
             tokens_BT=torch.from_numpy(np.ascontiguousarray(tokens[:, :-1])),
@@ -322,7 +326,12 @@ class RandomCrop:
 
 
 def write_tokens(directory: Path, n_tokens: int) -> TokenCorpus:
-    """Writes and opens a corpus of random tokens, with documents of `MEAN_TOKENS` on average."""
+    """Writes and opens a corpus of random tokens, with documents of `MEAN_TOKENS` on average.
+
+    Raises:
+        ArtefactError: the corpus is missing, unfinished or damaged.
+        OSError: a tar cannot be read, or an index cannot be written.
+    """
     random = np.random.default_rng(0)
     recipe = Recipe("0" * 64, VOCABULARY, "0" * 64, MEMBER_DOCUMENTS, n_tokens // 4)
     corpus_directory = directory / "corpus"

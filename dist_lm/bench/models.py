@@ -44,6 +44,7 @@ def in_transformers(model: Transformer, kind: str = "AutoModelForCausalLM", **op
 
     Raises:
         ConfigError: no architecture of transformers holds the model.
+        OSError: a file cannot be written.
     """
     # The peer loads our export, so that both have the same weights.
     with tempfile.TemporaryDirectory(prefix="dlm-bench-") as folder:

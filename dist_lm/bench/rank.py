@@ -162,7 +162,8 @@ def serve(
         build: (variant, configuration, world) -> its trial.
 
     Raises:
-        ConfigError: a configuration cannot be read. What `build` and the trials raise passes.
+        ConfigError: a configuration cannot be used. What `build` and the trials raise passes.
+        ArtefactError: a configuration is missing or damaged.
     """
     trials: dict[str, Trial] = {}
     for line in requests:
@@ -202,6 +203,8 @@ def main() -> None:
     Raises:
         OSError: the kernel refuses to tie this process to its parent.
         ConfigError: this rank should have a GPU and the node has too few.
+        StrangerError: another user has connected to a port of this rank.
+        ArtefactError: a configuration is missing or damaged.
     """
     parent, import_path, device = int(sys.argv[1]), sys.argv[2], sys.argv[3]
     die_with_parent(parent)

@@ -59,6 +59,7 @@ def build(variant: str, config: Config, world: World) -> Trial:
 
     Raises:
         ConfigError: bf16 is asked for on a GPU without it.
+        StrangerError: another user has connected to a port of this rank.
     """
     mesh = build_mesh(Layout(1, 1, 1), world.device)
     model = build_model(config.model, config.parallel, mesh, world.device, seed=0)
@@ -114,7 +115,11 @@ def no_saves(training: OwnTraining, world: World) -> Iterator[Callable[[], bool]
 
 
 def own_saves(training: OwnTraining, world: World) -> Iterator[Callable[[], bool]]:
-    """Yields saves by `CheckpointSaver`."""
+    """Yields saves by `CheckpointSaver`.
+
+    Raises:
+        StrangerError: another user has connected to a port of this rank.
+    """
     with tempfile.TemporaryDirectory(prefix="dlm-bench-") as folder:
         config = training.model.config
         with CheckpointSaver(Path(folder), config, world, keep=1, asynchronous=True) as saver:

@@ -207,6 +207,7 @@ def run_scaling(
         ConfigError: see `numbers_of`, `steps_of`, `narrowed`, and `learn_recipes.recipes_of`; fewer than two seeds.
         UserError: the rungs do not determine a law, or the gradients of a run are not finite.
         ArtefactError: the work directory lacks the corpus or the tokenizer, or one is damaged.
+        StrangerError: another user has connected to a port of this process.
     """
     if seeds < 2:
         raise ConfigError(f"--seeds={seeds}: the interval holds the spread of seeds: expected at least 2")

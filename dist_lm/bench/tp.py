@@ -89,6 +89,7 @@ def build(variant: str, config: Config, world: World) -> Trial:
 
     Raises:
         ConfigError: bf16 is asked for on a GPU without it.
+        StrangerError: another user has connected to a port of this rank.
     """
     if variant == TORCH:
         with guarded():

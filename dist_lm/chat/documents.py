@@ -128,11 +128,12 @@ def row_of(document: Document) -> str:
 def read_kept_row(line: str) -> tuple[Conversation, dict[str, Json]]:
     """Returns (prompt, columns) of a row that `row_of` wrote. The prompt ends before the first answer that is learned.
 
-    Columns also have the whole conversation as `messages`, or `completions` and `ranks` of a ranking, unless the row
-    has columns of these names.
+    Columns also have the whole conversation as `messages`, or `completions`, `ranks` and `judgements` of a ranking,
+    unless the row has columns of these names. What the JSON holds is not checked.
 
     Raises:
-        ChatError: the line is no such JSON.
+        ChatError: the line is no JSON, or a result cannot be written as JSON.
+        KeyError, TypeError: it is not the JSON of `row_of`.
     """
     from dist_lm.chat.jinja_text import messages_of  # imports jinja2, which only this function needs
 

@@ -300,6 +300,9 @@ class _Page:
 
         Args:
             opening: whether the opening that a model continues follows.
+
+        Raises:
+            ChatError: the template refuses the conversation or fails.
         """
         # A turn of results becomes several messages.
         count = len(messages_of(self._conversation.messages[:n_turns]))

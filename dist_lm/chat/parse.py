@@ -125,6 +125,9 @@ def writes_hermes_calls(tokenizer: Tokenizer) -> bool:
     """Returns whether a kept template writes calls as Hermes does, `<tool_call>` with JSON, which `parse_turn` reads.
 
     It renders a probe and reads it back; a template that refuses the probe gives False. Our own layout gives True.
+
+    Raises:
+        UserError: the tokenizer lacks the mark that ends a turn, see `stop_tokens`.
     """
     from dist_lm.chat.jinja_text import PROBE, PROBE_CALL  # jinja2 is for imported models only
 

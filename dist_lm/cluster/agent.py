@@ -249,6 +249,9 @@ class NodeAgent:
         files.
 
         C++ frames need py-spy; without it they are left out. It takes up to about 25 s.
+
+        Raises:
+            OSError: a file cannot be written.
         """
         assert self._assignment is not None
         assert self._sockets is not None

@@ -168,7 +168,7 @@ def may_be_echo(cause: RankFailure | RankExit) -> bool:
 
 
 def describe_exit(exit_code: int) -> tuple[str, str]:
-    """(type, message) of a process that left only an exit code."""
+    """Returns (type, message) of a process that left only an exit code; a negative one is the signal that killed it."""
     if exit_code >= 0:
         return "exit", f"left with exit code {exit_code}"
     message = f"killed by {signal.Signals(-exit_code).name}"

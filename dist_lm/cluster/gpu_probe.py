@@ -220,6 +220,10 @@ def main() -> None:
     ends.
 
     Prints of libraries go to standard error. An exception ends the process, as the end of its parent does.
+
+    Raises:
+        OSError: the kernel refuses to end this process with its parent.
+        StrangerError: another user has connected to a port of this rank.
     """
     die_with_parent(int(sys.argv[1]))
 

@@ -155,6 +155,8 @@ class PoolActor:
 
         Raises:
             UserError: the weights do not fit the model.
+            LinkError: other members of the group do not come or go on in time.
+            RuntimeError: a member of the group is lost.
         """
         from dist_lm.cluster.push_link import FAILURES, Receiver, unpacked
 

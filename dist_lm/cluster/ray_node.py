@@ -410,7 +410,12 @@ def run(options: argparse.Namespace) -> int:
 
 
 def main() -> None:
-    """Entry point."""
+    """Entry point.
+
+    Raises:
+        RuntimeError: a process of a node survives SIGKILL.
+        SystemExit: see `run_worker`.
+    """
     try:
         sys.exit(run(arguments()))
     except UserError as error:

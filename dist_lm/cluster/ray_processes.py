@@ -228,7 +228,11 @@ def say(*lines: str) -> None:
 
 
 def main() -> None:
-    """Runs `ray start`, which does not return while the node lives."""
+    """Runs `ray start`, which does not return while the node lives.
+
+    Raises:
+        OSError: the kernel refuses to end this process with its parent.
+    """
     process.die_with_parent(int(sys.argv[1]))
 
     from ray.scripts.scripts import main as ray

@@ -146,6 +146,9 @@ def interface_towards(address: str) -> str | None:
 def main() -> None:
     """Runs torchrun, and ends with the agent that started it. If a rank failed, it prints the error, writes the
     failures to the report's descriptor and exits with code 1.
+
+    Raises:
+        OSError: the kernel refuses to end this process with its parent.
     """
     parent, report = int(sys.argv[1]), int(sys.argv[2])
     process.die_with_parent(parent)

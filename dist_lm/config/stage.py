@@ -379,5 +379,5 @@ class StageConfig(TrainerGroup):
     @property
     def corpus_names(self) -> tuple[str, ...]:
         """Names of the corpora that the stage trains on: `corpus`, then those in `mix` or in `phases`."""
-        others = {*(self.mix or {}), *self.phased_corpora} - {self.corpus}
-        return tuple(name for name in (self.corpus, *sorted(others)) if name)
+        mixed_names = {*(self.mix or {}), *self.phased_corpora} - {self.corpus}
+        return tuple(name for name in (self.corpus, *sorted(mixed_names)) if name)

@@ -190,10 +190,10 @@ def require_readable(build: Build, tasks: Sequence[BuildTask], reader: SourceRea
                 documents.update(task_survey.keys[document].tobytes())
                 documents.update(task_survey.groups[document].encode())
                 n_documents += 1
-            for language, place in task_survey.languages.items():
+            for language, location in task_survey.languages.items():
                 languages.setdefault(corpus, set()).add(language)
                 if len(languages[corpus]) > LANGUAGES:
-                    raise too_many_languages(build.config, corpus, place)
+                    raise too_many_languages(build.config, corpus, location)
 
         # Broken rows are the better explanation for a source without documents, so they are checked first.
         rows.check()
@@ -210,6 +210,9 @@ def choose_searches(build: Build, n_results: int) -> int:
 
     Args:
         n_results: of the pass `neighbours`.
+
+    Raises:
+        OSError: a file cannot be read or written.
     """
     # Texts are numbered in the order of the plan, so a smaller number is an earlier text.
     ends = np.cumsum([0, *(n_records(build.survey(number) / RUN) for number in range(build.n_tasks))])
@@ -220,8 +223,8 @@ def choose_searches(build: Build, n_results: int) -> int:
         # Results of a band that very many texts share are large.
         pairs = np.load(build.result("neighbours", number) / PAIRS, mmap_mode="r")
         for begin in range(0, len(pairs), AT_ONCE):
-            places = np.array(pairs[begin : begin + AT_ONCE])
-            numbers = ends[places[:, :, 0]] + places[:, :, 1]
+            task_and_number = np.array(pairs[begin : begin + AT_ONCE])
+            numbers = ends[task_and_number[:, :, 0]] + task_and_number[:, :, 1]
             text_groups.join(numbers)
             has_neighbour[numbers.ravel()] = True
     groups = text_groups.groups()
@@ -330,6 +333,7 @@ def choose_rule(
         NothingHeldOutError: one of these corpora has no val.
         ArtefactError: it has no train, or an earlier corpus is damaged.
         UserError: a process that reads earlier corpora died.
+        OSError: a file cannot be read or written.
     """
     val, index = read_val(build)
     index.take_evidence()

@@ -305,8 +305,8 @@ def _copies(build: Build, number: int, result: Path) -> None:
     class_number, part = divmod(number, parts_of(build))
     runs = [build.survey(task) / RUN for task in build.tasks_of_class(class_number)]
     copies = later_copies(read_part(runs, part, parts_of(build)))
-    places = np.stack([copies["task"], copies["number"]], axis=1)
-    save_places(result / COPIES, places[np.lexsort([places[:, 1], places[:, 0]])])
+    task_and_number = np.stack([copies["task"], copies["number"]], axis=1)
+    save_places(result / COPIES, task_and_number[np.lexsort([task_and_number[:, 1], task_and_number[:, 0]])])
 
 
 def write_parts(build: Build, name: str, parts: int) -> None:
@@ -373,6 +373,10 @@ def fates(build: Build, number: int, task_survey: Survey, rule: Rule) -> np.ndar
     Args:
         number: of the task.
         rule: with an empty one, no document is held out or dropped for what others contain.
+
+    Raises:
+        ArtefactError: a file is damaged.
+        OSError: a file cannot be read or written.
     """
     task = build.task(number)
     copies = is_copy(build, number, len(task_survey.keys))
@@ -455,16 +459,16 @@ def _windows(build: Build, number: int, result: Path) -> None:
 
 
 def _search(build: Build, number: int, result: Path) -> None:
-    places, spans, positions = [np.empty((0, 2), np.int64)], [np.empty((0, 2), np.int64)], [np.empty(0, np.int64)]
+    text_places, spans, positions = [np.empty((0, 2), np.int64)], [np.empty((0, 2), np.int64)], [np.empty(0, np.int64)]
     for task in range(build.n_tasks):
         texts = np.load(build.result("windows", task) / TEXTS)
         chosen = np.flatnonzero(texts["search"] == number)
         if len(chosen):
             ends = np.load(build.result("windows", task) / WINDOWS_ENDS)
-            places.append(np.stack([np.full(len(chosen), task), texts["number"][chosen]], axis=1))
+            text_places.append(np.stack([np.full(len(chosen), task), texts["number"][chosen]], axis=1))
             spans.append(np.stack([ends[chosen], ends[chosen + 1]], axis=1))
             positions.append(chosen)
-    place_of, span_of, position_of = np.concatenate(places), np.concatenate(spans), np.concatenate(positions)
+    place_of, span_of, position_of = np.concatenate(text_places), np.concatenate(spans), np.concatenate(positions)
 
     def windows_of(text: int) -> np.ndarray:
         begin, end = span_of[text].tolist()

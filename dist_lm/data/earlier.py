@@ -236,6 +236,7 @@ def decode(tokenizer: Tokenizer, span: Span) -> list[EarlierText]:
 
     Raises:
         ArtefactError: the tar is damaged.
+        OSError: a file cannot be read.
     """
     corpus = _opened(span.folder, span.split)
     documents = []
@@ -253,6 +254,7 @@ def read_openings(_tokenizer: Tokenizer, span: Span) -> list[bytes]:
 
     Raises:
         ArtefactError: the tar is damaged.
+        OSError: a file cannot be read.
     """
     corpus = _opened(span.folder, span.split)
     if not corpus.has_mask:

@@ -122,6 +122,7 @@ def print_corpus(directory: Path, console: Console) -> bool:
     Raises:
         ArtefactError: `directory` is not a corpus, its manifest or journal is damaged, or its train split is empty.
         OSError: a tar cannot be read, or an index cannot be written.
+        UserError: the package `tokenizers` is needed and not installed.
     """
     summary = inspect_corpus(directory)
     console.print(Text(f"Corpus {summary['directory']}", style="bold"), soft_wrap=True)

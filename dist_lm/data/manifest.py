@@ -424,6 +424,7 @@ def require_content(run: RunDirectory, corpora: Sequence[str], folders: Mapping[
     Raises:
         ArtefactError: names the corpus, the splits that differ, and the run; or a manifest or the run's record cannot
             be read.
+        OSError: a file cannot be read.
     """
     recorded, folder_of = recorded_content(run), {**run.corpus_folders(), **(folders or {})}
     for name in corpora:

@@ -98,9 +98,9 @@ def neighbours(records: np.ndarray) -> np.ndarray:
     Args:
         records: as of `with_common_bands`.
     """
-    places = np.stack([records["task"], records["number"]], axis=1)
+    task_and_number = np.stack([records["task"], records["number"]], axis=1)
     is_equal = _equals_next(records)
-    return np.stack([places[:-1][is_equal], places[1:][is_equal]], axis=1)
+    return np.stack([task_and_number[:-1][is_equal], task_and_number[1:][is_equal]], axis=1)
 
 
 def _equals_next(records: np.ndarray) -> np.ndarray:

@@ -194,7 +194,10 @@ def common_bands(bands: Iterator[np.ndarray]) -> SharedBands:
     """Returns which bands the texts have in common.
 
     Args:
-        bands: of each text, (B,) uint64.
+        bands: of each text, (B,) uint64; they go through a temporary file.
+
+    Raises:
+        OSError: the temporary file cannot be written.
     """
     with tempfile.TemporaryFile() as file:
         n_texts = 0

@@ -87,8 +87,8 @@ class Packing:
         """
         stops = self._piece_starts + self.lengths
         has_part = (self._piece_documents == part.document) & (self._piece_starts < part.stop) & (stops > part.start)
-        places = np.flatnonzero(has_part[in_rows])
-        return np.searchsorted(self.ends, places, side="right")
+        indices = np.flatnonzero(has_part[in_rows])
+        return np.searchsorted(self.ends, indices, side="right")
 
 
 class PackedEpoch:

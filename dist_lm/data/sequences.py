@@ -273,7 +273,7 @@ class MixedSequences:
             ConfigError: a corpus cannot fill a phase.
         """
         # The stage's own corpus is number 0, as in both kinds of mixes.
-        others = mix.corpora if isinstance(mix, PhasedCorpora) else list(mix or {})
+        mixed_corpora = mix.corpora if isinstance(mix, PhasedCorpora) else list(mix or {})
         self.of_corpora = [
             CorpusSequences(
                 each,
@@ -285,7 +285,7 @@ class MixedSequences:
                 (without or {}).get(each.directory.name, ()),
                 order,
             )
-            for each in (corpus, *others)
+            for each in (corpus, *mixed_corpora)
         ]
 
         self._mix: Mix | PhasedMix
@@ -316,9 +316,11 @@ class MixedSequences:
 
     def numbers(self, corpus: TokenCorpus, parts: Sequence[DocumentSlice], end: int) -> dict[DocumentSlice, list[int]]:
         """Returns the global sequences below `end` that hold a token of each slice of a corpus: rising numbers."""
-        place = next(i for i, sequences in enumerate(self.of_corpora) if sequences.corpus is corpus)
-        in_corpus = self.of_corpora[place].numbers(parts, self._mix.count(place, end))
-        return {part: [self._mix.number(place, number) for number in numbers] for part, numbers in in_corpus.items()}
+        number_in_mix = next(i for i, sequences in enumerate(self.of_corpora) if sequences.corpus is corpus)
+        in_corpus = self.of_corpora[number_in_mix].numbers(parts, self._mix.count(number_in_mix, end))
+        return {
+            part: [self._mix.number(number_in_mix, number) for number in numbers] for part, numbers in in_corpus.items()
+        }
 
 
 def packed(

@@ -24,7 +24,11 @@ RunPass = Callable[[Path, str, Sequence[int]], Iterator[int]]
 
 
 def in_this_process(folder: Path, pass_name: str, numbers: Sequence[int]) -> Iterator[int]:
-    """As `RunPass`."""
+    """As `RunPass`.
+
+    Raises:
+        ArtefactError, ChangedInputError, ConfigError, OSError: as `run_task`.
+    """
     for number in numbers:
         run_task(folder, pass_name, number)
         yield number

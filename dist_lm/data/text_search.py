@@ -51,8 +51,8 @@ def find_text(corpus: TokenCorpus, text: bytes, table: ByteTable) -> Iterator[Do
             # The token that holds the first byte, and the one behind that of the last.
             first = int(np.searchsorted(byte_ends, at, side="right"))
             stop = int(np.searchsorted(byte_ends, at + len(text) - 1, side="right")) + 1
-            place = int(np.searchsorted(token_ends, first, side="right"))
-            if stop <= token_ends[place] and not is_special[first:stop].any():
-                begin = int(token_ends[place - 1]) if place else 0
-                yield DocumentSlice(documents.start + place, first - begin, stop - begin)
+            document = int(np.searchsorted(token_ends, first, side="right"))
+            if stop <= token_ends[document] and not is_special[first:stop].any():
+                begin = int(token_ends[document - 1]) if document else 0
+                yield DocumentSlice(documents.start + document, first - begin, stop - begin)
             at = content.find(text, at + 1)

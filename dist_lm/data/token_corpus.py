@@ -157,6 +157,7 @@ class TokenCorpus:
 
         Raises:
             ArtefactError: as `tokens`.
+            OSError: a tar cannot be read, or an index cannot be written.
         """
         width = self._dtype.itemsize
         spans: list[tuple[_Area, int, int]] = []  # tokens of a member: its area, the first, and the one behind the last
@@ -234,6 +235,7 @@ class TokenCorpus:
 
         Raises:
             ArtefactError: the tar is damaged, as `tokens`.
+            OSError: a tar cannot be read, or an index cannot be written.
         """
         unit = self._unit_of(document)
         mask = self._mask_of(unit.tokens.member)
@@ -246,6 +248,10 @@ class TokenCorpus:
         """Has a pool fetch what `tokens_of` and `mask` will read of some slices; only for a remote corpus.
 
         Of a member whose checksums are not known yet this is all of it, as it is for a member with a mask.
+
+        Raises:
+            ArtefactError: a tar is missing or damaged.
+            OSError: a tar cannot be read, or an index cannot be written.
         """
         assert not isinstance(self._tars, _Tars), f"{self.directory} is local"
         columns, width = self._index.columns, self._dtype.itemsize

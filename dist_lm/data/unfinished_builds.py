@@ -44,7 +44,11 @@ def begin_pass(folder: Path, corpora: Sequence[str], pass_name: str, n_tasks: in
 
 
 def unfinished_builds(work: Path) -> list[UnfinishedBuild]:
-    """Returns the unfinished builds of a work directory, by name; those under way are among them."""
+    """Returns the unfinished builds of a work directory, by name; those under way are among them.
+
+    Raises:
+        OSError: a file cannot be read.
+    """
     builds = []
     for path in sorted((work / "builds").glob("*/")):
         # A build that completes its corpora removes its folder, maybe just now.
@@ -62,11 +66,11 @@ def _unfinished_build(folder: Path) -> UnfinishedBuild:
         return UnfinishedBuild(folder, (), "", 0, 0, folder.stat().st_mtime)
 
     results = folder / content["pass"]
-    begun = (folder / STATE).stat().st_mtime
+    begun_at = (folder / STATE).stat().st_mtime
     if not results.is_dir():
-        return UnfinishedBuild(folder, tuple(content["corpora"]), content["pass"], content["tasks"], 0, begun)
+        return UnfinishedBuild(folder, tuple(content["corpora"]), content["pass"], content["tasks"], 0, begun_at)
 
     # A result is renamed into the folder of its pass, which sets the time of the folder.
     n_results = sum(not path.name.startswith(".") for path in results.iterdir())
-    latest = max(begun, results.stat().st_mtime)
+    latest = max(begun_at, results.stat().st_mtime)
     return UnfinishedBuild(folder, tuple(content["corpora"]), content["pass"], content["tasks"], n_results, latest)

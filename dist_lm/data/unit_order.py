@@ -256,9 +256,9 @@ class UnitEpoch:
         """Returns the slices that cover the tokens [begin, end) of the epoch, in order."""
         assert 0 <= begin <= end <= self._units.n_tokens, (begin, end)
         slices = []
-        place = bisect_right(self._ends, begin)
+        index = bisect_right(self._ends, begin)
         while begin < end:
-            group, group_end = self._groups.item(place), self._ends.item(place)
+            group, group_end = self._groups.item(index), self._ends.item(index)
             stored, stored_end = self._units.group_tokens[group : group + 2].tolist()
             group_begin = group_end - (stored_end - stored)
 
@@ -273,7 +273,7 @@ class UnitEpoch:
                 stop = min(end, group_end)
                 slices += self._units.slices(stored + begin - turn, stored + stop - turn)
                 begin = stop
-            place += 1
+            index += 1
         return slices
 
     def visits(self, part: DocumentSlice) -> list[int]:

@@ -135,13 +135,13 @@ def tasks(seed: int, part: Part, count: int) -> Iterator[dict[str, Json]]:
 
     for _ in range(count):
         chosen = rng.sample(pairs, NUM_REQUESTS)
-        others = rng.sample([thing for thing in THINGS if thing not in dict(chosen)], NUM_THINGS - NUM_REQUESTS)
-        things = [*dict(chosen), *others]
-        rng.shuffle(things)
+        other_things = rng.sample([thing for thing in THINGS if thing not in dict(chosen)], NUM_THINGS - NUM_REQUESTS)
+        stored_things = [*dict(chosen), *other_things]
+        rng.shuffle(stored_things)
 
         # New boxes are empty ones, and differ from each other.
-        numbers = iter(rng.sample(BOXES, len(things) + NUM_REQUESTS))
-        boxes = dict(zip(things, numbers, strict=False))
+        numbers = iter(rng.sample(BOXES, len(stored_things) + NUM_REQUESTS))
+        boxes = dict(zip(stored_things, numbers, strict=False))
         requests = [[thing, next(numbers) if is_move else None] for thing, is_move in chosen]
         yield {"prompt": request_text(requests[0]), "boxes": boxes, "requests": requests}
 

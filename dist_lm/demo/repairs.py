@@ -81,12 +81,14 @@ class Repair:
         wrong = self.program(wrong_number)
         program = task_of(self.fields).program(wrong)
         results = tuple(False for _ in program.tests)
-        told = feedback(program, Verdict("failed", results, ("",) * len(results), FAILED_OUTPUT, 0.0, 0.0), num_shown=1)
+        feedback_text = feedback(
+            program, Verdict("failed", results, ("",) * len(results), FAILED_OUTPUT, 0.0, 0.0), num_shown=1
+        )
 
         messages = (
             Message("user", str(self.fields["prompt"])),
             Message("assistant", wrong),
-            Message("user", told),
+            Message("user", feedback_text),
             Message("assistant", self.program(self.number)),
         )
         return Conversation(messages)
@@ -132,7 +134,7 @@ def write(folder: Path, seed: int = 0, sizes: Mapping[Part, int] = SIZES) -> Non
     folder.mkdir(parents=True, exist_ok=True)
     for part, count in sizes.items():
         if part == "solved":
-            rows = [{"messages": messages_of(one.messages)} for one in conversations(seed, count)]
+            rows = [{"messages": messages_of(conversation.messages)} for conversation in conversations(seed, count)]
         else:
             rows = [repair.fields for repair in tasks(seed, part, count)]
         durable.write_text(folder / f"{part}.jsonl", "".join(json.dumps(row) + "\n" for row in rows))

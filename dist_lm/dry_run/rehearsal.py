@@ -50,7 +50,12 @@ PLAYED = 3  # micro-batches: the first gathers, the last reduces, and all betwee
 
 
 def main() -> None:
-    """Plays one rank and prints its memory and work."""
+    """Plays one rank and prints its memory and work.
+
+    Raises:
+        ArtefactError: the configuration of the run cannot be read.
+        ConfigError: a value is not accepted by this version.
+    """
     path, rank, world_size = sys.argv[1:]
     # The garbage collector skips half a million objects of imported modules.
     gc.freeze()

@@ -72,8 +72,8 @@ class CodeRepair:
         # A program that was cut off is judged, too: it may be whole.
         verdict = await self._sandboxes.verdict(program)
         if not is_last and verdict.outcome != "passed":
-            told = clipped(feedback(program, verdict, self._num_shown), self._limits.observation_bytes // 2)
-            return Step(Observation.user(told), done=False)
+            feedback_text = clipped(feedback(program, verdict, self._num_shown), self._limits.observation_bytes // 2)
+            return Step(Observation.user(feedback_text), done=False)
 
         if self._task.hidden is not None:
             try:

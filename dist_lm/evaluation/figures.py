@@ -43,8 +43,8 @@ def recorded(question: Item, answer: Answer, judged: Callable[[], Record]) -> Ca
     `judged` raises."""
 
     def record() -> Record:
-        known = {"id": question.id, "group": question.group, "index": answer.index}
-        return known | judged() | {"text": answer.text, "tokens": len(answer.tokens), "finish": answer.finish}
+        identity = {"id": question.id, "group": question.group, "index": answer.index}
+        return identity | judged() | {"text": answer.text, "tokens": len(answer.tokens), "finish": answer.finish}
 
     return record
 

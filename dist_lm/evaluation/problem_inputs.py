@@ -81,8 +81,8 @@ def brackets(rng: Rng) -> str:
         text = rng.choice((f"{opening}{text}{closing}", f"{text}{opening}{rng.choice('abc')}{closing}"))
 
     if rng.random() < 0.5:
-        place = rng.randrange(len(text))
-        text = text[:place] + rng.choice(("", rng.choice("()[]{}"))) + text[place + 1 :]
+        position = rng.randrange(len(text))
+        text = text[:position] + rng.choice(("", rng.choice("()[]{}"))) + text[position + 1 :]
     return text
 
 
@@ -286,7 +286,7 @@ def _most_frequent(rng: Rng) -> Case:
 def _rename_all(rng: Rng) -> Case:
     names = rng.sample(WORDS, rng.randint(2, 5))
     num_logs = rng.randint(0, len(names) - 1)
-    files = [f"d/{name}.{'log' if place < num_logs else 'txt'}" for place, name in enumerate(names)]
+    files = [f"d/{name}.{'log' if index < num_logs else 'txt'}" for index, name in enumerate(names)]
     return Case("ls d", before=f"cd /tmp && mkdir d && touch {_words_of_bash(*files)} && rename_all d")
 
 

@@ -277,10 +277,10 @@ def _read(key: str, path: Path, read: Callable[[Mapping[str, Any]], Problem]) ->
         ConfigError: names the key, the file, the line, and the fault.
     """
     problems: dict[str, Problem] = {}
-    place = ""
+    current_line = ""
     try:
         for line_name, line in _lines(path):
-            place = line_name
+            current_line = line_name
             problem = read(json.loads(line) if isinstance(line, str) else line)
             if not any((test.code if test.stdout is None else test.stdout).strip() for test in problem.tests):
                 raise UserError("it has no tests, so every program would pass")
@@ -291,11 +291,13 @@ def _read(key: str, path: Path, read: Callable[[Mapping[str, Any]], Problem]) ->
     except OSError as error:
         raise ConfigError(f"{key}={path}: cannot be read ({error.strerror or error})") from error
     except UserError as error:
-        raise ConfigError(f"{key}={path}{place}: {error}") from error
+        raise ConfigError(f"{key}={path}{current_line}: {error}") from error
     except KeyError as error:
-        raise ConfigError(f"{key}={path}{place}: not the published format: no field {error}") from error
+        raise ConfigError(f"{key}={path}{current_line}: not the published format: no field {error}") from error
     except (ValueError, TypeError, AttributeError, EOFError, zlib.error) as error:  # gzip raises the last two
-        raise ConfigError(f"{key}={path}{place}: not the published format ({type(error).__name__}: {error})") from error
+        raise ConfigError(
+            f"{key}={path}{current_line}: not the published format ({type(error).__name__}: {error})"
+        ) from error
 
     if not problems:
         raise ConfigError(f"{key}={path}: expected problems; the file has none")

@@ -47,6 +47,9 @@ def read_answer(tokens: Sequence[int], ended: bool, tokenizer: Tokenizer) -> Mes
 
     Returns:
         The turn, or None if it was cut off or does not parse.
+
+    Raises:
+        UserError: the tokenizer lacks the mark that ends a turn, see `stop_tokens`.
     """
     if not ended:
         return None

@@ -784,8 +784,8 @@ class Engine:
             allowed: bits of the tokens that rows with a constraint may draw.
         """
         plan = self._sampling_plan_for(sequences)
-        seen = [sequence.tokens for sequence in sequences]
-        adjusted_BV = adjusted(logits_BV, plan.params, seen, [sequence.n_prompt for sequence in sequences])
+        tokens_of_rows = [sequence.tokens for sequence in sequences]
+        adjusted_BV = adjusted(logits_BV, plan.params, tokens_of_rows, [sequence.n_prompt for sequence in sequences])
         if allowed:
             adjusted_BV = constrained(logits_BV if adjusted_BV is None else adjusted_BV, allowed)
         uniform_B = uniform(plan.seed_B, position_B)

@@ -101,13 +101,13 @@ class Matcher:
 
 def only_token(allowed_U: np.ndarray) -> int | None:
     """Returns the only token in what `Matcher.allowed` returns; None if there are several."""
-    (places,) = allowed_U.nonzero()
-    if len(places) != 1:
+    (nonzero_bytes,) = allowed_U.nonzero()
+    if len(nonzero_bytes) != 1:
         return None
-    bits = int(allowed_U[places[0]])
+    bits = int(allowed_U[nonzero_bytes[0]])
     if bits.bit_count() != 1:
         return None
-    return 8 * int(places[0]) + bits.bit_length() - 1
+    return 8 * int(nonzero_bytes[0]) + bits.bit_length() - 1
 
 
 def allows(allowed_U: np.ndarray, token: int) -> bool:

@@ -357,8 +357,8 @@ def plan_decode(
     longest = max(n_pages)
     readers: dict[int, list[tuple[int, int]]] = {}
     for row, (sequence_pages, count) in enumerate(zip(pages, n_pages, strict=True)):
-        for place, page in enumerate(sequence_pages[:count]):
-            readers.setdefault(page, []).append((row, row * longest + place))
+        for index, page in enumerate(sequence_pages[:count]):
+            readers.setdefault(page, []).append((row, row * longest + index))
     used_pages = sorted(readers)
     slots = _Slots(readers, len(pages) * longest)
 

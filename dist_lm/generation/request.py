@@ -333,12 +333,14 @@ class AnswerSequence:
     @property
     def next_version(self) -> int | None:
         """The weights that its next token must be read by; None: any."""
-        asked = self.request.versions
+        required_versions = self.request.versions
         n_reached = len(self.versions)
-        if not asked:
+        if not required_versions:
             return None
-        if n_reached < len(asked) and (not n_reached or asked[n_reached][0] == self.cached - self.n_prompt):
-            return asked[n_reached][1]
+        if n_reached < len(required_versions) and (
+            not n_reached or required_versions[n_reached][0] == self.cached - self.n_prompt
+        ):
+            return required_versions[n_reached][1]
         return self.version
 
     def read_by(self, version: int) -> None:

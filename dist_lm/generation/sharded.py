@@ -147,7 +147,11 @@ class ShardedDecoder:
         self._execute("clear", list(pages))
 
     def save(self, pages: Sequence[int]) -> int:
-        """Does the same as `Decoder.save`. Each rank stores its part under the returned number."""
+        """Does the same as `Decoder.save`. Each rank stores its part under the returned number.
+
+        Raises:
+            RankLostError: another process of the model has ended.
+        """
         ticket = next(self._tickets)
         self._execute("save", ticket, list(pages))
         return ticket

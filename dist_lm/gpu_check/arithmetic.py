@@ -181,6 +181,8 @@ def compiled(probe: Probe) -> None:
 
     Raises:
         CheckFailedError: an error is above its limit, or a loss is not finite.
+        ConfigError: bf16 is asked for on a GPU without it.
+        StrangerError: another user has connected to a port of this rank.
     """
     shape = ("model=medium", "model.n_layers=4", "stage.seq_len=1024")
     tiny = ("model=nano", "model.n_layers=2", "stage.seq_len=64", "model.vocab_size=512")

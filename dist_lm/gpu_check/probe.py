@@ -98,6 +98,7 @@ def run(check: Check, probe: Probe) -> None:
 
     Raises:
         CheckFailedError: the check failed. Any other error of the check means the same.
+        StrangerError: another user has connected to a port of this rank.
     """
     function = pkgutil.resolve_name(check.target)
     if check.runs == "launcher":
@@ -129,6 +130,9 @@ def main() -> None:
     """Runs the check of the command line; ends the process with exit code 1 if it failed.
 
     The first rank that fails writes the reason to the file FAILURE; every one prints its traceback.
+
+    Raises:
+        OSError: the kernel refuses to end this process with its parent.
     """
     name, folder, ranks, mode = sys.argv[1:]
     die_with_parent()

@@ -64,6 +64,7 @@ def read_results(path: Path) -> Results | None:
 
     Raises:
         ArtefactError: the file holds no JSON, or was not written by `Results.write`.
+        OSError: a file cannot be read.
     """
     content = durable.read_json(path)
     if not content:

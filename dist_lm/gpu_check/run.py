@@ -60,6 +60,7 @@ def check_gpus(
         ConfigError: no GPU, too few GPUs, an unknown check, a folder that cannot be used, or a page with `rehearse`.
         ArtefactError: results.json or `page` cannot be used.
         SystemExit: stopped by a signal, code 128 + its number; the check that ran is ended and has no result.
+        OSError: a file cannot be read.
     """
     require(gpus > 0, "--gpus", gpus, "a positive integer")
     if page is not None and rehearse:
@@ -142,6 +143,8 @@ def run_check(check: Check, gpus: int, folder: Path, *, rehearse: bool) -> Resul
 
     Raises:
         ConfigError: the folder was not created by this function, or cannot be replaced.
+        ArtefactError: a file is damaged.
+        OSError: a file cannot be read.
     """
     _check_replaceable(folder)
     try:

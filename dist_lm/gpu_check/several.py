@@ -64,6 +64,7 @@ def tp(probe: Probe) -> None:
 
     Raises:
         CheckFailedError: the losses are too far from those of an unsplit model.
+        StrangerError: another user has connected to a port of this rank.
     """
     size = probe.world.size
     for sp in ("false", "true"):

@@ -100,6 +100,9 @@ def large(probe: Probe) -> None:
 
     Raises:
         CheckFailedError: a loss is not finite.
+        ConfigError: bf16 is asked for on a GPU without it.
+        StrangerError: another user has connected to a port of this rank.
+        ArtefactError: the profile is damaged.
     """
     config = probe.config(*LARGE, "parallel.compile=always", "stage.micro_batch=4", "stage.global_batch=4", tiny=TINY)
     training = Training(probe, config)
@@ -175,7 +178,11 @@ def estimate(probe: Probe, training: Training, sequences: int) -> None:
 
 def profile(probe: Probe, training: Training, batches: Sequence[Batch]) -> None:
     """Takes four steps; writes a trace of two of them (Perfetto) and a list of operators, and notes compute and idle
-    time of a step in percent; on a GPU also how often the host waited, and copies from pageable memory."""
+    time of a step in percent; on a GPU also how often the host waited, and copies from pageable memory.
+
+    Raises:
+        ArtefactError: the profile is damaged.
+    """
     on_gpu = training.device.type == "cuda"
     trace = probe.folder / "trace.json.gz"
     laps = laps_on(training.device)
@@ -204,10 +211,12 @@ def laps_on(device: torch.device) -> Laps:
 
 
 def optimizers(probe: Probe) -> None:
-    """Checks that the loss on one batch falls with each optimizer, and notes the time of its update, ms.
+    """Checks that the loss on a batch falls with each optimizer; notes the time of an update (ms) and the fall (nats).
 
     Raises:
         CheckFailedError: it does not fall.
+        ConfigError: bf16 is asked for on a GPU without it.
+        StrangerError: another user has connected to a port of this rank.
     """
     model = None
     shape = (*LARGE, "stage.micro_batch=1", "stage.lr=3e-4", "parallel.compile=never")
@@ -240,6 +249,9 @@ def save(probe: Probe) -> None:
     Raises:
         CheckFailedError: there is no intact checkpoint, a loaded tensor differs, or losses differ by more than 1e-4.
         CheckpointWriteError: the checkpoint could not be written.
+        ArtefactError: no checkpoint can be loaded.
+        ConfigError: bf16 is asked for on a GPU without it.
+        StrangerError: another user has connected to a port of this rank.
     """
     config = probe.config("model=medium", "stage.seq_len=1024", "stage.micro_batch=4", "stage.lr=1e-3", tiny=TINY)
     first = Training(probe, config)

@@ -87,7 +87,11 @@ class _Bytes:
         return struct.unpack(f"<{code}", self.take(struct.calcsize(f"<{code}")))[0]
 
     def text(self) -> str:
-        """Returns the next string."""
+        """Returns the next string.
+
+        Raises:
+            ArtefactError: the file has fewer bytes.
+        """
         start = self.position
         try:
             return self.take(self.number("Q")).decode()
@@ -102,7 +106,11 @@ class _Bytes:
         return count
 
     def value(self, value_type: int, key: str) -> Any:
-        """Returns the next value; `key` is its key, for messages."""
+        """Returns the next value; `key` is its key, for messages.
+
+        Raises:
+            ArtefactError: the file has fewer bytes.
+        """
         if value_type == STRING:
             return self.text()
         if value_type in NUMBERS:

@@ -162,14 +162,14 @@ def _scores(texts: list[str], types: list[int], merges: list[Any], where: str) -
     learned = {text: token_id for token_id, text in enumerate(texts) if types[token_id] == NORMAL}
     # Older files write a merge as one text, with a space between its parts.
     pairs = [tuple(merge.split(" ")) if isinstance(merge, str) else tuple(merge) for merge in merges]
-    joined = [first + second for first, second in pairs]
+    merged_texts = [first + second for first, second in pairs]
 
     rank: dict[str, int] = {}
-    for place, (text, before) in enumerate(zip(joined, [None, *joined], strict=False)):
+    for index, (text, before) in enumerate(zip(merged_texts, [None, *merged_texts], strict=False)):
         if text not in learned:
-            _refuse(where, "model.merges", pairs[place], "pairs that make a piece")
+            _refuse(where, "model.merges", pairs[index], "pairs that make a piece")
         if text != before and rank.setdefault(text, len(rank)) != len(rank) - 1:
-            _refuse(where, "model.merges", pairs[place], "all pairs of a piece in a row, as SentencePiece has them")
+            _refuse(where, "model.merges", pairs[index], "all pairs of a piece in a row, as SentencePiece has them")
 
     listed = set(pairs)
     for text in learned:
@@ -181,8 +181,8 @@ def _scores(texts: list[str], types: list[int], merges: list[Any], where: str) -
     # Pieces that nothing is merged to, such as single characters, need a score too.
     best_first = sorted(learned, key=lambda text: (rank.get(text, len(rank)), learned[text]))
     scores = [0.0] * len(texts)
-    for place, text in enumerate(best_first):
-        scores[learned[text]] = -float(place)
+    for index, text in enumerate(best_first):
+        scores[learned[text]] = -float(index)
     return scores
 
 
@@ -289,9 +289,9 @@ def _check_same_ids(tokenizer_json: dict[str, Any], rebuilt: Any, content: bytes
         their_ids, our_ids = theirs.encode(text, add_special_tokens=False).ids, ours.encode(text)
         if their_ids != our_ids:
             pairs = zip(their_ids, our_ids, strict=False)
-            place = next((place for place, (a, b) in enumerate(pairs) if a != b), len(our_ids))
+            index = next((index for index, (a, b) in enumerate(pairs) if a != b), len(our_ids))
             raise ArtefactError(
-                f"{where}: SentencePiece gives other ids than this file, from token {place} of a probe on: put the "
+                f"{where}: SentencePiece gives other ids than this file, from token {index} of a probe on: put the "
                 "tokenizer.model that the file was made of beside it"
             )
 

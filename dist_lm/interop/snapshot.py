@@ -120,6 +120,7 @@ def named_base(folder: Path) -> str:
     Raises:
         ArtefactError: an option is one that our adapters lack; or they name no base, or were downloaded and name a path
             of this machine. The message names the way out.
+        UserError: no process can be started for reading the file.
     """
     base = adapter_folder.adapters_in(folder).base
     where = f"{folder / adapter_folder.CONFIG}: base_model_name_or_path"
@@ -291,7 +292,8 @@ def special_tokens_of(folder: Path) -> dict[str, str]:
 
 
 def snapshot_record(source: str, folder: Path) -> dict[str, Any]:
-    """Returns what an import records of its snapshot: the commit of a model of the hub, or the files of a folder.
+    """Returns what an import records of its snapshot: id and commit of a model of the hub, or hash and status of the
+    files of a folder; nothing of a single file.
 
     Raises:
         ArtefactError: a file is a link that leaves the folder, or no regular file.

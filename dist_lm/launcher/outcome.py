@@ -246,6 +246,9 @@ def can_be_launched(overrides: Sequence[str]) -> bool:
     is not configured.
 
     Reads the work directory and writes nothing.
+
+    Raises:
+        OSError: a file cannot be read.
     """
     try:
         return bool(plan_command(overrides).missing)

@@ -142,6 +142,7 @@ def build_artefact(planned: PlannedStage, console: Console) -> str:
         ArtefactError: existing files were made with other settings, or input files are missing or damaged.
         ConfigError: the stage refuses its sources, or the text does not fit the vocabulary size.
         UserError: what the build needs cannot be reached or is not installed.
+        OSError: the lock file cannot be opened or written.
     """
     stage, config = cast(ArtefactStage, planned.stage), planned.config
     work = WorkDirectory(Path(config.work_dir))

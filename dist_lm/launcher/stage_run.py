@@ -363,6 +363,7 @@ def await_other_ranks(run: RunDirectory, console: Console, interrupt: Interrupt)
 
     Raises:
         ArtefactError: the ranks do not end within `storage.lock.OWN_JOB_S` seconds; the message names host and process.
+        OSError: the lock file cannot be opened or written.
     """
     try:
         with rank_lock(run, console.line, stopped=lambda: interrupt.requested):

@@ -40,6 +40,7 @@ def broadcast(value: T, expected: Any, group: dist.ProcessGroup | None = None) -
 
     Raises:
         MessageError: something else has arrived.
+        TypeError: the value is of none of the types that `decode` reads.
     """
     is_first = dist.get_rank(group) == 0
     device = _device_of(group)
@@ -87,6 +88,7 @@ def all_gather(value: T, expected: Any, group: dist.ProcessGroup | None = None) 
 
     Raises:
         MessageError: something else has arrived.
+        TypeError: the value is of none of the types that `decode` reads.
     """
     device = _device_of(group)
     content = encode(value)
@@ -148,12 +150,12 @@ class _Numbers:
 
     def append(self, array: np.ndarray) -> int:
         """Adds the content of an array; returns its place in bytes."""
-        place, end = self.size, _aligned(self.size + array.nbytes)
+        offset, end = self.size, _aligned(self.size + array.nbytes)
         if array.nbytes:
             self.pieces.append(np.ascontiguousarray(array).reshape(-1).view(np.uint8).data)
-        self.pieces.append(bytes(end - place - array.nbytes))
+        self.pieces.append(bytes(end - offset - array.nbytes))
         self.size = end
-        return place
+        return offset
 
 
 def _aligned(size: int) -> int:
@@ -259,15 +261,15 @@ def _instance(plain: Any, expected: type) -> Any:
 
 
 def _array(plain: Any, numbers: bytes | memoryview) -> np.ndarray:
-    dtype, shape, place = _instance(plain, list)
+    dtype, shape, offset = _instance(plain, list)
     kind = np.dtype(_instance(dtype, str))
     if kind.kind not in NUMBERS:
         raise TypeError(f"an array of {kind}: expected numbers")
     # numpy reads -1 as "all that is left".
-    if min(_instance(size, int) for size in [place, *_instance(shape, list)]) < 0:
-        raise ValueError(f"an array of shape {shape} at {place}")
+    if min(_instance(size, int) for size in [offset, *_instance(shape, list)]) < 0:
+        raise ValueError(f"an array of shape {shape} at {offset}")
     # The receiver may write to its array.
-    array = np.frombuffer(numbers, kind, math.prod(shape), place).reshape(shape)
+    array = np.frombuffer(numbers, kind, math.prod(shape), offset).reshape(shape)
     return array if array.flags.writeable else array.copy()
 
 

@@ -139,10 +139,10 @@ def share_memory(memory: NodeMemory | None, local_rank: int) -> NodeMemory | Non
     if own_rank in firsts:
         memory = _passed_on(memory, size, firsts, firsts.index(own_rank))
 
-    places = _gathered(list(memory.place if memory else NOWHERE))
+    memory_places = _gathered(list(memory.place if memory else NOWHERE))
     if own_rank != first_of_node:
         try:
-            memory = NodeMemory.opened(MemoryPlace(*places[first_of_node]))
+            memory = NodeMemory.opened(MemoryPlace(*memory_places[first_of_node]))
         except OSError as error:
             log.info("rank %d cannot open the memory of rank %d: %s", own_rank, first_of_node, error)
 
@@ -220,7 +220,7 @@ def _passed_on(memory: NodeMemory | None, size: int, firsts: list[int], number: 
 
 def _gathered(numbers: list[int], group: dist.ProcessGroup | None = None) -> list[list[int]]:
     """Returns as many numbers of each rank (collective)."""
-    own = torch.tensor(numbers, dtype=torch.int64)
+    own_numbers = torch.tensor(numbers, dtype=torch.int64)
     gathered = torch.empty(dist.get_world_size(group) * len(numbers), dtype=torch.int64)
-    dist.all_gather_into_tensor(gathered, own, group=group)
+    dist.all_gather_into_tensor(gathered, own_numbers, group=group)
     return gathered.view(-1, len(numbers)).tolist()

@@ -356,6 +356,7 @@ def for_hydra(overrides: Sequence[str], schema: type[Config], folders: Sequence[
             experiment would lose the numbers of the model's size, or a folder of the user cannot be used.
         ArtefactError: the snapshot of `model=hf:SOURCE` cannot be read, or our model lacks an option of it.
         UserError: a package that is needed to read the snapshot is not installed.
+        OSError: a file cannot be read.
     """
     parsed = [_parse(text) for text in overrides]
     choice_of = {override.key_or_group: str(override.value()) for override in parsed}

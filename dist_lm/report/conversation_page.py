@@ -75,9 +75,9 @@ def shown_conversation(chosen: ChosenConversation) -> ShownConversation:
     """Returns a conversation in the form of the page; the more text it has, the shorter is each piece of it."""
     try:
         for longest in (LONGEST, 800, 400, 200, 100):
-            shown = _shown_conversation(chosen, longest)
-            if shown.html_bytes <= BYTES:
-                return shown
+            conversation = _shown_conversation(chosen, longest)
+            if conversation.html_bytes <= BYTES:
+                return conversation
         return _shown_conversation(chosen, 50)
     # A checksum says that a line is whole, not that it holds what this version writes.
     except (EnvironmentFailedError, KeyError, TypeError, ValueError, AttributeError) as error:

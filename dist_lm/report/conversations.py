@@ -78,6 +78,9 @@ def read_conversations(run: RunDirectory, most: int, is_finished: bool) -> tuple
     Args:
         most: iterations.
         is_finished: whether the run is; else its last file, which may still grow, counts only if it is the only one.
+
+    Raises:
+        UserError: the tokenizer lacks the mark that ends a turn, see `stop_tokens`.
     """
     if not run.conversations.is_dir():
         return ()
@@ -201,18 +204,20 @@ def _read(path: Path, position: int, config: "RlhfRunConfig | None", problem: st
             consider("cut", key, episode)
 
     # A conversation is shown once, under the first name that it has.
-    shown: dict[tuple[int, int], tuple[str, Episode]] = {}
+    chosen_episodes: dict[tuple[int, int], tuple[str, Episode]] = {}
     frequent = sorted(failures, key=lambda reason: (-failures[reason], reason))[:MOST_REASONS]
     for why in [why for why in ("best", "worst", "cut", *frequent) if why in leading]:
         episode = leading[why][1]
         name = why if episode.verdict.valid else "no verdict"
-        shown.setdefault((episode.position, episode.sample), (name, episode))
+        chosen_episodes.setdefault((episode.position, episode.sample), (name, episode))
 
     # With several draws in an iteration, a file does not tell how many conversations stand before it; with
     # rlhf.asynchronous it does not even tell the iteration.
     is_whole = config is not None and not (config.rlhf.sampling_rounds or config.rlhf.asynchronous)
     numbers = {key: number if is_whole else None for number, key in enumerate(sorted(judged), 1)}
-    chosen = tuple(_in_its_group(why, numbers[key], episode, judged, config) for key, (why, episode) in shown.items())
+    chosen = tuple(
+        _in_its_group(why, numbers[key], episode, judged, config) for key, (why, episode) in chosen_episodes.items()
+    )
     rewards = [conversation.reward for conversation in judged.values() if conversation.reward is not None]
     version = min((conversation.episode.version for conversation in chosen), default=0)
     return IterationConversations(

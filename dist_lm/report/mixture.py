@@ -101,8 +101,8 @@ def _shares(stage: Mapping[str, Any], manifests: Mapping[str, Manifest | None]) 
             amounts[name] = float(epochs) * manifest.splits["train"].counts.tokens if manifest else 0.0
 
         weights = weights_of(phase.mix)
-        left = (end - begin) * step_tokens - sum(amounts.values())
-        amounts |= {name: left * float(weight / sum(weights.values())) for name, weight in weights.items()}
+        remaining_tokens = (end - begin) * step_tokens - sum(amounts.values())
+        amounts |= {name: remaining_tokens * float(weight / sum(weights.values())) for name, weight in weights.items()}
         for name, amount in amounts.items():
             tokens[name] = tokens.get(name, 0.0) + amount
     return {name: amount / (ends[-1] * step_tokens) for name, amount in tokens.items()}

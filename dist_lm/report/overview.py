@@ -105,8 +105,8 @@ def _epochs(run: RunFacts) -> str:
     if "" not in newest:
         return ""
     passes_of_stage = newest.pop("")
-    others = [f"{passes_in_words(number)} of {suffix.removeprefix('_')}" for suffix, number in newest.items()]
-    return ", ".join([f"{passes_in_words(passes_of_stage)} epochs", *others[:NUM_MIXED]])
+    passes_of_mixed = [f"{passes_in_words(number)} of {suffix.removeprefix('_')}" for suffix, number in newest.items()]
+    return ", ".join([f"{passes_in_words(passes_of_stage)} epochs", *passes_of_mixed[:NUM_MIXED]])
 
 
 @dataclass(frozen=True)

@@ -200,6 +200,7 @@ def read_run(run: RunDirectory, label: str, iterations: int = 1) -> RunFacts:
     Raises:
         ArtefactError: not a run, or one of its files is damaged.
         OSError: a file cannot be read.
+        UserError: the tokenizer lacks the mark that ends a turn, see `stop_tokens`.
     """
     if not run.config.is_file():
         raise ArtefactError(f"{run.path}: not a run, it has no {run.config.name}; give work/runs/STAGE/RUN_ID")

@@ -155,6 +155,7 @@ class AsynchronousSchedule:
             RewardError: too many conversations have no verdict.
             RequestError: the engines refuse a request.
             ArtefactError: a conversation that the schedule names is not recorded.
+            OSError: the schedule cannot be written.
             UserError, PoolFailure: of the source, see `RolloutSource`.
             Exception: what a conversation raises.
         """
@@ -164,17 +165,17 @@ class AsynchronousSchedule:
             refused_episodes = [self._recorded_episodes[key] for key in refused]
             return self._drawn(assignment, self._episodes_of(assignment), refused_episodes)
 
-        taken = self._first_groups()
+        taken_groups = self._first_groups()
         with self._changed:
             refused, self._refused = self._refused, []
             assignment = Assignment(
                 iteration + 1,
-                tuple(group.position for group in taken),
+                tuple(group.position for group in taken_groups),
                 {group.position: STALE for group in refused},
                 carried=len(self._groups),
             )
         self._record.assign(assignment)
-        return self._drawn(assignment, _episodes(taken), _episodes(refused))
+        return self._drawn(assignment, _episodes(taken_groups), _episodes(refused))
 
     def ahead(self, version: int) -> dict[int, ScoredRollouts]:
         """Returns nothing: a checkpoint needs no conversations, because the record has them."""
@@ -276,11 +277,11 @@ class AsynchronousSchedule:
                 self._changed.wait_for(lambda: len(self._finished) >= count or self._error is not None)
             if self._error is not None:
                 raise self._error
-            taken, self._finished = self._finished[:count], self._finished[count:]
-            for group in taken:
+            taken_groups, self._finished = self._finished[:count], self._finished[count:]
+            for group in taken_groups:
                 self._end(group)
             self._n_taken += count
-        return taken
+        return taken_groups
 
     def _episodes_of(self, assignment: Assignment) -> list[Episode]:
         """Returns the recorded conversations of an assignment, by task, then by sample.

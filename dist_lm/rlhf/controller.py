@@ -75,6 +75,7 @@ def on_every_rank(taken: Drawn | NodeMemory | None, world: World) -> Drawn:
 
     Raises:
         OSError: a node has no memory left; on its first rank alone, while the others wait for it.
+        MessageError: another rank has sent something else.
     """
     drawn = taken.read(Drawn) if isinstance(taken, NodeMemory) else taken
     if world.size == 1:

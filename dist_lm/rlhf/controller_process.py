@@ -312,7 +312,7 @@ class ControllerProcess:
         next_iteration = self._state.version + self._state.taken
         version = max(self._state.version, next_iteration - self._staleness)
         version = min(version, *self._weights.keys() & self._evaluations.keys(), max(self._weights))
-        self._weights = {kept: weights for kept, weights in self._weights.items() if kept >= version}
+        self._weights = {number: weights for number, weights in self._weights.items() if number >= version}
         # The position is that of the next iteration, whatever the version is.
         self._state = replace(self._state, version=version, taken=next_iteration - version)
 
@@ -469,7 +469,11 @@ class _Child:
     evaluations: dict[int, Callable[[], Records]] = field(default_factory=dict)
 
     def called(self, call: Call, large: NodeMemory | None) -> tuple[Done, NodeMemory | None]:
-        """Makes a call; returns the reply with what comes along."""
+        """Makes a call; returns the reply with what comes along.
+
+        Raises:
+            OSError: no memory is left.
+        """
         controller = self.controller
         match call.method:
             case "begin":

@@ -122,6 +122,7 @@ class _Held:
         Raises:
             _UnfitTurnsError: turns of the environment fit no conversation.
             AbortedError: the engines have failed.
+            UserError: the tokenizer lacks the mark that ends a turn, see `stop_tokens`.
         """
         step = await self.hosted.reset()
         if step.verdict is not None:

@@ -17,7 +17,6 @@ import json
 from collections import Counter
 from collections.abc import Awaitable, Callable, Iterable, Iterator, Sequence
 from concurrent.futures import wait
-from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from functools import partial
 from pathlib import Path
@@ -45,7 +44,7 @@ from dist_lm.rlhf.conversing import ConstraintOf, Conversing, EpisodeHost
 from dist_lm.rlhf.episodes import Episode, EpisodeFile, rollouts_of_episodes
 from dist_lm.rlhf.request_feed import Ask, RequestFeed
 from dist_lm.rlhf.rewards import RewardError
-from dist_lm.rlhf.rollouts import Rollouts, RolloutSource, ScoredRollouts
+from dist_lm.rlhf.rollouts import Rollouts, RolloutSource, ScoredRollouts, SignsOfLife
 from dist_lm.rlhf.waiting_times import WaitingTimes
 from dist_lm.tokenizer.tokenizer import Tokenizer
 
@@ -103,31 +102,6 @@ class VersionedSource:
 
     def results(self, requests: Iterable[Request | None]) -> Iterator[Answer | Refusal]:
         return self._source.results(requests)
-
-
-@dataclass
-class SignsOfLife:
-    """Calls a function regularly, from any thread, while the run waits for engines.
-
-    A hang shows in that no rank gives a sign of life. Engines that work beside the learner would hide its hangs, so
-    their signs pass only while it waits for them (`asynchronous.py`).
-    """
-
-    sign: Callable[[], None] = lambda: None
-    passes: bool = True
-
-    def __call__(self) -> None:
-        if self.passes:
-            self.sign()
-
-    @contextmanager
-    def passing(self) -> Iterator[None]:
-        """Lets signs pass in a block, and none behind it."""
-        self.passes = True
-        try:
-            yield
-        finally:
-            self.passes = False
 
 
 @dataclass(frozen=True)

@@ -180,7 +180,11 @@ class _Fork:
         await self.hosted.close()
 
     async def ask(self, request: Request) -> Answer:
-        """Returns a turn: the recorded one before the fork, the edited one at it, else the model's."""
+        """Returns a turn: the recorded one before the fork, the edited one at it, else the model's.
+
+        Raises:
+            DifferenceError: a recorded turn does not fit its request.
+        """
         number = len(self.spoken) + 1
         if number < self.turn and self.recorded.samples:
             drawn = self.recorded_turns.next(self.recorded.turns[number - 1], number)

@@ -144,8 +144,8 @@ class Learner:
             return self._loop(state)
 
         try:
-            begun = ControllerState(state.version, state.prompt_position, state.pending)
-            self.controller.begin(begun, self._weights())
+            controller_state = ControllerState(state.version, state.prompt_position, state.pending)
+            self.controller.begin(controller_state, self._weights())
             return self._loop(state)
         finally:
             self.controller.end()

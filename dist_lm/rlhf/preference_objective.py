@@ -159,6 +159,9 @@ def seen_rankings(
     Args:
         data_ranks: the ranks that hold other rankings than this one.
         alive: called after every batch.
+
+    Raises:
+        MessageError: another rank has sent something else.
     """
     own_rankings: dict[int, RankingLogprobs] = {}
     sums = torch.zeros(2, dtype=torch.float64, device=device)

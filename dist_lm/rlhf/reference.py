@@ -64,6 +64,7 @@ def reference_of(
     Raises:
         ArtefactError: no ranking of a split fits into a sequence, or a tar is damaged; or of `initial`.
         OSError: the file cannot be read or written; on the first rank alone, while the others wait for it.
+        MessageError: another rank has sent something else.
     """
     stored = _stored(path, key, has_steps) if world.is_first else None
     stored = broadcast(stored, dict[str, SplitReference] | None)
@@ -76,7 +77,7 @@ def reference_of(
     references: dict[str, SplitReference] = {}
     with initial() as model:
         for name, batches in splits.items():
-            before = sum(sizes[done] for done in references)
+            before = sum(sizes[earlier_name] for earlier_name in references)
             part = partial(_part_done, scoring, before / sum(sizes.values()), sizes[name] / sum(sizes.values()))
             references[name] = split_reference(model, batches, world, data_ranks, part)
         reshard(model)
@@ -87,8 +88,8 @@ def reference_of(
     return references
 
 
-def _part_done(scoring: Callable[[float], None], before: float, part: float, done: float) -> None:
-    scoring(before + part * done)
+def _part_done(scoring: Callable[[float], None], before: float, part: float, share_of_part: float) -> None:
+    scoring(before + part * share_of_part)
 
 
 def _stored(path: Path, key: Mapping[str, Any], has_steps: bool) -> dict[str, SplitReference] | None:

@@ -131,8 +131,8 @@ class RecordedTurns:
         if not all(sample.drawn[begin:end]) or end > len(sample.ids):
             raise unreadable(recorded, f"turn {number} is not one piece of its sample")
 
-        place, self._place, self._begin = self._place, self._place + turn.new_tokens, end
-        drawn = slice(place, self._place)
+        first_drawn, self._place, self._begin = self._place, self._place + turn.new_tokens, end
+        drawn = slice(first_drawn, self._place)
         return RecordedTurn(sample.ids[:begin], sample.ids[begin:end], recorded.logprobs[drawn], recorded.sets[drawn])
 
 
@@ -233,7 +233,11 @@ def named(token: int, tokenizer: Tokenizer, logprob: float | None = None) -> str
 
 
 def compare_ends(recorded: Episode, now: Episode) -> None:
-    """Compares what a record says of its conversation as a whole, and of each turn beside its tokens."""
+    """Compares what a record says of its conversation as a whole, and of each turn beside its tokens.
+
+    Raises:
+        DifferenceError: a value differs.
+    """
     for number, (turn, turn_now) in enumerate(zip(recorded.turns, now.turns, strict=False), 1):
         for name, value in vars(turn).items():
             # An environment that failed has no step in older records.
@@ -289,7 +293,11 @@ async def executed_again(host: EpisodeHost, recorded: Episode, task: Task) -> Ou
 
 
 def compare_steps(recorded: Step, now: Step, turn: int) -> None:
-    """Compares two steps, the text that explains a failure excepted."""
+    """Compares two steps, the text that explains a failure excepted.
+
+    Raises:
+        DifferenceError: they differ.
+    """
     recorded_verdict, verdict = (judged(step.verdict) if step.verdict else None for step in (recorded, now))
     recorded_turns, turns = (observation_value(step.observation) for step in (recorded, now))
 

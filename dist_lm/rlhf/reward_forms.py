@@ -135,7 +135,8 @@ def form_of(function: Callable[..., Any]) -> Form:
 
 
 def scores(function: Callable[..., Any], form: Form, judged: Sequence[Judged]) -> list[Any]:
-    """Calls the function, once, and returns what it gives for each completion. A form that is not batched takes one.
+    """Calls the function, once, and returns what it gives for each completion; in the forms of verl, of a dict its
+    `score`. A form that is not batched takes one. A coroutine is awaited.
 
     Raises:
         TypeError, ValueError: it returns no list, or not one value for each completion. What the function raises

@@ -155,6 +155,9 @@ def scores_of_rankings(
     Args:
         data_ranks: the ranks that hold other rankings than this one.
         alive: called after every batch.
+
+    Raises:
+        MessageError: another rank has sent something else.
     """
     scores_of_rank: dict[int, np.ndarray] = {}
     for batch, placed in batches:

@@ -129,9 +129,9 @@ class Judge:
 
     def for_prompts(self, row_of: RowOf) -> "Judge":
         """Returns the same judge for another order of prompts. Both share their processes: close one of them."""
-        other = copy.copy(self)
-        other._row_of = row_of
-        return other
+        judge = copy.copy(self)
+        judge._row_of = row_of
+        return judge
 
     def begin(self, request: Request, answer: Answer) -> None:
         """Starts the tests of an answer while other answers are still generated; `__call__` reads the scores later.

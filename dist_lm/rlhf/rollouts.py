@@ -10,6 +10,7 @@ S samples, X bytes of their sets, G bytes that identify a grammar.
 
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import lru_cache
 from typing import Any, Generic, Protocol, TypeVar, cast
@@ -77,13 +78,38 @@ class ShuffledPrompts(Generic[Prompt]):
 
     def index(self, position: int) -> int:
         """Returns which of `prompts` stands at a position."""
-        epoch, place = divmod(position, len(self.prompts))
-        return int(_epoch_order(len(self.prompts), self.seed, epoch)[place])
+        epoch, number_in_epoch = divmod(position, len(self.prompts))
+        return int(_epoch_order(len(self.prompts), self.seed, epoch)[number_in_epoch])
 
 
 @lru_cache(maxsize=4)
 def _epoch_order(count: int, seed: int, epoch: int) -> np.ndarray:
     return permutation(count, key(Shuffle.PROMPTS, seed, epoch))
+
+
+@dataclass
+class SignsOfLife:
+    """Calls a function regularly, from any thread, while the run waits for engines.
+
+    A hang shows in that no rank gives a sign of life. Engines that work beside the learner would hide its hangs, so
+    their signs pass only while it waits for them (`asynchronous.py`).
+    """
+
+    sign: Callable[[], None] = lambda: None
+    passes: bool = True
+
+    def __call__(self) -> None:
+        if self.passes:
+            self.sign()
+
+    @contextmanager
+    def passing(self) -> Iterator[None]:
+        """Lets signs pass in a block, and none behind it."""
+        self.passes = True
+        try:
+            yield
+        finally:
+            self.passes = False
 
 
 class RolloutSource(Protocol):

@@ -110,6 +110,9 @@ class Transcript:
 
         Args:
             token_ids: as drawn, with the token that ended the turn if one did; not empty.
+
+        Raises:
+            UserError: the tokenizer lacks the mark that ends a turn, see `stop_tokens`.
         """
         turn = read_turn(token_ids, self._tokenizer)
         self.samples[-1].append(token_ids, drawn=True)

@@ -491,9 +491,13 @@ def _variables(text: bytes) -> list[bytes]:
     import re
 
     read = {*re.findall(rb"\$(?:\{[#!]?)?([A-Za-z_][A-Za-z0-9_]*)", text)}
-    others = {*re.findall(rb"(?<![A-Za-z0-9_${#!])([A-Za-z_][A-Za-z0-9_]*)", text)}
+    names_without_dollar = {*re.findall(rb"(?<![A-Za-z0-9_${#!])([A-Za-z_][A-Za-z0-9_]*)", text)}
     assigned = {*re.findall(rb"\$\{([A-Za-z_][A-Za-z0-9_]*):?=", text)}
-    return sorted(name for name in read - others - assigned - _SPECIAL if name[:4] not in (b"BASH", b"LC_A", b"dist"))
+    return sorted(
+        name
+        for name in read - names_without_dollar - assigned - _SPECIAL
+        if name[:4] not in (b"BASH", b"LC_A", b"dist")
+    )
 
 
 def _given(root: bytes, place: bytes, arguments: list[bytes], content: bytes) -> Callable[[bytes], bool] | None:

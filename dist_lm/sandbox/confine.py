@@ -260,7 +260,11 @@ def close_proc() -> None:
 
 
 def mount_tmp(size: int) -> None:
-    """Mounts a new, empty /tmp for at most `size` bytes."""
+    """Mounts a new, empty /tmp for at most `size` bytes.
+
+    Raises:
+        OSError: the kernel refuses.
+    """
     options = f"size={size},nr_inodes={max(64, size // 4096)},mode=0777".encode()
     flags = ctypes.c_ulong(_MS_NOSUID | _MS_NODEV)
     _checked(_libc.mount(b"tmpfs", b"/tmp", b"tmpfs", flags, options), "mount /tmp")
@@ -493,7 +497,11 @@ class _Program(ctypes.Structure):
 
 
 def filter_system_calls(program: bytes) -> None:
-    """Installs a filter for this process and all below it. `drop_capabilities` must come before (no_new_privs)."""
+    """Installs a filter for this process and all below it. `drop_capabilities` must come before (no_new_privs).
+
+    Raises:
+        OSError: the kernel refuses.
+    """
     buffer = ctypes.create_string_buffer(program, len(program))
     steps = _Program(len(program) // 8, ctypes.cast(buffer, ctypes.c_char_p))
     _checked(_libc.prctl(_PR_SET_SECCOMP, ctypes.c_ulong(2), ctypes.byref(steps), 0, 0), "seccomp")

@@ -37,12 +37,12 @@ class Judges:
     """
 
     def __init__(self, fenced: Fenced) -> None:
-        self._channel, other = socketpair()
+        self._channel, served_end = socketpair()
         self._process = fenced.fork()
         if self._process == 0:
             os.close(self._channel)
-            leave_after(_serve, other, fenced)
-        os.close(other)
+            leave_after(_serve, served_end, fenced)
+        os.close(served_end)
 
     def begin(self) -> int:
         """Returns a socket for a run, which it serves until the other side has gone.
@@ -50,14 +50,14 @@ class Judges:
         Raises:
             OSError: it has ended.
         """
-        control, other = socketpair()
+        control, served_end = socketpair()
         try:
-            send_files(self._channel, b"+", [other])
+            send_files(self._channel, b"+", [served_end])
         except OSError:
             os.close(control)
             raise
         finally:
-            os.close(other)
+            os.close(served_end)
         return control
 
     def close(self) -> None:

@@ -79,10 +79,10 @@ def frames_of(values: Sequence[Any]) -> bytes:
     Raises:
         TypeError, ValueError: JSON cannot express a value.
     """
-    places = [number for number, value in enumerate(values) if isinstance(value, bytes)]
+    byte_indices = [number for number, value in enumerate(values) if isinstance(value, bytes)]
     json_values = [None if isinstance(value, bytes) else value for value in values]
-    text = json.dumps([json_values, places], separators=(",", ":"))
-    frames = [text.encode(), *(values[number] for number in places)]
+    text = json.dumps([json_values, byte_indices], separators=(",", ":"))
+    frames = [text.encode(), *(values[number] for number in byte_indices)]
     return b"".join(part for frame in frames for part in (len(frame).to_bytes(LENGTH_BYTES, "big"), frame))
 
 
@@ -104,8 +104,8 @@ def values_of(read: Callable[[int], bytes], most_bytes: int = 1 << 32) -> list[A
             raise ValueError(f"a frame of {length} bytes")
         return read(length)
 
-    values, places = json.loads(frame())
-    return [frame() if number in places else value for number, value in enumerate(values)]
+    values, byte_indices = json.loads(frame())
+    return [frame() if number in byte_indices else value for number, value in enumerate(values)]
 
 
 def confine_process(memory_bytes: int, readable_trees: Iterable[str], file_bytes: int = 0) -> None:

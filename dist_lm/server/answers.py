@@ -19,6 +19,9 @@ def response_of(job: Job, answers: Sequence[Sequence[Answer]], created: int) -> 
     Args:
         answers: of each prompt, by their index.
         created: seconds since 1970.
+
+    Raises:
+        UserError: the tokenizer lacks the mark that ends a turn, see `stop_tokens`.
     """
     flat = [answer for of_prompt in answers for answer in of_prompt]
     version = flat[0].version

@@ -48,7 +48,11 @@ def is_page_path(path: str) -> bool:
 
 
 def add_chat_page(app: FastAPI) -> None:
-    """Adds the routes of the page, whose files are read once."""
+    """Adds the routes of the page, whose files are read once.
+
+    Raises:
+        OSError: a file cannot be read.
+    """
     files = {file.name: (file.read_bytes(), TYPES[file.suffix]) for file in FOLDER.iterdir() if file.suffix in TYPES}
 
     @app.get(ROOT)

@@ -67,6 +67,9 @@ class Conversations:
             answer: as the client gets it.
             ids: of the prompt and the answer; the mark that ends the turn may be missing.
             client: the key that the client has sent; others are not told what is remembered for it.
+
+        Raises:
+            UserError: the tokenizer lacks the mark.
         """
         if self._tokenizer.kept_template:
             return

@@ -78,7 +78,7 @@ def _prompt(body: Mapping[str, Json], served: Served, n_new: int) -> list[int]:
         marks = InfillMarks.of(tokenizer)
         opening, *before = tokenizer.encode_prompt(typed(body, "input_prefix", str, ""))
         after = tokenizer.encode(typed(body, "input_suffix", str, ""))
-        begun = tokenizer.encode(typed(body, "prompt", str, ""))
+        begun_ids = tokenizer.encode(typed(body, "prompt", str, ""))
         extra = [token for text in _extra_texts(body) for token in tokenizer.encode(SNIPPET + text)]
     # A refused field has its name already.
     except ProtocolError:
@@ -88,12 +88,12 @@ def _prompt(body: Mapping[str, Json], served: Served, n_new: int) -> list[int]:
 
     # Text near the cursor comes first.
     # The rest of the context is for the answer, the opening token, the marks and what is begun.
-    room = max(1, served.context - max(1, n_new) - 1 - len(marks) - len(begun))
+    room = max(1, served.context - max(1, n_new) - 1 - len(marks) - len(begun_ids))
     # The text behind the cursor gets its share, or what the text before it leaves, if that is more.
     after = after[: max(room // SUFFIX_SHARE, room - len(before))]
     before = _last(before, room - len(after))
     extra = _last(extra, room - len(after) - len(before))
-    return [opening, *extra, marks.prefix, *before, marks.suffix, *after, marks.middle, *begun]
+    return [opening, *extra, marks.prefix, *before, marks.suffix, *after, marks.middle, *begun_ids]
 
 
 def _last(ids: list[int], n: int) -> list[int]:

@@ -108,6 +108,8 @@ def load_served(group: Sequence[ModelFiles], tokenizer: Path | None, options: Mo
         ArtefactError: checkpoint or tokenizer is missing or damaged, or they do not fit.
         ConfigError: the model cannot be cut into `tp` parts, or there are fewer devices.
         RankLostError: with tp > 1, another process of the model has ended.
+        RuntimeError: with tp > 1, this process is a rank already.
+        UserError: the package `tokenizers` is needed and not installed.
     """
     loaded, adapters, tokenizers = load_group(group, tokenizer)
     n_devices = torch.cuda.device_count() if options.device.type == "cuda" else None

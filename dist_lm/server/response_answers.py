@@ -21,6 +21,9 @@ def responses_response(job: Job, answers: Sequence[Sequence[Answer]], created: i
     Args:
         answers: one, of the only prompt.
         created: seconds since 1970.
+
+    Raises:
+        UserError: the tokenizer lacks the mark that ends a turn, see `stop_tokens`.
     """
     ((answer,),) = answers
     turn = turn_of(answer, job)
@@ -140,7 +143,11 @@ class ResponseEvents:
         self._is_first_token = True
 
     def of(self, event: Event) -> Iterator[str]:
-        """Yields the events of new tokens or of the complete answer."""
+        """Yields the events of new tokens or of the complete answer.
+
+        Raises:
+            UserError: the tokenizer lacks the mark that ends a turn, see `stop_tokens`.
+        """
         if not self._has_begun:
             self._has_begun = True
             # Clients expect these two events before all others.

@@ -56,6 +56,7 @@ def responses_job(body: Mapping[str, Json], served: Served, client: str) -> Job:
 
     Raises:
         ProtocolError: a field is unknown, has another type or exceeds a limit; or the conversation is none.
+        UserError: the tokenizer lacks the mark that ends a turn, see `stop_tokens`.
     """
     check_fields(body, {*SAME, *READ, *IGNORED}, DEFAULTS)
 

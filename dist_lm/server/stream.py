@@ -39,7 +39,11 @@ class Chunks:
         self._reused_tokens: dict[str, int] = {}  # request -> tokens of its prompt that the prefix cache held
 
     def of(self, event: Event) -> Iterator[dict[str, Json]]:
-        """Yields the chunks of new tokens or of a complete answer."""
+        """Yields the chunks of new tokens or of a complete answer.
+
+        Raises:
+            UserError: the tokenizer lacks the mark that ends a turn, see `stop_tokens`.
+        """
         if isinstance(event, Grown):
             self._version = event.version
             yield from self._grown(event)

@@ -58,6 +58,7 @@ def average(run: RunDirectory, last: int, ema: bool, device: str, console: Conso
         ArtefactError: a checkpoint is missing or damaged, or has no exponential average; the folder exists or cannot be
             written; or tokenizer or corpora of the run are missing.
         UserError: as `evaluated`.
+        StrangerError: another user has connected to a port of this process.
     """
     require(ema != (last > 0), "--last", last, "a positive number, or --ema instead")
     require(device in ("", "auto", "cpu", "cuda"), "--device", device, "auto, cpu or cuda")
@@ -168,6 +169,7 @@ def evaluated(run: RunDirectory, checkpoints: Mapping[str, Path], device: str) -
         ArtefactError: tokenizer, corpora or a checkpoint are missing or damaged.
         ConfigError: this version cannot read the configuration of the run.
         UserError: as `open_data` of the stage.
+        StrangerError: another user has connected to a port of this rank.
     """
     config, tokenizer = load_config(run.config), Tokenizer.load(run.tokenizer_model)
     on_gpu = device == "cuda" or (device == "auto" and torch.cuda.is_available())

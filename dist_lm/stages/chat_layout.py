@@ -35,6 +35,7 @@ def kept_template(folder: Path, tokenizer: Tokenizer) -> KeptTemplate | None:
 
     Raises:
         ArtefactError: a file of the folder cannot be read, or the template exceeds a limit of time or memory.
+        UserError: no process can be started that reads the template within its limits.
     """
     text = chat_template_of(folder)
     if not text:

@@ -34,6 +34,7 @@ class Code(TextStage):
             ArtefactError: the model's logits are not numbers.
             ConfigError: bf16 is asked for on a GPU without it.
             UserError: a prompt is not Unicode.
+            MessageError: another rank has sent something else.
         """
         from dist_lm.parallel.messages import broadcast
         from dist_lm.sandbox.syntax import parses_continued

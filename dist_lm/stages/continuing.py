@@ -481,6 +481,7 @@ def recorded_folders(config: Config) -> dict[str, str]:
 
     Raises:
         ArtefactError: the record of the run is damaged.
+        OSError: a file cannot be read.
     """
     run = run_of(config)
     begun_run: RunDirectory | None = run
@@ -499,6 +500,7 @@ def with_recorded_folders(config: Config) -> Config:
 
     Raises:
         ArtefactError: as `recorded_folders`.
+        OSError: a file cannot be read.
     """
     folders = {name: folder for name, folder in recorded_folders(config).items() if name in config.corpus_names}
     return replace(config, corpus=replace(config.corpus, folders={**config.corpus.folders, **folders}))

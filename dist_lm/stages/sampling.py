@@ -91,6 +91,7 @@ def answer_all(
         RequestError: a request does not fit the context.
         ArtefactError: the model's logits are not numbers.
         ConfigError: bf16 is asked for on a GPU without it.
+        MessageError: another rank has sent something else.
     """
     # An engine would gather the whole model for nothing.
     if not requests:
@@ -132,6 +133,7 @@ def shared_answers(
 
     Raises:
         RequestError: a request does not fit the context; on the rank that has it in its share.
+        MessageError: another rank has sent something else.
     """
     # A share of every n-th request has about as many long answers as any other share.
     for request in requests[world.rank :: world.size]:

@@ -127,6 +127,7 @@ class Shards(ArtefactStage):
 
         Raises:
             ArtefactError: as `begun_folders`.
+            OSError: a file cannot be read.
         """
         read = sorted({name for reader in readers for name in reader.corpus_names})
         return replace(begun_folders(config, readers), stage=replace(own(config), corpora=read))
@@ -272,6 +273,7 @@ def correct_corpora(config: Config, names: Sequence[str]) -> None:
     Raises:
         ArtefactError: a manifest is missing or damaged.
         ConfigError: there is no such corpus.
+        OSError: a file cannot be read or written.
     """
     work = WorkDirectory(Path(config.work_dir))
     for name in names:
@@ -295,6 +297,7 @@ def inspect_corpora(
             others, or a manifest is damaged.
         ConfigError: a source is invalid.
         UnreachableError: the hub cannot be asked for a missing corpus; not in a dry run.
+        OSError: a file cannot be read.
     """
     if not names:
         return Artefact(True, "no corpus to build")
@@ -560,6 +563,7 @@ def begun_folders(config: Config, readers: Sequence[Config]) -> Config:
 
     Raises:
         ArtefactError: the record of a run is damaged.
+        OSError: a file cannot be read.
     """
     folders: dict[str, set[str]] = {}
     for reader in readers:
@@ -692,6 +696,7 @@ def finished_corpora(work: WorkDirectory) -> list[Path]:
 
     Raises:
         ManifestError (an ArtefactError): a manifest is damaged.
+        OSError: a file cannot be read.
     """
     folders = []
     for path in sorted((work.path / "corpora").glob("*/manifest.json")):
@@ -822,6 +827,7 @@ def build_corpus(
         ChangedInputError: a file changed since it was listed; no manifest is written.
         ConfigError: a source is invalid.
         UserError: a source cannot be read, or is not Unicode.
+        OSError: a file cannot be read or written.
     """
     work = WorkDirectory(Path(config.work_dir))
     report = IngestReport()
@@ -887,7 +893,12 @@ def build_corpus(
 
 def workers_of(config: Config) -> AbstractContextManager["RunPass"]:
     """Returns what runs the tasks of a build: all nodes of a Ray cluster, or processes of this machine, where Ray would
-    only cost its start."""
+    only cost its start.
+
+    Raises:
+        ClusterError: on entering, the cluster cannot be joined.
+        UserError: from the `RunPass`, when workers die again and again.
+    """
     if config.cluster.name == "ray":
         from dist_lm.cluster.build_workers import ray_workers
 
@@ -918,6 +929,8 @@ def build_by_tasks(
 
     Raises:
         ArtefactError: as `require_compared`; or as `run_passes`, whose other errors pass.
+        OSError: a file cannot be read or written.
+        UserError: an input cannot be listed.
     """
     # Imported here, because runs that find their corpora need none of it.
     from dist_lm.data.build_by_tasks import plan_of, publish, run_passes
@@ -945,8 +958,8 @@ def build_by_tasks(
         def run_pass(folder: Path, pass_name: str, numbers: Sequence[int]) -> Iterator[int]:
             begin_pass(folder, names, pass_name, len(numbers))
             sizes = sizes_of_pass(tasks, pass_name, numbers)
-            done = [number for number in numbers if has_result(build.result(pass_name, number))]
-            with console.tasks(f"{pass_name} of {', '.join(names)}", sizes, done) as progress:
+            finished_numbers = [number for number in numbers if has_result(build.result(pass_name, number))]
+            with console.tasks(f"{pass_name} of {', '.join(names)}", sizes, finished_numbers) as progress:
                 batches = [[number] for number in numbers] if pass_name in IN_TURN else [numbers]
                 for batch in batches:
                     yield from map(progress.ended, workers(folder, pass_name, batch))
@@ -1007,7 +1020,11 @@ def tell_of_tokenizer(config: Config, missing: Sequence[str], console: "Console"
 
 
 def tell_of_builds(folder: Path, console: "Console") -> None:
-    """Says whether a build goes on, and which builds of other settings or inputs were not finished."""
+    """Says whether a build goes on, and which builds of other settings or inputs were not finished.
+
+    Raises:
+        OSError: a file cannot be read.
+    """
     from dist_lm.data.unfinished_builds import unfinished_builds
 
     for build in unfinished_builds(folder.parent.parent):

@@ -150,8 +150,10 @@ class Stage(ABC):
             rebuilt: earlier stages that this command will build.
 
         Raises:
-            ConfigError: a run exists with other settings.
-            ArtefactError: something there belongs to something else.
+            ConfigError: a run exists with other settings, or a source or a key cannot be used.
+            ArtefactError: something there belongs to something else, is damaged, or an earlier artefact does not fit.
+            UserError: a package that the look needs is not installed, or a server of a source cannot be asked.
+            OSError: a file cannot be read.
         """
 
     @abstractmethod

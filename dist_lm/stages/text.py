@@ -196,6 +196,7 @@ class TextStage(TrainingStage):
         Raises:
             ArtefactError: the corpus or the tokenizer is missing or damaged.
             OSError: a file cannot be read.
+            UserError: the package `tokenizers` is needed and not installed.
         """
         from dist_lm.data.evaluation_batches import gzip_bits_per_byte
         from dist_lm.tokenizer.tokenizer import Tokenizer

@@ -105,6 +105,7 @@ class TokenizerStage(ArtefactStage):
             ArtefactError: the given file is no tokenizer.
             UserError: there is no text, or a source of text cannot be read.
             OSError: a file cannot be read or written.
+            RuntimeError: SentencePiece refuses for another reason.
         """
         work, settings = WorkDirectory(Path(config.work_dir)), config.tokenizer
         work.tokenizer.mkdir(parents=True, exist_ok=True)
@@ -244,6 +245,7 @@ def template_of(settings: TokenizerConfig) -> KeptTemplate | None:
 
     Raises:
         ConfigError, ArtefactError, UserError: see `given_template`.
+        OSError: a file cannot be read.
     """
     # Only for models of transformers.
     from dist_lm.stages.chat_layout import given_template

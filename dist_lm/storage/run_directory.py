@@ -306,6 +306,10 @@ class RunDirectory:
 
         Args:
             tasks: names of the tasks of our own problems.
+
+        Raises:
+            ArtefactError: a file is damaged.
+            OSError: a file cannot be read.
         """
         noted = self._noted()
         if _TESTS not in noted:
@@ -317,6 +321,7 @@ class RunDirectory:
 
         Raises:
             ArtefactError: `noted_files.json` is damaged.
+            OSError: a file cannot be read.
         """
         version = str(self._noted().get(_TESTS, default))
         if not version.isdecimal():

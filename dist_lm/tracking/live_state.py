@@ -213,9 +213,11 @@ class TrainingState:
         if EPOCHS not in self.newest:
             return ""
         mixed = sorted(name for name in self.newest if name.startswith(EPOCHS + "_"))
-        others = [f"{name.removeprefix(EPOCHS + '_')} {passes_in_words(self.newest[name][0])}" for name in mixed]
+        passes_of_mixed = [
+            f"{name.removeprefix(EPOCHS + '_')} {passes_in_words(self.newest[name][0])}" for name in mixed
+        ]
         text = passes_in_words(self.newest[EPOCHS][0])
-        return f"{text} ({listed(others, NAMED_CORPORA)})" if others else text
+        return f"{text} ({listed(passes_of_mixed, NAMED_CORPORA)})" if passes_of_mixed else text
 
     def hear(self, ranks: Sequence[RankPulse], now: float) -> None:
         """Records the heartbeats of all ranks."""

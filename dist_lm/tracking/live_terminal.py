@@ -94,7 +94,11 @@ class LiveView:
     @contextmanager
     def above(self) -> Iterator[None]:
         """Erases the view for the block, so that complete lines printed in it appear above the view; then draws it
-        again. The lock is held inside the block."""
+        again. The lock is held inside the block.
+
+        Raises:
+            OSError: the terminal is gone.
+        """
         with self.lock:
             self._region.erase(self._console.size.width)
             try:

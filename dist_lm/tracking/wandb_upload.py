@@ -194,7 +194,11 @@ def end_tree(process: subprocess.Popen[str]) -> None:
 
 
 def main(parent: str, *arguments: str) -> None:
-    """Runs wandb's own command line; the kernel kills it with its parent process."""
+    """Runs wandb's own command line; the kernel kills it with its parent process.
+
+    Raises:
+        OSError: the kernel refuses to end this process with its parent.
+    """
     die_with_parent(int(parent))
 
     from wandb.cli.cli import cli

@@ -171,6 +171,7 @@ def load(
     Raises:
         ArtefactError: the checkpoint cannot be read, lacks a tensor, or belongs to another model or other adapters; the
             message names the keys that differ.
+        MessageError: another rank has sent something else.
     """
     state, saved_model = files.read_state(checkpoint)
     files.check_same_model(checkpoint, saved_model, model_config)
@@ -197,6 +198,7 @@ def load_weights(checkpoint: Path, model: nn.Module, model_config: ModelConfig) 
     Raises:
         ArtefactError: the checkpoint cannot be read, its base is gone or has changed, or it belongs to another model;
             the message names the keys that differ.
+        MessageError: another rank has sent something else.
     """
     _load_parameters(checkpoint, model, model_config)
 
@@ -283,6 +285,7 @@ def read(checkpoint: Path, tensors: Mapping[str, torch.Tensor]) -> None:
     Raises:
         ArtefactError: on every rank, if a tensor is missing in the checkpoint or has another shape there, if its parts
             leave holes or overlap, or if any rank cannot read a file or a header.
+        MessageError: another rank has sent something else.
     """
     contents = on_first_rank(lambda: read_contents(checkpoint), Contents)
     _check(checkpoint, contents, tensors)
@@ -340,14 +343,14 @@ def read_contents(checkpoint: Path) -> Contents:
 def contents_of(stored: Mapping[str, StoredTensor]) -> Contents:
     """Returns where the parts of tensors lie as arrays, which are short to send and fast to search."""
     names = sorted({part.file.name for tensor in stored.values() for part in tensor.parts})
-    places = {name: place for place, name in enumerate(names)}
+    file_numbers = {name: number for number, name in enumerate(names)}
     tensors = {}
     for name, tensor in stored.items():
         by_dimension = (len(tensor.parts), len(tensor.shape))
         tensors[name] = PartsOfTensor(
             tensor.dtype,
             list(tensor.shape),
-            file_P=np.array([places[part.file.name] for part in tensor.parts], dtype=np.int64),
+            file_P=np.array([file_numbers[part.file.name] for part in tensor.parts], dtype=np.int64),
             start_P=np.array([part.start for part in tensor.parts], dtype=np.int64),
             offset_PD=np.array([part.offsets for part in tensor.parts], dtype=np.int64).reshape(by_dimension),
             size_PD=np.array([part.shape for part in tensor.parts], dtype=np.int64).reshape(by_dimension),

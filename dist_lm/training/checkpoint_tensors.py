@@ -229,10 +229,10 @@ def index_of(stored: Mapping[str, StoredTensor]) -> dict[str, object]:
     """Returns the JSON that `checkpoint.read_contents` reads: for each part of a tensor, the number of its file, the
     byte offset there, the indices of its first entry in the tensor and its shape, one after the other."""
     names = sorted({part.file.name for tensor in stored.values() for part in tensor.parts})
-    places = {name: place for place, name in enumerate(names)}
+    file_numbers = {name: number for number, name in enumerate(names)}
     tensors = {}
     for name, tensor in stored.items():
-        rows = [[places[part.file.name], part.start, *part.offsets, *part.shape] for part in tensor.parts]
+        rows = [[file_numbers[part.file.name], part.start, *part.offsets, *part.shape] for part in tensor.parts]
         tensors[name] = {"dtype": tensor.dtype, "shape": list(tensor.shape), "parts": rows}
     return {"files": names, "tensors": tensors}
 
@@ -245,6 +245,7 @@ def tensors_in(file: Path) -> dict[str, StoredTensor]:
     Raises:
         ArtefactError: the file cannot be read, is no safetensors file, or is cut short; or tensors overlap. The message
             names the tensor.
+        UserError: no process can be started for reading the file.
     """
     tensors = {}
     for name, dtype, shape, start in tensor_entries(file):

@@ -89,8 +89,8 @@ def write_files(directory: Path, plan: Plan, bytes_of: Callable[[PlannedPart], n
             part.name: ComputedTensor(part.dtype, part.shape, part.bytes, partial(bytes_of, part))
             for part in file.parts
         }
-        places = {part.name: {"saved_offsets": part.offsets} for part in file.parts}
-        write_tensors(directory / file.name, tensors, {**FORMAT, PLACES: json.dumps(places)})
+        offsets_of_parts = {part.name: {"saved_offsets": part.offsets} for part in file.parts}
+        write_tensors(directory / file.name, tensors, {**FORMAT, PLACES: json.dumps(offsets_of_parts)})
         digests[file.name] = durable.sha256_of(directory / file.name)
     return digests
 
@@ -247,7 +247,11 @@ class WriterProcess:
 
 
 def main() -> None:
-    """Writes what the rank asks for, until the rank ends."""
+    """Writes what the rank asks for, until the rank ends.
+
+    Raises:
+        OSError: the kernel refuses to end this process with its parent.
+    """
     parent, memories = sys.argv[2:]
     # Children of the rank may hold its end of the socket open, so its end alone would not tell.
     die_with_parent(int(parent))
@@ -259,13 +263,13 @@ def main() -> None:
             request = requests.get()
             try:
                 if "plan" in request:
-                    plan, done = plan_from_json(request["plan"]), None
+                    plan, digests = plan_from_json(request["plan"]), None
                 elif "write" in request:
-                    done = write_files(Path(request["write"]), plan, partial(put_together, copies=copies))
+                    digests = write_files(Path(request["write"]), plan, partial(put_together, copies=copies))
                 else:
                     publish(Publication.from_json(request["publish"]))
-                    done = None
-                send({"done": done})
+                    digests = None
+                send({"done": digests})
             except ArtefactError as error:
                 send({"refused": str(error)})
             except OSError as error:

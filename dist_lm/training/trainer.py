@@ -97,6 +97,7 @@ class Trainer:
         Raises:
             NonFiniteGradientsError: after stage.max_nonfinite_steps skipped steps in a row.
             CheckpointWriteError: a checkpoint could not be written; raised after the next step, or at the end.
+            StrangerError: another user has connected to a port of this rank.
         """
         stage = self.config.stage
         if stage.eval_at_start and state.step == 0:

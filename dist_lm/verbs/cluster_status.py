@@ -232,8 +232,8 @@ def _doing(ranks: Sequence[dict[str, Any]], run: RunStatus, now: float) -> tuple
     stopped = " (stopped)" if slowest["state"] == "T" else ""
     age = slowest["age_s"] + max(0.0, now - run.heard_at)
     # Launchers of earlier releases wrote no share.
-    done = slowest.get("done")
-    words = slowest["phase"] + share_in_words(done if isinstance(done, float) else 0.0)
+    share = slowest.get("done")
+    words = slowest["phase"] + share_in_words(share if isinstance(share, float) else 0.0)
     return f"{slowest['step']:,}", words + stopped, f"{age:.1f} s ago"
 
 

@@ -374,7 +374,8 @@ def fits(folder: Path, name: str, start: Start, keys: Mapping[str, Any]) -> bool
 
 
 def hardware_keys() -> dict[str, Any]:
-    """Returns the memory of a rank of this machine; empty with GPUs, whose memory their file has."""
+    """Returns the key hardware.memory_gib (GiB of a rank of this machine), nested by groups; empty with GPUs, whose
+    memory their file has."""
     import psutil
 
     from dist_lm.prepare.conf_folders import local_hardware

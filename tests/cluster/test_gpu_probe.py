@@ -187,6 +187,12 @@ def test_an_all_reduce_inside_a_node_names_its_gpu(monkeypatch):
     }
 
 
+def test_a_node_that_gives_no_answer_to_an_all_reduce_is_silent_on_all_of_its_gpus(monkeypatch):
+    """Finds an inspection that fails at the answer of a lost node, which is a text and no list."""
+    faults, _, _ = tried(monkeypatch, FakeAgent(Health(), "the node died"), FakeAgent(Health()), FakeAgent(Health()))
+    assert faults == {0: "GPU 0: all-reduce: the node died"}
+
+
 def test_an_all_reduce_over_all_nodes_names_whose_part_is_wrong(monkeypatch):
     fine, seen = [{"wrong": []}] * 2, [{"wrong": [3]}] * 2
     faults, _, _ = tried(monkeypatch, FakeAgent(Health(), fine, seen), FakeAgent(Health(), fine, seen))

@@ -5,7 +5,7 @@ import torch
 
 from dist_lm.config.cluster import HardwareConfig
 from dist_lm.config.root import Config
-from dist_lm.dry_run.estimate import estimate_memory, estimate_work
+from dist_lm.dry_run.estimate import estimate_memory, estimate_work, shapes_of
 from dist_lm.dry_run.play import play_ranks, ranks_to_play
 from dist_lm.dry_run.work import WORLD, Work, message_seconds, step_seconds
 from dist_lm.model.quantised import quantised_matrices
@@ -79,6 +79,21 @@ def test_gradients_are_whole_while_micro_batches_add_up():
     one = compose_config(["stage=language", "model=large", "stage.micro_batch=4", "stage.global_batch=32"])
     assert estimate_memory(one, Layout(1, 8, 1)).gradients == estimate_memory(one, Layout(1, 8, 1)).parameters
     assert estimate_memory(LARGE, Layout(1, 8, 1)).gradients == 4 * 1_086_108_800
+
+
+def test_blocks_that_stay_gathered_take_the_bytes_of_their_dtype():
+    """Finds gathered blocks that are counted in entries instead of bytes: half of their memory in bf16."""
+    kept, freed = (
+        compose_config(
+            ["stage=language", "model=large", "hardware=h100", f"parallel.reshard_after_forward={resharded}"]
+        )
+        for resharded in ("false", "true")
+    )
+    layout = Layout(1, 8, 1)
+    shapes = shapes_of(kept, layout)
+    more = estimate_memory(kept, layout).activations - estimate_memory(freed, layout).activations
+    # Of freed blocks two are there at a time.
+    assert more == pytest.approx(2 * shapes.gathered_blocks * (1 - 2 / shapes.units))
 
 
 def test_what_is_offloaded_is_not_held_by_the_device():

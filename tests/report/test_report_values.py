@@ -4,6 +4,7 @@ import json
 import math
 import os
 import re
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -15,7 +16,7 @@ from dist_lm.errors import ArtefactError
 from dist_lm.parallel.layout import Layout, placements
 from dist_lm.report.charts import charts_of, downsample, family, readable_title, still_values, trend_of
 from dist_lm.report.conditions import differences, from_defaults
-from dist_lm.report.facts import Series
+from dist_lm.report.facts import RunFacts, Series
 from dist_lm.report.layout import kinds, mesh_picture, parameter_picture, rank_memory
 from dist_lm.report.mixture import COLOURS, mixtures
 from dist_lm.report.overview import card_of
@@ -380,6 +381,20 @@ def test_what_a_rank_holds_is_what_its_optimizer_keeps(tmp_path, muon, moments):
     assert moments * weights <= kept + 1e-9 <= 2 * weights + 1e-9
     assert (kept == pytest.approx(2 * weights)) == (moments == 2)
     assert "Measured at most: 1.25 GiB" in memory.words
+
+
+@pytest.mark.parametrize(
+    ("pretrain_mix", "read"), [(None, {"tools", "code"}), ({"language": 0.2}, {"tools", "code", "language"})]
+)
+def test_a_run_reads_the_mix_of_its_pretraining_text(pretrain_mix, read):
+    """Finds a report without the corpora of rlhf.pretrain_mix, and one that fails for a run without it."""
+    rlhf = {"pretrain_coefficient": 0.1, "pretrain_corpus": "code", "pretrain_mix": pretrain_mix}
+    config = {"stage": {"corpus": "tools"}, "rlhf": rlhf}
+    nothing = Series(np.zeros(0, int), np.zeros(0))
+    run = RunFacts(
+        Path("run"), "rlhf", "rlhf", "run", "finished", config, {}, None, None, {}, nothing, {}, (), {}, (), None
+    )
+    assert run.corpora == read
 
 
 @pytest.mark.heavy

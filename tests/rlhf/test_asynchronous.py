@@ -18,9 +18,9 @@ import torch
 from dist_lm.environments.protocol import Limits, Verdict
 from dist_lm.errors import ArtefactError, ConfigError
 from dist_lm.rlhf import request_feed
-from dist_lm.rlhf.environment_rollouts import SignsOfLife
 from dist_lm.rlhf.episodes import Episode, Turn, line_of, read_episodes
 from dist_lm.rlhf.learner import IterationReport
+from dist_lm.rlhf.rollouts import SignsOfLife
 from dist_lm.rlhf.schedule_record import (
     SCHEDULE,
     STALE,

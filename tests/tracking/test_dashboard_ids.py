@@ -43,6 +43,15 @@ def test_ids_that_were_set_are_what_the_server_gets() -> None:
     assert again.spec == view.spec
 
 
+def test_panels_are_logarithmic_where_the_board_says_so() -> None:
+    """Finds a plot whose axis is always linear."""
+    pytest.importorskip("wandb_workspaces")
+    board = board_of("code")
+    plots = [plot for section in workspace_of(board, "e", "p").sections for plot in section.panels]
+    assert [bool(plot.log_y) for plot in plots] == [panel.logarithmic for panel in board.panels]
+    assert any(panel.logarithmic for panel in board.panels)
+
+
 @pytest.mark.parametrize("use", [lambda thing: name_panel(thing, "a"), lambda thing: name_view(thing, "a")])
 def test_a_package_without_them_is_named_with_the_version_that_has_them(use) -> None:
     pytest.importorskip("wandb_workspaces")

@@ -2,6 +2,10 @@
 
 import io
 import os
+import pty
+import re
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -11,7 +15,16 @@ from dist_lm.storage.run_directory import RunDirectory
 from dist_lm.tracking import console
 from dist_lm.tracking.console import Console
 from dist_lm.tracking.dashboard import board_of, boards
-from dist_lm.tracking.dashboard_show import leet_command, open_in_leet, print_boards
+from dist_lm.tracking.dashboard_show import leet_command, print_boards
+from tests.patience import patient
+
+OPEN = """
+import sys
+from pathlib import Path
+from dist_lm.storage.run_directory import RunDirectory
+from dist_lm.tracking.dashboard_show import open_in_leet
+open_in_leet(RunDirectory(Path(sys.argv[1])))
+"""
 
 
 def test_a_board_is_a_table_of_its_panels() -> None:
@@ -53,13 +66,31 @@ def test_the_newest_offline_run_is_opened(tmp_path: Path) -> None:
     assert leet_command(run)[1:] == ["-m", "wandb", "leet", "run", str(run.wandb / "offline-run-2-b")]
 
 
-def test_without_a_terminal_the_way_to_a_report_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("terminal", ["", "stdin", "stdout"])
+def test_without_a_terminal_on_both_sides_the_way_to_a_report_is_named(terminal: str, tmp_path: Path) -> None:
+    """Finds a program that draws into a pipe, or waits for keys that nobody can press."""
     folder = tmp_path / "wandb" / "offline-run-1-a"
     folder.mkdir(parents=True)
     (folder / "run-a.wandb").touch()
-    monkeypatch.setattr("sys.stdout", io.StringIO())
-    with pytest.raises(ArtefactError, match=r"terminal.*dist_lm report"):
-        open_in_leet(RunDirectory(tmp_path))
+
+    ends = pty.openpty()
+    streams = {"stdin": subprocess.DEVNULL, "stdout": subprocess.DEVNULL}
+    if terminal:
+        streams[terminal] = ends[1]
+    # In a process of its own, which the program would replace.
+    try:
+        done = subprocess.run(
+            [sys.executable, "-c", OPEN, str(tmp_path)],
+            stdin=streams["stdin"],
+            stdout=streams["stdout"],
+            stderr=subprocess.PIPE,
+            timeout=patient(60),
+            check=False,
+        )
+    finally:
+        for end in ends:
+            os.close(end)
+    assert re.search(rb"ArtefactError: .*terminal.*dist_lm report", done.stderr)
 
 
 def test_a_run_without_one_is_named(tmp_path: Path) -> None:

@@ -110,8 +110,8 @@ def with_usual_names(row: Row, source: SourceConfig) -> Row:
                 f"no column {column} ({NAMED_COLUMNS[name]}); the columns there are {', '.join(row) or 'none'}"
             )
 
-    others = {name: cell for name, cell in row.items() if name not in {*columns, *columns.values()}}
-    return {name: row[column] for name, column in columns.items()} | others
+    other_cells = {name: cell for name, cell in row.items() if name not in {*columns, *columns.values()}}
+    return {name: row[column] for name, column in columns.items()} | other_cells
 
 
 def kind_of(row: Row) -> str:

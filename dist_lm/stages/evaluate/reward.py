@@ -66,6 +66,7 @@ def reward_scores(
     Raises:
         ArtefactError: checkpoint or tokenizer is missing or damaged.
         ConfigError: device=cuda, and this node has no GPU.
+        UserError: the package `tokenizers` is needed and not installed.
     """
     checkpoint = files.require_intact(files.find_checkpoint(path))
     shape = model_config_of(checkpoint)

@@ -247,7 +247,11 @@ class Evaluate(PoolStage):
         return {"models": list(results), "comparisons": comparisons}
 
     def summarize(self, config: Config, console: "Console") -> None:
-        """Prints a table of each model's figures with their intervals, within 100 columns, and the comparisons."""
+        """Prints a table of each model's figures with their intervals, within 100 columns, and the comparisons.
+
+        Raises:
+            ArtefactError: a file is damaged.
+        """
         run = run_of(config)
         result = self.read_result(run)
         for model in result["models"]:

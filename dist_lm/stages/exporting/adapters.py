@@ -88,6 +88,9 @@ def source_of_base(base: Path) -> str:
 
     Args:
         base: its checkpoint.
+
+    Raises:
+        ArtefactError: the configuration of the run cannot be read.
     """
     run = run_of(base)
     imported = read_groups(run.config).get("imported", {}) if run else {}

@@ -68,6 +68,7 @@ def export(
         ArtefactError: the checkpoint or tokenizer is missing, damaged or another one, or `folder` holds files of others
             or cannot be written.
         UserError: the package gguf is not installed.
+        OSError: a file cannot be read.
     """
     # All checks come before anything is written.
     require(dtype in DTYPES, "--dtype", dtype, " or ".join(DTYPES))

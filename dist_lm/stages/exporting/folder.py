@@ -12,6 +12,7 @@ def refuse_files_of_others(folder: Path) -> None:
 
     Raises:
         ArtefactError: names the first such file; or the folder is a file, or its record is no JSON.
+        OSError: a file cannot be read.
     """
     if not folder.exists():
         return

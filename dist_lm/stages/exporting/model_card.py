@@ -40,6 +40,7 @@ def model_card(
 
     Raises:
         ArtefactError: the state of the checkpoint, or the configuration or the metrics of the run, are damaged.
+        OSError: a file cannot be read.
     """
     state, _ = files.read_state(checkpoint)
     config = _config(run)

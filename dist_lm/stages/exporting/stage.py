@@ -121,6 +121,7 @@ class Export(ArtefactStage):
 
         Raises:
             ConfigError, ArtefactError, UserError: see `exporting.files.export` and `push_folder`.
+            OSError: a file cannot be read or written.
         """
         from dist_lm.stages.exporting.files import export  # imports torch
 
@@ -170,6 +171,7 @@ def push_folder(folder: Path, repository: str, api: Any = None) -> None:
     Raises:
         ArtefactError: the hub refuses it.
         UserError: huggingface_hub is not installed.
+        OSError: a file cannot be read.
     """
     try:
         from huggingface_hub import HfApi

@@ -87,6 +87,7 @@ class Generate(PoolStage):
             ConfigError: settings that no engine can run with, no prompts, or a run that exists with other settings.
             ArtefactError: the checkpoint is missing or does not fit, or prompts or weights changed since the run began.
             OSError: a file cannot be read.
+            UserError: the package `tokenizers` is needed and not installed.
         """
         from dist_lm.stages.generate import parts as generate_parts
 
@@ -148,7 +149,11 @@ class Generate(PoolStage):
         return Samples(generate_config(config), run, tokenizer)
 
     def summarize(self, config: Config, console: "Console") -> None:
-        """Prints the number of answers and their folder."""
+        """Prints the number of answers and their folder.
+
+        Raises:
+            ArtefactError: a file is damaged.
+        """
         run = run_of(config)
         result = self.read_result(run)
         console.summary(

@@ -191,7 +191,7 @@ class _Parts:
         # transformers has no name of its own for the factors, so each of its weights is looked up by ours.
         names = {name for name in parameter_shapes(self._adapted(LoraConfig(rank=1))) if name.endswith(".a")}
 
-        places: dict[str, tuple[Converted, int]] = {}
+        conversion_and_part: dict[str, tuple[Converted, int]] = {}
         weights = dict(self.described.ranks)
         for conversion in converted(self.architecture, parameter_shapes(self.model)):
             if conversion.name not in weights or f"{adapter_of(conversion.ours[0])}a" not in names:
@@ -205,7 +205,7 @@ class _Parts:
                     f"{self.folder / WEIGHTS}: adapter of {conversion.name} has factors {shapes}, expected "
                     f"{((rank, into), (out, rank))} by the base"
                 )
-            places |= {name: (conversion, index) for index, name in enumerate(conversion.ours)}
+            conversion_and_part |= {name: (conversion, index) for index, name in enumerate(conversion.ours)}
 
         # The tensors left have no counterpart in the model.
         if weights:
@@ -213,7 +213,7 @@ class _Parts:
                 f"{self.folder / WEIGHTS}: adapter of {shown_value(next(iter(weights)))}: expected weights of "
                 "attention and of the feed-forward network of the base"
             )
-        return places
+        return conversion_and_part
 
     def config(self, base: str, base_sha256: str) -> AdaptedModelConfig:
         """Returns the model with its adapters: the largest rank, the scale of most, and all weights that have one.

@@ -128,7 +128,12 @@ class Words:
         return cls(content, file_name, Tokenizer(content, file_name, layout), chat_template_of(folder))
 
     def with_marks(self) -> "Words":
-        """Returns the same words with the marks that the tokenizer lacks behind its other tokens, whose ids stay."""
+        """Returns the same words with the marks that the tokenizer lacks behind its other tokens, whose ids stay.
+
+        Raises:
+            UserError: the package `tokenizers` is needed and not installed; or no process can be started for reading
+                the file.
+        """
         content = parsed(self.file_name, with_marks, self.content, self.file_name)
         tokenizer = Tokenizer(content, self.file_name, self.tokenizer.kept_template)
         return replace(self, content=content, tokenizer=tokenizer)

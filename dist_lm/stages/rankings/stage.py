@@ -47,6 +47,7 @@ class Rankings(ArtefactStage):
 
         Raises:
             ArtefactError: as `begun_folders`.
+            OSError: a file cannot be read.
         """
         corpora = sorted({reader.stage.corpus for reader in readers if reader.stage.corpus})
         config = begun_folders(config, readers)
@@ -71,6 +72,7 @@ class Rankings(ArtefactStage):
             ConfigError: no corpus is configured, or a source is invalid.
             ArtefactError: there is no model or program to sample from, or a folder holds files of others.
             UserError: a source cannot be read.
+            OSError: a file cannot be read.
         """
         assert isinstance(config, RankingsConfig)
         names = wanted_corpora(config, rankings=True)

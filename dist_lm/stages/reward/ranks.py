@@ -153,6 +153,7 @@ def score_samples(arguments: EvaluationArguments) -> dict[str, float]:
         ArtefactError: no completion fits into the model's context either, or corpus or initial checkpoint is missing.
         UserError: as `policy_samples`.
         OSError: a file cannot be read.
+        MessageError: another rank has sent something else.
     """
     config = arguments.config
     assert isinstance(config, RewardRunConfig)

@@ -22,16 +22,13 @@ from dist_lm.parallel.sharding import compute_dtype
 from dist_lm.rlhf.config import CALLS
 from dist_lm.rlhf.constrained_rollouts import RolloutConstraints
 from dist_lm.rlhf.controller import Controller, Records, RolloutSupply
-from dist_lm.rlhf.environment_rollouts import SignsOfLife
 from dist_lm.rlhf.rewards import Judge, Tasks
-from dist_lm.rlhf.rollouts import EngineRollouts, RolloutSource, ShuffledPrompts
-from dist_lm.rlhf.waiting_times import WaitingTimes
+from dist_lm.rlhf.rollouts import EngineRollouts, RolloutSource, ShuffledPrompts, SignsOfLife
 from dist_lm.sandbox.pool import Sandboxes
 from dist_lm.stages.pool_start import PoolStarter
 from dist_lm.stages.rlhf.config import PROCESS, RlhfRunConfig
 from dist_lm.stages.rlhf.constraint import NO_TOOLS, constraint_of_index
 from dist_lm.stages.rlhf.engine import local_engine, rollout_spec
-from dist_lm.stages.rlhf.environment import open_environment_supply
 from dist_lm.stages.rlhf.environment_tasks import read_tasks
 from dist_lm.stages.rlhf.prompts import Prompts, check_columns, forms_of, read_all, request_reader, tasks_of
 from dist_lm.storage.run_directory import RunDirectory
@@ -62,6 +59,7 @@ def read_prompts(config: RlhfRunConfig, run: RunDirectory, tokenizer: Tokenizer,
     Raises:
         ArtefactError, ConfigError: as `read_all` and `read_tasks`.
         UserError: as `rollout_constraints`.
+        OSError: a file cannot be read.
     """
     if config.rlhf.environment:
         return PromptsOfRun(*read_tasks(config.rlhf), constraints=None)
@@ -134,6 +132,10 @@ def open_controller(
         return partial(answer_tasks, source, tasks, partial(on_nodes, 0, trust_me)) if tasks else None
 
     if not isinstance(train, Prompts):
+        # Imported here, because runs without an environment need none of it.
+        from dist_lm.rlhf.waiting_times import WaitingTimes
+        from dist_lm.stages.rlhf.environment import open_environment_supply
+
         source = stack.enter_context(rollout_source(config, tokenizer, weights, device, generating, pool))
         environments = open_environment_supply(config, run, tokenizer, train, source, stack, generating)
         # Conversations about held-out tasks are not recorded.

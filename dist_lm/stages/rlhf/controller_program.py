@@ -77,6 +77,7 @@ def opened_controller(
 
     Raises:
         ClusterError, ArtefactError, ConfigError, UserError, PoolFailure: as `open_controller`.
+        OSError: a file cannot be read.
     """
     config = load_config(run.config)
     assert isinstance(config, RlhfRunConfig)
@@ -92,7 +93,11 @@ def opened_controller(
 
 
 def main() -> None:
-    """Serves the first rank."""
+    """Serves the first rank.
+
+    Raises:
+        OSError: the kernel refuses to end this process with its parent.
+    """
     # Standard error is the log of rank 0; what functions of a user print goes there, too.
     os.dup2(2, 1)
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s: %(message)s", stream=sys.stderr)

@@ -14,8 +14,8 @@ from dist_lm.generation.constraint import Constraint
 from dist_lm.rlhf.config import CALLS
 from dist_lm.rlhf.conversation_loop import ConversationLoop
 from dist_lm.rlhf.conversing import ConstraintOf
-from dist_lm.rlhf.environment_rollouts import EnvironmentJudge, EnvironmentSupply, SignsOfLife, VersionedSource
-from dist_lm.rlhf.rollouts import RolloutSource, ShuffledPrompts
+from dist_lm.rlhf.environment_rollouts import EnvironmentJudge, EnvironmentSupply, VersionedSource
+from dist_lm.rlhf.rollouts import RolloutSource, ShuffledPrompts, SignsOfLife
 from dist_lm.stages.rlhf.config import RlhfRunConfig, RlhfRunGroup
 from dist_lm.stages.rlhf.constraint import as_json, read_constraint
 from dist_lm.storage.run_directory import RunDirectory

@@ -6,7 +6,6 @@ from collections.abc import Iterator
 
 from dist_lm.chat.messages import ChatError
 from dist_lm.data.prompt_rows import find_rows, read_rows
-from dist_lm.environments.host import Host
 from dist_lm.environments.protocol import Task
 from dist_lm.errors import ArtefactError, require
 from dist_lm.stages.rlhf.config import RlhfRunGroup
@@ -19,7 +18,11 @@ def check_environment(settings: RlhfRunGroup) -> None:
     Raises:
         ConfigError: there is no such environment or file, or the file does not have the class.
         ArtefactError: a row is no task, or there are none.
+        OSError: a file cannot be read.
     """
+    # Imported here, because runs without an environment need no host.
+    from dist_lm.environments.host import Host
+
     Host(settings.environment, settings.environment_limits.limits)
     if path := settings.environment_file:
         # The file is not executed here. A class whose name occurs nowhere in it can only come from a star import.
@@ -38,6 +41,7 @@ def read_tasks(settings: RlhfRunGroup) -> tuple[list[Task], list[Task]]:
     Raises:
         ConfigError: there is no such file.
         ArtefactError: a row is broken, or no task is left.
+        OSError: a file cannot be read.
     """
     tasks = [*_tasks_of(settings.prompts_from, PROMPTS_FROM)]
     if settings.held_out_from:

@@ -44,6 +44,8 @@ def fork(record: ConversationRecord, chosen: Chosen, turn: int, edit: str | None
             something else.
         UserError: the environment, or the constraint of turns, cannot be opened.
         RequestError: the engine refuses a request.
+        Exception: what a conversation raises first; the others are cancelled.
+        PoolFailure: of the source, see `RolloutSource`.
     """
     is_chosen = chosen.iteration is not None and chosen.rollout is not None
     require(is_chosen, "--fork", turn, "--iteration and --rollout beside it")

@@ -77,6 +77,7 @@ def run_rank(run: RunDirectory, stop: StopRequest, heartbeat: Heartbeat) -> None
         ClusterError, PoolFailure: Ray refuses the first rank, or actors find no place or keep dying.
         ControllerLostError: the controller's process ends again and again; on the first rank.
         OSError: a file cannot be read.
+        StrangerError: another user has connected to a port of this rank.
     """
     began = time.time()
     config = load_config(run.config)
@@ -400,7 +401,8 @@ class Saving:
         )
         if self.reporter.metrics:
             self.reporter.metrics.write(state.iteration, {"checkpoint/stall_s": time.perf_counter() - began})
-        if self.is_first and not self.reporter.config.rlhf.keep_conversations:
+        settings = self.reporter.config.rlhf
+        if self.is_first and settings.environment and not settings.keep_conversations:
             remove_old_conversations(self.reporter.run)
 
 
@@ -409,6 +411,7 @@ def last_figures(run: RunDirectory, iteration: int) -> dict[str, float]:
 
     Raises:
         ArtefactError: the metrics file lacks the iteration.
+        FileNotFoundError: the run has no metrics.
     """
     metrics = metrics_of_step(run, iteration)
     if "rlhf/reward_mean" not in metrics:

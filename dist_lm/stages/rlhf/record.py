@@ -77,6 +77,7 @@ def recorded_run(run: RunDirectory, config: RlhfRunConfig) -> "ConversationRecor
         ArtefactError: the run keeps no conversations, has recorded none yet, or a file of its tasks or its constraint
             has changed.
         ConfigError: such a file is gone.
+        OSError: a file cannot be read.
     """
     if not config.rlhf.environment:
         raise ArtefactError(

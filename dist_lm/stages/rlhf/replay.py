@@ -312,6 +312,7 @@ def execute_again(record: ConversationRecord, chosen: Chosen) -> Iterator[Iterat
     Raises:
         ArtefactError, ConfigError: a file is missing, damaged or of something else, or what is chosen is not there.
         UserError: the environment cannot be opened: a class cannot be imported, or there is no sandbox (SandboxError).
+        Exception: what a conversation raises first; the others are cancelled.
     """
     group = record.config.rlhf
     with ConversationLoop(fresh_environment(record)) as conversations:

@@ -145,6 +145,7 @@ def check_inputs(config: RlhfRunConfig) -> None:
         ArtefactError: a prompt is invalid, or the model gives no scores, has another vocabulary, or its run is not
             finished.
         UserError: constraints need the package llguidance, which is not installed.
+        OSError: a file cannot be read.
     """
     from dist_lm.stages.rlhf.constraint import check_constraint
     from dist_lm.stages.rlhf.environment_tasks import check_environment

@@ -125,6 +125,7 @@ class BesideTraining:
 
         Raises:
             UserError, PoolFailure, OSError: an evaluation failed in its thread, see `_evaluate`; on the first rank.
+            MessageError: another rank has sent something else.
         """
         parts = self._parts
         while True:
@@ -241,6 +242,7 @@ def tasks_of_steps(
         ClusterError: Ray refuses the first rank.
         ConfigError: as `BetweenSteps.reached`, where the ranks answer what was left.
         OSError: a file cannot be read.
+        MessageError: another rank has sent something else.
     """
     tasks = loop_tasks(config, run, tokenizer)
     parts = Evaluated(config, run, world, tokenizer, model, tasks, metrics, heartbeat)

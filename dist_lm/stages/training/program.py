@@ -107,6 +107,7 @@ def check_corpora(run: RunDirectory, config: Config, tokenizer: Tokenizer, world
 
     Raises:
         ArtefactError: names the corpus and the way out.
+        OSError: a file cannot be read, or the record or an index cannot be written.
     """
     for name in config.corpus_names:
         directory = config.corpus_in(run.work, name)
@@ -158,6 +159,7 @@ def write_success(
 
     Raises:
         ArtefactError: the metrics file is damaged.
+        FileNotFoundError: the run has no metrics.
     """
     latest = checkpoint_files.read_pointer(run.checkpoints, checkpoint_files.LATEST)
     result = {
@@ -184,6 +186,7 @@ def last_metrics(run: RunDirectory, step: int, required: str) -> dict[str, float
 
     Raises:
         ArtefactError: the metrics file lacks `required` in that step, or it is not finite.
+        FileNotFoundError: the run has no metrics.
     """
     metrics = metrics_of_step(run, step)
     figure = metrics.get(required)
@@ -220,6 +223,8 @@ def run_rank(stage: "TrainingStage", run: RunDirectory, stop: StopRequest, heart
         UserError: a task of stage.eval_tasks cannot be asked, or the tokenizer lacks a mark that the stage needs.
         ClusterError, PoolFailure: Ray refuses the first rank, or actors of eval.pool find no place or keep dying.
         OSError: a file cannot be read.
+        StrangerError: another user has connected to a port of this rank.
+        MessageError: another rank has sent something else.
     """
     began = time.time()
     config = load_config(run.config)

@@ -77,7 +77,7 @@ class TrainingStage(Stage):
         The program of the ranks is imported here, since it needs torch and the launcher must start without it.
 
         Raises:
-            UserError, PoolFailure: see `dist_lm.stages.training.program.run_rank`.
+            UserError, PoolFailure, OSError, StrangerError, MessageError: see `training.program.run_rank`.
         """
         from dist_lm.stages.training.program import run_rank
 

@@ -13,7 +13,7 @@ from dist_lm.chat.documents import write_conversation
 from dist_lm.chat.messages import Conversation, Message, check_conversation
 from dist_lm.chat.schema import check_tool, problems
 from dist_lm.tools.data.catalogue import SHELVES, shelf_topics
-from dist_lm.tools.data.episodes import KINDS
+from dist_lm.tools.data.episodes import KINDS, _typing_error
 from dist_lm.tools.data.examples import LONGEST, LONGEST_SESSION, REVISION, Example, example, examples
 from dist_lm.tools.data.scene import Scene, World
 
@@ -187,3 +187,15 @@ def test_no_two_arguments_of_a_kind_have_one_value():
         given = scene.arguments(scene.take())
         said = [(one.kind, repr(value.json)) for one, value in given.items() if one.kind not in ("flag", "rating")]
         assert len(set(said)) == len(said), said
+
+
+def test_a_typing_error_exchanges_two_neighbours_that_differ():
+    """Finds an exchange of equal characters, after which the "mistyped" id is right."""
+    for record_id in ("AA-1122", "X-001", "aab1"):
+        for seed in range(20):
+            mistyped = _typing_error(record_id, {}, random.Random(seed))
+            changed = [index for index, pair in enumerate(zip(record_id, mistyped, strict=True)) if len({*pair}) == 2]
+            assert len(changed) == 2, (record_id, mistyped)
+            first, second = changed
+            assert second == first + 1
+            assert mistyped[first] + mistyped[second] == record_id[second] + record_id[first]
