@@ -100,6 +100,10 @@ class SourceConfig:
     chosen_column: str = ""
     rejected_column: str = ""
     id_column: str = ""  # the column that names each row in messages and in the corpus; none: file and line
+    # columns that choose among equal and nearly equal texts of a corpus: the one with most stars stays, of these the
+    # earliest (a date of ISO 8601, or seconds since 1970); none: the first one that is read
+    stars_column: str = ""
+    time_column: str = ""
     # hub_rankings: oasst1 | hh-rlhf | helpsteer3 | ultrafeedback; none: by the name of the data set. preferences:
     # pairs | ranked | labelled, or one of the last three; none: by the columns of each row
     rows: str = ""
@@ -175,6 +179,11 @@ class SourceConfig:
             self.limit,
             "0 (all) or a positive integer",
         )
+
+    @property
+    def has_precedence(self) -> bool:
+        """Whether columns choose among equal and nearly equal texts."""
+        return bool(self.stars_column or self.time_column)
 
 
 _FORMS: dict[Any, str] = {int: "an integer", bool: "true or false", str: "a text", list[str]: "a list of texts"}

@@ -86,7 +86,7 @@ log = logging.getLogger(__name__)
 
 # Keys of a source that earlier releases did not have.
 LATER_KEYS = ("thinking", "opening_answers", "later_system", "question_column", "answer_column")
-LATER_KEYS += ("prompt_column", "chosen_column", "rejected_column")
+LATER_KEYS += ("prompt_column", "chosen_column", "rejected_column", "stars_column", "time_column")
 NAMED_DIFFERENCES = 3  # settings that a message names
 SAMPLED = "synthetic_rankings"  # reader whose documents a model wrote
 BESIDE = re.compile(r".*-[0-9a-f]{8}")  # a folder beside that of the name: no name that a corpus may have
