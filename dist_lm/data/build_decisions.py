@@ -4,7 +4,8 @@ What tasks find is merged by sums, unions and the smallest place, so neither the
 which tasks end changes a decision:
 
 1. `survey` reads a task: key, group and size of each document that passes the checks, and the texts that could be val.
-2. Of equal keys, the first in the order of the plan stays (`data.sorted_runs`); the others are copies.
+2. Of equal keys, the first in the order of the plan stays (`data.sorted_runs`), or the one that `data.precedence` puts
+   before the others; these are copies.
 3. `sizes_below` sums the bytes that each halving of `val_fraction` would hold out; `fitting_share` chooses the share.
 4. `compare` compares train of a task with all held-out texts.
 5. `fates_of` applies the merged rule to a task.
@@ -27,6 +28,7 @@ from dist_lm.data.earlier import forms_of
 from dist_lm.data.ingest import group_position, largest_share, split_of_group
 from dist_lm.data.inputs import Inputs, changes
 from dist_lm.data.near_duplicates import BANDS, text_bands
+from dist_lm.data.precedence import precedence_of
 from dist_lm.data.screening import RowErrors, Screened, check_candidate, screen, text_key
 from dist_lm.data.sources.reader import Candidate, Rejected, corpus_sources, reader_of, source_traits
 from dist_lm.data.sources.snapshot import Snapshot
@@ -49,6 +51,7 @@ class Survey:
     positions: np.ndarray  # (D,) float64: hash of the group in [0, 1)
     n_bytes: np.ndarray  # (D,) int64, UTF-8
     is_contaminated: np.ndarray  # (D,) bool: the text has a part of a benchmark
+    precedences: np.ndarray  # (D, 2) float64: as of `precedence_of`; (0, 2) if the source has no column for them
     bands: np.ndarray  # (D, bands) uint64: as of `near_duplicates.text_bands`; (0, bands) where these are not sought
     val_texts: dict[int, str]  # number of a document -> text, of those that `val_fraction` could hold out
     groups: list[str]  # names of the groups (D), as the reader gave them; empty where they were not read
@@ -145,11 +148,12 @@ def survey(config: CorpusConfig, task: BuildTask, candidates: Iterable[Candidate
     """
     benchmarks = Benchmarks.read(config.cleaning.benchmarks) if config.cleaning.benchmarks else None
     share = largest_share(config, task.corpus)
-    keys, positions, sizes, contaminated, bands, groups = [], [], [], [], [], []
+    source = source_of(config, task)
+    keys, positions, sizes, contaminated, precedences, bands, groups = [], [], [], [], [], [], []
     val_texts: dict[int, str] = {}
     dropped: Counter[str] = Counter()
     languages: dict[str, str] = {}
-    rows, screened_candidates = screenings(config, source_of(config, task), candidates)
+    rows, screened_candidates = screenings(config, source, candidates)
     for _, record, reason in screened_candidates:
         if record is None:
             dropped[reason] += 1
@@ -160,6 +164,8 @@ def survey(config: CorpusConfig, task: BuildTask, candidates: Iterable[Candidate
             val_texts[len(keys)] = text
         if config.cleaning.near_duplicates and not record.source_config.held_out:
             bands.append(text_bands(text))
+        if source.has_precedence:
+            precedences.append(precedence_of(record.document))
         keys.append(record.key)
         groups.append(record.document.group)
         positions.append(group_position(record.group))
@@ -171,6 +177,7 @@ def survey(config: CorpusConfig, task: BuildTask, candidates: Iterable[Candidate
         np.array(positions, float),
         np.array(sizes, np.int64),
         np.array(contaminated, bool),
+        np.array(precedences, float).reshape(-1, 2),
         np.array(bands, np.uint64).reshape(-1, BANDS),
         val_texts,
         groups,

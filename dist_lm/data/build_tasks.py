@@ -51,11 +51,12 @@ from dist_lm.data.containment import Evidence, HeldOutIndex
 from dist_lm.data.ingest import cleaned
 from dist_lm.data.inputs import Input, Inputs
 from dist_lm.data.manifest import Recipe, Shard, shard_name
-from dist_lm.data.near_duplicate_groups import band_records, neighbours, with_common_bands
+from dist_lm.data.near_duplicate_groups import band_records, neighbours
 from dist_lm.data.near_duplicates import BANDS, band_hashes, common_bands, search, text_windows
+from dist_lm.data.precedence import is_by_rule, order_of_precedence
 from dist_lm.data.screening import IngestReport, RowErrors, note_dropped, source_name
 from dist_lm.data.shard_writer import SplitWriter
-from dist_lm.data.sorted_runs import later_copies, read_part, records_of, write_run
+from dist_lm.data.sorted_runs import equals_next, later_copies, read_part, records_of, with_equal_keys, write_run
 from dist_lm.data.sources.reader import Rejected
 from dist_lm.data.task_results import is_finished, writing
 from dist_lm.document import TokenizedDocument
@@ -67,7 +68,7 @@ REVISION = 5  # one more with every change to the results of tasks: those of ano
 RUN, COPIES, REPORT, REJECTED_ROWS = "keys.run", "copies.npy", "report.json", "rejected.jsonl"
 ARRAYS, BAND_RUN, PAIRS = "arrays.npz", "bands.run", "pairs.npy"
 TEXTS, ENDS, SEARCHES, WINDOWS_OF_TEXTS = "texts.npy", "ends.npy", "searches.bin", "windows.bin"
-WINDOWS_ENDS = "windows_ends.npy"
+WINDOWS_ENDS, PRECEDENCES = "windows_ends.npy", "precedences.npy"
 SEARCHED = np.dtype([("number", "<u4"), ("search", "<u4")])
 """A text that has a neighbour: its number in its task, and the number of its search."""
 WINDOWS = "windows_"  # begins the name of an array about windows of a number of words
@@ -113,6 +114,11 @@ class Build:
     def tasks_of_class(self, number: int) -> list[int]:
         """Returns the numbers of the tasks of a class of `classes`, in their order."""
         return self._settings["classes"][number][2]
+
+    def is_by_rule(self, number: int) -> bool:
+        """Returns whether columns of a source choose among equal and nearly equal texts of a class of `classes`."""
+        corpus = self.classes[number][0]
+        return any(is_by_rule(self.config, name) for name in ([corpus] if corpus else self.config.corpora))
 
     def task(self, number: int) -> BuildTask:
         """Returns a task of the plan, by its number from 0.
@@ -203,6 +209,8 @@ def _survey(build: Build, number: int, result: Path) -> None:
     write_run(result / RUN, records_of([key.tobytes() for key in task_survey.keys], number))
     if build.config.cleaning.near_duplicates:
         write_run(result / BAND_RUN, band_records(task_survey.bands, number))
+    if len(task_survey.precedences):
+        np.save(result / PRECEDENCES, task_survey.precedences)
     write_survey(result, task_survey)
 
 
@@ -229,7 +237,7 @@ def write_survey(result: Path, task_survey: Survey) -> None:
 
 
 def read_survey(build: Build, number: int, *, with_texts: bool = False, with_groups: bool = False) -> Survey:
-    """Returns the survey of a task. Its `bands` are empty: they are in the sorted run of the task.
+    """Returns the survey of a task. Its `precedences` and `bands` are empty: they are in files of their own.
 
     Args:
         with_texts: read the texts that could be val, too; otherwise `val_texts` is empty.
@@ -252,6 +260,7 @@ def read_survey(build: Build, number: int, *, with_texts: bool = False, with_gro
             arrays["positions"],
             arrays["n_bytes"],
             arrays["is_contaminated"],
+            np.empty((0, 2)),  # see `_precedences`
             np.empty((0, BANDS), np.uint64),  # they are in the sorted run
             val_texts,
             groups,
@@ -267,7 +276,14 @@ def read_survey(build: Build, number: int, *, with_texts: bool = False, with_gro
 def _copies(build: Build, number: int, result: Path) -> None:
     class_number, part = divmod(number, parts_of(build))
     runs = [build.result("survey", task) / RUN for task in build.tasks_of_class(class_number)]
-    copies = later_copies(read_part(runs, part, parts_of(build)))
+    records = read_part(runs, part, parts_of(build))
+    if build.is_by_rule(class_number):
+        records = with_equal_keys(records)
+        precedences = _precedences(build, records["task"], records["number"])
+        # Sorted by key first, so that equal ones stay neighbours.
+        is_next_key = np.append(True, ~equals_next(records))[: len(records)]
+        records = records[order_of_precedence(np.column_stack([np.cumsum(is_next_key), precedences]))]
+    copies = later_copies(records)
     places = np.stack([copies["task"], copies["number"]], axis=1)
     save_places(result / COPIES, places[np.lexsort([places[:, 1], places[:, 0]])])
 
@@ -346,11 +362,31 @@ def fates(build: Build, number: int, task_survey: Survey, rule: Rule) -> np.ndar
     return fates_of(task_survey, copies, near_copies, source_of(build.config, task).held_out, share, rule)
 
 
+def _precedences(build: Build, tasks: np.ndarray, numbers: np.ndarray) -> np.ndarray:
+    """Returns what orders documents: (documents, 3) float64, the number of the corpus and their `precedence_of`.
+
+    An earlier corpus never gives way to a later one, which may be built when the earlier one is finished.
+
+    Args:
+        tasks, numbers: (documents,) task of each document, and its number in the task.
+    """
+    precedences = np.full((len(tasks), 3), np.inf)
+    corpora = [*build.config.corpora]
+    for number in np.unique(tasks).tolist():
+        task = build.task(number)
+        of_task = np.flatnonzero(tasks == number)
+        precedences[of_task, 0] = corpora.index(task.corpus)
+        if source_of(build.config, task).has_precedence:
+            of_survey = np.load(build.result("survey", number) / PRECEDENCES, mmap_mode="r")
+            precedences[of_task, 1:] = of_survey[numbers[of_task]]
+    return precedences
+
+
 # --- near-duplicates ---
 #
 # Each range of hashes of bands gives pairs of texts with a band in common. The caller joins them to groups, and groups
 # to searches. Then each task writes the windows of its texts that have such a neighbour, and each search compares the
-# texts of its groups in the order of the plan.
+# texts of its groups in the order of the plan, or of `data.precedence`.
 
 
 def _neighbours(build: Build, number: int, result: Path) -> None:
@@ -359,7 +395,7 @@ def _neighbours(build: Build, number: int, result: Path) -> None:
     # Texts that a user holds out are in no relation to others.
     if not build.classes[class_number][1]:
         runs = [build.result("survey", task) / BAND_RUN for task in build.tasks_of_class(class_number)]
-        records = with_common_bands(read_part(runs, part, parts_of(build, "band_parts")))
+        records = with_equal_keys(read_part(runs, part, parts_of(build, "band_parts")))
         pairs = neighbours(_without_copies(build, records))
     np.save(result / PAIRS, pairs)
 
@@ -428,6 +464,9 @@ def _search(build: Build, number: int, result: Path) -> None:
             spans.append(np.stack([ends[chosen], ends[chosen + 1]], axis=1))
             positions.append(chosen)
     place_of, span_of, position_of = np.concatenate(places), np.concatenate(spans), np.concatenate(positions)
+    if any(map(build.is_by_rule, range(len(build.classes)))):
+        order = order_of_precedence(_precedences(build, *place_of.T))
+        place_of, span_of, position_of = place_of[order], span_of[order], position_of[order]
 
     def windows_of(text: int) -> np.ndarray:
         begin, end = span_of[text].tolist()
@@ -440,6 +479,8 @@ def _search(build: Build, number: int, result: Path) -> None:
     in_order = ((text, partial(windows_of, text)) for text in range(n_texts))
     similar = search(shared_bands, in_order, build.config.cleaning.near_duplicates)
     pairs = np.array(array("q", itertools.chain.from_iterable(similar)), np.int64).reshape(-1, 2)
+    # Found in the order of precedence, they are written in that of their places.
+    pairs = pairs[np.lexsort(place_of[pairs[:, 0]].T[::-1])]
     save_places(result / COPIES, place_of[pairs[:, 0]])
 
     # The place of the resembled text stands beside that of the dropped one.

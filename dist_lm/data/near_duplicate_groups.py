@@ -7,7 +7,7 @@ groups, each in the order of the texts, drop together what one search of all tex
 
 import numpy as np
 
-from dist_lm.data.sorted_runs import RECORD, merged
+from dist_lm.data.sorted_runs import RECORD, equals_next, merged
 
 AT_ONCE = 1 << 20  # pairs or texts that are looked at together
 
@@ -78,30 +78,13 @@ def band_records(bands: np.ndarray, task: int) -> np.ndarray:
     return merged([records])
 
 
-def with_common_bands(records: np.ndarray) -> np.ndarray:
-    """Returns the records whose band another one has, too, (records,) RECORD, in their order.
-
-    Args:
-        records: of `band_records`, of several tasks, sorted.
-    """
-    is_equal = _equals_next(records)
-    is_shared = np.zeros(len(records), bool)
-    is_shared[:-1] = is_equal
-    is_shared[1:] |= is_equal
-    return records[is_shared]
-
-
 def neighbours(records: np.ndarray) -> np.ndarray:
     """Returns pairs of texts that connect all texts with a band in common: (pairs, 2, 2) uint32, task and number of
     each text.
 
     Args:
-        records: as of `with_common_bands`.
+        records: of `band_records`, of several tasks, sorted.
     """
     places = np.stack([records["task"], records["number"]], axis=1)
-    is_equal = _equals_next(records)
+    is_equal = equals_next(records)
     return np.stack([places[:-1][is_equal], places[1:][is_equal]], axis=1)
-
-
-def _equals_next(records: np.ndarray) -> np.ndarray:
-    return (records["high"][:-1] == records["high"][1:]) & (records["low"][:-1] == records["low"][1:])

@@ -30,12 +30,22 @@ def digest_of(folders: dict[str, Path], root: Path) -> str:
 
 
 @pytest.mark.heavy
-@pytest.mark.parametrize("seed", [0, 1])
-def test_without_columns_every_byte_stays(monkeypatch: pytest.MonkeyPatch, new_work: NewWork, tmp_path: Path, seed):
+@pytest.mark.parametrize(
+    ("seed", "expected"),
+    [
+        (0, "80ce12de4f67b07a070e3c19a0a7de52c7d29e3f5be5fd046716c89473acfdaf"),
+        (1, "47dfb5b2ca52076620b2a28329bc167f97bd0b163c1a2a65613930b5a1323d1d"),
+    ],
+)
+def test_without_columns_every_byte_stays(
+    monkeypatch: pytest.MonkeyPatch, new_work: NewWork, tmp_path: Path, seed: int, expected: str
+) -> None:
+    """Would find another winner where no source names a column. The hashes are of the release before the columns."""
     generator = random.Random(seed)
     corpus = write_corpora(tmp_path, generator, held_out=bool(seed))
     add_near_copies(tmp_path / "second" / "rows" / "copies.jsonl", tmp_path / "first" / "rows" / "0.jsonl", generator)
     cleaning = replace(corpus.cleaning, across_corpora=True, near_duplicates=0.7)
     corpus = replace(corpus, cleaning=cleaning, max_bad_fraction=0.9)
-    print(digest_of(build(new_work("serial"), corpus), tmp_path))
-    print(digest_of(by_tasks(monkeypatch, new_work("tasks"), corpus, 3000, in_random_order(generator)), tmp_path))
+    assert digest_of(build(new_work("serial"), corpus), tmp_path) == expected
+    run_pass = in_random_order(generator)
+    assert digest_of(by_tasks(monkeypatch, new_work("tasks"), corpus, 3000, run_pass), tmp_path) == expected

@@ -20,9 +20,9 @@ from dist_lm.data.sources.arrow import arrow_rows
 from dist_lm.data.sources.failures import unreadable
 from dist_lm.data.sources.formats import BadRow, Format, Row, csv_rows, jsonl_rows, parquet_rows
 from dist_lm.data.sources.listing import bare_name, by_suffix, list_files
-from dist_lm.data.sources.precedence import CellError, stars_of, time_of
 from dist_lm.data.sources.reader import Candidate, Rejected, reader
 from dist_lm.data.sources.snapshot import Snapshot
+from dist_lm.data.sources.stars_and_time import CellError, stars_of, time_of
 from dist_lm.document import NO_STARS, NO_TIME, Document, Form
 from dist_lm.errors import ArtefactError, ConfigError, UserError
 

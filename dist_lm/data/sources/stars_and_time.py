@@ -1,4 +1,5 @@
-"""Reads from columns of a row which of equal or nearly equal texts stays: the one with most stars, of these the earliest.
+"""Reads from columns of a row which of several equal or nearly equal texts stays: the one with most stars, of these
+the earliest.
 
 A cell may be null, NaN or blank: then the text comes behind all that have a value. Any other cell that is no number of
 stars, or no time, makes its row a broken one.
