@@ -64,7 +64,7 @@ from dist_lm.errors import ArtefactError, UserError
 from dist_lm.storage import durable
 from dist_lm.tokenizer.tokenizer import Tokenizer
 
-REVISION = 5  # one more with every change to the results of tasks: those of another revision are not used
+REVISION = 6  # one more with every change to the results of tasks: those of another revision are not used
 RUN, COPIES, REPORT, REJECTED_ROWS = "keys.run", "copies.npy", "report.json", "rejected.jsonl"
 ARRAYS, BAND_RUN, PAIRS = "arrays.npz", "bands.run", "pairs.npy"
 TEXTS, ENDS, SEARCHES, WINDOWS_OF_TEXTS = "texts.npy", "ends.npy", "searches.bin", "windows.bin"
@@ -473,9 +473,16 @@ def _search(build: Build, number: int, result: Path) -> None:
         path = build.result("windows", int(place_of[text, 0])) / WINDOWS_OF_TEXTS
         return np.fromfile(path, np.uint64, end - begin, offset=begin * 8)
 
+    # Groups of several classes may be in one search. Texts of different classes have no band in common.
+    class_of_task = np.empty(build.n_tasks, np.uint64)
+    for class_number in range(len(build.classes)):
+        class_of_task[build.tasks_of_class(class_number)] = class_number
+
     # A group may have a million texts, so none of them is an object for long.
     n_texts = len(place_of)
-    shared_bands = common_bands(band_hashes(windows_of(text)) for text in range(n_texts))
+    shared_bands = common_bands(
+        band_hashes(windows_of(text)) + class_of_task[place_of[text, 0]] for text in range(n_texts)
+    )
     in_order = ((text, partial(windows_of, text)) for text in range(n_texts))
     similar = search(shared_bands, in_order, build.config.cleaning.near_duplicates)
     pairs = np.array(array("q", itertools.chain.from_iterable(similar)), np.int64).reshape(-1, 2)

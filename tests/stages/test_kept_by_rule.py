@@ -2,22 +2,107 @@
 
 import hashlib
 import json
+import math
 import random
 from collections.abc import Callable
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import pytest
 
+from dist_lm.config.corpus import SPLITS, CleaningConfig, CorpusConfig, SourceConfig
 from dist_lm.data.journal import REJECTED
 from dist_lm.data.manifest import read_manifest
+from dist_lm.data.near_duplicates import jaccard, text_windows
+from dist_lm.data.shard_writer import read_origins
 from dist_lm.storage.run_directory import WorkDirectory
 from tests.data.mixed_corpora import write_corpora
-from tests.stages.test_builds_by_tasks import add_near_copies, build, by_tasks, in_random_order, new_work
+from tests.data.test_near_duplicates import changed, words
+from tests.stages.test_builds_by_tasks import add_near_copies, build, by_tasks, described, in_random_order, new_work
 
 __all__ = ["new_work"]  # a fixture
 
 NewWork = Callable[[str], WorkDirectory]
+LEAST = 0.8
+COLUMNS = (
+    {"stars_column": "stars", "time_column": "created"},
+    {"time_column": "created"},
+    {"stars_column": "stars"},
+    {},
+)
+"""Columns that each source of a corpus names."""
+
+
+@dataclass(frozen=True)
+class Row:
+    """A row of a corpus, in the order of reading."""
+
+    id: str
+    text: str
+    corpus: int
+    stars: float
+    time: float
+    place: int
+
+    def precedence(self) -> tuple[int, float, float, int]:
+        return self.corpus, -self.stars, self.time, self.place
+
+
+def write_rows(folder: Path, generator: random.Random, n_families: int, across: bool) -> tuple[CorpusConfig, list[Row]]:
+    """Writes two corpora of families of texts: each text has copies, and others that differ by a few words. Stars and
+    times are often equal and often missing."""
+    texts: list[str] = []
+    for _ in range(n_families):
+        text = words(generator, 60)
+        for _ in range(generator.randrange(1, 6)):
+            texts += [" ".join(text)] * generator.choice([1, 1, 1, 2, 3])
+            text = changed(generator, text, generator.randrange(3))
+    generator.shuffle(texts)
+
+    rows: list[Row] = []
+    corpora: dict[str, list[SourceConfig]] = {}
+    for corpus in range(2):
+        sources = []
+        for number, columns in enumerate(COLUMNS):
+            n_texts = len(texts) // 8
+            lines = []
+            for text in texts[(4 * corpus + number) * n_texts :][:n_texts]:
+                cells = {"stars": generator.choice([None, 0, 3, 3, 7.0]), "created": generator.choice(CREATED)}
+                stars = cells["stars"] if "stars_column" in columns else None
+                created = TIMES[cells["created"]] if "time_column" in columns else math.inf
+                row = Row(f"r{len(rows)}", text, corpus, -math.inf if stars is None else stars, created, len(rows))
+                rows.append(row)
+                lines.append(json.dumps({"text": text, "id": row.id} | cells))
+            path = folder / f"{corpus}-{number}.jsonl"
+            path.write_text("\n".join(lines))
+            source = SourceConfig("jsonl", "english", "mit", path=[str(path)], id_column="id", **columns)
+            sources.append(source)
+        corpora[("first", "second")[corpus]] = sources
+    cleaning = CleaningConfig(near_duplicates=LEAST, across_corpora=across)
+    return CorpusConfig("test", corpora, val_fraction=0.2, cleaning=cleaning), rows
+
+
+TIMES = {None: math.inf, "2015-03-24T03:12:00Z": 1427166720.0, "2015-03-24": 1427155200.0, 1427155200: 1427155200.0}
+CREATED = [*TIMES]
+
+
+def kept_by_hand(rows: list[Row], across: bool) -> dict[str, tuple[str, list[str]]]:
+    """Returns what becomes of each row: its id -> (reason, ids of those that it may be dropped for)."""
+    fates: dict[str, tuple[str, list[str]]] = {}
+    windows = {row.text: text_windows(row.text) for row in rows}
+    for corpora in ([0, 1],) if across else ([0], [1]):
+        seen: set[str] = set()
+        kept: list[Row] = []
+        for row in sorted((row for row in rows if row.corpus in corpora), key=Row.precedence):
+            if row.text in seen:
+                fates[row.id] = "duplicate", []
+                continue
+            seen.add(row.text)
+            similar = [other.id for other in kept if jaccard(windows[row.text], windows[other.text]) >= LEAST]
+            fates[row.id] = ("near_duplicate", similar) if similar else ("", [])
+            if not similar:
+                kept.append(row)
+    return fates
 
 
 def digest_of(folders: dict[str, Path], root: Path) -> str:
@@ -49,3 +134,41 @@ def test_without_columns_every_byte_stays(
     assert digest_of(build(new_work("serial"), corpus), tmp_path) == expected
     run_pass = in_random_order(generator)
     assert digest_of(by_tasks(monkeypatch, new_work("tasks"), corpus, 3000, run_pass), tmp_path) == expected
+
+
+@pytest.mark.heavy
+@pytest.mark.parametrize("across", [False, True])
+@pytest.mark.parametrize("seed", range(2))
+def test_the_rule_is_that_of_a_search_by_hand(
+    monkeypatch: pytest.MonkeyPatch, new_work: NewWork, tmp_path: Path, seed: int, across: bool
+) -> None:
+    """Would find a text that leaves for one with fewer stars or a later time, one of an earlier corpus that leaves for
+    one of a later corpus, and a winner that depends on tasks and their ends."""
+    generator = random.Random(seed)
+    corpus, rows = write_rows(tmp_path, generator, 60, across)
+    expected = kept_by_hand(rows, across)
+    near = {number: similar for number, (reason, similar) in expected.items() if reason == "near_duplicate"}
+    stay = {number for number, (reason, _) in expected.items() if not reason}
+    assert len(near) > 20
+    assert any(rows[int(number[1:])].place < rows[int(similar[0][1:])].place for number, similar in near.items())
+
+    folders = build(new_work("serial"), corpus)
+    serial = {name: described(folder) for name, folder in folders.items()}
+    read: set[str] = set()
+    dropped: dict[str, str] = {}
+    for folder in folders.values():
+        manifest = read_manifest(folder)
+        shards = [shard.name for split in SPLITS for shard in manifest.splits[split].shards]
+        read |= {origin.source for name in shards for origin in read_origins(folder / name)}
+        lines = map(json.loads, (folder / REJECTED).read_text().splitlines())
+        dropped |= {line["place"]: line["resembles"] for line in lines}
+    assert dropped.keys() == near.keys()
+    assert all(dropped[number] in near[number] for number in near)
+    # Val that train contains is dropped, too.
+    assert read <= stay
+    assert len(read) > 0.8 * len(stay)
+
+    for task_bytes in (1, 1 << 30):
+        work = new_work(f"tasks{task_bytes}")
+        folders = by_tasks(monkeypatch, work, corpus, task_bytes, in_random_order(generator))
+        assert {name: described(folder) for name, folder in folders.items()} == serial
