@@ -32,7 +32,7 @@ CACHED_CHARACTERS = 64_000_000  # sum of small sources, which stay in memory and
 WAYS_OUT = {
     "too_long": "divide the documents, or raise corpus.max_document_bytes",
     "compressed": "7z files are not read, and .zip, .xz and .bz2 only with their suffix: unpack or rename them",
-    "duplicate": "equal texts came earlier in the corpus: remove the source",
+    "duplicate": "equal texts stay in the corpus: remove the source",
 }
 
 

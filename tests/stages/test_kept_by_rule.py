@@ -143,7 +143,7 @@ def test_the_rule_is_that_of_a_search_by_hand(
     monkeypatch: pytest.MonkeyPatch, new_work: NewWork, tmp_path: Path, seed: int, across: bool
 ) -> None:
     """Would find a text that leaves for one with fewer stars or a later time, one of an earlier corpus that leaves for
-    one of a later corpus, and a winner that depends on tasks and their ends."""
+    one of a later corpus, texts of two corpora that are compared unasked, and a winner that depends on tasks."""
     generator = random.Random(seed)
     corpus, rows = write_rows(tmp_path, generator, 60, across)
     expected = kept_by_hand(rows, across)
