@@ -26,7 +26,7 @@ from typing import Any
 import numpy as np
 import zstandard
 
-from dist_lm.config.corpus import SPLITS, CleaningConfig, CorpusConfig
+from dist_lm.config.corpus import REPOSITORY, SPLITS, CleaningConfig, CorpusConfig
 from dist_lm.data.benchmarks import Benchmarks
 from dist_lm.data.build_decisions import (
     BENCHMARK,
@@ -59,7 +59,7 @@ from dist_lm.data.shard_writer import SplitWriter
 from dist_lm.data.sorted_runs import equals_next, later_copies, read_part, records_of, with_equal_keys, write_run
 from dist_lm.data.sources.reader import Rejected
 from dist_lm.data.task_results import is_finished, writing
-from dist_lm.document import TokenizedDocument
+from dist_lm.document import Document, TokenizedDocument
 from dist_lm.errors import ArtefactError, UserError
 from dist_lm.storage import durable
 from dist_lm.tokenizer.tokenizer import Tokenizer
@@ -68,7 +68,7 @@ REVISION = 6  # one more with every change to the results of tasks: those of ano
 RUN, COPIES, REPORT, REJECTED_ROWS = "keys.run", "copies.npy", "report.json", "rejected.jsonl"
 ARRAYS, BAND_RUN, PAIRS = "arrays.npz", "bands.run", "pairs.npy"
 TEXTS, ENDS, SEARCHES, WINDOWS_OF_TEXTS = "texts.npy", "ends.npy", "searches.bin", "windows.bin"
-WINDOWS_ENDS, PRECEDENCES = "windows_ends.npy", "precedences.npy"
+WINDOWS_ENDS, PRECEDENCES, UNITS = "windows_ends.npy", "precedences.npy", "units.npy"
 SEARCHED = np.dtype([("number", "<u4"), ("search", "<u4")])
 """A text that has a neighbour: its number in its task, and the number of its search."""
 WINDOWS = "windows_"  # begins the name of an array about windows of a number of words
@@ -119,6 +119,12 @@ class Build:
         """Returns whether columns of a source choose among equal and nearly equal texts of a class of `classes`."""
         corpus = self.classes[number][0]
         return any(is_by_rule(self.config, name) for name in ([corpus] if corpus else self.config.corpora))
+
+    @property
+    def by_repository(self) -> bool:
+        """Whether repositories are compared as a whole. Then near-duplicates are sought before copies, because a file
+        may have its only copy in a repository that leaves."""
+        return self.config.cleaning.near_duplicates_by == REPOSITORY
 
     def task(self, number: int) -> BuildTask:
         """Returns a task of the plan, by its number from 0.
@@ -208,7 +214,9 @@ def _survey(build: Build, number: int, result: Path) -> None:
         task_survey = survey(build.config, task, candidates_of(build.config, build.seed, task, build.listing(task)))
     write_run(result / RUN, records_of([key.tobytes() for key in task_survey.keys], number))
     if build.config.cleaning.near_duplicates:
-        write_run(result / BAND_RUN, band_records(task_survey.bands, number))
+        write_run(result / BAND_RUN, band_records(task_survey.bands, number, np.unique(task_survey.units)))
+        if build.by_repository:
+            np.save(result / UNITS, task_survey.units)
     if len(task_survey.precedences):
         np.save(result / PRECEDENCES, task_survey.precedences)
     write_survey(result, task_survey)
@@ -237,7 +245,8 @@ def write_survey(result: Path, task_survey: Survey) -> None:
 
 
 def read_survey(build: Build, number: int, *, with_texts: bool = False, with_groups: bool = False) -> Survey:
-    """Returns the survey of a task. Its `precedences` and `bands` are empty: they are in files of their own.
+    """Returns the survey of a task. Its `precedences`, `units` and `bands` are empty: they are in files of
+    their own.
 
     Args:
         with_texts: read the texts that could be val, too; otherwise `val_texts` is empty.
@@ -261,6 +270,7 @@ def read_survey(build: Build, number: int, *, with_texts: bool = False, with_gro
             arrays["n_bytes"],
             arrays["is_contaminated"],
             np.empty((0, 2)),  # see `_precedences`
+            np.empty(0, np.int64),  # see `_units`
             np.empty((0, BANDS), np.uint64),  # they are in the sorted run
             val_texts,
             groups,
@@ -277,6 +287,8 @@ def _copies(build: Build, number: int, result: Path) -> None:
     class_number, part = divmod(number, parts_of(build))
     runs = [build.result("survey", task) / RUN for task in build.tasks_of_class(class_number)]
     records = read_part(runs, part, parts_of(build))
+    if build.by_repository:
+        records = _without_near_copies(build, with_equal_keys(records))
     if build.is_by_rule(class_number):
         records = with_equal_keys(records)
         precedences = _precedences(build, records["task"], records["number"])
@@ -308,7 +320,7 @@ def parts_of(build: Build, name: str = "key_parts") -> int:
 
 
 def is_copy(build: Build, number: int, n_documents: int) -> np.ndarray:
-    """Returns which documents of a task have the text of an earlier document of the corpus: (n_documents,) bool.
+    """Returns which documents of a task have the text of another document, which stays: (n_documents,) bool.
 
     Args:
         n_documents: those of the survey.
@@ -358,6 +370,7 @@ def fates(build: Build, number: int, task_survey: Survey, rule: Rule) -> np.ndar
     near_copies = np.zeros(len(task_survey.keys), bool)
     for _, _, documents in _near_copies(build, number):
         near_copies[documents] = True
+    near_copies = near_copies[_units(build, number, len(near_copies))]
     share = rule.shares.get(task.corpus, 0.0)
     return fates_of(task_survey, copies, near_copies, source_of(build.config, task).held_out, share, rule)
 
@@ -382,6 +395,36 @@ def _precedences(build: Build, tasks: np.ndarray, numbers: np.ndarray) -> np.nda
     return precedences
 
 
+def _units(build: Build, number: int, n_documents: int) -> np.ndarray:
+    """Returns for each document of a task the number of the first one of what is compared as a whole, (n_documents,)
+    int64: its own, or that of its repository."""
+    path = build.result("survey", number) / UNITS
+    # Documents that a user holds out belong to no unit.
+    units = np.load(path) if build.by_repository else np.empty(0, np.int64)
+    return units if len(units) else np.arange(n_documents)
+
+
+def _without_near_copies(build: Build, records: np.ndarray) -> np.ndarray:
+    """Returns the records of documents that are no near-duplicates, in their order.
+
+    Args:
+        records: (records,) RECORD, of documents.
+    """
+    firsts = records["number"].astype(np.uint64)
+    for task in np.unique(records["task"]).tolist():
+        of_task = np.flatnonzero(records["task"] == task)
+        numbers = records["number"][of_task]
+        firsts[of_task] = _units(build, task, int(numbers.max()) + 1)[numbers]
+    places = records["task"].astype(np.uint64) << np.uint64(32) | firsts
+
+    is_near_copy = np.zeros(len(records), bool)
+    for search_number in range(parts_of(build, "searches")):
+        tasks, numbers = np.load(build.result("search", search_number) / COPIES).astype(np.uint64)
+        dropped = tasks << np.uint64(32) | numbers  # rising
+        is_near_copy |= np.isin(places, dropped)
+    return records[~is_near_copy]
+
+
 # --- near-duplicates ---
 #
 # Each range of hashes of bands gives pairs of texts with a band in common. The caller joins them to groups, and groups
@@ -396,7 +439,7 @@ def _neighbours(build: Build, number: int, result: Path) -> None:
     if not build.classes[class_number][1]:
         runs = [build.result("survey", task) / BAND_RUN for task in build.tasks_of_class(class_number)]
         records = with_equal_keys(read_part(runs, part, parts_of(build, "band_parts")))
-        pairs = neighbours(_without_copies(build, records))
+        pairs = neighbours(records if build.by_repository else _without_copies(build, records))
     np.save(result / PAIRS, pairs)
 
 
@@ -439,18 +482,34 @@ def _windows(build: Build, number: int, result: Path) -> None:
     ends = [0]
     sources: list[str] = []
     with (result / WINDOWS_OF_TEXTS).open("wb") as file:
-        sought = set(texts["number"].tolist())
-        if sought:
-            documents = (record for _, record, _ in _read_again(build, number, read_survey(build, number)) if record)
-            for document_number, record in enumerate(documents):
-                if document_number in sought:
-                    windows = text_windows(record.document.text)
-                    file.write(windows.tobytes())
-                    ends.append(ends[-1] + len(windows))
-                    sources.append(record.document.source)
+        if len(texts):
+            for document, windows in _windows_of_units(build, number, set(texts["number"].tolist())):
+                file.write(windows.tobytes())
+                ends.append(ends[-1] + len(windows))
+                sources.append((build.by_repository and document.repository) or document.source)
     np.save(result / TEXTS, texts)
     np.save(result / WINDOWS_ENDS, np.array(ends))
     write_strings(result, sources)
+
+
+def _windows_of_units(build: Build, number: int, sought: set[int]) -> Iterator[tuple[Document, np.ndarray]]:
+    """Yields the windows of each sought unit of a task, with its first document: (W,) uint64, as of `text_windows`.
+
+    Args:
+        sought: numbers of the first documents.
+    """
+    task_survey = read_survey(build, number)
+    documents = (record.document for _, record, _ in _read_again(build, number, task_survey) if record)
+    firsts = _units(build, number, len(task_survey.keys)).tolist()
+    for first, unit in itertools.groupby(zip(firsts, documents, strict=True), key=lambda pair: pair[0]):
+        if first in sought:
+            windows: list[np.ndarray] = []
+            first_document = None
+            for _, document in unit:
+                first_document = first_document or document
+                windows.append(text_windows(document.text))
+            assert first_document, "a group has a document"
+            yield first_document, np.unique(np.concatenate(windows))
 
 
 def _search(build: Build, number: int, result: Path) -> None:
@@ -537,6 +596,9 @@ def resembled_sources(build: Build, number: int) -> dict[int, str]:
     sources: dict[int, str] = {}
     for result, begin, documents in _near_copies(build, number):
         sources |= dict(zip(documents.tolist(), _read_strings(result, begin, len(documents)), strict=True))
+    if build.by_repository and sources:
+        firsts = np.load(build.result("survey", number) / UNITS).tolist()
+        sources = {document: sources[first] for document, first in enumerate(firsts) if first in sources}
     return sources
 
 

@@ -63,18 +63,19 @@ class TextGroups:
         return roots
 
 
-def band_records(bands: np.ndarray, task: int) -> np.ndarray:
+def band_records(bands: np.ndarray, task: int, numbers: np.ndarray | None = None) -> np.ndarray:
     """Returns a record for each band of the texts of a task, (texts x bands,) RECORD, sorted by hash and band.
 
     Args:
         bands: (texts, bands) uint64, as `near_duplicates.band_hashes` gives them.
+        numbers: (texts,) the number of each text in the task, rising; None: from 0.
     """
     n_texts, n_bands = bands.shape
     records = np.empty(bands.size, RECORD)
     records["high"] = bands.ravel()
     records["low"] = np.tile(np.arange(n_bands), n_texts)
     records["task"] = task
-    records["number"] = np.repeat(np.arange(n_texts), n_bands)
+    records["number"] = np.repeat(np.arange(n_texts) if numbers is None else numbers, n_bands)
     return merged([records])
 
 

@@ -158,6 +158,12 @@ def text_bands(text: str) -> np.ndarray:
     return band_hashes(_windows_in_order(text))
 
 
+def text_signature(text: str) -> np.ndarray:
+    """Returns `signature` of a text, (B x ROWS,) uint32. The smallest numbers of several texts are the signature of all
+    their windows together."""
+    return signature(_windows_in_order(text))
+
+
 def text_windows(text: str) -> np.ndarray:
     """Returns the hashes of the five-word windows of a text, (W,) uint64, rising and without repeats; of a text with
     fewer words, the hash of all of them; of a text without a word, 0."""
@@ -192,13 +198,27 @@ def band_hashes(windows: np.ndarray) -> np.ndarray:
     Args:
         windows: (W,) uint64, W > 0.
     """
+    return bands_of_signature(signature(windows))
+
+
+def bands_of_signature(smallest: np.ndarray) -> np.ndarray:
+    """Returns `band_hashes` of the windows of a signature, (B,) uint64."""
+    return (smallest.reshape(BANDS, ROWS) * _MIXERS).sum(axis=1)
+
+
+def signature(windows: np.ndarray) -> np.ndarray:
+    """Returns the smallest hash of the windows under each hash function, (B x ROWS,) uint32.
+
+    Args:
+        windows: (W,) uint64, W > 0.
+    """
     # Windows are hashes already, so that a product with an odd number orders them anew; 32 bits are four times as fast.
     high_bits = (windows >> np.uint64(32)).astype(np.uint32)
     smallest = np.full(BANDS * ROWS, np.iinfo(np.uint32).max, np.uint32)
     for begin in range(0, len(windows), CHUNK):
         products = _FACTORS * high_bits[begin : begin + CHUNK]
         np.minimum(smallest, products.min(axis=1), out=smallest)
-    return (smallest.reshape(BANDS, ROWS) * _MIXERS).sum(axis=1)
+    return smallest
 
 
 @dataclass(frozen=True)

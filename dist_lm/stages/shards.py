@@ -28,7 +28,7 @@ from omegaconf import MISSING
 
 from dist_lm.chat.documents import encode_document, sample_documents
 from dist_lm.chat.template import FORMAT
-from dist_lm.config.corpus import SPLITS, CorpusConfig, SourceConfig
+from dist_lm.config.corpus import DOCUMENT, SPLITS, CorpusConfig, SourceConfig
 from dist_lm.config.root import Config
 from dist_lm.config.stage import StageGroup
 from dist_lm.data.earlier import EarlierCorpora
@@ -1064,7 +1064,7 @@ def tokenizer_fingerprint(config: Config) -> dict[str, Any]:
     """
     fingerprint = _fingerprint(config, tokenizer_corpora(config.corpus))
     # A tokenizer learns from near-duplicates and from texts with parts of benchmarks, too.
-    for key in ("near_duplicates", "benchmarks"):
+    for key in ("near_duplicates", "near_duplicates_by", "benchmarks"):
         fingerprint["corpus"]["cleaning"].pop(key, None)
     return fingerprint
 
@@ -1128,6 +1128,8 @@ def _fingerprint(config: Config, names: list[str]) -> dict[str, Any]:
         corpus.pop("shuffle_in_tasks")
     if not corpus["cleaning"]["near_duplicates"]:
         corpus["cleaning"].pop("near_duplicates")
+    if corpus["cleaning"]["near_duplicates_by"] == DOCUMENT:
+        corpus["cleaning"].pop("near_duplicates_by")
     benchmarks = corpus["cleaning"].pop("benchmarks")
     if benchmarks:
         from dist_lm.data.benchmarks import fingerprints

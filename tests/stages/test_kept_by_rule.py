@@ -8,6 +8,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from dist_lm.config.corpus import SPLITS, CleaningConfig, CorpusConfig, SourceConfig
@@ -15,6 +16,7 @@ from dist_lm.data.journal import REJECTED
 from dist_lm.data.manifest import read_manifest
 from dist_lm.data.near_duplicates import jaccard, text_windows
 from dist_lm.data.shard_writer import read_origins
+from dist_lm.errors import ConfigError
 from dist_lm.storage.run_directory import WorkDirectory
 from tests.data.mixed_corpora import write_corpora
 from tests.data.test_near_duplicates import changed, words
@@ -172,3 +174,101 @@ def test_the_rule_is_that_of_a_search_by_hand(
         work = new_work(f"tasks{task_bytes}")
         folders = by_tasks(monkeypatch, work, corpus, task_bytes, in_random_order(generator))
         assert {name: described(folder) for name, folder in folders.items()} == serial
+
+
+def write_repositories(folder: Path, generator: random.Random, n_families: int) -> dict[str, dict[str, str]]:
+    """Writes repositories: some are forks of others with changed, added or missing files, and many have a file of
+    another one. Returns their files: repository -> name -> text; a file of no repository is one of its own."""
+    repositories: list[dict[str, str]] = []
+    for _ in range(n_families):
+        files = {f"{number}.py": " ".join(words(generator, 60)) for number in range(generator.randrange(2, 7))}
+        for _ in range(generator.randrange(1, 4)):
+            repositories.append(files)
+            files = dict(files)
+            name = generator.choice([*files])
+            files[name] = " ".join(changed(generator, files[name].split(), generator.randrange(4)))
+            if generator.random() < 0.3:
+                files["more.py"] = " ".join(words(generator, generator.choice([8, 200])))
+    foreign = " ".join(words(generator, 20))
+    for files in generator.sample(repositories, n_families // 2):
+        files["vendored.py"] = generator.choice([foreign, *generator.choice(repositories).values()])
+    generator.shuffle(repositories)
+
+    written = {f"r{number:03d}": dict(files) for number, files in enumerate(repositories)}
+    for name, files in written.items():
+        (folder / name / ".git").mkdir(parents=True)
+        (folder / name / ".git" / "HEAD").touch()
+        for file, text in files.items():
+            (folder / name / file).write_text(text)
+    for number, text in enumerate(generator.sample([*repositories[0].values(), *repositories[1].values()], 3)):
+        (folder / f"s{number}.py").write_text(text)
+        written[f"s{number}.py"] = {"": text}
+    return written
+
+
+def repositories_by_hand(repositories: dict[str, dict[str, str]]) -> dict[str, list[str]]:
+    """Returns the repositories that leave, each with those that it resembles and that stay."""
+    kept: dict[str, np.ndarray] = {}
+    dropped: dict[str, list[str]] = {}
+    for name, files in sorted(repositories.items()):
+        windows = np.unique(np.concatenate([text_windows(text) for text in files.values()]))
+        similar = [other for other, others in kept.items() if jaccard(windows, others) >= LEAST]
+        if similar:
+            dropped[name] = similar
+        else:
+            kept[name] = windows
+    return dropped
+
+
+@pytest.mark.heavy
+@pytest.mark.parametrize("seed", range(3))
+def test_a_fork_leaves_as_a_whole_and_no_text_with_it(
+    monkeypatch: pytest.MonkeyPatch, new_work: NewWork, tmp_path: Path, seed: int
+) -> None:
+    """Would find a file of a fork that stays, a repository that leaves for a file that it has in common with another
+    one, a text whose only copy left with a fork, and a result that depends on tasks."""
+    generator = random.Random(seed)
+    repositories = write_repositories(tmp_path / "code", generator, 12)
+    expected = repositories_by_hand(repositories)
+    assert len(expected) > 3
+    assert len(repositories) - len(expected) > 8
+
+    source = SourceConfig("files", "python", "mit", path=[str(tmp_path / "code")])
+    cleaning = CleaningConfig(near_duplicates=LEAST, near_duplicates_by="repository")
+    corpus = CorpusConfig("test", {"code": [source]}, val_fraction=0.2, build="tasks", cleaning=cleaning)
+    results = []
+    for task_bytes in (1, 1 << 30):
+        work = new_work(f"tasks{task_bytes}")
+        folder = by_tasks(monkeypatch, work, corpus, task_bytes, in_random_order(generator))["code"]
+        results.append(described(folder))
+        assert results[-1] == results[0]
+
+    def repository_of(place: str) -> str:
+        return Path(place).relative_to(tmp_path / "code").parts[0]
+
+    lines = [json.loads(line) for line in results[0]["rejected"].splitlines()]
+    left: dict[str, set[str]] = {}
+    for line in lines:
+        assert line["reason"] == "near_duplicate"
+        place, stays = line["place"], line["resembles"]
+        assert (stays if stays in repositories else repository_of(stays)) in expected[repository_of(place)]
+        left.setdefault(repository_of(place), set()).add(place)
+    assert left.keys() == expected.keys()
+    for name, places in left.items():
+        assert len(places) == len(repositories[name])
+
+    # Of the texts that stay, each stays once, but for val that train contains.
+    texts = {text for name, files in repositories.items() if name not in expected for text in files.values()}
+    dropped = [tally["dropped"] for tally in results[0]["ingest"]["sources"].values()]
+    n_overlapping = sum(reasons.get("overlapping", 0) for reasons in dropped)
+    assert sum(map(len, results[0]["origins"].values())) == len(texts) - n_overlapping
+
+
+def test_repositories_need_a_build_by_tasks_and_a_similarity() -> None:
+    """Would find a key that is silently passed over."""
+    cleaning = CleaningConfig(near_duplicates=LEAST, near_duplicates_by="repository")
+    with pytest.raises(ConfigError, match=r"near_duplicates_by=repository: expected .* set corpus\.build=tasks"):
+        CorpusConfig("test", {}, cleaning=cleaning)
+    for changes in ({"near_duplicates_by": "repository"}, {"near_duplicates": LEAST, "near_duplicates_by": "folder"}):
+        with pytest.raises(ConfigError, match=r"corpus\.cleaning\.near_duplicates_by=\w+: expected document, or"):
+            CleaningConfig(**changes)
