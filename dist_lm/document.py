@@ -1,11 +1,13 @@
 """A text, conversation or ranking with its origin, before and after tokenizing: the value that packages exchange."""
 
+import math
 from dataclasses import dataclass
 from typing import Literal
 
 import numpy as np
 
 Form = Literal["text", "conversation", "ranking"]
+NO_STARS, NO_TIME = -math.inf, math.inf  # of a document whose row tells none
 
 
 @dataclass(frozen=True, slots=True)
@@ -26,6 +28,10 @@ class Document:
     own_licence: bool = False  # its row gave the licence: a corrected licence of the source does not replace it
     # JSON of the columns of its row that are no part of the text, for reward functions; empty: nothing is kept of a row
     row: str = ""
+    # Of equal and of nearly equal texts the one with most stars stays, of these the earliest, of these the first. Only
+    # read where a source names `stars_column` or `time_column`.
+    stars: float = NO_STARS
+    time: float = NO_TIME  # seconds since 1970
 
 
 @dataclass(frozen=True, slots=True)

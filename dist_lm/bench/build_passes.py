@@ -226,6 +226,8 @@ def write_made_up(
             positions,
             np.full(task_documents, DOCUMENT_BYTES),
             np.zeros(task_documents, bool),
+            np.empty((0, 2)),
+            np.arange(task_documents),
             np.empty((0, BANDS), np.uint64),
             texts,
             [f"group {number} {document}" for document in range(task_documents)],

@@ -11,6 +11,8 @@ from omegaconf.errors import ConfigKeyError, MissingMandatoryValue, OmegaConfBas
 
 from dist_lm.errors import ConfigError, did_you_mean, require, require_folder_name
 
+DOCUMENT, REPOSITORY = "document", "repository"  # values of `cleaning.near_duplicates_by`
+
 
 @dataclass
 class CleaningConfig:
@@ -22,6 +24,9 @@ class CleaningConfig:
     # least similarity to an earlier text at which a text is dropped (near_duplicate): the Jaccard index of their
     # five-word windows; 0: texts are only compared as a whole. Conversations are never compared
     near_duplicates: float = 0.0
+    # what is compared with near_duplicates: document | repository (all files of one together, which leave together;
+    # documents of no repository one by one; only with corpus.build=tasks)
+    near_duplicates_by: str = DOCUMENT
     # files of benchmarks, and `own` for the problems of dist_lm: texts with 13 consecutive words of one are dropped
     # from train and val (benchmark FILE)
     benchmarks: list[str] = field(default_factory=list)
@@ -45,11 +50,18 @@ class CleaningConfig:
             self.near_duplicates,
             "0 (off) or a similarity from 0.5 to 1, such as 0.8",
         )
+        require(
+            self.near_duplicates_by == DOCUMENT or (self.near_duplicates_by == REPOSITORY and self.near_duplicates > 0),
+            "corpus.cleaning.near_duplicates_by",
+            self.near_duplicates_by,
+            f"{DOCUMENT}, or {REPOSITORY} with corpus.cleaning.near_duplicates=0.8 or another similarity",
+        )
         require(all(self.benchmarks), "corpus.cleaning.benchmarks", self.benchmarks, "files such as [own, mbpp.jsonl]")
         require(all(self.licences), "corpus.cleaning.licences", self.licences, "names such as [MIT, Apache-2.0]")
 
 
-BUILDS = ("serial", "tasks")
+TASKS = "tasks"
+BUILDS = ("serial", TASKS)
 SPLITS = ("train", "val")
 BYTES_PER_TOKEN = 4  # estimate for text whose tokens are not counted yet
 # names of credentials in the query of a URL
@@ -100,6 +112,10 @@ class SourceConfig:
     chosen_column: str = ""
     rejected_column: str = ""
     id_column: str = ""  # the column that names each row in messages and in the corpus; none: file and line
+    # columns that choose among equal and nearly equal texts of a corpus: the one with most stars stays, of these the
+    # earliest (a date of ISO 8601, or seconds since 1970); none: the first one that is read
+    stars_column: str = ""
+    time_column: str = ""
     # hub_rankings: oasst1 | hh-rlhf | helpsteer3 | ultrafeedback; none: by the name of the data set. preferences:
     # pairs | ranked | labelled, or one of the last three; none: by the columns of each row
     rows: str = ""
@@ -175,6 +191,11 @@ class SourceConfig:
             self.limit,
             "0 (all) or a positive integer",
         )
+
+    @property
+    def has_precedence(self) -> bool:
+        """Whether columns choose among equal and nearly equal texts."""
+        return bool(self.stars_column or self.time_column)
 
 
 _FORMS: dict[Any, str] = {int: "an integer", bool: "true or false", str: "a text", list[str]: "a list of texts"}
@@ -329,6 +350,12 @@ class CorpusConfig:
             "corpus.shuffle_in_tasks",
             self.shuffle_in_tasks,
             "false with corpus.build=serial: set corpus.build=tasks",
+        )
+        require(
+            self.build == TASKS or self.cleaning.near_duplicates_by == DOCUMENT,
+            "corpus.cleaning.near_duplicates_by",
+            self.cleaning.near_duplicates_by,
+            f"{DOCUMENT} with corpus.build={self.build}: set corpus.build={TASKS} to compare repositories",
         )
 
 

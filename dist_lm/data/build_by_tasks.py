@@ -139,16 +139,24 @@ def run_passes(
         deque(run_pass(folder, "limits", sorted(build.limited)), maxlen=0)
     n_documents = sum(n_records(build.survey(number) / RUN) for number in all_numbers)
     write_parts(build, "key_parts", n_parts(n_documents))
-    deque(run_pass(folder, "copies", range(n_parts(n_documents) * len(build.classes))), maxlen=0)
-    require_readable(build, tasks, reader)
 
-    if build.config.cleaning.near_duplicates:
+    def find_copies() -> None:
+        deque(run_pass(folder, "copies", range(n_parts(n_documents) * len(build.classes))), maxlen=0)
+        require_readable(build, tasks, reader)
+
+    def find_near_duplicates() -> None:
         band_parts = n_parts(n_documents * BANDS)
         write_parts(build, "band_parts", band_parts)
         deque(run_pass(folder, "neighbours", range(band_parts * len(build.classes))), maxlen=0)
         n_searches = choose_searches(build, band_parts * len(build.classes))
         deque(run_pass(folder, "windows", all_numbers), maxlen=0)
         deque(run_pass(folder, "search", range(n_searches)), maxlen=0)
+
+    if build.by_repository:
+        find_near_duplicates()
+    find_copies()
+    if build.config.cleaning.near_duplicates and not build.by_repository:
+        find_near_duplicates()
 
     compared_tasks = {number: task for number, task in enumerate(tasks) if task.corpus in together}
     groups, least_val_bytes = choose_val(build, compared_tasks, earlier)

@@ -5,7 +5,8 @@ which tasks end changes a decision:
 
 1. `survey` reads a task: key, group and size of each document that passes the checks, and the texts that could be val.
    A source with `limit` ends where `SourceLimit` says, which knows the texts of all tasks before.
-2. Of equal keys, the first in the order of the plan stays (`data.sorted_runs`); the others are copies.
+2. Of equal keys, the first in the order of the plan stays (`data.sorted_runs`), or the one that `data.precedence` puts
+   before the others; these are copies.
 3. `sizes_below` sums the bytes that each halving of `val_fraction` would hold out; `fitting_share` chooses the share.
 4. `compare` compares train of a task with all held-out texts.
 5. `fates_of` applies the merged rule to a task.
@@ -20,17 +21,19 @@ from typing import TextIO
 
 import numpy as np
 
-from dist_lm.config.corpus import CorpusConfig, SourceConfig
+from dist_lm.config.corpus import REPOSITORY, CorpusConfig, SourceConfig
 from dist_lm.data.benchmarks import Benchmarks
 from dist_lm.data.build_plan import BuildTask
 from dist_lm.data.containment import BATCH_BYTES, HeldOutIndex
 from dist_lm.data.earlier import forms_of
 from dist_lm.data.ingest import group_position, largest_share, split_of_group
 from dist_lm.data.inputs import Inputs, changes
-from dist_lm.data.near_duplicates import BANDS, text_bands
+from dist_lm.data.near_duplicates import BANDS, bands_of_signature, text_signature
+from dist_lm.data.precedence import precedence_of
 from dist_lm.data.screening import RowErrors, Screened, check_candidate, screen, text_key
 from dist_lm.data.sources.reader import Candidate, Rejected, corpus_sources, reader_of, source_traits
 from dist_lm.data.sources.snapshot import Snapshot
+from dist_lm.document import Document
 from dist_lm.errors import ChangedInputError
 
 HALVINGS = 64  # of `val_fraction`: positions of groups have 64 bits
@@ -50,7 +53,10 @@ class Survey:
     positions: np.ndarray  # (D,) float64: hash of the group in [0, 1)
     n_bytes: np.ndarray  # (D,) int64, UTF-8
     is_contaminated: np.ndarray  # (D,) bool: the text has a part of a benchmark
-    bands: np.ndarray  # (D, bands) uint64: as of `near_duplicates.text_bands`; (0, bands) where these are not sought
+    precedences: np.ndarray  # (D, 2) float64: as of `precedence_of`; (0, 2) if the source has no column for them
+    # (D,) int64: the number of the first document of a unit, which is compared as a whole: a document or a repository
+    units: np.ndarray
+    bands: np.ndarray  # (units, bands) uint64: as of `band_hashes`; (0, bands) where near-duplicates are not sought
     val_texts: dict[int, str]  # number of a document -> text, of those that `val_fraction` could hold out
     groups: list[str]  # names of the groups (D), as the reader gave them; empty where they were not read
     rows: RowErrors  # counts of all rows
@@ -187,11 +193,13 @@ def survey(
     """
     benchmarks = Benchmarks.read(config.cleaning.benchmarks) if config.cleaning.benchmarks else None
     share = largest_share(config, task.corpus)
-    keys, positions, sizes, contaminated, bands, groups = [], [], [], [], [], []
+    source = source_of(config, task)
+    keys, positions, sizes, contaminated, precedences, groups = [], [], [], [], [], []
+    units = _Units(config.cleaning.near_duplicates_by == REPOSITORY)
     val_texts: dict[int, str] = {}
     dropped: Counter[str] = Counter()
     languages: dict[str, str] = {}
-    rows, screened_candidates = screenings(config, source_of(config, task), candidates)
+    rows, screened_candidates = screenings(config, source, candidates)
     if limit:
         screened_candidates = limit.cut(screened_candidates)
     for _, record, reason in screened_candidates:
@@ -203,7 +211,9 @@ def survey(
         if record.source_config.held_out or split_of_group(record.group, share) == "val":
             val_texts[len(keys)] = text
         if config.cleaning.near_duplicates and not record.source_config.held_out:
-            bands.append(text_bands(text))
+            units.add(record.document)
+        if source.has_precedence:
+            precedences.append(precedence_of(record.document))
         keys.append(record.key)
         groups.append(record.document.group)
         positions.append(group_position(record.group))
@@ -215,7 +225,9 @@ def survey(
         np.array(positions, float),
         np.array(sizes, np.int64),
         np.array(contaminated, bool),
-        np.array(bands, np.uint64).reshape(-1, BANDS),
+        np.array(precedences, float).reshape(-1, 2),
+        np.array(units.first_documents, np.int64),
+        units.bands(),
         val_texts,
         groups,
         rows,
@@ -223,6 +235,39 @@ def survey(
         languages,
         limit.left if limit else None,
     )
+
+
+class _Units:
+    """What is compared as a whole: each document, or all documents of a repository, which are neighbours."""
+
+    def __init__(self, by_repository: bool) -> None:
+        self._by_repository = by_repository
+        self._repository = ""  # of the last document
+        self._signature: np.ndarray | None = None  # of the last unit
+        self._bands: list[np.ndarray] = []  # of the units before it
+        self.first_documents: list[int] = []  # of each document, the number of the first one of its unit
+
+    def add(self, document: Document) -> None:
+        """Adds the next document."""
+        signature = text_signature(document.text)
+        if self._by_repository and self._signature is not None and document.repository == self._repository != "":
+            np.minimum(self._signature, signature, out=self._signature)
+            self.first_documents.append(self.first_documents[-1])
+            return
+
+        self._end_unit()
+        self._signature, self._repository = signature, document.repository
+        self.first_documents.append(len(self.first_documents))
+
+    def bands(self) -> np.ndarray:
+        """Returns the hashes of the bands of each unit, (units, bands) uint64. Nothing can be added behind it."""
+        self._end_unit()
+        return np.array(self._bands, np.uint64).reshape(-1, BANDS)
+
+    def _end_unit(self) -> None:
+        if self._signature is not None:
+            self._bands.append(bands_of_signature(self._signature))
+            self._signature = None
 
 
 def same_documents(

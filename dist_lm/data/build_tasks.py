@@ -27,7 +27,7 @@ from typing import Any
 import numpy as np
 import zstandard
 
-from dist_lm.config.corpus import SPLITS, CleaningConfig, CorpusConfig
+from dist_lm.config.corpus import REPOSITORY, SPLITS, CleaningConfig, CorpusConfig
 from dist_lm.data.benchmarks import Benchmarks
 from dist_lm.data.build_decisions import (
     BENCHMARK,
@@ -53,14 +53,23 @@ from dist_lm.data.containment import Evidence, HeldOutIndex
 from dist_lm.data.ingest import cleaned
 from dist_lm.data.inputs import Input, Inputs
 from dist_lm.data.manifest import Recipe, Shard, shard_name
-from dist_lm.data.near_duplicate_groups import band_records, neighbours, with_common_bands
+from dist_lm.data.near_duplicate_groups import band_records, neighbours
 from dist_lm.data.near_duplicates import BANDS, band_hashes, common_bands, search, text_windows
+from dist_lm.data.precedence import is_by_rule, order_of_precedence
 from dist_lm.data.screening import IngestReport, RowErrors, note_dropped, source_name
 from dist_lm.data.shard_writer import SplitWriter
-from dist_lm.data.sorted_runs import among_runs, later_copies, read_part, records_of, write_run
+from dist_lm.data.sorted_runs import (
+    among_runs,
+    equals_next,
+    later_copies,
+    read_part,
+    records_of,
+    with_equal_keys,
+    write_run,
+)
 from dist_lm.data.sources.reader import Rejected
 from dist_lm.data.task_results import is_finished, writing
-from dist_lm.document import TokenizedDocument
+from dist_lm.document import Document, TokenizedDocument
 from dist_lm.errors import ArtefactError, UserError
 from dist_lm.storage import durable
 from dist_lm.tokenizer.tokenizer import Tokenizer
@@ -69,7 +78,7 @@ REVISION = 6  # one more with every change to the results of tasks: those of ano
 RUN, COPIES, REPORT, REJECTED_ROWS = "keys.run", "copies.npy", "report.json", "rejected.jsonl"
 ARRAYS, BAND_RUN, PAIRS = "arrays.npz", "bands.run", "pairs.npy"
 TEXTS, ENDS, SEARCHES, WINDOWS_OF_TEXTS = "texts.npy", "ends.npy", "searches.bin", "windows.bin"
-WINDOWS_ENDS = "windows_ends.npy"
+WINDOWS_ENDS, PRECEDENCES, UNITS = "windows_ends.npy", "precedences.npy", "units.npy"
 SEARCHED = np.dtype([("number", "<u4"), ("search", "<u4")])
 """A text that has a neighbour: its number in its task, and the number of its search."""
 WINDOWS = "windows_"  # begins the name of an array about windows of a number of words
@@ -117,6 +126,17 @@ class Build:
     def tasks_of_class(self, number: int) -> list[int]:
         """Returns the numbers of the tasks of a class of `classes`, in their order."""
         return self._settings["classes"][number][2]
+
+    def is_by_rule(self, number: int) -> bool:
+        """Returns whether columns of a source choose among equal and nearly equal texts of a class of `classes`."""
+        corpus = self.classes[number][0]
+        return any(is_by_rule(self.config, name) for name in ([corpus] if corpus else self.config.corpora))
+
+    @property
+    def by_repository(self) -> bool:
+        """Whether repositories are compared as a whole. Then near-duplicates are sought before copies, because a file
+        may have its only copy in a repository that leaves."""
+        return self.config.cleaning.near_duplicates_by == REPOSITORY
 
     def task(self, number: int) -> BuildTask:
         """Returns a task of the plan, by its number from 0.
@@ -217,7 +237,11 @@ def _survey(build: Build, number: int, result: Path) -> None:
         task_survey = survey(build.config, task, candidates, _limit(build, number, task))
     write_run(result / RUN, records_of([key.tobytes() for key in task_survey.keys], number))
     if build.config.cleaning.near_duplicates:
-        write_run(result / BAND_RUN, band_records(task_survey.bands, number))
+        write_run(result / BAND_RUN, band_records(task_survey.bands, number, np.unique(task_survey.units)))
+        if build.by_repository:
+            np.save(result / UNITS, task_survey.units)
+    if len(task_survey.precedences):
+        np.save(result / PRECEDENCES, task_survey.precedences)
     write_survey(result, task_survey)
 
 
@@ -265,7 +289,8 @@ def write_survey(result: Path, task_survey: Survey) -> None:
 
 
 def read_survey(build: Build, number: int, *, with_texts: bool = False, with_groups: bool = False) -> Survey:
-    """Returns the survey of a task. Its `bands` are empty: they are in the sorted run of the task.
+    """Returns the survey of a task. Its `precedences`, `units` and `bands` are empty: they are in files of
+    their own.
 
     Args:
         with_texts: read the texts that could be val, too; otherwise `val_texts` is empty.
@@ -288,6 +313,8 @@ def read_survey(build: Build, number: int, *, with_texts: bool = False, with_gro
             arrays["positions"],
             arrays["n_bytes"],
             arrays["is_contaminated"],
+            np.empty((0, 2)),  # see `_precedences`
+            np.empty(0, np.int64),  # see `_units`
             np.empty((0, BANDS), np.uint64),  # they are in the sorted run
             val_texts,
             groups,
@@ -304,7 +331,16 @@ def read_survey(build: Build, number: int, *, with_texts: bool = False, with_gro
 def _copies(build: Build, number: int, result: Path) -> None:
     class_number, part = divmod(number, parts_of(build))
     runs = [build.survey(task) / RUN for task in build.tasks_of_class(class_number)]
-    copies = later_copies(read_part(runs, part, parts_of(build)))
+    records = read_part(runs, part, parts_of(build))
+    if build.by_repository:
+        records = _without_near_copies(build, with_equal_keys(records))
+    if build.is_by_rule(class_number):
+        records = with_equal_keys(records)
+        precedences = _precedences(build, records["task"], records["number"])
+        # Sorted by key first, so that equal ones stay neighbours.
+        is_next_key = np.append(True, ~equals_next(records))[: len(records)]
+        records = records[order_of_precedence(np.column_stack([np.cumsum(is_next_key), precedences]))]
+    copies = later_copies(records)
     task_and_number = np.stack([copies["task"], copies["number"]], axis=1)
     save_places(result / COPIES, task_and_number[np.lexsort([task_and_number[:, 1], task_and_number[:, 0]])])
 
@@ -329,7 +365,7 @@ def parts_of(build: Build, name: str = "key_parts") -> int:
 
 
 def is_copy(build: Build, number: int, n_documents: int) -> np.ndarray:
-    """Returns which documents of a task have the text of an earlier document of the corpus: (n_documents,) bool.
+    """Returns which documents of a task have the text of another document, which stays: (n_documents,) bool.
 
     Args:
         n_documents: those of the survey.
@@ -383,15 +419,66 @@ def fates(build: Build, number: int, task_survey: Survey, rule: Rule) -> np.ndar
     near_copies = np.zeros(len(task_survey.keys), bool)
     for _, _, documents in _near_copies(build, number):
         near_copies[documents] = True
+    near_copies = near_copies[_units(build, number, len(near_copies))]
     share = rule.shares.get(task.corpus, 0.0)
     return fates_of(task_survey, copies, near_copies, source_of(build.config, task).held_out, share, rule)
+
+
+def _precedences(build: Build, tasks: np.ndarray, numbers: np.ndarray) -> np.ndarray:
+    """Returns what orders documents: (documents, 3) float64, the number of the corpus and their `precedence_of`.
+
+    An earlier corpus never gives way to a later one, which may be built when the earlier one is finished.
+
+    Args:
+        tasks, numbers: (documents,) task of each document, and its number in the task.
+    """
+    precedences = np.full((len(tasks), 3), np.inf)
+    corpora = [*build.config.corpora]
+    for number in np.unique(tasks).tolist():
+        task = build.task(number)
+        of_task = np.flatnonzero(tasks == number)
+        precedences[of_task, 0] = corpora.index(task.corpus)
+        if source_of(build.config, task).has_precedence:
+            of_survey = np.load(build.survey(number) / PRECEDENCES, mmap_mode="r")
+            precedences[of_task, 1:] = of_survey[numbers[of_task]]
+    return precedences
+
+
+def _units(build: Build, number: int, n_documents: int) -> np.ndarray:
+    """Returns for each document of a task the number of the first one of what is compared as a whole, (n_documents,)
+    int64: its own, or that of its repository."""
+    path = build.survey(number) / UNITS
+    # Documents that a user holds out belong to no unit.
+    units = np.load(path) if build.by_repository else np.empty(0, np.int64)
+    return units if len(units) else np.arange(n_documents)
+
+
+def _without_near_copies(build: Build, records: np.ndarray) -> np.ndarray:
+    """Returns the records of documents that are no near-duplicates, in their order.
+
+    Args:
+        records: (records,) RECORD, of documents.
+    """
+    firsts = records["number"].astype(np.uint64)
+    for task in np.unique(records["task"]).tolist():
+        of_task = np.flatnonzero(records["task"] == task)
+        numbers = records["number"][of_task]
+        firsts[of_task] = _units(build, task, int(numbers.max()) + 1)[numbers]
+    places = records["task"].astype(np.uint64) << np.uint64(32) | firsts
+
+    is_near_copy = np.zeros(len(records), bool)
+    for search_number in range(parts_of(build, "searches")):
+        tasks, numbers = np.load(build.result("search", search_number) / COPIES).astype(np.uint64)
+        dropped = tasks << np.uint64(32) | numbers  # rising
+        is_near_copy |= np.isin(places, dropped)
+    return records[~is_near_copy]
 
 
 # --- near-duplicates ---
 #
 # Each range of hashes of bands gives pairs of texts with a band in common. The caller joins them to groups, and groups
 # to searches. Then each task writes the windows of its texts that have such a neighbour, and each search compares the
-# texts of its groups in the order of the plan.
+# texts of its groups in the order of the plan, or of `data.precedence`.
 
 
 def _neighbours(build: Build, number: int, result: Path) -> None:
@@ -400,8 +487,8 @@ def _neighbours(build: Build, number: int, result: Path) -> None:
     # Texts that a user holds out are in no relation to others.
     if not build.classes[class_number][1]:
         runs = [build.survey(task) / BAND_RUN for task in build.tasks_of_class(class_number)]
-        records = with_common_bands(read_part(runs, part, parts_of(build, "band_parts")))
-        pairs = neighbours(_without_copies(build, records))
+        records = with_equal_keys(read_part(runs, part, parts_of(build, "band_parts")))
+        pairs = neighbours(records if build.by_repository else _without_copies(build, records))
     np.save(result / PAIRS, pairs)
 
 
@@ -444,18 +531,34 @@ def _windows(build: Build, number: int, result: Path) -> None:
     ends = [0]
     sources: list[str] = []
     with (result / WINDOWS_OF_TEXTS).open("wb") as file:
-        sought = set(texts["number"].tolist())
-        if sought:
-            documents = (record for _, record, _ in _read_again(build, number, read_survey(build, number)) if record)
-            for document_number, record in enumerate(documents):
-                if document_number in sought:
-                    windows = text_windows(record.document.text)
-                    file.write(windows.tobytes())
-                    ends.append(ends[-1] + len(windows))
-                    sources.append(record.document.source)
+        if len(texts):
+            for document, windows in _windows_of_units(build, number, set(texts["number"].tolist())):
+                file.write(windows.tobytes())
+                ends.append(ends[-1] + len(windows))
+                sources.append((build.by_repository and document.repository) or document.source)
     np.save(result / TEXTS, texts)
     np.save(result / WINDOWS_ENDS, np.array(ends))
     write_strings(result, sources)
+
+
+def _windows_of_units(build: Build, number: int, sought: set[int]) -> Iterator[tuple[Document, np.ndarray]]:
+    """Yields the windows of each sought unit of a task, with its first document: (W,) uint64, as of `text_windows`.
+
+    Args:
+        sought: numbers of the first documents.
+    """
+    task_survey = read_survey(build, number)
+    documents = (record.document for _, record, _ in _read_again(build, number, task_survey) if record)
+    firsts = _units(build, number, len(task_survey.keys)).tolist()
+    for first, unit in itertools.groupby(zip(firsts, documents, strict=True), key=lambda pair: pair[0]):
+        if first in sought:
+            windows: list[np.ndarray] = []
+            first_document = None
+            for _, document in unit:
+                first_document = first_document or document
+                windows.append(text_windows(document.text))
+            assert first_document, "a group has a document"
+            yield first_document, np.unique(np.concatenate(windows))
 
 
 def _search(build: Build, number: int, result: Path) -> None:
@@ -469,18 +572,30 @@ def _search(build: Build, number: int, result: Path) -> None:
             spans.append(np.stack([ends[chosen], ends[chosen + 1]], axis=1))
             positions.append(chosen)
     place_of, span_of, position_of = np.concatenate(text_places), np.concatenate(spans), np.concatenate(positions)
+    if any(map(build.is_by_rule, range(len(build.classes)))):
+        order = order_of_precedence(_precedences(build, *place_of.T))
+        place_of, span_of, position_of = place_of[order], span_of[order], position_of[order]
 
     def windows_of(text: int) -> np.ndarray:
         begin, end = span_of[text].tolist()
         path = build.result("windows", int(place_of[text, 0])) / WINDOWS_OF_TEXTS
         return np.fromfile(path, np.uint64, end - begin, offset=begin * 8)
 
+    # Groups of several classes may be in one search. Texts of different classes have no band in common.
+    class_of_task = np.empty(build.n_tasks, np.uint64)
+    for class_number in range(len(build.classes)):
+        class_of_task[build.tasks_of_class(class_number)] = class_number
+
     # A group may have a million texts, so none of them is an object for long.
     n_texts = len(place_of)
-    shared_bands = common_bands(band_hashes(windows_of(text)) for text in range(n_texts))
+    shared_bands = common_bands(
+        band_hashes(windows_of(text)) + class_of_task[place_of[text, 0]] for text in range(n_texts)
+    )
     in_order = ((text, partial(windows_of, text)) for text in range(n_texts))
     similar = search(shared_bands, in_order, build.config.cleaning.near_duplicates)
     pairs = np.array(array("q", itertools.chain.from_iterable(similar)), np.int64).reshape(-1, 2)
+    # Found in the order of precedence, they are written in that of their places.
+    pairs = pairs[np.lexsort(place_of[pairs[:, 0]].T[::-1])]
     save_places(result / COPIES, place_of[pairs[:, 0]])
 
     # The place of the resembled text stands beside that of the dropped one.
@@ -530,6 +645,9 @@ def resembled_sources(build: Build, number: int) -> dict[int, str]:
     sources: dict[int, str] = {}
     for result, begin, documents in _near_copies(build, number):
         sources |= dict(zip(documents.tolist(), _read_strings(result, begin, len(documents)), strict=True))
+    if build.by_repository and sources:
+        firsts = np.load(build.survey(number) / UNITS).tolist()
+        sources = {document: sources[first] for document, first in enumerate(firsts) if first in sources}
     return sources
 
 

@@ -20,17 +20,21 @@ other conversation, the prompt of a ranking. Conversations and rankings are read
 """
 
 import heapq
+from array import array
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property, partial
 from typing import NamedTuple, TextIO
 
+import numpy as np
+
 from dist_lm.config.corpus import BYTES_PER_TOKEN, CorpusConfig, SourceConfig
 from dist_lm.data.benchmarks import Benchmarks, Contamination
 from dist_lm.data.containment import Comparison, HeldOutIndex
 from dist_lm.data.earlier import EarlierCorpora, forms_of, has_placeholder
 from dist_lm.data.near_duplicates import near_duplicates
+from dist_lm.data.precedence import exchanged_copies, is_by_rule, order_of_precedence, precedence_of
 from dist_lm.data.redaction import EMAIL, KEY, redacted, redacted_json
 from dist_lm.data.screening import IngestReport, Screened, SourceReader, note_dropped, screened, text_key
 from dist_lm.data.sources.reader import Candidate, corpus_sources, form_of, text_corpora
@@ -110,6 +114,7 @@ class TextSplits:
         self._compared_corpora: set[str] = set()
         self._contaminated_of: dict[str, Mapping[bytes, Contamination]] = {}  # corpus -> texts with parts of benchmarks
         self._resembling_of: dict[str, Mapping[bytes, bytes]] = {}  # corpus -> see `_resembling`
+        self._exchanged_of: dict[str, frozenset[int]] = {}  # corpus -> see `_exchanged`
 
     def screened(
         self, corpus_name: str, report: IngestReport | None = None, rejected: TextIO | None = None
@@ -150,13 +155,17 @@ class TextSplits:
         source_of: dict[bytes, str] = {}  # key of a resembled text -> its source
         # Reading the earlier corpora fills `keys`, so that their texts are duplicates here.
         for earlier in self._corpora_before(corpus_name):
-            for record in screened(self.config, earlier, self.reader, keys, IngestReport()):
+            for record in self._without_copies(earlier, keys, IngestReport()):
                 if record.key in resembled:
                     source_of[record.key] = record.document.source
+        # A text that stays by rule may stand behind those that are dropped for it.
+        if resembled and is_by_rule(self.config, corpus_name):
+            for record in self._without_copies(corpus_name, {*keys}, IngestReport()):
+                if record.key in resembled and not record.source_config.held_out:
+                    source_of[record.key] = record.document.source
 
-        for record in screened(self.config, corpus_name, self.reader, keys, report, rejected):
+        for record in self._without_copies(corpus_name, keys, report, rejected):
             if record.key in resembling and not record.source_config.held_out:
-                # The resembled text stands before this one.
                 report.reject(record.document, record.source_config, "near_duplicate")
                 resembled_source = source_of[resembling[record.key]]
                 note_dropped(rejected, record.document, "near_duplicate", resembles=resembled_source)
@@ -211,16 +220,60 @@ class TextSplits:
             ConfigError, ArtefactError: as `screening.screened`.
         """
 
+        corpora = [*self._corpora_before(corpus_name), corpus_name]
+        precedences = array("d")  # of the texts that were read last
+
         def texts() -> Iterator[tuple[bytes, str]]:
             keys: set[bytes] = set()
-            for name in (*self._corpora_before(corpus_name), corpus_name):
-                for record in screened(self.config, name, self.reader, keys, IngestReport()):
+            del precedences[:]
+            for number, name in enumerate(corpora):
+                for record in self._without_copies(name, keys, IngestReport()):
                     if not record.source_config.held_out:
+                        if by_rule:
+                            # An earlier corpus never gives way to a later one: it may be finished already.
+                            precedences.extend((number, *precedence_of(record.document)))
                         yield record.key, record.document.text
 
+        def order_of_texts() -> np.ndarray:
+            return order_of_precedence(np.frombuffer(precedences).reshape(-1, 3))
+
         if corpus_name not in self._resembling_of:
-            self._resembling_of[corpus_name] = near_duplicates(texts, self.config.cleaning.near_duplicates)
+            by_rule = any(is_by_rule(self.config, name) for name in corpora)
+            self._resembling_of[corpus_name] = near_duplicates(
+                texts, self.config.cleaning.near_duplicates, order_of_texts if by_rule else None
+            )
         return self._resembling_of[corpus_name]
+
+    def _without_copies(
+        self, corpus_name: str, keys: set[bytes], report: IngestReport, rejected: TextIO | None = None
+    ) -> Iterator[Screened]:
+        """Yields the documents of a corpus, of equal texts the one that stays by the rule of `data.precedence`.
+
+        Args:
+            keys, report, rejected: as for `screening.screened`; `keys` of the corpora before this one.
+
+        Raises:
+            ConfigError, ArtefactError: as `screening.screened`.
+        """
+        exchanged = self._exchanged(corpus_name)
+        yield from screened(self.config, corpus_name, self.reader, keys, report, rejected, exchanged)
+
+    def _exchanged(self, corpus_name: str) -> frozenset[int]:
+        """Returns `exchanged_copies` of a corpus; reads it, and those before it, at the first call. Nothing is read if
+        the order of reading decides.
+
+        Raises:
+            ConfigError, ArtefactError: as `screening.screened`.
+        """
+        if not is_by_rule(self.config, corpus_name):
+            return frozenset()
+        if corpus_name not in self._exchanged_of:
+            keys: set[bytes] = set()
+            for earlier in self._corpora_before(corpus_name):
+                for _ in self._without_copies(earlier, keys, IngestReport()):
+                    pass
+            self._exchanged_of[corpus_name] = exchanged_copies(self.config, corpus_name, self.reader, keys)
+        return self._exchanged_of[corpus_name]
 
     def train_rule(self) -> SplitRule:
         """Returns the rule for train documents of texts.

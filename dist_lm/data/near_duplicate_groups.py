@@ -7,7 +7,7 @@ groups, each in the order of the texts, drop together what one search of all tex
 
 import numpy as np
 
-from dist_lm.data.sorted_runs import RECORD, merged
+from dist_lm.data.sorted_runs import RECORD, equals_next, merged
 
 AT_ONCE = 1 << 20  # pairs or texts that are looked at together
 
@@ -63,32 +63,20 @@ class TextGroups:
         return roots
 
 
-def band_records(bands: np.ndarray, task: int) -> np.ndarray:
+def band_records(bands: np.ndarray, task: int, numbers: np.ndarray | None = None) -> np.ndarray:
     """Returns a record for each band of the texts of a task, (texts x bands,) RECORD, sorted by hash and band.
 
     Args:
         bands: (texts, bands) uint64, as `near_duplicates.band_hashes` gives them.
+        numbers: (texts,) the number of each text in the task, rising; None: from 0.
     """
     n_texts, n_bands = bands.shape
     records = np.empty(bands.size, RECORD)
     records["high"] = bands.ravel()
     records["low"] = np.tile(np.arange(n_bands), n_texts)
     records["task"] = task
-    records["number"] = np.repeat(np.arange(n_texts), n_bands)
+    records["number"] = np.repeat(np.arange(n_texts) if numbers is None else numbers, n_bands)
     return merged([records])
-
-
-def with_common_bands(records: np.ndarray) -> np.ndarray:
-    """Returns the records whose band another one has, too, (records,) RECORD, in their order.
-
-    Args:
-        records: of `band_records`, of several tasks, sorted.
-    """
-    is_equal = _equals_next(records)
-    is_shared = np.zeros(len(records), bool)
-    is_shared[:-1] = is_equal
-    is_shared[1:] |= is_equal
-    return records[is_shared]
 
 
 def neighbours(records: np.ndarray) -> np.ndarray:
@@ -96,12 +84,8 @@ def neighbours(records: np.ndarray) -> np.ndarray:
     each text.
 
     Args:
-        records: as of `with_common_bands`.
+        records: of `band_records`, of several tasks, sorted.
     """
     task_and_number = np.stack([records["task"], records["number"]], axis=1)
-    is_equal = _equals_next(records)
+    is_equal = equals_next(records)
     return np.stack([task_and_number[:-1][is_equal], task_and_number[1:][is_equal]], axis=1)
-
-
-def _equals_next(records: np.ndarray) -> np.ndarray:
-    return (records["high"][:-1] == records["high"][1:]) & (records["low"][:-1] == records["low"][1:])

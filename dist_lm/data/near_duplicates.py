@@ -51,16 +51,36 @@ Texts = Callable[[], Iterator[tuple[bytes, str]]]
 """Yields (key, text) in the same order at each call; no key comes twice."""
 
 
-def near_duplicates(texts: Texts, similarity: float) -> dict[bytes, bytes]:
+def near_duplicates(
+    texts: Texts, similarity: float, order_of_texts: Callable[[], np.ndarray] | None = None
+) -> dict[bytes, bytes]:
     """Returns the keys of the texts to drop, each with the key of the text before it that it resembles.
 
     Args:
         texts: called twice.
         similarity: the least Jaccard index of five-word windows at which a text is dropped, in (0, 1].
+        order_of_texts: returns the numbers of the texts in the order in which 'before' is meant, (T,) int64; called
+            after the first reading. None: the order of reading.
     """
     shared_bands = common_bands(text_bands(text) for _, text in texts())
-    in_order = ((key, partial(text_windows, text)) for key, text in texts())
-    return dict(search(shared_bands, in_order, similarity))
+    if order_of_texts is None:
+        in_order = ((key, partial(text_windows, text)) for key, text in texts())
+        return dict(search(shared_bands, in_order, similarity))
+
+    # Texts are compared in another order than they are read, so the windows of all candidates are written first.
+    with tempfile.TemporaryFile() as file:
+        candidate_windows, keys = _WindowFile(file), []
+        is_candidate = shared_bands.bits > 0
+        for (key, text), is_written in zip(texts(), is_candidate.tolist(), strict=True):
+            if is_written:
+                keys.append(key)
+                candidate_windows.add(text_windows(text))
+
+        numbers = order_of_texts()
+        numbers = numbers[is_candidate[numbers]]
+        places = (np.cumsum(is_candidate) - 1)[numbers].tolist()  # in the file
+        in_order = ((keys[place], partial(candidate_windows.windows, place)) for place in places)
+        return dict(search(shared_bands.of(numbers), in_order, similarity))
 
 
 def search(
@@ -75,7 +95,7 @@ def search(
     holders = _Holders(shared_bands)
     keys: list[Key] = []  # of texts that stay
     with tempfile.TemporaryFile() as file:
-        kept_windows = _KeptWindows(file)
+        kept_windows = _WindowFile(file)
         for number, (key, windows_of_text) in enumerate(texts):
             buckets = holders.take_buckets(number)
             if not buckets:
@@ -124,7 +144,7 @@ def _candidates(buckets: Sequence[Sequence[int]]) -> list[int]:
 
 
 def _resembled(
-    windows: np.ndarray, candidates: Sequence[int], kept_windows: "_KeptWindows", similarity: float
+    windows: np.ndarray, candidates: Sequence[int], kept_windows: "_WindowFile", similarity: float
 ) -> int | None:
     """Returns the first of the candidates that is similar enough; None: there is none."""
     for candidate in candidates:
@@ -136,6 +156,12 @@ def _resembled(
 def text_bands(text: str) -> np.ndarray:
     """Returns `band_hashes` of a text, (B,) uint64."""
     return band_hashes(_windows_in_order(text))
+
+
+def text_signature(text: str) -> np.ndarray:
+    """Returns `signature` of a text, (B x ROWS,) uint32. The smallest numbers of several texts are the signature of all
+    their windows together."""
+    return signature(_windows_in_order(text))
 
 
 def text_windows(text: str) -> np.ndarray:
@@ -172,13 +198,27 @@ def band_hashes(windows: np.ndarray) -> np.ndarray:
     Args:
         windows: (W,) uint64, W > 0.
     """
+    return bands_of_signature(signature(windows))
+
+
+def bands_of_signature(smallest: np.ndarray) -> np.ndarray:
+    """Returns `band_hashes` of the windows of a signature, (B,) uint64."""
+    return (smallest.reshape(BANDS, ROWS) * _MIXERS).sum(axis=1)
+
+
+def signature(windows: np.ndarray) -> np.ndarray:
+    """Returns the smallest hash of the windows under each hash function, (B x ROWS,) uint32.
+
+    Args:
+        windows: (W,) uint64, W > 0.
+    """
     # Windows are hashes already, so that a product with an odd number orders them anew; 32 bits are four times as fast.
     high_bits = (windows >> np.uint64(32)).astype(np.uint32)
     smallest = np.full(BANDS * ROWS, np.iinfo(np.uint32).max, np.uint32)
     for begin in range(0, len(windows), CHUNK):
         products = _FACTORS * high_bits[begin : begin + CHUNK]
         np.minimum(smallest, products.min(axis=1), out=smallest)
-    return (smallest.reshape(BANDS, ROWS) * _MIXERS).sum(axis=1)
+    return smallest
 
 
 @dataclass(frozen=True)
@@ -188,6 +228,21 @@ class SharedBands:
     bits: np.ndarray  # (T,) uint32: bit b is set if another text has band b, too
     buckets: list[np.ndarray]  # by band: numbers of the buckets of the texts with its bit, in their order, uint32
     sizes: np.ndarray  # (buckets,) uint8: texts with this hash, at most HELD
+
+    def of(self, numbers: np.ndarray) -> "SharedBands":
+        """Returns the bands of some texts, in another order.
+
+        Args:
+            numbers: of texts, all with a bit among them.
+        """
+        bits = self.bits[numbers]
+        buckets = []
+        for band, buckets_of_band in enumerate(self.buckets):
+            bit = np.uint32(1 << band)
+            bucket_of_text = np.zeros(len(self.bits), np.uint32)
+            bucket_of_text[(self.bits & bit) > 0] = buckets_of_band
+            buckets.append(bucket_of_text[numbers[(bits & bit) > 0]])
+        return SharedBands(bits, buckets, self.sizes)
 
 
 def common_bands(bands: Iterator[np.ndarray]) -> SharedBands:
@@ -279,15 +334,15 @@ class _Holders:
             self._n_texts[bucket] = n_texts + 1
 
 
-class _KeptWindows:
-    """The windows of texts that stay, in a file, because together they are as large as the texts."""
+class _WindowFile:
+    """The windows of texts, in a file, because together they are as large as the texts."""
 
     def __init__(self, file: BinaryIO) -> None:
         self._file = file
         self._ends = array("Q", [0])  # text i has the windows from _ends[i] to _ends[i + 1]
 
     def add(self, windows: np.ndarray) -> int:
-        """Keeps the windows of a text, and returns the number that it has here."""
+        """Writes the windows of a text, and returns the number that it has here."""
         self._file.seek(0, 2)
         self._file.write(windows.tobytes())
         self._ends.append(self._ends[-1] + len(windows))

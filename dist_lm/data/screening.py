@@ -32,7 +32,7 @@ CACHED_CHARACTERS = 64_000_000  # sum of small sources, which stay in memory and
 WAYS_OUT = {
     "too_long": "divide the documents, or raise corpus.max_document_bytes",
     "compressed": "7z files are not read, and .zip, .xz and .bz2 only with their suffix: unpack or rename them",
-    "duplicate": "equal texts came earlier in the corpus: remove the source",
+    "duplicate": "equal texts stay in the corpus: remove the source",
 }
 
 
@@ -328,16 +328,19 @@ def screened(
     keys: set[bytes],
     report: IngestReport,
     rejected: TextIO | None = None,
+    exchanged: Collection[int] = (),
 ) -> Iterator[Screened]:
-    """Yields the documents of a corpus, source by source. Of equal texts only the first one passes.
+    """Yields the documents of a corpus, source by source. Of equal texts only the first one passes, unless another one
+    is to stay in its place.
 
-    A source ends after `source.limit` documents (0: all). Its broken rows are judged when it ends.
+    A source ends after `source.limit` new texts (0: all). Its broken rows are judged when it ends.
 
     Args:
         keys: hashes of the texts that came before (16 bytes each); those of this corpus are added, except those of
             sources with `held_out`. A text of such a source is compared only with other such sources of this corpus.
         report: counts what is dropped; `IngestReport.keep` is left to the caller.
         rejected: gets a line of JSON for each broken row.
+        exchanged: the documents that `precedence.exchanged_copies` returns.
 
     Raises:
         ConfigError: as `SourceReader.read`, there is no such corpus, or there are more than `LANGUAGES` languages.
@@ -347,10 +350,11 @@ def screened(
     """
     held_out: set[bytes] = set()
     languages: set[str] = set()
+    place = -1  # among the documents that pass the checks, copies included
     for number, source in enumerate(corpus_sources(config, corpus_name)):
         # A text that a user holds out must not be dropped because a train source before it has it.
         earlier_keys = held_out if source.held_out else keys
-        n_source = 0  # documents
+        n_new = n_source = 0  # texts that are new; documents that pass
         dropped: Counter[str] = Counter()
         documents = hashlib.blake2b(digest_size=16)  # hashes those that passed
         errors = RowErrors(source, config.max_bad_fraction, rejected)
@@ -361,22 +365,29 @@ def screened(
                 continue
 
             record, reason = screen(candidate, source, config, earlier_keys)
+            is_new = not reason
+            if reason in ("", "duplicate"):
+                place += 1
+                if place in exchanged:
+                    reason = "duplicate" if is_new else ""
+            if is_new:
+                earlier_keys.add(record.key)
+                n_new += 1
+
             if reason:
                 report.reject(candidate, source, reason)
                 dropped[reason] += 1
-                continue
+            else:
+                languages.add(candidate.language)
+                if len(languages) > LANGUAGES:
+                    raise too_many_languages(config, corpus_name, candidate.source)
 
-            earlier_keys.add(record.key)
-            languages.add(candidate.language)
-            if len(languages) > LANGUAGES:
-                raise too_many_languages(config, corpus_name, candidate.source)
-
-            documents.update(record.key)
-            documents.update(candidate.group.encode())
-            yield record
-            n_source += 1
+                documents.update(record.key)
+                documents.update(candidate.group.encode())
+                yield record
+                n_source += 1
             # A limit of 0 is never reached: it stands for all.
-            if n_source == source.limit:
+            if is_new and n_new == source.limit:
                 break
 
         reader.require_same(corpus_name, number, source, documents.digest())

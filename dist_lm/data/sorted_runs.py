@@ -92,10 +92,11 @@ def later_copies(records: np.ndarray) -> np.ndarray:
     """Returns the records that have the key of a record before them: (copies,) RECORD, by key.
 
     Args:
-        records: sorted by key and then by place, so that the first document of equal ones stays.
+        records: sorted by key, so that of equal ones the first record stays: that of the first document, unless they
+            were ordered anew.
     """
     is_copy = np.zeros(len(records), bool)
-    is_copy[1:] = (records["high"][1:] == records["high"][:-1]) & (records["low"][1:] == records["low"][:-1])
+    is_copy[1:] = equals_next(records)
     return records[is_copy]
 
 
@@ -123,6 +124,24 @@ def among_runs(records: np.ndarray, runs: Sequence[Path]) -> np.ndarray:
             lows = run["low"][begins[position] : ends[position]]
             is_among[position] |= bool((lows == records["low"][position]).any())
     return is_among
+
+
+def with_equal_keys(records: np.ndarray) -> np.ndarray:
+    """Returns the records whose key another one has, too, (records,) RECORD, in their order.
+
+    Args:
+        records: sorted by key.
+    """
+    is_equal = equals_next(records)
+    has_equal = np.zeros(len(records), bool)
+    has_equal[:-1] = is_equal
+    has_equal[1:] |= is_equal
+    return records[has_equal]
+
+
+def equals_next(records: np.ndarray) -> np.ndarray:
+    """Returns which records have the key of the one behind them: (records - 1,) bool."""
+    return (records["high"][:-1] == records["high"][1:]) & (records["low"][:-1] == records["low"][1:])
 
 
 def _sorted(records: np.ndarray) -> np.ndarray:

@@ -28,7 +28,7 @@ from omegaconf import MISSING
 
 from dist_lm.chat.documents import encode_document, sample_documents
 from dist_lm.chat.template import FORMAT
-from dist_lm.config.corpus import SPLITS, TRAIN, CorpusConfig, SourceConfig
+from dist_lm.config.corpus import DOCUMENT, SPLITS, TRAIN, CorpusConfig, SourceConfig
 from dist_lm.config.root import Config
 from dist_lm.config.stage import StageGroup
 from dist_lm.data.earlier import EarlierCorpora
@@ -87,7 +87,7 @@ log = logging.getLogger(__name__)
 
 # Keys of a source that earlier releases did not have.
 LATER_KEYS = ("thinking", "opening_answers", "later_system", "question_column", "answer_column")
-LATER_KEYS += ("prompt_column", "chosen_column", "rejected_column")
+LATER_KEYS += ("prompt_column", "chosen_column", "rejected_column", "stars_column", "time_column")
 NAMED_DIFFERENCES = 3  # settings that a message names
 SAMPLED = "synthetic_rankings"  # reader whose documents a model wrote
 BESIDE = re.compile(r".*-[0-9a-f]{8}")  # a folder beside that of the name: no name that a corpus may have
@@ -1104,7 +1104,7 @@ def tokenizer_fingerprint(config: Config) -> dict[str, Any]:
     """
     fingerprint = _fingerprint(config, tokenizer_corpora(config.corpus))
     # A tokenizer learns from near-duplicates and from texts with parts of benchmarks, too.
-    for key in ("near_duplicates", "benchmarks"):
+    for key in ("near_duplicates", "near_duplicates_by", "benchmarks"):
         fingerprint["corpus"]["cleaning"].pop(key, None)
     return fingerprint
 
@@ -1168,6 +1168,8 @@ def _fingerprint(config: Config, names: list[str]) -> dict[str, Any]:
         corpus.pop("shuffle_in_tasks")
     if not corpus["cleaning"]["near_duplicates"]:
         corpus["cleaning"].pop("near_duplicates")
+    if corpus["cleaning"]["near_duplicates_by"] == DOCUMENT:
+        corpus["cleaning"].pop("near_duplicates_by")
     benchmarks = corpus["cleaning"].pop("benchmarks")
     if benchmarks:
         from dist_lm.data.benchmarks import fingerprints

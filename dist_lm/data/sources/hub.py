@@ -15,7 +15,7 @@ from dist_lm.data.inputs import HUB, Input, Inputs
 from dist_lm.data.sources.failures import brief, is_transient
 from dist_lm.data.sources.formats import Row
 from dist_lm.data.sources.reader import Candidate, reader
-from dist_lm.data.sources.rows import TEXT, Named, SourceRow, list_rows, row_documents, rows_of_files
+from dist_lm.data.sources.rows import TEXT, WITH_DEFAULT, Named, SourceRow, list_rows, row_documents, rows_of_files
 from dist_lm.data.sources.snapshot import Snapshot
 from dist_lm.errors import ArtefactError, ConfigError, UnreachableError
 
@@ -90,7 +90,7 @@ def origin_of(source: SourceConfig) -> str:
 
 
 @reader(
-    keys=("language", "licence", *HUB_KEYS, "column", "licence_column", "language_column", "id_column", "only"),
+    keys=("language", "licence", *HUB_KEYS, "column", *WITH_DEFAULT, "only"),
     needs=("language|language_column", "dataset"),
     inputs=list_data_set,
     takes_files=True,

@@ -22,14 +22,15 @@ from dist_lm.data.sources.formats import BadRow, Format, Row, csv_rows, jsonl_ro
 from dist_lm.data.sources.listing import bare_name, by_suffix, list_files
 from dist_lm.data.sources.reader import Candidate, Rejected, reader
 from dist_lm.data.sources.snapshot import Snapshot
-from dist_lm.document import Document, Form
+from dist_lm.data.sources.stars_and_time import CellError, stars_of, time_of
+from dist_lm.document import NO_STARS, NO_TIME, Document, Form
 from dist_lm.errors import ArtefactError, ConfigError, UserError
 
 MISSING_COLUMN = "missing_column"  # reason of a row without the column of the document
 TEXT = "text"  # column of the text where the source names none
 LOOK_ROWS, LOOK_BYTES = 1000, 64 << 20  # read ahead until every named column was seen
 MAX_LANGUAGES = 200  # in a source; fewer than `screening.LANGUAGES`, the limit of a whole corpus
-WITH_DEFAULT = ("licence_column", "language_column", "id_column")
+WITH_DEFAULT = ("licence_column", "language_column", "id_column", "stars_column", "time_column")
 FORMATS: dict[str, Format] = {
     ".jsonl": jsonl_rows,
     ".ndjson": jsonl_rows,
@@ -45,6 +46,7 @@ FOLDER_COLUMN = re.compile(r"([^=]+)=(.*)", re.DOTALL)
 NO_VALUE = "__HIVE_DEFAULT_PARTITION__"
 KEYS = ("language", "licence", "path", "exclude", "split", "column", "licence_column", "language_column", "id_column")
 KEYS += ("only",)
+TEXT_KEYS = (*KEYS, "stars_column", "time_column")
 NEEDS = ("language|language_column", "path")
 ADVICE = "check path and column; every row is empty, repeated, too long or left out"
 
@@ -110,7 +112,7 @@ def list_rows(source: SourceConfig) -> Inputs:
     return list_files(source, by_suffix(*(suffix for suffix in FORMATS if suffix != ".json")))
 
 
-@reader(keys=KEYS, needs=NEEDS, inputs=list_json_lines, takes_files=True, advice=ADVICE)
+@reader(keys=TEXT_KEYS, needs=NEEDS, inputs=list_json_lines, takes_files=True, advice=ADVICE)
 def read_jsonl(source: SourceConfig, seed: int, files: Snapshot | None = None) -> Iterator[Candidate]:
     """Yields every line of files of JSON lines as a text or `Rejected`. `seed` is not used.
 
@@ -121,7 +123,7 @@ def read_jsonl(source: SourceConfig, seed: int, files: Snapshot | None = None) -
     yield from row_documents(source, rows)
 
 
-@reader(keys=KEYS, needs=NEEDS, inputs=list_parquet, takes_files=True, advice=ADVICE)
+@reader(keys=TEXT_KEYS, needs=NEEDS, inputs=list_parquet, takes_files=True, advice=ADVICE)
 def read_parquet(source: SourceConfig, seed: int, files: Snapshot | None = None) -> Iterator[Candidate]:
     """Yields every row of parquet files as a text or `Rejected`. Memory is bounded by one row group.
 
@@ -132,7 +134,7 @@ def read_parquet(source: SourceConfig, seed: int, files: Snapshot | None = None)
     yield from row_documents(source, rows)
 
 
-@reader(keys=KEYS, needs=NEEDS, inputs=list_csv, takes_files=True, advice=ADVICE)
+@reader(keys=TEXT_KEYS, needs=NEEDS, inputs=list_csv, takes_files=True, advice=ADVICE)
 def read_csv(source: SourceConfig, seed: int, files: Snapshot | None = None) -> Iterator[Candidate]:
     """Yields every row of CSV files with a header as a text or `Rejected`. `seed` is not used.
 
@@ -143,7 +145,7 @@ def read_csv(source: SourceConfig, seed: int, files: Snapshot | None = None) -> 
     yield from row_documents(source, rows)
 
 
-@reader(keys=KEYS, needs=NEEDS, inputs=list_arrow, takes_files=True, advice=ADVICE)
+@reader(keys=TEXT_KEYS, needs=NEEDS, inputs=list_arrow, takes_files=True, advice=ADVICE)
 def read_arrow(source: SourceConfig, seed: int, files: Snapshot | None = None) -> Iterator[Candidate]:
     """Yields every row of Arrow files, as of `save_to_disk`, as a text or `Rejected`. `seed` is not used.
 
@@ -156,7 +158,7 @@ def read_arrow(source: SourceConfig, seed: int, files: Snapshot | None = None) -
 
 def named_columns(source: SourceConfig, *defaults: str) -> Named:
     """Returns the columns that a source names. `defaults`: for `column`, if the source names none."""
-    keys = ("column", "licence_column", "language_column", "id_column")
+    keys = ("column", *WITH_DEFAULT)
     named = [(key, getattr(source, key)) for key in keys if getattr(source, key)]
     if source.column:
         return named
@@ -418,8 +420,8 @@ def _candidate(
 ) -> Candidate:
     """Returns the document of a row, or `Rejected` with the reason why it gives none.
 
-    Reasons with an error are those of broken rows, missing columns, other types, no_language and invalid_utf8; without
-    an error other_language (not in `source.only`, counted under the language `others`) and empty.
+    Reasons with an error are those of broken rows, missing columns, other types, no_language, invalid_utf8, bad_stars
+    and bad_time; without an error other_language (not in `source.only`, counted under the language `others`) and empty.
 
     Args:
         column: that of the content.
@@ -440,6 +442,14 @@ def _candidate(
     problem = content if isinstance(content, BadRow) else None
     for key, text in (("licence", licence), ("language", language), ("id", name)):
         problem = problem or utf8_problem(key, text)
+    stars, time = NO_STARS, NO_TIME
+    try:
+        if source.stars_column:
+            stars = stars_of(row.get(source.stars_column), source.stars_column)
+        if source.time_column:
+            time = time_of(row.get(source.time_column), source.time_column)
+    except CellError as error:
+        problem = problem or BadRow(error.reason, str(error))
     if not language:
         problem = problem or BadRow(
             "no_language", f"no language in {source.language_column}, and the source has no language"
@@ -452,4 +462,5 @@ def _candidate(
     if not isinstance(content, tuple):
         return Rejected(language, location, "empty")
     text, group = content
-    return Document(text, language, name, licence, group, form, own_licence=bool(own_licence(row, source)))
+    has_own_licence = bool(own_licence(row, source))
+    return Document(text, language, name, licence, group, form, own_licence=has_own_licence, stars=stars, time=time)

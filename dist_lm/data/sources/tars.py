@@ -15,7 +15,7 @@ from dist_lm.data.inputs import Inputs
 from dist_lm.data.sources.formats import LONGEST, BadRow, NumberedRow, Row, columns_in_row
 from dist_lm.data.sources.listing import by_suffix, list_files
 from dist_lm.data.sources.reader import Candidate, reader
-from dist_lm.data.sources.rows import KEYS, NEEDS, named_columns, row_documents, rows_of_files
+from dist_lm.data.sources.rows import NEEDS, TEXT_KEYS, named_columns, row_documents, rows_of_files
 from dist_lm.data.sources.snapshot import FileReading, Snapshot
 from dist_lm.errors import ArtefactError
 
@@ -33,7 +33,7 @@ def list_tars(source: SourceConfig) -> Inputs:
 
 
 @reader(
-    keys=KEYS,
+    keys=TEXT_KEYS,
     needs=NEEDS,
     inputs=list_tars,
     takes_files=True,
