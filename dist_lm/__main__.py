@@ -91,6 +91,7 @@ def data_attach(
     from dist_lm.data.attach import attach
     from dist_lm.storage.run_directory import WorkDirectory
 
+    require(abs(cache_gib) < 1e9, "--cache-gib", cache_gib, "a number of GiB")  # nan is none
     manifest = attach(url, WorkDirectory(work).corpus(name), cache, int(cache_gib * 2**30))
     tokens = manifest.splits["train"].counts.tokens
     say(

@@ -4,6 +4,7 @@ The folder has the manifest, the indices, origins and rows of the remote one, an
 (`data.remote_corpus`). A URL that could hold credentials is refused, because `remote.json` is written to disk.
 """
 
+import logging
 import secrets
 import shutil
 from concurrent.futures import ThreadPoolExecutor
@@ -12,13 +13,27 @@ from pathlib import Path
 from typing import Any
 
 from dist_lm.data.index import load_index
-from dist_lm.data.journal import rows_path, rows_state
-from dist_lm.data.manifest import Manifest, Shard, index_path, is_attached, manifest_path, read_manifest, remote_path
+from dist_lm.data.journal import REJECTED, rows_path, rows_state
+from dist_lm.data.manifest import (
+    FORMAT,
+    FormatError,
+    Manifest,
+    ManifestError,
+    Shard,
+    index_path,
+    is_attached,
+    manifest_path,
+    read_manifest,
+    remote_path,
+)
 from dist_lm.data.remote_corpus import RemoteCorpus, RemoteFolder
 from dist_lm.data.shard_writer import origins_path
+from dist_lm.data.sources.failures import brief
 from dist_lm.data.sources.opening import REMOTE
 from dist_lm.errors import ArtefactError, ConfigError, require
 from dist_lm.storage import durable
+
+log = logging.getLogger(__name__)
 
 LEAST_CACHE = 256 << 20  # bytes: the pieces that the ranks of a node read at once
 REQUESTS = 16  # at once
@@ -39,8 +54,8 @@ def attach(url: str, directory: Path, cache: Path, cache_bytes: int) -> Manifest
             is taken.
         OSError: a file cannot be written.
     """
-    url = url.rstrip("/")
     _check_url(url)
+    url = url.rstrip("/")
     cache_gib = round(cache_bytes / 2**30, 3)
     require(cache_bytes >= LEAST_CACHE, "--cache-gib", cache_gib, f"at least {LEAST_CACHE / 2**30:g}")
     if directory.exists() and not is_attached(directory):
@@ -50,8 +65,7 @@ def attach(url: str, directory: Path, cache: Path, cache_bytes: int) -> Manifest
     temporary.mkdir(parents=True)
     try:
         folder = RemoteFolder(url)
-        durable.write_bytes(manifest_path(temporary), folder.content("manifest.json"))
-        manifest = read_manifest(temporary)
+        manifest = _copy_manifest(folder, temporary)
         shards = [shard for split in manifest.splits.values() for shard in split.shards]
         if directory.exists() and read_manifest(directory).content != manifest.content:
             raise ArtefactError(f"{directory} is attached to another corpus: give another name")
@@ -61,6 +75,7 @@ def attach(url: str, directory: Path, cache: Path, cache_bytes: int) -> Manifest
         tars = {shard.name: identity for shard, identity in zip(shards, identities, strict=True)}
         record = RemoteCorpus(url, str(cache.absolute()), cache_bytes, tars)
         durable.write_sealed(remote_path(temporary), asdict(record))
+        _copy_rejected(folder, temporary)
 
         if not directory.exists():
             temporary.rename(directory)
@@ -84,7 +99,49 @@ def _check_url(url: str) -> None:
             "URL=(an address with a user, a query or a fragment): expected one without: credentials come from the "
             "environment, and the address is written to disk"
         )
-    require(bool(separator) and scheme in REMOTE and bool(rest), "URL", url, accepted)
+    require(bool(separator) and scheme in REMOTE and bool(rest.strip("/")), "URL", url, accepted)
+
+
+def _copy_manifest(folder: RemoteFolder, directory: Path) -> Manifest:
+    """Copies the manifest, and returns it.
+
+    Raises:
+        ArtefactError: it is missing, damaged, or of another format.
+        OSError: it cannot be written.
+    """
+    path = manifest_path(directory)
+    try:
+        durable.write_bytes(path, folder.content(path.name))
+    except ArtefactError as error:
+        raise ArtefactError(f"{error}; URL is a copy of the folder work/corpora/NAME of a finished corpus") from error
+
+    # The errors of a local corpus name the temporary folder, and say how to build it again.
+    remote = folder.path(path.name)
+    try:
+        return read_manifest(directory)
+    except FormatError as error:
+        message = f"{remote}: its corpus has another format than {FORMAT}, which this version reads: build it again"
+        raise ArtefactError(message) from error
+    except ManifestError as error:
+        reason = brief(error.__cause__ or error)
+        raise ArtefactError(f"{remote}: damaged, or no manifest of a corpus ({reason}): upload it again") from error
+
+
+def _copy_rejected(folder: RemoteFolder, directory: Path) -> None:
+    """Copies the list of the rows and documents that the build dropped; warns if it cannot be read, because training
+    does without it.
+
+    Raises:
+        OSError: it cannot be written.
+    """
+    path = directory / REJECTED
+    try:
+        # It may be larger than memory: a crawl has millions of near-duplicates.
+        with path.open("wb") as file:
+            file.writelines(folder.chunks(path.name))
+    except ArtefactError as error:
+        path.unlink()
+        log.warning("%s; until then `data where` names no near-duplicates of this corpus", error)
 
 
 def _copy_beside_tar(folder: RemoteFolder, shard: Shard, directory: Path) -> dict[str, Any]:

@@ -160,9 +160,12 @@ class Manifest:
             ArtefactError: names both tokenizers.
         """
         if sha256 != self.recipe.tokenizer_sha256:
+            cure = f"build the corpus again with `{BUILD_COMMAND}`"
+            if is_attached(directory):
+                cure = "use another work directory"
             raise ArtefactError(
                 f"{directory} was written with tokenizer {self.recipe.tokenizer_sha256[:12]}, not {sha256[:12]}: "
-                f"restore that tokenizer, or build the corpus again with `{BUILD_COMMAND}`"
+                f"restore that tokenizer, or {cure}"
             )
 
 

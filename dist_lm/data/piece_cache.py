@@ -154,7 +154,7 @@ class PieceCache:
     def _unusable(self, error: OSError) -> ArtefactError:
         return ArtefactError(
             f"{self.directory}: the cache cannot be used ({error.strerror or error}): make room, or attach with "
-            "another --cache"
+            "another --cache or a smaller --cache-gib"
         )
 
 

@@ -5,7 +5,7 @@ Every answer of a server must be of the tar that was attached. Credentials come 
 """
 
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from concurrent.futures import Executor
 from dataclasses import dataclass
 from functools import cached_property
@@ -14,8 +14,9 @@ from typing import Any, Self
 
 from dist_lm.data.manifest import Shard, remote_path
 from dist_lm.data.piece_cache import PieceCache
-from dist_lm.data.sources.failures import brief
-from dist_lm.data.sources.opening import HttpFile, filesystem, open_raw, scheme_of
+from dist_lm.data.sources.failures import brief, is_transient
+from dist_lm.data.sources.http_file import WholeFilesError
+from dist_lm.data.sources.opening import BUFFER, HttpFile, filesystem, open_raw, scheme_of
 from dist_lm.errors import ArtefactError, ChangedInputError
 from dist_lm.storage import durable
 
@@ -64,6 +65,19 @@ class RemoteFolder:
         try:
             with open_raw(self.path(name)) as file:
                 return file.read()
+        except OSError as error:
+            raise self._unreadable(name, error) from error
+
+    def chunks(self, name: str) -> Iterator[bytes]:
+        """Yields the content of a file.
+
+        Raises:
+            ArtefactError: it is missing, or cannot be read.
+        """
+        try:
+            with open_raw(self.path(name)) as file:
+                while chunk := file.read(BUFFER):
+                    yield chunk
         except OSError as error:
             raise self._unreadable(name, error) from error
 
@@ -128,10 +142,13 @@ class RemoteFolder:
 
     def _unreadable(self, name: str, error: OSError) -> ArtefactError:
         # The cause of an error of http is the answer of the server.
-        return ArtefactError(
-            f"{self.path(name)}: cannot be read ({brief(error.__cause__ or error)}): run the command again when the "
-            "server sends it; a run goes on from its last checkpoint"
-        )
+        cause = error.__cause__ or error
+        cure = "check the URL, and that this machine may read it"
+        if isinstance(cause, WholeFilesError):
+            cure = "serve it from a server that sends parts of files, or copy the corpus into work/corpora"
+        elif is_transient(cause):
+            cure = "run the command again when the server sends it; a run goes on from its last checkpoint"
+        return ArtefactError(f"{self.path(name)}: cannot be read ({brief(cause)}): {cure}")
 
 
 def _identity_in_store(info: Any) -> dict[str, Any]:

@@ -69,6 +69,7 @@ from dist_lm.data.sources.reader import (
 from dist_lm.data.token_corpus import TokenCorpus
 from dist_lm.document import Document
 from dist_lm.errors import ArtefactError, ConfigError, UnreachableError, UserError, require
+from dist_lm.interop.existing_tokenizer import named_tokenizer_file
 from dist_lm.stages.continuing import recorded_folders
 from dist_lm.stages.stage import Action, Artefact, ArtefactStage, Look
 from dist_lm.storage import durable
@@ -629,12 +630,17 @@ def check_tokenizer(config: Config, directory: Path) -> None:
         OSError: a file cannot be read.
     """
     work = WorkDirectory(Path(config.work_dir))
-    if not work.tokenizer_model.exists():
-        raise ArtefactError(
-            f"{directory} exists, but its tokenizer is missing: restore {work.tokenizer_model}, "
-            f"or remove {work.path / 'corpora'} to build both again"
-        )
-    read_manifest(directory).require_tokenizer(durable.sha256_of(work.tokenizer_model), directory)
+    if work.tokenizer_model.exists():
+        sha256 = durable.sha256_of(work.tokenizer_model)
+    elif config.tokenizer.is_given:
+        # The stage before this one will copy it.
+        sha256 = hashlib.sha256(named_tokenizer_file(config.tokenizer)).hexdigest()
+    else:
+        cure = f"or remove {work.path / 'corpora'} to build both again"
+        if is_attached(directory):
+            cure = "a copy of the one that it was built with, or give the path of that file as tokenizer=PATH"
+        raise ArtefactError(f"{directory} exists, but its tokenizer is missing: restore {work.tokenizer_model}, {cure}")
+    read_manifest(directory).require_tokenizer(sha256, directory)
 
 
 # --- the other corpora of the work directory ---

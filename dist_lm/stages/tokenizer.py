@@ -78,7 +78,11 @@ class TokenizerStage(ArtefactStage):
                 )
             return Artefact(True, f"{settings.vocab_size:,} pieces, kept")
 
-        # The report is written last.
+        # The report is written last. A file that somebody copied has none.
+        if exists and not settings.is_given and not work.tokenizer_report.exists() and (written := written_with(work)):
+            check_size(work, read_manifest(written[0]).recipe.vocab_size, settings)
+            names = listed([folder.name for folder in written], 3)
+            return Artefact(True, f"{settings.vocab_size:,} pieces, kept; written with it: {names}")
         if not (exists and work.tokenizer_report.exists()):
             origin = settings.source if settings.is_given else f"corpus={config.corpus.name}"
             return Artefact(False, f"{settings.vocab_size:,} pieces from {origin}")
@@ -198,28 +202,45 @@ def check_trained(work: WorkDirectory, report: Mapping[str, Any], config: Config
             f"{work.tokenizer} holds a tokenizer of format {file_format}, this version reads format {FORMAT}: use "
             "another work_dir, or remove that work_dir to build everything again"
         )
-    if report["vocab_size"] != config.tokenizer.vocab_size:
-        raise ArtefactError(
-            f"{work.tokenizer} holds {report['vocab_size']} pieces, expected {config.tokenizer.vocab_size} "
-            "(tokenizer.vocab_size follows model.vocab_size): use another work_dir, or remove that folder to train "
-            "it again"
-        )
+    check_size(work, report["vocab_size"], config.tokenizer)
     check_pieces(work, report, config.tokenizer)
 
     text_settings = tokenizer_fingerprint(config)
     if report.get("text") == digest(text_settings):
         return ""
     differences = in_brief(report.get("text_settings", {}), text_settings)
-    sha256 = durable.sha256_of(work.tokenizer_model)
-    written = [
-        folder.name for folder in finished_corpora(work) if read_manifest(folder).recipe.tokenizer_sha256 == sha256
-    ]
-    if written:
-        return f", kept although it was trained on another text{differences}; written with it: {listed(written, 3)}"
+    if written := written_with(work):
+        names = listed([folder.name for folder in written], 3)
+        return f", kept although it was trained on another text{differences}; written with it: {names}"
     raise ArtefactError(
         f"{work.tokenizer} was trained on another text than corpus={config.corpus.name} seed={config.seed}"
         f"{differences}: keep it by tokenizer=keep, use another work_dir, or remove that folder to train it again"
     )
+
+
+def written_with(work: WorkDirectory) -> list[Path]:
+    """Returns the folders of the finished corpora that were written with the tokenizer of the work directory.
+
+    Raises:
+        ArtefactError: a manifest is damaged.
+        OSError: a file cannot be read.
+    """
+    sha256 = durable.sha256_of(work.tokenizer_model)
+    return [folder for folder in finished_corpora(work) if read_manifest(folder).recipe.tokenizer_sha256 == sha256]
+
+
+def check_size(work: WorkDirectory, vocab_size: int, settings: TokenizerConfig) -> None:
+    """Refuses a tokenizer with another number of pieces than the configuration.
+
+    Raises:
+        ArtefactError: names both numbers and the way out.
+    """
+    if vocab_size != settings.vocab_size:
+        raise ArtefactError(
+            f"{work.tokenizer} holds {vocab_size} pieces, expected {settings.vocab_size} "
+            "(tokenizer.vocab_size follows model.vocab_size): use another work_dir, or remove that folder to train "
+            "it again"
+        )
 
 
 def check_pieces(work: WorkDirectory, report: Mapping[str, Any], settings: TokenizerConfig) -> None:

@@ -259,10 +259,16 @@ class Work:
     text: Callable[[], str] = str  # returns the progress text; called only when it is drawn
     training: TrainingState | None = None
     result: str | None = None  # None until it ends well
+    seconds_left: Callable[[], float | None] | None = None  # None: estimated from the count
 
-    def show(self, done: int, text: Callable[[], str]) -> None:
-        """Records the progress; the view draws it at its own pace."""
-        self.done, self.text = done, text
+    def show(self, done: int, text: Callable[[], str], seconds_left: Callable[[], float | None] | None = None) -> None:
+        """Records the progress; the view draws it at its own pace.
+
+        Args:
+            seconds_left: returns the time left, None while it is unknown. Needed where the count tells less: units of
+                several sizes, or some that an earlier command has done.
+        """
+        self.done, self.text, self.seconds_left = done, text, seconds_left
 
     def finish(self, text: str) -> None:
         """Records the result."""

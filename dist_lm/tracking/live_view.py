@@ -94,20 +94,22 @@ def _stage_row(stage: StageLine, state: LiveState, now: float, width: int, glyph
         elapsed = now - stage.began
     if not state.works:
         return line(left.append("starting"), Text(duration(elapsed), "dim"), width, glyphs.cut)
-    return _work_in(left, state.works[0], elapsed, width, glyphs)
+    return _work_in(left, state.works[0], now, elapsed, width, glyphs)
 
 
 def _work_row(work: Work, now: float, width: int, glyphs: Glyphs) -> Text:
     left = Text.assemble((_spinner(now, glyphs), STYLES["running"]), " ", f"{work.label}  ")
-    return _work_in(left, work, now - work.began, width, glyphs, with_label=False)
+    return _work_in(left, work, now, now - work.began, width, glyphs, with_label=False)
 
 
-def _work_in(left: Text, work: Work, elapsed: float, width: int, glyphs: Glyphs, with_label: bool = True) -> Text:
+def _work_in(
+    left: Text, work: Work, now: float, elapsed: float, width: int, glyphs: Glyphs, with_label: bool = True
+) -> Text:
     """Returns a line of `left` with a bar if the total is known, else with the progress text; at the right the count
     and the time left, or the time elapsed. Before the first step of a training it says what the first rank does.
 
     Args:
-        elapsed: seconds since the work began.
+        elapsed: seconds since the work, or the stage that it is part of, began.
         with_label: whether the progress text follows the label of the work.
     """
     # Nothing is counted before the first step.
@@ -127,9 +129,9 @@ def _work_in(left: Text, work: Work, elapsed: float, width: int, glyphs: Glyphs,
             text = ": ".join(filter(None, (work.label, text)))
         return line(left.append(text), Text(duration(elapsed), "dim"), width, glyphs.cut)
 
-    # A training estimates its time left from the steps of this attempt, other work from its own start.
-    completed, left_s = work.done, _seconds_left(work, elapsed)
+    completed, left_s = work.done, _seconds_left(work, now)
     if work.training:
+        # Only the steps of this attempt tell how long a step takes.
         completed, left_s = work.training.step, work.training.seconds_left()
     right = Text(f"{completed:,}/{work.total:,}")
     if left_s is not None:
@@ -149,10 +151,14 @@ def _work_in(left: Text, work: Work, elapsed: float, width: int, glyphs: Glyphs,
     return line(left, right, width, glyphs.cut)
 
 
-def _seconds_left(work: Work, elapsed: float) -> float | None:
+def _seconds_left(work: Work, now: float) -> float | None:
+    """Returns the time left of work that does not train; None: unknown."""
     if not work.total or not 0 < work.done < work.total:
         return None
-    return elapsed / work.done * (work.total - work.done)
+    if work.seconds_left:
+        return work.seconds_left()
+    # A stage may have done other work before.
+    return (now - work.began) / work.done * (work.total - work.done)
 
 
 def _counted_stages(state: LiveState, now: float, width: int, glyphs: Glyphs) -> list[Text]:

@@ -27,11 +27,14 @@ class PlainDisplay:
         self._printed: int | None = None  # count of the last printed line
         self._latest = 0
 
-    def show(self, completed: int, text: Callable[[], str]) -> None:
+    def show(
+        self, completed: int, text: Callable[[], str], seconds_left: Callable[[], float | None] | None = None
+    ) -> None:
         """Notes the count, and prints a line if one is due: not at the first call, nor when all is completed.
 
         Args:
             text: returns the text of the line; called only if it is printed.
+            seconds_left: not printed, because the text has it.
         """
         now = self._clock()
         self._latest = completed
@@ -119,8 +122,14 @@ class TaskProgress:
         # An earlier command has run it: its result was only read.
         if number not in self._done_before:
             self._n_bytes += self._sizes[number]
-        self._display.show(self._n_ended, self.text)
+        self._display.show(self._n_ended, self.text, self.seconds_left)
         return number
+
+    def seconds_left(self) -> float | None:
+        """Estimates the time left from the bytes of this command; None before its first task has ended."""
+        if not self._n_bytes:
+            return None
+        return (self._clock() - self._began) * (self._left - self._n_bytes) / self._n_bytes
 
     def text(self) -> str:
         """Returns ended tasks and, once this command has run one, its speed and the time left."""
@@ -128,8 +137,9 @@ class TaskProgress:
         elapsed = self._clock() - self._began
         if elapsed > 0 and self._n_bytes:
             facts.append(f"{four_digits(self._n_bytes / elapsed / 1e6)} MB/s")
-            if self._n_ended < len(self._sizes):
-                facts.append(f"{duration(elapsed * (self._left - self._n_bytes) / self._n_bytes)} left")
+        left_s = self.seconds_left()
+        if left_s is not None and self._n_ended < len(self._sizes):
+            facts.append(f"{duration(left_s)} left")
         return "  ".join(facts)
 
 
@@ -193,7 +203,15 @@ class GenerationProgress:
         self._totals = (prompts, tokens)
         if self._first is None:
             self._first = self._totals
-        self._display.show(prompts, self.text)
+        self._display.show(prompts, self.text, self.seconds_left)
+
+    def seconds_left(self) -> float | None:
+        """Estimates the time left from the prompts that this command has answered; None before the first one."""
+        prompts = self._totals[0]
+        new_prompts = prompts - (self._first or self._totals)[0]
+        if not new_prompts:
+            return None
+        return (self._clock() - self._began) / new_prompts * (self._prompts - prompts)
 
     def text(self) -> str:
         """Returns answered prompts, the speed of this command in tokens/s and, once it has answered a prompt, the time
@@ -202,12 +220,12 @@ class GenerationProgress:
         prompts, tokens = self._totals
 
         # Earlier commands may have answered prompts: speed and time left count what this command adds.
-        first_prompts, first_tokens = self._first or self._totals
-        new_prompts = prompts - first_prompts
+        _, first_tokens = self._first or self._totals
         speed = (tokens - first_tokens) / elapsed if elapsed > 0 else 0.0
 
         facts = [f"{prompts:,}/{self._prompts:,} prompts", f"{four_digits(speed)} tokens/s"]
-        if new_prompts and prompts < self._prompts:
-            facts.append(f"{duration(elapsed / new_prompts * (self._prompts - prompts))} left")
+        left_s = self.seconds_left()
+        if left_s is not None and prompts < self._prompts:
+            facts.append(f"{duration(left_s)} left")
 
         return "  ".join(facts)

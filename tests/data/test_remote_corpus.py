@@ -20,6 +20,7 @@ from dist_lm.data import piece_cache, remote_corpus
 from dist_lm.data import stream as stream_module
 from dist_lm.data.attach import attach
 from dist_lm.data.inspect import verify
+from dist_lm.data.journal import REJECTED
 from dist_lm.data.manifest import (
     Split,
     index_path,
@@ -215,7 +216,7 @@ def test_what_cannot_be_attached(served: Served, local: Path, attached: Path) ->
         with pytest.raises(ConfigError, match="credentials come from the environment") as refused:
             attach(url, local.parent / "new", cache, 100 * PIECE)
         assert url.partition("://")[2] not in str(refused.value)
-    for url in ("ftp://host/corpus", str(local), "s3://"):
+    for url in ("ftp://host/corpus", str(local), "s3://", "https:///"):
         with pytest.raises(ConfigError, match="a folder behind http, https, s3, gs"):
             attach(url, local.parent / "new", cache, 100 * PIECE)
     with pytest.raises(ConfigError, match="--cache-gib"):
@@ -226,14 +227,39 @@ def test_what_cannot_be_attached(served: Served, local: Path, attached: Path) ->
     with pytest.raises(ArtefactError, match="attached to another corpus"):
         attach(f"{served.url}/other", attached, cache, 100 * PIECE)
 
+    with pytest.raises(ArtefactError, match=r"404.*: check the URL.*; URL is a copy of the folder work/corpora/NAME"):
+        attach(f"{served.url}/remotee", local.parent / "new", cache, 100 * PIECE)
+    (served.folder / "page").mkdir()
+    (served.folder / "page" / "manifest.json").write_text("<html>")
+    with pytest.raises(ArtefactError, match="no manifest of a corpus") as refused:
+        attach(f"{served.url}/page", local.parent / "new", cache, 100 * PIECE)
+    assert ".tmp" not in str(refused.value)
+
     index_path(local / "train-000001.tar").unlink()
     with pytest.raises(ArtefactError, match=r"train-000001.index: cannot be read \(.*404.*a copy of all files"):
         attach(f"{served.url}/remote", local.parent / "new", cache, 100 * PIECE)
     served.ranges = False
-    with pytest.raises(ArtefactError, match="sends no parts of files"):
+    with pytest.raises(ArtefactError, match=r"sends no parts of files.*copy the corpus into work/corpora"):
         attach(f"{served.url}/remote", local.parent / "new", cache, 100 * PIECE)
     assert not (local.parent / "new").exists()
     assert not list(local.parent.glob(".new*"))
+
+
+def test_the_list_of_dropped_documents_comes_along(
+    served: Served, local: Path, attached: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Finds `data where` without the near-duplicates that the build dropped, and a corpus refused for want of them."""
+    assert not (attached / REJECTED).exists()
+    (local / REJECTED).write_text('{"place": "b.py", "resembles": "a.py"}\n')
+    attach(f"{served.url}/remote", attached, local.parent / "cache", 100 * PIECE)
+    assert (attached / REJECTED).read_text() == (local / REJECTED).read_text()
+    assert is_whole(attached)
+
+    (local / REJECTED).unlink()
+    caplog.clear()
+    attach(f"{served.url}/remote", local.parent / "other", local.parent / "cache", 100 * PIECE)
+    assert "names no near-duplicates" in caplog.text
+    assert not (local.parent / "other" / REJECTED).exists()
 
 
 def test_a_strangers_manifest_writes_no_file_elsewhere(served: Served, local: Path, tmp_path: Path) -> None:

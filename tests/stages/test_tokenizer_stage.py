@@ -174,6 +174,24 @@ def test_a_trained_tokenizer_is_kept_while_the_corpora_change(work: WorkDirector
     assert work.tokenizer_model.read_bytes() == before
 
 
+def test_a_copied_tokenizer_stays_while_a_corpus_was_written_with_it(tmp_path: Path, work: WorkDirectory) -> None:
+    """Would find a training over a copied file that an attached corpus needs, or a plan that refuses its path."""
+    copy = WorkDirectory(tmp_path / "copy")
+    shutil.copytree(work.corpus("code"), copy.corpus("code"))
+    folder = copy.corpus("code")
+    with pytest.raises(ArtefactError, match="its tokenizer is missing"):
+        shards.check_tokenizer(config_for(copy.path), folder)
+    shards.check_tokenizer(config_for(copy.path, f"tokenizer={work.tokenizer_model}"), folder)
+
+    copy.tokenizer.mkdir()
+    shutil.copy(work.tokenizer_model, copy.tokenizer)
+    assert STAGE.inspect(config_for(copy.path, "model.vocab_size=640")).ready
+    with pytest.raises(ArtefactError, match="holds 640 pieces, expected 512"):
+        STAGE.inspect(config_for(copy.path, "model.vocab_size=512"))
+    shutil.rmtree(folder)
+    assert not STAGE.inspect(config_for(copy.path, "model.vocab_size=640")).ready
+
+
 @pytest.mark.heavy
 def test_a_vocabulary_past_65536_goes_through_the_shards(tmp_path: Path) -> None:
     path = tmp_path / "large.json"

@@ -1,6 +1,7 @@
 """The live view: no line is too wide, the important rows stay, old values are marked; its curves."""
 
 from dataclasses import replace
+from itertools import chain, repeat
 
 import pytest
 from hypothesis import given, settings
@@ -19,6 +20,7 @@ from dist_lm.tracking.live_state import (
     shrunk,
 )
 from dist_lm.tracking.live_view import view_lines
+from dist_lm.tracking.progress import TaskProgress
 from dist_lm.tracking.registry import metric_of
 from tests.tracking.shown import NOW, in_training, pipeline, training
 
@@ -98,6 +100,19 @@ def test_work_that_does_not_train_shows_too() -> None:
     lines = shown(pipeline(counted))
     assert row(lines, "code").endswith("500/2,000  32:07 min left")
     assert any("1,203 tokens/s" in line for line in lines)
+
+
+def test_the_bar_tells_the_time_left_of_its_own_work() -> None:
+    """Would find a time left that counts what the stage did before, or tasks of an earlier command."""
+    work = Work("compare of code", 4, NOW - 10, done=2)
+    assert row(shown(pipeline(work)), "code").endswith("2/4  10 s left")
+
+    clock = chain([NOW - 10], repeat(NOW))
+    tasks = TaskProgress(work, {0: 900e6, 1: 100e6, 2: 300e6, 3: 300e6}, [0], lambda: next(clock))
+    for number in (0, 1):
+        tasks.ended(number)
+    assert row(shown(pipeline(work)), "code").endswith("2/4  1:00 min left")
+    assert "2 of 4 tasks  10 MB/s  1:00 min left" in " ".join(shown(pipeline(work)))
 
 
 def test_before_the_first_step_the_view_says_what_is_waited_for() -> None:
