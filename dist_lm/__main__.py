@@ -88,16 +88,14 @@ def data_attach(
 ) -> None:
     """Use a remote corpus of texts or conversations where it is: training reads its tars through a cache."""
     require_folder_name("NAME", name)
-    from dist_lm.data.attach import attach
+    from dist_lm.data.attach import attach, tokenizer_note
     from dist_lm.storage.run_directory import WorkDirectory
 
     require(abs(cache_gib) < 1e9, "--cache-gib", cache_gib, "a number of GiB")  # nan is none
     manifest = attach(url, WorkDirectory(work).corpus(name), cache, int(cache_gib * 2**30))
     tokens = manifest.splits["train"].counts.tokens
-    say(
-        f"attached {name}: {tokens:,} training tokens, tokenizer {manifest.recipe.tokenizer_sha256[:12]}; "
-        f"corpus.folders.CORPUS={name} trains on it"
-    )
+    say(f"attached {name}: {tokens:,} training tokens; corpus.folders.CORPUS={name} trains on it as corpus CORPUS")
+    say(tokenizer_note(manifest, WorkDirectory(work)))
     tar_bytes = sum(shard.size for split in manifest.splits.values() for shard in split.shards)
     if tar_bytes > cache_gib * 2**30:
         say(

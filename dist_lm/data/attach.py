@@ -32,6 +32,7 @@ from dist_lm.data.sources.failures import brief
 from dist_lm.data.sources.opening import REMOTE
 from dist_lm.errors import ArtefactError, ConfigError, require
 from dist_lm.storage import durable
+from dist_lm.storage.run_directory import WorkDirectory
 
 log = logging.getLogger(__name__)
 
@@ -89,6 +90,21 @@ def attach(url: str, directory: Path, cache: Path, cache_bytes: int) -> Manifest
     return manifest
 
 
+def tokenizer_note(manifest: Manifest, work: WorkDirectory) -> str:
+    """Returns which tokenizer a corpus was written with, and what a work directory without it must do.
+
+    Raises:
+        OSError: the tokenizer of the work directory cannot be read.
+    """
+    needed = manifest.recipe.tokenizer_sha256
+    note = f"written with tokenizer {needed[:12]}"
+    if not work.tokenizer_model.is_file():
+        return f"{note}: give that file as tokenizer=PATH, because {work.tokenizer} holds none"
+    if (sha256 := durable.sha256_of(work.tokenizer_model)) != needed:
+        return f"{note}, but {work.tokenizer} holds {sha256[:12]}: attach it in another work directory (--work)"
+    return f"{note}, as {work.tokenizer} holds"
+
+
 def _check_url(url: str) -> None:
     """Refuses a URL that is not remote, or that may hold credentials; returns nothing."""
     accepted = f"a folder behind {', '.join(REMOTE)}"
@@ -113,7 +129,7 @@ def _copy_manifest(folder: RemoteFolder, directory: Path) -> Manifest:
     try:
         durable.write_bytes(path, folder.content(path.name))
     except ArtefactError as error:
-        raise ArtefactError(f"{error}; URL is a copy of the folder work/corpora/NAME of a finished corpus") from error
+        raise ArtefactError(f"{error}; expected the URL of a copy of work/corpora/NAME") from error
 
     # The errors of a local corpus name the temporary folder, and say how to build it again.
     remote = folder.path(path.name)

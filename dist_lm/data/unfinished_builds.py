@@ -28,9 +28,10 @@ class UnfinishedBuild:
         """Returns the build in words."""
         if not self.corpora:
             return f"{self.folder}: unfinished build, no pass has begun"
+        latest = "the last" if self.n_results else "begun"
         return (
             f"{self.folder}: unfinished build of {', '.join(self.corpora)}, {self.n_results:,} of {self.n_tasks:,} "
-            f"tasks of pass {self.pass_name}, the last {duration(max(0.0, time.time() - self.latest))} ago"
+            f"tasks of pass {self.pass_name}, {latest} {duration(max(0.0, time.time() - self.latest))} ago"
         )
 
 

@@ -18,7 +18,7 @@ import pytest
 from dist_lm.data import attach as attaching
 from dist_lm.data import piece_cache, remote_corpus
 from dist_lm.data import stream as stream_module
-from dist_lm.data.attach import attach
+from dist_lm.data.attach import attach, tokenizer_note
 from dist_lm.data.inspect import verify
 from dist_lm.data.journal import REJECTED
 from dist_lm.data.manifest import (
@@ -38,6 +38,8 @@ from dist_lm.data.token_corpus import TokenCorpus
 from dist_lm.data.unit_order import WindowEpoch
 from dist_lm.errors import ArtefactError, ConfigError
 from dist_lm.stages.shards import is_whole
+from dist_lm.storage import durable
+from dist_lm.storage.run_directory import WorkDirectory
 from tests.data.file_server import Served
 from tests.data.synthetic_corpus import documents, lengths, write
 from tests.data.test_remote_sources import bucket, upload  # noqa: F401  a fixture
@@ -227,7 +229,7 @@ def test_what_cannot_be_attached(served: Served, local: Path, attached: Path) ->
     with pytest.raises(ArtefactError, match="attached to another corpus"):
         attach(f"{served.url}/other", attached, cache, 100 * PIECE)
 
-    with pytest.raises(ArtefactError, match=r"404.*: check the URL.*; URL is a copy of the folder work/corpora/NAME"):
+    with pytest.raises(ArtefactError, match=r"404.*: check the URL.*; expected the URL of a copy of work/corpora/NAME"):
         attach(f"{served.url}/remotee", local.parent / "new", cache, 100 * PIECE)
     (served.folder / "page").mkdir()
     (served.folder / "page" / "manifest.json").write_text("<html>")
@@ -243,6 +245,17 @@ def test_what_cannot_be_attached(served: Served, local: Path, attached: Path) ->
         attach(f"{served.url}/remote", local.parent / "new", cache, 100 * PIECE)
     assert not (local.parent / "new").exists()
     assert not list(local.parent.glob(".new*"))
+
+
+def test_the_tokenizer_that_a_work_directory_needs(attached: Path) -> None:
+    """Finds a user who learns of another tokenizer only when the training is refused."""
+    manifest, work = read_manifest(attached), WorkDirectory(attached.parent.parent)
+    assert "tokenizer=PATH" in tokenizer_note(manifest, work)
+    work.tokenizer.mkdir()
+    (work.tokenizer / "tokenizer.model").write_bytes(b"another")
+    assert "another work directory" in tokenizer_note(manifest, work)
+    same = replace(manifest, recipe=replace(manifest.recipe, tokenizer_sha256=durable.sha256_of(work.tokenizer_model)))
+    assert tokenizer_note(same, work).endswith(f"as {work.tokenizer} holds")
 
 
 def test_the_list_of_dropped_documents_comes_along(
