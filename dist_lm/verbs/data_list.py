@@ -13,11 +13,12 @@ from rich.table import Table
 from rich.text import Text
 
 from dist_lm.data.journal import journal_recipe
-from dist_lm.data.manifest import Manifest, manifest_path, read_manifest
+from dist_lm.data.manifest import Manifest, manifest_path, read_manifest, remote_path
 from dist_lm.data.sources.reader import READERS
 from dist_lm.data.unfinished_builds import unfinished_builds
 from dist_lm.errors import ArtefactError
 from dist_lm.stages.shards import BESIDE
+from dist_lm.storage import durable
 from dist_lm.storage.run_directory import WorkDirectory
 from dist_lm.tracking.readable import listed, readable_count
 
@@ -35,6 +36,7 @@ class ListedCorpus:
     built: float  # when its manifest was written, seconds since the epoch; 0: it has none
     runs: tuple[str, ...]  # STAGE/RUN_ID of the runs that have recorded it
     manifest: Manifest | None  # None: the corpus is not finished
+    url: str = ""  # where the tars of an attached corpus are
 
 
 def list_corpora(work: WorkDirectory) -> list[ListedCorpus]:
@@ -107,7 +109,9 @@ def _listed_corpus(folder: Path, runs: tuple[str, ...]) -> ListedCorpus:
     path = manifest_path(folder)
     try:
         if path.is_file():
-            return ListedCorpus(folder, "finished", path.stat().st_mtime, runs, read_manifest(folder))
+            record = durable.read_json(remote_path(folder))  # empty: the corpus is not attached
+            manifest = read_manifest(folder)
+            return ListedCorpus(folder, "finished", path.stat().st_mtime, runs, manifest, record.get("url", ""))
         state = "of others" if journal_recipe(folder) is None else "unfinished"
     except ArtefactError:
         # `data inspect` says what is wrong; the other corpora are listed all the same.
@@ -128,6 +132,8 @@ def _cells(corpus: ListedCorpus) -> Sequence[str]:
     origin = first.get("dataset") or (paths[0] if paths else first.get("reader", ""))
     if len(sources) > 1 or len(paths) > 1:
         origin += " ..."
+    # The name of an attached folder need not be that of a corpus of the manifest.
+    origin = corpus.url or origin
     train, val = (corpus.manifest.splits[split].counts for split in ("train", "val"))
     return (
         corpus.folder.name,

@@ -6,9 +6,10 @@ from pathlib import Path
 import pytest
 from rich.console import Console as RichConsole
 
-from dist_lm.data.manifest import manifest_path, record_content
+from dist_lm.data.manifest import manifest_path, record_content, remote_path
 from dist_lm.data.unfinished_builds import begin_pass
 from dist_lm.errors import ArtefactError
+from dist_lm.storage import durable
 from dist_lm.storage.run_directory import WorkDirectory
 from dist_lm.verbs.data_list import list_corpora, print_corpora
 from tests.data.synthetic_corpus import documents, write
@@ -51,6 +52,15 @@ def test_folders_are_listed_with_the_runs_that_use_them(listed: WorkDirectory) -
     assert set(states) == set(lines)
     assert "code/new" in lines["code-1a2b3c4d"]
     assert "no run" in lines["language"]
+
+
+def test_an_attached_corpus_names_its_url(listed: WorkDirectory) -> None:
+    """Finds an attached folder that nobody can tell from a local one, and a damaged record that ends the list."""
+    corpora = listed.path / "corpora"
+    durable.write_sealed(remote_path(corpora / "code"), {"url": "https://host/lab/code"})
+    remote_path(corpora / "tools").write_text("{")
+    assert "https://host/lab/code" in printed(listed)
+    assert {corpus.folder.name: corpus.state for corpus in list_corpora(listed)}["tools"] == "damaged"
 
 
 def test_an_unfinished_build_by_tasks_is_named(work: WorkDirectory, tmp_path: Path) -> None:
