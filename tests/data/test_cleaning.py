@@ -67,7 +67,7 @@ def test_a_step_drops_what_its_rule_names_and_nothing_when_it_is_off(step, value
 
 
 def test_every_step_that_drops_has_a_case():
-    by_other_texts = {"across_corpora", "near_duplicates", "benchmarks"}
+    by_other_texts = {"across_corpora", "near_duplicates", "near_duplicates_by", "benchmarks"}
     steps = {field.name for field in fields(CleaningConfig)} - {"secrets", "emails"} - by_other_texts
     assert steps == {step for step, _ in CASES}
 
