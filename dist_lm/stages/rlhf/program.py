@@ -401,9 +401,10 @@ class Saving:
         )
         if self.reporter.metrics:
             self.reporter.metrics.write(state.iteration, {"checkpoint/stall_s": time.perf_counter() - began})
-        settings = self.reporter.config.rlhf
-        if self.is_first and settings.environment and not settings.keep_conversations:
-            remove_old_conversations(self.reporter.run)
+        if self.is_first:
+            settings = self.reporter.config.rlhf
+            if settings.environment and not settings.keep_conversations:
+                remove_old_conversations(self.reporter.run)
 
 
 def last_figures(run: RunDirectory, iteration: int) -> dict[str, float]:
