@@ -79,7 +79,7 @@ def utf8(text: str, name: str) -> bytes:
 
 
 class UnreachableError(ArtefactError):
-    """The hub did not answer, although it was asked several times."""
+    """A server did not answer, or not with what it has; the same request may succeed later."""
 
 
 class ChangedInputError(ArtefactError):

@@ -79,13 +79,18 @@ class RankHeartbeat:
             self._memory = mmap.mmap(file.fileno(), 0)
         self._offset = _SLOT.size * local_rank
         self._step_began: float | None = None
+        self._waits_for_step: int | None = None  # in phase DATA
         self._durations: deque[float] = deque(maxlen=_STEPS_REMEMBERED)
 
     def beat(self, phase: Phase, step: int, share_done: float = 0.0) -> None:
         """Writes a heartbeat, see `Heartbeat`. A step lasts from phase DATA to the next phase outside `INSIDE`."""
         now = time.monotonic()
-        # A step lasts from one wait for data to the next, or to the first phase that is no part of a step.
-        if phase is Phase.DATA or (phase not in INSIDE and self._step_began is not None):
+        # A step lasts from one wait for data to the next, or to the first phase that is no part of a step. A rank that
+        # still waits for the data of a step begins no other one.
+        still_waits = phase is Phase.DATA and step == self._waits_for_step
+        self._waits_for_step = step if phase is Phase.DATA else None
+        is_border = phase is Phase.DATA or (phase not in INSIDE and self._step_began is not None)
+        if is_border and not still_waits:
             if self._step_began is not None:
                 self._durations.append(now - self._step_began)
             self._step_began = now if phase is Phase.DATA else None

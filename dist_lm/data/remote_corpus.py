@@ -5,6 +5,9 @@ Every answer of a server must be of the tar that was attached. Credentials come 
 """
 
 import hashlib
+import logging
+import threading
+import time
 from collections.abc import Iterator, Sequence
 from concurrent.futures import Executor
 from dataclasses import dataclass
@@ -17,10 +20,16 @@ from dist_lm.data.piece_cache import PieceCache
 from dist_lm.data.sources.failures import brief, is_transient
 from dist_lm.data.sources.http_file import WholeFilesError
 from dist_lm.data.sources.opening import BUFFER, HttpFile, filesystem, open_raw, scheme_of
-from dist_lm.errors import ArtefactError, ChangedInputError
+from dist_lm.errors import ArtefactError, ChangedInputError, UnreachableError
 from dist_lm.storage import durable
 
+log = logging.getLogger(__name__)
+
 PIECE = 4 << 20  # bytes
+FIRST_WAIT_S, LONGEST_WAIT_S = 1.0, 30.0  # between requests for the same piece
+START_S = 15.0  # how long a server may fail before its first piece has come
+OUTAGE_S = 600.0  # and later, in a run
+SAY_EVERY_S = 60.0
 CURE = "restore it; or, if the same file was uploaded again, run `dist-lm data attach` again"
 
 
@@ -97,12 +106,13 @@ class RemoteFolder:
             raise self._unreadable(name, error) from error
 
     def part(self, name: str, identity: dict[str, Any], begin: int, size: int) -> bytes:
-        """Returns `size` bytes of a file from `begin`.
+        """Returns `size` bytes of a file from `begin`. Asks once.
 
         Args:
             identity: of the file, as `identity` returned it.
 
         Raises:
+            UnreachableError: the server does not send them now.
             ArtefactError: the file has changed, or cannot be read.
         """
         try:
@@ -113,7 +123,7 @@ class RemoteFolder:
                 with self._store.open_input_file(info.path) as file:
                     content = file.read_at(size, begin)
             else:
-                with HttpFile(self.path(name), random_access=True) as file:
+                with HttpFile(self.path(name), random_access=True, attempts=1) as file:
                     file.info = dict(identity)  # an answer that tells otherwise is refused
                     file.seek(begin)
                     content = file.read(size)
@@ -148,11 +158,47 @@ class RemoteFolder:
             cure = "serve it from a server that sends parts of files, or copy the corpus into work/corpora"
         elif is_transient(cause):
             cure = "run the command again when the server sends it; a run goes on from its last checkpoint"
+            return UnreachableError(f"{self.path(name)}: cannot be read ({brief(cause)}): {cure}")
         return ArtefactError(f"{self.path(name)}: cannot be read ({brief(cause)}): {cure}")
 
 
 def _identity_in_store(info: Any) -> dict[str, Any]:
     return {"size": info.size, "mtime_ns": info.mtime_ns}
+
+
+class _Outage:
+    """Knows since when a server has sent nothing; shared by the threads of a process."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._has_sent = False
+        self._began: float | None = None  # time of the first request that failed
+        self._said = -SAY_EVERY_S  # when a line was written
+
+    @property
+    def is_now(self) -> bool:
+        """Whether the last request has failed."""
+        return self._began is not None
+
+    def end(self) -> None:
+        """Notes that the server has sent a piece."""
+        with self._lock:
+            self._has_sent, self._began = True, None
+
+    def go_on(self, error: UnreachableError) -> bool:
+        """Notes that a request has failed; returns whether it may be sent again. Says so once in `SAY_EVERY_S`."""
+        with self._lock:
+            now = time.monotonic()
+            if self._began is None:
+                self._began = now
+            most_s = OUTAGE_S if self._has_sent else START_S
+            if now - self._began >= most_s:
+                return False
+
+            if now - self._said >= SAY_EVERY_S:
+                self._said = now
+                log.warning("%s; it is asked again, for %.0f s at most", error, self._began + most_s - now)
+            return True
 
 
 class RemoteTars:
@@ -172,6 +218,7 @@ class RemoteTars:
         if missing := [name for name in self._names if name not in record.tars]:
             raise ArtefactError(f"{remote_path(directory)} does not name {missing[0]}: run `dist-lm data attach` again")
 
+        self._outage = _Outage()
         self._pending: set[tuple[int, int]] = set()  # (tar, piece) that a pool will fetch
         self._identities = [record.tars[name] for name in self._names]
         self._keys = []
@@ -179,8 +226,13 @@ class RemoteTars:
             key = f"{self._folder.path(shard.name)} {sorted(identity.items())} {shard.sha256} {PIECE}"
             self._keys.append(hashlib.sha256(key.encode()).hexdigest()[:32])
 
+    @property
+    def waits_for_store(self) -> bool:
+        """Whether the server of the tars fails now and is asked again."""
+        return self._outage.is_now
+
     def read(self, tar: int, offset: int, size: int) -> bytes:
-        """Returns `size` bytes of a tar from `offset`.
+        """Returns `size` bytes of a tar from `offset`. Waits while the server fails, at most `OUTAGE_S`.
 
         Raises:
             ArtefactError: the tar has changed or cannot be read, or the cache cannot be used.
@@ -219,7 +271,23 @@ class RemoteTars:
         self._cache.add(self._name(tar, piece), size, lambda: self._fetch(tar, begin, size))
 
     def _fetch(self, tar: int, begin: int, size: int) -> bytes:
-        return self._folder.part(self._names[tar], self._identities[tar], begin, size)
+        from tenacity import RetryCallState, Retrying, retry_if_exception_type, wait_random_exponential
+
+        def is_over(state: RetryCallState) -> bool:
+            error = state.outcome and state.outcome.exception()
+            assert isinstance(error, UnreachableError), "others are not repeated"
+            return not self._outage.go_on(error)
+
+        # Random waits, so that the ranks of a cluster do not ask a server that comes back all at once.
+        retrying = Retrying(
+            stop=is_over,
+            wait=wait_random_exponential(multiplier=FIRST_WAIT_S, max=LONGEST_WAIT_S),
+            retry=retry_if_exception_type(UnreachableError),
+            reraise=True,
+        )
+        content = retrying(self._folder.part, self._names[tar], self._identities[tar], begin, size)
+        self._outage.end()
+        return content
 
     def _pieces(self, tar: int, offset: int, size: int) -> range:
         end = offset + size

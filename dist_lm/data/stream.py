@@ -6,7 +6,7 @@ data-parallel rank its contiguous part, so a run can continue from the integer a
 
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass
 from functools import partial
 from itertools import islice
@@ -29,6 +29,7 @@ if TYPE_CHECKING:
 PREFETCH = 2  # steps prepared ahead
 FETCHED_AHEAD = 4  # steps whose pieces of remote tars are fetched before they are prepared
 FETCHES = 8  # requests of a rank at once
+ALIVE_S = 10.0  # between signs of life while a step waits for a store
 
 
 @dataclass(frozen=True, slots=True)
@@ -94,6 +95,22 @@ class StepStream(Iterator[StepData]):
         self._steps.popleft()
         self._prepare_next()
         return step
+
+    def wait(self, alive: Callable[[], None]) -> None:
+        """Waits until the next step is there, or its error.
+
+        Args:
+            alive: called every `ALIVE_S` while a store that fails is asked again, because such a wait is no hang.
+        """
+        if not self._steps:
+            return  # closed
+        step = self._steps[0]
+        while wait([step], ALIVE_S).not_done:
+            if self._waits_for_store():
+                alive()
+
+    def _waits_for_store(self) -> bool:
+        return False
 
     def __enter__(self) -> Self:
         return self
@@ -197,6 +214,9 @@ class SequenceStream(StepStream):
         super().close()
         if self._fetches:
             self._fetches.shutdown(wait=False, cancel_futures=True)
+
+    def _waits_for_store(self) -> bool:
+        return any(sequences.corpus.waits_for_store for sequences in self.corpora)
 
     def _step(self, position: int) -> StepData:
         if self._fetches:

@@ -244,6 +244,11 @@ class TokenCorpus:
         begin = unit.begin(document)
         return np.frombuffer(self._read(mask, begin + start, begin + stop), np.uint8)
 
+    @property
+    def waits_for_store(self) -> bool:
+        """Whether the server of an attached corpus fails now and is asked again."""
+        return self._tars.waits_for_store
+
     def read_ahead(self, slices: Sequence[DocumentSlice], pool: Executor) -> None:
         """Has a pool fetch what `tokens_of` and `mask` will read of some slices; only for a remote corpus.
 
@@ -499,6 +504,8 @@ def _is_whole(content: bytes, checksums: Sequence[int]) -> bool:
 
 class _Tars:
     """Reads tars by number. At most `OPEN_TARS` are open, those that were read last."""
+
+    waits_for_store = False  # as of `RemoteTars`
 
     def __init__(self, paths: Sequence[Path]) -> None:
         self.paths = paths

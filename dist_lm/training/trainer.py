@@ -112,6 +112,7 @@ class Trainer:
 
                 # Data: this rank's micro-batches of the next global batch.
                 self.heartbeat.beat(Phase.DATA, state.step)
+                self.stream.wait(partial(self.heartbeat.beat, Phase.DATA, state.step))
                 step_data = next(self.stream)
                 meter.data_came()
 

@@ -49,6 +49,18 @@ def test_forward_passes_belong_to_the_step(monkeypatch: pytest.MonkeyPatch):
     assert Patience(2, 1, 1000).limit_s(Pulse(0, Phase.SCORING, 1, 0.1, 40.0)) == 80
 
 
+def test_a_rank_that_still_waits_for_data_begins_no_step(monkeypatch: pytest.MonkeyPatch):
+    """Finds signs of life during an outage of a store that count as steps, after which each step seems a hang."""
+    now = [100.0]
+    monkeypatch.setattr("dist_lm.cluster.heartbeat.time", SimpleNamespace(monotonic=lambda: now[0]))
+    board = HeartbeatBoard(1)
+    rank = RankHeartbeat(Path(board.path), 0)
+    for phase, step in ((Phase.DATA, 0), (Phase.STEP, 0), *[(Phase.DATA, 1)] * 5, (Phase.STEP, 1), (Phase.DATA, 2)):
+        rank.beat(phase, step)
+        now[0] += 10
+    assert board.read(0, {})[0].median_step_s == 40  # of 20 and 60
+
+
 def test_a_step_lasts_until_what_follows_it(monkeypatch: pytest.MonkeyPatch):
     now = [100.0]
     monkeypatch.setattr("dist_lm.cluster.heartbeat.time", SimpleNamespace(monotonic=lambda: now[0]))

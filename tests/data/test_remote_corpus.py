@@ -43,7 +43,7 @@ from dist_lm.storage.run_directory import WorkDirectory
 from tests.data.file_server import Served
 from tests.data.synthetic_corpus import documents, lengths, write
 from tests.data.test_remote_sources import bucket, upload  # noqa: F401  a fixture
-from tests.data.test_stream import assert_same, joined, take
+from tests.data.test_stream import SETTINGS, assert_same, joined, take
 from tests.patience import patient
 
 LENGTHS = lengths(60, 300)
@@ -56,6 +56,9 @@ def small_pieces(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(remote_corpus, "PIECE", PIECE)
     monkeypatch.setattr(attaching, "LEAST_CACHE", 2 * PIECE)
     monkeypatch.setattr(http_file, "FIRST_WAIT_S", 0.001)
+    monkeypatch.setattr(remote_corpus, "FIRST_WAIT_S", 0.001)
+    monkeypatch.setattr(remote_corpus, "LONGEST_WAIT_S", 0.01)
+    monkeypatch.setattr(remote_corpus, "START_S", 0.2)
 
 
 @pytest.fixture
@@ -209,6 +212,42 @@ def test_lost_connections(served: Served, local: Path, attached: Path) -> None:
     stream = SequenceStream(corpus, seed=0, seq_len=64, global_batch=4, micro_batch=2, dp_rank=0, dp_size=1)
     with stream, pytest.raises(ArtefactError, match="cannot be read"):
         next(stream)
+
+
+def test_a_run_waits_while_the_server_is_away(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, served: Served, local: Path, attached: Path
+) -> None:
+    """Finds an outage that ends a run, changes its data, counts as a hang or floods the log, and one without an end."""
+    monkeypatch.setattr(stream_module, "ALIVE_S", 0.05)
+    monkeypatch.setattr(remote_corpus, "OUTAGE_S", DEADLINE_S)
+    signs: list[int] = []
+
+    def alive() -> None:
+        signs.append(served.fails)
+        if len(signs) == 3:
+            served.fails = 0  # the server comes back
+
+    expected = take(TokenCorpus.open(local, "train"), 30)
+    with SequenceStream(TokenCorpus.open(attached, "train"), **SETTINGS) as stream:
+        steps = []
+        for number in range(30):
+            if number == 3:
+                served.fails = 503
+                for piece in (local.parent / "cache").glob("*-*"):
+                    piece.unlink(missing_ok=True)
+            stream.wait(alive)
+            steps.append(next(stream))
+    assert_same(joined(steps), joined(expected))
+    assert signs[:3] == [503] * 3
+    assert sum("asked again" in record.getMessage() for record in caplog.records) == 1
+
+    # It does not wait for ever, neither in a run nor at its start.
+    for most in ("OUTAGE_S", "START_S"):
+        monkeypatch.setattr(remote_corpus, most, 0.01)
+    shutil.rmtree(local.parent / "cache")
+    served.fails = 503
+    with pytest.raises(ArtefactError, match=r"cannot be read \(.*503.*from its last checkpoint"):
+        tokens_of(attached)
 
 
 def test_what_cannot_be_attached(served: Served, local: Path, attached: Path) -> None:

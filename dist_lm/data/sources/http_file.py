@@ -53,10 +53,11 @@ def http_info(url: str) -> dict[str, Any]:
 class HttpFile(io.RawIOBase):
     """A file behind http, read from any position on."""
 
-    def __init__(self, url: str, *, random_access: bool = False) -> None:
+    def __init__(self, url: str, *, random_access: bool = False, attempts: int | None = None) -> None:
         """Sends no request yet.
 
         Args:
+            attempts: requests in a row that may bring no byte; None: `ATTEMPTS`.
             random_access: request exactly the bytes of each read, which takes a server that sends parts of files.
                 Otherwise blocks are requested.
         """
@@ -64,6 +65,7 @@ class HttpFile(io.RawIOBase):
         self.may_grow = False  # a later answer may be of a larger file
         self._url = url
         self._random_access = random_access
+        self._most_attempts = attempts or ATTEMPTS
         self._position = 0  # bytes from the start
         self._answer: Any = None  # open response of aiohttp
         self._answer_position = 0  # position of its next byte
@@ -99,7 +101,7 @@ class HttpFile(io.RawIOBase):
 
         Raises:
             ChangedInputError: an answer is of another file than the one before.
-            OSError: `ATTEMPTS` requests in a row brought no byte, or another one would not help.
+            OSError: so many requests in a row as allowed brought no byte, or another one would not help.
         """
         room = memoryview(buffer)
         n_read = 0
@@ -127,12 +129,12 @@ class HttpFile(io.RawIOBase):
             error = state.outcome and state.outcome.exception()
             log.warning(
                 "%s: byte %s: %s; it is asked again (%d of %d)",
-                *(self._url, f"{self._position:,}", brief(error), state.attempt_number + 1, ATTEMPTS),
+                *(self._url, f"{self._position:,}", brief(error), state.attempt_number + 1, self._most_attempts),
             )
 
         # Each byte that arrives begins the count of attempts anew.
         retrying = Retrying(
-            stop=stop_after_attempt(ATTEMPTS),
+            stop=stop_after_attempt(self._most_attempts),
             wait=wait_exponential(multiplier=FIRST_WAIT_S, max=LONGEST_WAIT_S),
             retry=retry_if_exception(is_transient),
             before_sleep=say,
