@@ -18,6 +18,7 @@ from dist_lm.training.heartbeat import StopRequest, Unheard
 from dist_lm.training.objective import next_token
 from dist_lm.training.optimizer import build_optimizer
 from dist_lm.training.trainer import Trainer
+from tests.training.fixed_steps import FixedSteps
 
 
 @pytest.fixture
@@ -43,7 +44,7 @@ def trainer_of(config: Config, world: World, stream: Iterable[StepData], checkpo
         model=model,
         optimizer=build_optimizer(model, config.stage),
         objective=next_token(config.stage.label_smoothing),
-        stream=cast(StepStream, iter(stream)),
+        stream=cast(StepStream, FixedSteps(stream)),
         evaluate=lambda model, everything, alive: {},
         checkpoints=checkpoints,
         metrics=None,

@@ -18,6 +18,7 @@ from dist_lm.training.objective import next_token
 from dist_lm.training.optimizer import build_optimizer
 from dist_lm.training.state import TrainState
 from tests.conftest import TINY
+from tests.training.fixed_steps import FixedSteps
 
 
 @pytest.fixture
@@ -40,7 +41,7 @@ def trained(one_rank, tmp_path):
         trainer = trainer_of_steps(config, one_rank, model, optimizer, next_token(0.0), adds_sums=True)
         trainer = replace(
             trainer,
-            stream=(StepData(0, [Batch.plain(tokens)], tokens.numel()) for _ in range(3)),
+            stream=FixedSteps(StepData(0, [Batch.plain(tokens)], tokens.numel()) for _ in range(3)),
             evaluate=evaluate,
             checkpoints=tmp_path,
         )

@@ -19,6 +19,7 @@ from dist_lm.training.optimizer import build_optimizer
 from dist_lm.training.state import TrainState
 from dist_lm.training.trainer import COLLECT_EVERY, ScheduledCollection, without_collection
 from tests.conftest import TINY
+from tests.training.fixed_steps import FixedSteps
 
 
 @pytest.fixture(autouse=True)
@@ -129,7 +130,7 @@ def test_no_collection_inside_a_step(one_rank, tmp_path, collections, monkeypatc
         return {"val/loss": 1.0}
 
     trainer = trainer_of_steps(config, one_rank, model, build_optimizer(model, config.stage), objective, True)
-    data = (StepData(0, [Batch.plain(tokens)], tokens.numel()) for _ in range(4))
+    data = FixedSteps(StepData(0, [Batch.plain(tokens)], tokens.numel()) for _ in range(4))
     trainer = replace(trainer, stream=data, evaluate=evaluate, checkpoints=tmp_path)
     trainer.run(TrainState())
 
