@@ -1,13 +1,12 @@
 """Answers of the engine as the JSON of a response, and the parts that chunks of a stream share with it."""
 
-import json
 import math
 import secrets
 from collections.abc import Sequence
 
-from dist_lm.chat.messages import Call
+from dist_lm.chat.layouts.openai import call_value
+from dist_lm.chat.openai_fields import Json
 from dist_lm.generation.request import Answer, TopLogprobs
-from dist_lm.server.fields import Json
 from dist_lm.server.job import Endpoint, Job
 from dist_lm.server.turns import turn_of
 from dist_lm.tokenizer.tokenizer import Tokenizer
@@ -45,7 +44,7 @@ def _choice(answer: Answer, index: int, job: Job) -> dict[str, Json]:
         message: dict[str, Json] = {"role": "assistant", "content": turn.content, "refusal": None}
         if turn.calls:
             message["content"] = turn.content or None
-            message["tool_calls"] = [call_value(call) for call in turn.calls]
+            message["tool_calls"] = [call_value(call, new_call_id()) for call in turn.calls]
         choice["message"] = message
     else:
         choice["text"] = turn.content
@@ -151,8 +150,6 @@ def _logprob_entries(tokens: Sequence[int], logprobs: Sequence[float], tokenizer
     ]
 
 
-def call_value(call: Call, index: int | None = None) -> dict[str, Json]:
-    """Returns a call in OpenAI's form; `index`: its place in a streamed turn."""
-    function = {"name": call.name, "arguments": json.dumps(call.arguments, ensure_ascii=False)}
-    value = {"id": f"call_{secrets.token_hex(12)}", "type": "function", "function": function}
-    return value if index is None else {"index": index} | value
+def new_call_id() -> str:
+    """Returns an id for a call, which no other call has."""
+    return f"call_{secrets.token_hex(12)}"

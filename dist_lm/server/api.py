@@ -5,11 +5,11 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
+from dist_lm.chat.openai_errors import error_value
+from dist_lm.chat.openai_fields import Json
 from dist_lm.generation.request import Answer
 from dist_lm.server.answers import response_of
 from dist_lm.server.engine_thread import Event
-from dist_lm.server.errors import error_value
-from dist_lm.server.fields import Json
 from dist_lm.server.job import Job
 from dist_lm.server.requests import job_of
 from dist_lm.server.served import Served

@@ -16,6 +16,8 @@ from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect
 
 from dist_lm.chat import json_text
+from dist_lm.chat.openai_errors import ProtocolError, error_value
+from dist_lm.chat.openai_fields import Json
 from dist_lm.errors import UserError
 from dist_lm.generation.request import Answer
 from dist_lm.server.api import CHAT, COMPLETIONS, Api
@@ -24,8 +26,6 @@ from dist_lm.server.chat_page import add_chat_page
 from dist_lm.server.door import App, Door, DoorRules, Receive, Scope, Send, bearer_token
 from dist_lm.server.embedding_fields import embedding_job, embedding_response
 from dist_lm.server.engine_thread import Done, Embedded, Event, Failed
-from dist_lm.server.errors import ProtocolError, error_value
-from dist_lm.server.fields import Json
 from dist_lm.server.figures import metrics_text
 from dist_lm.server.infill import INFILL
 from dist_lm.server.job import Job

@@ -5,11 +5,11 @@ from dataclasses import dataclass
 
 from dist_lm.chat.layouts.turns import conversation_of
 from dist_lm.chat.messages import ChatError, Conversation
+from dist_lm.chat.openai_errors import ProtocolError
+from dist_lm.chat.openai_fields import Json, check_size, typed
 from dist_lm.errors import UserError
 from dist_lm.generation.call_grammar import ToolChoice, call_constraint
 from dist_lm.generation.constraint import Constraint
-from dist_lm.server.errors import ProtocolError
-from dist_lm.server.fields import Json, check_size, typed
 from dist_lm.server.served import Served
 
 LONGEST_NAME = 128  # characters of a tool's name

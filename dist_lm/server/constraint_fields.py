@@ -2,10 +2,10 @@
 
 from collections.abc import Mapping
 
+from dist_lm.chat.openai_errors import ProtocolError
+from dist_lm.chat.openai_fields import Json, check_size, typed
 from dist_lm.errors import UserError, shown_value
 from dist_lm.generation.constraint import Constraint
-from dist_lm.server.errors import ProtocolError
-from dist_lm.server.fields import Json, check_size, typed
 from dist_lm.server.served import ServeLimits
 
 ANY_OBJECT: Json = {"type": "object"}

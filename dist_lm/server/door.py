@@ -13,9 +13,9 @@ from ipaddress import ip_address
 from typing import Any
 from urllib.parse import urlsplit
 
+from dist_lm.chat.openai_errors import error_value
 from dist_lm.errors import require
 from dist_lm.server import chat_page
-from dist_lm.server.errors import error_value
 
 LOOPBACK = ("localhost", "127.0.0.1", "::1")
 BODY_S = 30.0  # seconds for a body to arrive

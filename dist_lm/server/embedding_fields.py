@@ -8,11 +8,11 @@ import secrets
 from collections.abc import Mapping
 from dataclasses import dataclass
 
+from dist_lm.chat.openai_errors import ProtocolError
+from dist_lm.chat.openai_fields import Json, check_fields, typed
 from dist_lm.errors import shown_value
 from dist_lm.generation.embedding import POOLINGS, EmbeddingRequest
 from dist_lm.server.engine_thread import Embedded
-from dist_lm.server.errors import ProtocolError
-from dist_lm.server.fields import Json, check_fields, typed
 from dist_lm.server.prompt_fields import check_lengths, input_ids
 from dist_lm.server.served import Served
 

@@ -7,13 +7,13 @@ context lose what is far from the cursor, as in llama.cpp.
 import json
 from collections.abc import Iterator, Mapping, Sequence
 
+from dist_lm.chat.openai_errors import ProtocolError, error_value
+from dist_lm.chat.openai_fields import Json, check_fields, typed
 from dist_lm.data.infill import InfillMarks
 from dist_lm.errors import UserError, shown_value
 from dist_lm.generation.request import Answer
 from dist_lm.server.api import Api
 from dist_lm.server.engine_thread import Done, Event, Grown
-from dist_lm.server.errors import ProtocolError, error_value
-from dist_lm.server.fields import Json, check_fields, typed
 from dist_lm.server.job import Job
 from dist_lm.server.requests import job_of
 from dist_lm.server.served import Served

@@ -5,8 +5,8 @@ from dataclasses import dataclass, field, replace
 from typing import Literal
 
 from dist_lm.chat.messages import Conversation
+from dist_lm.chat.openai_fields import Json
 from dist_lm.generation.request import Request
-from dist_lm.server.fields import Json
 from dist_lm.server.served import Served
 
 Endpoint = Literal["chat", "completions"]

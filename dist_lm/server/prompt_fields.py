@@ -3,10 +3,10 @@ endpoints that write no text."""
 
 from collections.abc import Mapping, Sequence
 
+from dist_lm.chat.openai_errors import ProtocolError
+from dist_lm.chat.openai_fields import Json, is_id, typed
 from dist_lm.data.infill import InfillMarks
 from dist_lm.errors import UserError
-from dist_lm.server.errors import ProtocolError
-from dist_lm.server.fields import Json, is_id, typed
 from dist_lm.tokenizer.symbols import FIM_MIDDLE, FIM_PREFIX, FIM_SUFFIX
 from dist_lm.tokenizer.tokenizer import Tokenizer
 

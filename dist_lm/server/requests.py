@@ -7,13 +7,13 @@ Beside OpenAI's fields, a request may have `top_k`, `min_p`, `repetition_penalty
 import secrets
 from collections.abc import Mapping, Sequence
 
+from dist_lm.chat.openai_errors import ProtocolError
+from dist_lm.chat.openai_fields import Json, check_fields, integer, typed
 from dist_lm.chat.template import stop_tokens
 from dist_lm.errors import shown_value
 from dist_lm.generation.request import Request
 from dist_lm.server.chat_fields import Chat, chat_of
 from dist_lm.server.constraint_fields import answer_constraint
-from dist_lm.server.errors import ProtocolError
-from dist_lm.server.fields import Json, check_fields, integer, typed
 from dist_lm.server.job import Endpoint, Job
 from dist_lm.server.prompt_fields import text_prompts
 from dist_lm.server.sampling_fields import logprobs_asked, sampling_params

@@ -5,11 +5,11 @@ import secrets
 from collections.abc import Iterator, Sequence
 
 from dist_lm.chat.messages import Call
+from dist_lm.chat.openai_fields import Json
 from dist_lm.generation.request import Answer, TopLogprobs
 from dist_lm.server.answers import ids_value, logprobs_value, prompt_ids_value
 from dist_lm.server.api import Api
 from dist_lm.server.engine_thread import Done, Event, Grown
-from dist_lm.server.fields import Json
 from dist_lm.server.job import Job
 from dist_lm.server.response_fields import responses_job
 from dist_lm.server.turns import Turn, VisibleText, turn_of

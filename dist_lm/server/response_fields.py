@@ -6,9 +6,9 @@ Nothing is stored here, so a request has the whole conversation, and `previous_r
 
 from collections.abc import Mapping, Sequence
 
+from dist_lm.chat.openai_errors import ProtocolError
+from dist_lm.chat.openai_fields import Json, check_fields, typed
 from dist_lm.errors import shown_value
-from dist_lm.server.errors import ProtocolError
-from dist_lm.server.fields import Json, check_fields, typed
 from dist_lm.server.job import Job
 from dist_lm.server.requests import job_of
 from dist_lm.server.served import Served

@@ -2,10 +2,10 @@
 
 from collections.abc import Mapping
 
+from dist_lm.chat.openai_errors import ProtocolError
+from dist_lm.chat.openai_fields import Json, integer, is_number, number, typed
 from dist_lm.errors import UserError, shown_value
 from dist_lm.generation.request import MOST_TOP_LOGPROBS, SamplingParams
-from dist_lm.server.errors import ProtocolError
-from dist_lm.server.fields import Json, integer, is_number, number, typed
 from dist_lm.server.job import Endpoint
 from dist_lm.server.served import ServeLimits
 

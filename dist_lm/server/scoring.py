@@ -12,12 +12,12 @@ import torch
 
 from dist_lm.chat.layouts.turns import conversation_of
 from dist_lm.chat.messages import ChatError
+from dist_lm.chat.openai_errors import ProtocolError
+from dist_lm.chat.openai_fields import Json, check_fields, typed
 from dist_lm.chat.template import answer_tokens, prompt
 from dist_lm.errors import UserError
 from dist_lm.model.transformer import Transformer
 from dist_lm.rlhf.reward_model import RewardScale, last_token_scores
-from dist_lm.server.errors import ProtocolError
-from dist_lm.server.fields import Json, check_fields, typed
 from dist_lm.server.prompt_fields import check_lengths, check_number, input_ids
 from dist_lm.server.served import Served
 

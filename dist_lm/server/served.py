@@ -3,8 +3,8 @@
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
+from dist_lm.chat.openai_fields import Json
 from dist_lm.server.conversations import Conversations
-from dist_lm.server.fields import Json
 from dist_lm.tokenizer.tokenizer import Tokenizer
 
 

@@ -5,11 +5,11 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from typing import TypeVar
 
+from dist_lm.chat.openai_errors import ProtocolError
+from dist_lm.chat.openai_fields import Json, typed
 from dist_lm.errors import require, shown_value
 from dist_lm.generation.grammar import Grammars
 from dist_lm.server.backend import Backend
-from dist_lm.server.errors import ProtocolError
-from dist_lm.server.fields import Json, typed
 from dist_lm.server.scoring import RewardModel
 from dist_lm.server.served import Served, ServeLimits
 

@@ -3,10 +3,11 @@
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 
+from dist_lm.chat.layouts.openai import call_value
+from dist_lm.chat.openai_fields import Json
 from dist_lm.generation.request import Answer
-from dist_lm.server.answers import call_value, head_of, ids_value, logprobs_value, prompt_ids_value, usage_value
+from dist_lm.server.answers import head_of, ids_value, logprobs_value, new_call_id, prompt_ids_value, usage_value
 from dist_lm.server.engine_thread import Done, Event, Grown
-from dist_lm.server.fields import Json
 from dist_lm.server.job import Job
 from dist_lm.server.turns import VisibleText, turn_of
 
@@ -92,7 +93,7 @@ class Chunks:
         if rest and not turn.calls:
             yield self._chunk(index, self._said(rest))
         for number, call in enumerate(turn.calls):
-            yield self._chunk(index, {"delta": {"tool_calls": [call_value(call, number)]}})
+            yield self._chunk(index, {"delta": {"tool_calls": [call_value(call, new_call_id(), number)]}})
         # The reason of the end comes in a chunk of its own, as in OpenAI's streams.
         last = {"delta": {}} if self._job.endpoint == "chat" else {"text": ""}
         yield self._chunk(index, last, {"finish_reason": turn.finish})

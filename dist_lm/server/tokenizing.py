@@ -2,10 +2,10 @@
 
 from collections.abc import Mapping
 
+from dist_lm.chat.openai_errors import ProtocolError
+from dist_lm.chat.openai_fields import Json, is_id, typed
 from dist_lm.errors import UserError
 from dist_lm.server.chat_fields import chat_of
-from dist_lm.server.errors import ProtocolError
-from dist_lm.server.fields import Json, is_id, typed
 from dist_lm.server.served import Served
 
 

@@ -6,6 +6,7 @@
 {"role": "assistant", "content": "Yes.", "reasoning_content": "The gauge says so.", "weight": 0}
 """
 
+import json
 from collections.abc import Mapping, Sequence
 
 from dist_lm.chat.layouts.tools import require_function
@@ -102,6 +103,13 @@ def call_of(value: Json, where: str) -> Call:
     if arguments in (None, ""):
         arguments = {}
     return Call(function.get("name") or "", arguments)
+
+
+def call_value(call: Call, call_id: str, index: int | None = None) -> dict[str, Json]:
+    """Returns a call as an element of `tool_calls`; `index`: its place in a streamed turn."""
+    function = {"name": call.name, "arguments": json.dumps(call.arguments, ensure_ascii=False)}
+    value = {"id": call_id, "type": "function", "function": function}
+    return value if index is None else {"index": index} | value
 
 
 def _thinking(turn: Mapping[str, Json], where: str) -> str:

@@ -4,8 +4,8 @@ import json
 from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
+from dist_lm.chat.openai_errors import ProtocolError
 from dist_lm.errors import shown_value
-from dist_lm.server.errors import ProtocolError
 
 Json = Any
 
