@@ -26,6 +26,7 @@ from types import TracebackType
 from typing import Any, Protocol, Self, TypeVar
 
 from dist_lm.environments.own import OwnEnvironments, own_names
+from dist_lm.environments.program_command import PROGRAM
 from dist_lm.environments.protocol import (
     LAST_TURN,
     Action,
@@ -75,13 +76,13 @@ class Host:
     """Runs conversations with one kind of environment. An async context manager, for one event loop.
 
     Args:
-        name: an own environment (`own_names`), or a user's class, FILE:CLASS or PACKAGE.MODULE:CLASS.
+        name: an own environment (`own_names`), a user's class, FILE:CLASS or PACKAGE.MODULE:CLASS, or program:COMMAND.
         limits: of each conversation.
         workers: steps of own environments that run at once, others wait; 0: four for each core, since many sleep.
         trust_me: run code of the model without isolation where the machine allows none.
 
     Raises:
-        ConfigError: there is no own environment of this name.
+        ConfigError: there is no own environment of this name, or no command.
     """
 
     def __init__(self, name: str, limits: Limits = DEFAULT_LIMITS, workers: int = 0, trust_me: bool = False) -> None:
@@ -91,14 +92,16 @@ class Host:
         self._num_taken = 0  # of these and those of sandboxes, by `take_held_again`
         self._leaving: set[asyncio.Future[None]] = set()  # environments that are being given back
         if ":" in name:
-            self._environments: Environments = UserEnvironments(name, limits)
+            self._environments: Environments = _environments_of_user(name, limits)
             self._slots: Callable[[], AbstractAsyncContextManager[Any]] = nullcontext
             self._slack_s = self._most_again_s = 0.0
             return
 
         if name not in own_names():
             hint = did_you_mean(name, own_names())
-            raise ConfigError(f"environment {name}: {hint}expected {', '.join(own_names())}, or FILE:CLASS")
+            raise ConfigError(
+                f"environment {name}: {hint}expected {', '.join(own_names())}, FILE:CLASS or {PROGRAM}COMMAND"
+            )
         own_environments = OwnEnvironments(name, limits, workers, trust_me)
         self._environments, self._slack_s = own_environments, OWN_SLACK_S
         self._slots = own_environments.slot
@@ -131,6 +134,16 @@ class Host:
     def episode(self, task: Task) -> "Episode":
         """Returns a conversation about a task, which `reset` begins."""
         return Episode(self, task)
+
+
+def _environments_of_user(name: str, limits: Limits) -> Environments:
+    """Returns the source of a user's environments: a class, or a program. Raises ConfigError: no command is there."""
+    if not name.startswith(PROGRAM):
+        return UserEnvironments(name, limits)
+    # Imported here, because other environments need no HTTP.
+    from dist_lm.environments.agent_program import ProgramEnvironments
+
+    return ProgramEnvironments(name, limits)
 
 
 class Episode:

@@ -28,6 +28,7 @@ Failure = Literal[
     "refused",  # the environment does not take this task
     "infrastructure",  # the sandbox or the machine failed, which says nothing about the model
     "differs",  # its process ended, and when the conversation was held again, an answer was another one than before
+    "rewritten",  # a program sent turns that are no continuation of its conversation
 ]
 """Why a conversation has no reward; a closed list, so that failures can be counted by reason."""
 

@@ -21,6 +21,7 @@ from dist_lm.config.stage import TrainingGroup, check_shares
 from dist_lm.data.journal import ROWS
 from dist_lm.data.prompt_rows import find_rows
 from dist_lm.data.sources.reader import corpora_of_form
+from dist_lm.environments.program_command import PROGRAM, files_of
 from dist_lm.environments.protocol import Limits
 from dist_lm.errors import ArtefactError, require
 from dist_lm.rlhf.algorithms.registry import ALGORITHMS
@@ -184,11 +185,22 @@ class RlhfRunGroup(RlhfConfig):
             ConfigError: there is no such file.
         """
         file, colon, _ = self.environment.rpartition(":")
-        if not colon or not file.endswith(".py"):
+        if not colon or not file.endswith(".py") or self.environment.startswith(PROGRAM):
             return None
         path = Path(file).expanduser()
         require(path.is_file(), "rlhf.environment", self.environment, "FILE:CLASS; there is no such file")
         return path
+
+    @property
+    def environment_files(self) -> list[Path]:
+        """The files that rlhf.environment names: of a class, or in the command of a program.
+
+        Raises:
+            ConfigError: there is no such file, or no command.
+        """
+        if self.environment.startswith(PROGRAM):
+            return files_of(self.environment)
+        return [self.environment_file] if self.environment_file else []
 
     @property
     def asks_reward_model(self) -> bool:
@@ -271,8 +283,8 @@ class RlhfRunConfig(CorpusFormsConfig):
         noted = super().noted_files | prompts
         if constraint_file := self.rlhf.constraint_file:
             noted[f"rlhf.constraint={self.rlhf.constraint}"] = [constraint_file]
-        if environment_file := self.rlhf.environment_file:
-            noted[f"rlhf.environment={self.rlhf.environment}"] = [environment_file]
+        if environment_files := self.rlhf.environment_files:
+            noted[f"rlhf.environment={self.rlhf.environment}"] = environment_files
 
         # Reward functions and constraints of calls see the rows of a corpus, which its tokens do not tell.
         has_function = any(part.kind == "function" for part in self.rlhf.rewards.values())

@@ -24,6 +24,7 @@ def check_environment(settings: RlhfRunGroup) -> None:
     from dist_lm.environments.host import Host
 
     Host(settings.environment, settings.environment_limits.limits)
+    _ = settings.environment_files  # raises, if there is no such file
     if path := settings.environment_file:
         # The file is not executed here. A class whose name occurs nowhere in it can only come from a star import.
         class_name = settings.environment.rpartition(":")[2]

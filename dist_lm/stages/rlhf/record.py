@@ -103,13 +103,13 @@ class ConversationRecord:
     tasks: ShuffledPrompts[Task]
 
     def require_environment(self) -> None:
-        """Refuses a file of the environment's class that has changed.
+        """Refuses a file of the environment's class or program that has changed.
 
         Raises:
             ArtefactError: it has.
         """
-        if file := self.config.rlhf.environment_file:
-            self.run.require_files({f"rlhf.environment={self.config.rlhf.environment}": [file]})
+        if files := self.config.rlhf.environment_files:
+            self.run.require_files({f"rlhf.environment={self.config.rlhf.environment}": files})
 
     def iterations(self, only: int | None = None) -> Iterator[RecordedIteration]:
         """Yields the recorded iterations in their order; the last one may be unfinished.
