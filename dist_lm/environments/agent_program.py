@@ -56,6 +56,7 @@ class ProgramEnvironment:
         self._process: asyncio.subprocess.Process | None = None
         self._exit: asyncio.Task[int] | None = None
         self._reading: asyncio.Task[None] | None = None
+        self._pipes: tuple[asyncio.WriteTransport, asyncio.ReadTransport] | tuple[()] = ()
         self._tail = b""  # the last output
 
     async def reset(self, task: Task) -> Observation:
@@ -80,6 +81,7 @@ class ProgramEnvironment:
         self._exchange.close()
         process, self._process = self._process, None
         if process is None or self._exit is None:
+            self._close_pipes()
             return
         if self._exchange.is_over:
             await asyncio.wait({self._exit}, timeout=CLOSING_S)
@@ -89,8 +91,15 @@ class ProgramEnvironment:
         await self._exit
         # A process may have left the group; it keeps the mark.
         await asyncio.to_thread(processes.end, lambda: processes.marked(self._mark, MARK), grace_s=0.0)
+        self._close_pipes()
+
+    def _close_pipes(self) -> None:
         if self._reading is not None:
-            await self._reading
+            self._reading.cancel()
+        # A task that nobody has read ends with its reader, which is dead.
+        for pipe in self._pipes:
+            if not pipe.is_closing():
+                pipe.close()
 
     async def _start(self, task: Task) -> None:
         # A proxy of the network does not reach this machine's loopback.
@@ -102,28 +111,41 @@ class ProgramEnvironment:
             "NO_PROXY": no_proxy,
             "no_proxy": no_proxy,
         }
-        self._process = process = await asyncio.create_subprocess_exec(
-            *(sys.executable, "-I", "-S", str(START), str(self._limits.memory_bytes), str(os.getpid()), *self._argv),
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            start_new_session=True,
-            env=environment,
-        )
+        # Pipes of our own: asyncio would not see the end of a program whose children hold its pipes.
+        loop = asyncio.get_running_loop()
+        stdin, task_end = os.pipe()
+        output_end, output = os.pipe()
+        output_reader = asyncio.StreamReader()
+        try:
+            writing, _ = await loop.connect_write_pipe(asyncio.BaseProtocol, os.fdopen(task_end, "wb"))
+            reading, _ = await loop.connect_read_pipe(
+                lambda: asyncio.StreamReaderProtocol(output_reader), os.fdopen(output_end, "rb")
+            )
+            self._pipes = (writing, reading)
+            limits = (str(self._limits.memory_bytes), str(os.getpid()))
+            self._process = process = await asyncio.create_subprocess_exec(
+                *(sys.executable, "-I", "-S", str(START), *limits, *self._argv),
+                stdin=stdin,
+                stdout=output,
+                stderr=subprocess.STDOUT,
+                start_new_session=True,
+                env=environment,
+            )
+        finally:
+            os.close(stdin)
+            os.close(output)
         self._exit = asyncio.ensure_future(process.wait())
-        self._reading = asyncio.ensure_future(self._read(process))
+        self._reading = asyncio.ensure_future(self._read(output_reader))
 
         # The key of the reward is in no variable, which code that the program runs would inherit.
         reward = {"reward_url": f"{self._endpoint.url}/v1/reward", "reward_key": self._exchange.reward_key}
         line = json.dumps({"key": task.key, "digest": task.digest, "data": task.data, **reward})
-        assert process.stdin is not None
-        process.stdin.write(line.encode() + b"\n")
-        process.stdin.close()
+        writing.write(line.encode() + b"\n")
+        writing.close()  # once all is written
 
-    async def _read(self, process: asyncio.subprocess.Process) -> None:
+    async def _read(self, output: asyncio.StreamReader) -> None:
         """Reads the program's output, so that it does not wait, and keeps its end."""
-        assert process.stdout is not None
-        while piece := await process.stdout.read(1 << 16):
+        while piece := await output.read(1 << 16):
             self._tail = (self._tail + piece)[-TAIL_BYTES:]
 
     async def _next(self) -> Observation | Verdict:
