@@ -2,7 +2,7 @@
 
 import asyncio
 from collections.abc import Callable, Iterator
-from contextlib import asynccontextmanager
+from contextlib import AbstractAsyncContextManager, asynccontextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -16,7 +16,7 @@ from dist_lm.generation.grammar import Grammars
 from dist_lm.model.transformer import Transformer
 from dist_lm.rlhf.config import RewardPartConfig, RlhfConfig
 from dist_lm.rlhf.conversation_loop import ConversationLoop
-from dist_lm.rlhf.conversing import ConstraintOf
+from dist_lm.rlhf.conversing import ConstraintOf, EpisodeHost
 from dist_lm.rlhf.environment_rollouts import EnvironmentJudge, EnvironmentSupply, VersionedSource
 from dist_lm.rlhf.rollouts import EngineRollouts, ShuffledPrompts
 from dist_lm.tokenizer.tokenizer import Tokenizer
@@ -100,6 +100,7 @@ def game(
     stack: Any,
     *,
     host: GameHost | None = None,
+    open_host: Callable[[], AbstractAsyncContextManager[EpisodeHost]] | None = None,
     folder: Path | None = None,
     constraint_of: ConstraintOf | None = None,
     limits: Limits = LIMITS,
@@ -110,12 +111,13 @@ def game(
     """Returns a toy that learns the game. `stack` closes its event loop.
 
     Args:
+        open_host: opens other environments than the game; their tasks are `TASKS`.
         at_once: conversations, and sequences of the engine.
     """
     model, host = model or model_of(tokenizer), host or GameHost()
 
     @asynccontextmanager
-    async def open_host():
+    async def open_game():
         yield host
 
     def source() -> EngineRollouts:
@@ -135,7 +137,7 @@ def game(
             ShuffledPrompts(TASKS, 0),
             EnvironmentJudge("game", "environment", config.max_failed_fraction),
             tokenizer,
-            stack.enter_context(ConversationLoop(open_host)),
+            stack.enter_context(ConversationLoop(open_host or open_game)),
             limits,
             model.max_seq_len,
             at_once=at_once,

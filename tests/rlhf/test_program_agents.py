@@ -1,0 +1,89 @@
+"""The agent of the docs, with the plain `openai` package: it trains through the endpoint as it stands there."""
+
+import re
+import sys
+from contextlib import ExitStack
+from functools import partial
+from pathlib import Path
+
+import pytest
+import torch
+
+from dist_lm.chat.template import stop_tokens
+from dist_lm.environments.host import Host
+from dist_lm.environments.protocol import Limits
+from dist_lm.rlhf.episodes import Episode, read_episodes
+from dist_lm.storage.run_directory import WorkDirectory
+from dist_lm.tokenizer.tokenizer import Tokenizer
+from tests.patience import patient
+from tests.rlhf.guessing import config_of, game
+from tests.rlhf.toy import Toy
+
+pytestmark = [pytest.mark.heavy, pytest.mark.usefixtures("one_rank")]
+PAGE = Path(__file__).parents[2] / "docs" / "program_agents.md"
+LIMITS = Limits(turns=3, tokens=190, seconds_a_step=patient(60.0), seconds=patient(120.0))
+ITERATIONS = 2
+
+
+@pytest.fixture(scope="module")
+def tokenizer(tiny_work: WorkDirectory) -> Tokenizer:
+    return Tokenizer.load(tiny_work.tokenizer_model)
+
+
+@pytest.fixture(autouse=True)
+def short_turns(tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Lets a model without training end its turns: one token in six does."""
+    ends = (*stop_tokens(tokenizer), *range(5, tokenizer.vocab_size, 6))
+    for module in ("environment_rollouts", "transcript"):
+        monkeypatch.setattr(f"dist_lm.rlhf.{module}.stop_tokens", lambda tokenizer: ends)
+
+
+@pytest.fixture
+def agent(tmp_path: Path) -> Path:
+    """The file of the page."""
+    (code,) = re.findall(r"^```python\n(.*?)^```$", PAGE.read_text(), re.DOTALL | re.MULTILINE)
+    assert len(code.splitlines()) <= 40
+    path = tmp_path / "agent.py"
+    path.write_text(code)
+    return path
+
+
+def trained(agent: Path, folder: Path, tokenizer: Tokenizer) -> tuple[Toy, list[Episode]]:
+    """Returns a run that has trained on conversations of the agent, and the conversations in their order."""
+    with ExitStack() as stack:
+        run = game(
+            config_of(epochs=1, max_new_tokens=12),
+            ITERATIONS,
+            tokenizer,
+            stack,
+            open_host=partial(Host, f"program:{sys.executable} {agent}", LIMITS),
+            folder=folder,
+            limits=LIMITS,
+            at_once=3,
+        )
+        run.run()
+    return run, [episode for path in sorted(folder.iterdir()) for episode in read_episodes(path)]
+
+
+def test_the_agent_of_the_docs_trains_and_two_runs_are_equal(agent, tmp_path, tokenizer):
+    """Finds an agent with the plain `openai` package that needs a change to train, ids that change between its turns,
+    losses of other tokens than the model's, and numbers that depend on the order of requests."""
+    run, episodes = trained(agent, tmp_path / "first", tokenizer)
+
+    assert run.metric("rlhf/ratio_mean") == [pytest.approx(1, abs=1e-6)] * ITERATIONS
+    assert max(run.metric("rollout/logprob_gap")) < 1e-5
+    assert min(run.metric("rollout/turns")) > 1.5
+    assert len(episodes) == ITERATIONS * 9
+    assert all(episode.verdict.valid for episode in episodes), [episode.verdict for episode in episodes]
+    assert len({episode.reward for episode in episodes}) > 2, "equal rewards train nothing"
+    for episode in episodes:
+        # One sample: each turn stands behind the ids that were read for it. Its marks are of drawn tokens alone.
+        (sample,) = episode.samples
+        assert sum(sample.drawn) == sum(turn.new_tokens for turn in episode.turns) == len(episode.logprobs)
+        assert not sample.drawn[0]
+        assert sample.drawn[-1]
+
+    again, episodes_again = trained(agent, tmp_path / "second", tokenizer)
+    assert episodes == episodes_again
+    for name, weight in run.learner.policy.state_dict().items():
+        assert torch.equal(weight, again.learner.policy.state_dict()[name]), name
