@@ -39,6 +39,7 @@ from dist_lm.errors import UserError
 from dist_lm.storage import process as processes
 
 START = Path(__file__).with_name("agent_start.py")
+STARTS_A_CORE = 2  # programs that start at once
 CLOSING_S = 5.0  # for a program to end after its reward
 TAIL_S = 1.0  # for the last output of a program that has ended
 TAIL_BYTES = 2000
@@ -47,10 +48,15 @@ _ANY_BODY = 1 << 16  # bytes of a body beside the observations
 
 
 class ProgramEnvironment:
-    """One conversation of a program; an `Environment`."""
+    """One conversation of a program; an `Environment`.
 
-    def __init__(self, argv: list[str], limits: Limits, endpoint: Endpoint) -> None:
+    Args:
+        starts: a place among the programs that start, which is given back with the first request.
+    """
+
+    def __init__(self, argv: list[str], limits: Limits, endpoint: Endpoint, starts: asyncio.Semaphore) -> None:
         self._argv, self._limits, self._endpoint = argv, limits, endpoint
+        self._starts: asyncio.Semaphore | None = starts
         self._exchange = Exchange()
         self._mark = uuid.uuid4().hex
         self._process: asyncio.subprocess.Process | None = None
@@ -64,6 +70,7 @@ class ProgramEnvironment:
         self._endpoint.add(self._exchange)
         await self._start(task)
         arrival = await self._next()
+        self._has_started()
         assert isinstance(arrival, Observation), "no verdict is taken before an answer"
         return arrival
 
@@ -77,6 +84,7 @@ class ProgramEnvironment:
 
     async def close(self) -> None:
         """Ends the program, with all that it has started. One that has posted its reward may end by itself."""
+        self._has_started()
         self._endpoint.remove(self._exchange)
         self._exchange.close()
         process, self._process = self._process, None
@@ -92,6 +100,11 @@ class ProgramEnvironment:
         # A process may have left the group; it keeps the mark.
         await asyncio.to_thread(processes.end, lambda: processes.marked(self._mark, MARK), grace_s=0.0)
         self._close_pipes()
+
+    def _has_started(self) -> None:
+        starts, self._starts = self._starts, None
+        if starts is not None:
+            starts.release()
 
     def _close_pipes(self) -> None:
         if self._reading is not None:
@@ -195,6 +208,8 @@ class ProgramEnvironments:
         self._name, self._limits = name, limits
         self._argv = program_of(name)
         self._endpoint: Endpoint | None = None
+        # Imports take a second of a core, and all conversations begin together: they would exceed their seconds.
+        self._starts = asyncio.Semaphore(STARTS_A_CORE * processes.cores())
 
     @property
     def sandboxes_again(self) -> int:
@@ -218,8 +233,10 @@ class ProgramEnvironments:
         await self._endpoint.open()
 
     async def take(self) -> ProgramEnvironment:
+        """Returns an environment once its program may start; this time is not the conversation's."""
         assert self._endpoint is not None, "open comes first"
-        return ProgramEnvironment(self._argv, self._limits, self._endpoint)
+        await self._starts.acquire()
+        return ProgramEnvironment(self._argv, self._limits, self._endpoint, self._starts)
 
     async def give_back(self, environment: Any, is_usable: bool) -> None:
         await environment.close()

@@ -18,12 +18,12 @@ import pytest
 from dist_lm.chat.messages import Call, Message
 from dist_lm.environments.agent_chat import chat_request
 from dist_lm.environments.agent_endpoint import CHAT, REWARD, Endpoint, Exchange
-from dist_lm.environments.agent_program import ProgramEnvironment
+from dist_lm.environments.agent_program import STARTS_A_CORE, ProgramEnvironment
 from dist_lm.environments.host import Episode, Host
 from dist_lm.environments.program_command import files_of, program_of
 from dist_lm.environments.protocol import Action, EnvironmentFailedError, Limits, Observation, Step, Task, Verdict
 from dist_lm.errors import ConfigError, UserError
-from dist_lm.storage.process import marked
+from dist_lm.storage.process import cores, marked
 from tests.patience import patient
 
 ROOT = Path(__file__).parents[2]
@@ -112,6 +112,22 @@ def test_a_program_that_is_killed_is_held_again_and_leaves_no_process():
     assert (steps, 0) == asyncio.run(play(kills=False))
     assert n_again == 1
     assert steps[-1].verdict == Verdict.of(1.0)
+
+
+@pytest.mark.heavy
+def test_programs_that_wait_for_their_start_use_no_time():
+    """Finds conversations that begin together and exceed their seconds before a core is theirs, or a place that a
+    failed start keeps for ever."""
+
+    async def play() -> Counter:
+        async with Host(NAME, Limits(turns=2, seconds_a_step=patient(1.0))) as host:
+            # Each of these holds its place until its time is over.
+            ways = ["hangs"] * (2 * STARTS_A_CORE * cores()) + ["good"]
+            steps = await asyncio.gather(*(played(host, how) for how in ways))
+            assert steps[-1].verdict == Verdict.of(1.0)
+            return host.failures
+
+    assert asyncio.run(play()) == Counter(timeout=2 * STARTS_A_CORE * cores())
 
 
 def environment_of(episode: Episode) -> ProgramEnvironment:

@@ -17,7 +17,7 @@ from dist_lm.storage.run_directory import WorkDirectory
 from dist_lm.tokenizer.tokenizer import Tokenizer
 from tests.patience import patient
 from tests.rlhf.guessing import config_of, game
-from tests.rlhf.toy import Toy
+from tests.rlhf.toy import Toy, tensors_of
 
 pytestmark = [pytest.mark.heavy, pytest.mark.usefixtures("one_rank")]
 PAGE = Path(__file__).parents[2] / "docs" / "program_agents.md"
@@ -61,7 +61,9 @@ def trained(agent: Path, folder: Path, tokenizer: Tokenizer) -> tuple[Toy, list[
             limits=LIMITS,
             at_once=3,
         )
+        before = {name: tensor.clone() for name, tensor in tensors_of(run).items()}
         run.run()
+        assert any(not torch.equal(tensor, before[name]) for name, tensor in tensors_of(run).items())
     return run, [episode for path in sorted(folder.iterdir()) for episode in read_episodes(path)]
 
 
@@ -85,5 +87,5 @@ def test_the_agent_of_the_docs_trains_and_two_runs_are_equal(agent, tmp_path, to
 
     again, episodes_again = trained(agent, tmp_path / "second", tokenizer)
     assert episodes == episodes_again
-    for name, weight in run.learner.policy.state_dict().items():
-        assert torch.equal(weight, again.learner.policy.state_dict()[name]), name
+    for name, tensor in tensors_of(run).items():
+        assert torch.equal(tensor, tensors_of(again)[name]), name
