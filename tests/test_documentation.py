@@ -427,6 +427,7 @@ WORDS_OF_A_PAGE["finetune.md"] = 980  # from a model and conversations to a mode
 WORDS_OF_A_PAGE["data_files.md"] = 550  # formats, compression and splits of sources
 WORDS_OF_A_PAGE["environments.md"] = 900  # an environment of your own; those of the project
 WORDS_OF_A_PAGE["agents.md"] = 900  # training with an environment, looking inside, forks
+WORDS_OF_A_PAGE["program_agents.md"] = 750  # an agent of 40 lines, what the endpoint answers, cheats
 WORDS_OF_A_PAGE["asynchronous.md"] = 350  # what is taken, refused and recorded while the learner updates
 WORDS_OF_A_PAGE["first_agent.md"] = 520  # an environment, a run and a fork, step by step
 WORDS_OF_A_PAGE["scale.md"] = 850  # costs by number of ranks, and what breaks at 10,000

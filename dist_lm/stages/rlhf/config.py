@@ -66,8 +66,9 @@ class RlhfRunGroup(RlhfConfig):
     # file or glob of prompts (.txt: one request per line; .jsonl, .json, .parquet: rows, whose other columns the
     # functions of rlhf.rewards see); empty: the documents of stage.corpus up to the assistant's turn
     prompts_from: str = ""
-    # what the model talks with for several turns, whose verdict is the reward: a name of the project's own, or a class
-    # of yours, FILE:CLASS or PACKAGE.MODULE:CLASS; its tasks are the rows of prompts_from. Empty: one completion
+    # what the model talks with for several turns, whose verdict is the reward: a name of the project's own, a class of
+    # yours, FILE:CLASS or PACKAGE.MODULE:CLASS, or a program that speaks HTTP, program:COMMAND; its tasks are the rows
+    # of prompts_from. Empty: one completion
     environment: str = ""
     environment_limits: EnvironmentLimitsConfig = field(default_factory=EnvironmentLimitsConfig)
     environments_at_once: int = 64  # most conversations at a time
