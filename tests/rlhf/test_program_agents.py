@@ -12,6 +12,7 @@ import torch
 from dist_lm.chat.template import stop_tokens
 from dist_lm.environments.host import Host
 from dist_lm.environments.protocol import Limits
+from dist_lm.generation.call_grammar import ToolChoice, call_constraint
 from dist_lm.rlhf.episodes import Episode, read_episodes
 from dist_lm.storage.run_directory import WorkDirectory
 from dist_lm.tokenizer.tokenizer import Tokenizer
@@ -36,6 +37,43 @@ def short_turns(tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch) -> None:
     ends = (*stop_tokens(tokenizer), *range(5, tokenizer.vocab_size, 6))
     for module in ("environment_rollouts", "transcript"):
         monkeypatch.setattr(f"dist_lm.rlhf.{module}.stop_tokens", lambda tokenizer: ends)
+
+
+CALLER = """
+import json
+import sys
+
+import httpx
+from openai import BadRequestError, OpenAI
+
+task = json.loads(sys.stdin.readline())
+guess = {"type": "object", "properties": {"n": {"type": "integer", "maximum": 9}}}
+tools = [{"type": "function", "function": {"name": "guess", "description": "Guesses.", "parameters": guess}}]
+messages = [{"role": "user", "content": "Guess."}]
+numbers = []
+for turn in range(2):
+    asked = {"model": "policy", "messages": messages, "tools": tools}
+    if turn:  # a stream, whose parts are put together as agents do
+        try:
+            (first, last) = [chunk.choices[0] for chunk in OpenAI().chat.completions.create(stream=True, **asked)]
+        except BadRequestError:  # no room for another turn
+            break
+        assert last.finish_reason in ("tool_calls", "length"), last
+        answer = {**first.delta.model_dump(exclude_none=True), "content": first.delta.content}
+        calls = first.delta.tool_calls or []
+    else:
+        answer = OpenAI().chat.completions.create(**asked).choices[0].message
+        calls = answer.tool_calls or []
+    if not calls:
+        break
+    messages.append(answer)
+    for call in reversed(calls):
+        numbers.append(json.loads(call.function.arguments).get("n", 0))
+        messages.append({"role": "tool", "tool_call_id": call.id, "content": json.dumps({"error": numbers[-1]})})
+headers = {"Authorization": f"Bearer {task['reward_key']}"}
+reward = sum(n > 4 for n in numbers) / max(1, len(numbers))
+httpx.post(task["reward_url"], headers=headers, json={"reward": reward}).raise_for_status()
+"""
 
 
 @pytest.fixture
@@ -89,3 +127,35 @@ def test_the_agent_of_the_docs_trains_and_two_runs_are_equal(agent, tmp_path, to
     assert episodes == episodes_again
     for name, tensor in tensors_of(run).items():
         assert torch.equal(tensor, tensors_of(again)[name]), name
+
+
+def test_an_agent_with_tools_trains_on_its_calls(tmp_path, tokenizer, monkeypatch):
+    """Finds calls that reach a program otherwise than they were drawn, streamed ones too, results that come back to
+    other calls, and sets of a grammar that the learner reads for another turn."""
+    monkeypatch.undo()  # calls end by themselves
+    path = tmp_path / "caller.py"
+    path.write_text(CALLER)
+    with ExitStack() as stack:
+        run = game(
+            config_of(epochs=1, max_new_tokens=40, top_k=9),
+            1,
+            tokenizer,
+            stack,
+            open_host=partial(Host, f"program:{sys.executable} {path}", LIMITS),
+            constraint_of=lambda tools: call_constraint(tools, tokenizer, ToolChoice("required")),
+            folder=tmp_path / "conversations",
+            limits=LIMITS,
+            at_once=3,
+        )
+        run.run()
+    (report,) = run.reports
+    assert report.metrics["rlhf/ratio_mean"] == pytest.approx(1, abs=1e-6)
+    assert report.metrics["rollout/logprob_gap"] < 1e-5
+    assert report.metrics["rollout/turns"] > 1.2
+    assert report.metrics["rollout/tool_errors"] > 0.2
+
+    episodes = [e for file in (tmp_path / "conversations").iterdir() for e in read_episodes(file)]
+    assert all(episode.verdict.valid for episode in episodes), [episode.verdict for episode in episodes]
+    for turn in (turn for episode in episodes for turn in episode.turns if turn.step["observation"]["messages"]):
+        (message,) = turn.step["observation"]["messages"]
+        assert message["results"] == [{"error": arguments.get("n", 0)} for _, arguments in turn.action["calls"]]
