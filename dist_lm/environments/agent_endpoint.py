@@ -285,14 +285,14 @@ async def _body(http: web.Request, is_reward: bool = False) -> Mapping[str, Json
 
 @web.middleware
 async def _refusals(
-    http: web.Request, handler: Callable[[web.Request], Awaitable[web.StreamResponse]]
+    request: web.Request, handler: Callable[[web.Request], Awaitable[web.StreamResponse]]
 ) -> web.StreamResponse:
     """Answers what is refused in OpenAI's form."""
     try:
-        return await handler(http)
+        return await handler(request)
     except ProtocolError as error:
         value = error_value(str(error), error.status, error.param, error.code)
         return web.json_response(value, status=error.status)
     except web.HTTPException as error:
-        message = f"{http.method} {http.path}: {error.reason}; expected POST {CHAT} or POST {REWARD}"
+        message = f"{request.method} {request.path}: {error.reason}; expected POST {CHAT} or POST {REWARD}"
         return web.json_response(error_value(message, error.status), status=error.status)
