@@ -1,14 +1,17 @@
-"""Errands in a store room: tiny conversations with tools, which a small model can learn on a laptop.
+"""Errands in a house: tiny conversations with tools, which a small model can learn on a laptop.
 
     python -m dist_lm.demo.errands FOLDER
 
 writes FOLDER/{train,held_out}.jsonl, tasks of the environment `dist_lm.demo.errands:Errands` (`rlhf.prompts_from`,
-`rlhf.held_out_from`), and FOLDER/solved.jsonl: other tasks as conversations (reader `messages`). From these a model
-learns the form of calls and answers before it is rewarded. Tasks depend on the seed alone. A pair of a thing and a
-request is in one part only, for every seed.
+`rlhf.held_out_from`), and FOLDER/examples.jsonl: conversations about other tasks (reader `messages`), from which a
+model learns the form of calls and answers before it is rewarded. Tasks depend on the seed alone. A triple of kind,
+thing and goal is in one part only, for every seed.
 
-Each thing lies in a numbered box. The user asks where a thing is, or wants it in another box; the model learns the
-number from the tool `find`, so no number is worth remembering. The reward is the share of requests that are served.
+The user asks where a thing is, or wants it in a room, or beside another thing. The tool `find` knows the room of a
+thing, `put` brings a thing into a room and fails if the room is locked, `open` opens a room. An answer names the room
+in which the thing is then. The clerk of the examples is hasty: often it answers before it has made a call that the
+request needs, and the answer is a guess or a false promise. The reward is the share of requests that are served, so it
+teaches what the examples do not: to look, to act, and to go on after an error.
 """
 
 import argparse
@@ -16,6 +19,7 @@ import hashlib
 import json
 import random
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
@@ -24,42 +28,71 @@ from dist_lm.environments.protocol import LAST_TURN, Action, Limits, Observation
 from dist_lm.environments.results import executed
 from dist_lm.storage import durable
 
-Part = Literal["solved", "train", "held_out"]
-SHARES: Mapping[Part, int] = {"solved": 8, "train": 6, "held_out": 2}  # shares of all pairs, out of 16
-SIZES: Mapping[Part, int] = {"solved": 4000, "train": 1000, "held_out": 128}  # numbers of tasks
-BOXES = range(10, 100)
-ADJECTIVES = ("red", "old", "big", "tin", "wet", "new", "odd", "dry")
-NOUNS = ("lamp", "rope", "vase", "drum", "coat", "bell", "map", "kite", "jar", "fan", "desk", "mug")
-THINGS = tuple(f"{adjective} {noun}" for adjective in ADJECTIVES for noun in NOUNS)
+Part = Literal["examples", "train", "held_out"]
+Kind = Literal["where", "put", "beside"]
+KINDS: tuple[Kind, ...] = ("where", "put", "beside")
+SHARES: Mapping[Part, int] = {"examples": 8, "train": 6, "held_out": 2}  # shares of all triples, out of 16
+SIZES: Mapping[Part, int] = {"examples": 4000, "train": 1000, "held_out": 128}  # numbers of tasks
+THINGS = ("lamp", "rope", "vase", "drum", "coat", "bell", "map", "kite", "jar", "fan", "mug", "key")
+ROOMS = ("attic", "cellar", "garage", "kitchen", "study", "hall", "porch", "shed")
 NUM_THINGS, NUM_REQUESTS = 3, 1  # in a task
-BOX: Json = {"type": "integer"}
+LOCKED = 0.5  # share of rooms that are locked
+HASTE = 0.45  # share of due calls in whose place the clerk of the examples answers
+TEXT: Json = {"type": "string"}
 TOOLS = (
-    Tool("find", "Box of a thing.", {"type": "object", "properties": {"thing": {"type": "string"}}}),
-    Tool("move", "Moves a thing.", {"type": "object", "properties": {"from": BOX, "to": BOX}}),
+    Tool("find", "Room of a thing.", {"type": "object", "properties": {"thing": TEXT}}),
+    Tool("put", "Puts a thing into a room.", {"type": "object", "properties": {"thing": TEXT, "room": TEXT}}),
+    Tool("open", "Opens a room.", {"type": "object", "properties": {"room": TEXT}}),
 )
 for tool in TOOLS:
     tool.parameters["required"] = [*tool.parameters["properties"]]
 LIMITS = Limits()
 
 
-class StoreRoom:
-    """Things in boxes, each box with one thing at most, and the tools that look them up and move them."""
+@dataclass(frozen=True)
+class Request:
+    """What the user wants to know or to be done."""
 
-    def __init__(self, boxes: Mapping[str, int]) -> None:
-        self.boxes = dict(boxes)
+    kind: Kind
+    thing: str
+    goal: str | None  # a room, or a thing whose room it is; None: the user asks
+
+    @property
+    def text(self) -> str:
+        if self.kind == "where":
+            return f"Where is the {self.thing}?"
+        return f"Put the {self.thing} {'into' if self.kind == 'put' else 'beside'} the {self.goal}."
+
+    def target(self, rooms: Mapping[str, str]) -> str:
+        """Returns the room in which the thing is once the request is served."""
+        if self.kind == "put":
+            return str(self.goal)
+        return rooms[self.thing if self.kind == "where" else str(self.goal)]
+
+
+class House:
+    """Things in rooms, some of them locked, and the tools that look things up and move them."""
+
+    def __init__(self, rooms: Mapping[str, str], locked: Sequence[str]) -> None:
+        self.rooms, self.locked = dict(rooms), set(locked)
 
     def execute(self, call: Call) -> Json:
         """Returns the result of a call that fits its tool."""
+        thing, room = call.arguments.get("thing"), call.arguments.get("room")
+        if thing is not None and thing not in self.rooms:
+            return {"error": "no such thing"}
         if call.name == "find":
-            box = self.boxes.get(call.arguments["thing"])
-            return {"error": "no such thing"} if box is None else {"box": box}
+            return {"room": self.rooms[thing]}
 
-        begin, end = call.arguments["from"], call.arguments["to"]
-        thing = next((thing for thing, box in self.boxes.items() if box == begin), None)
-        if thing is None or end in self.boxes.values():
-            return {"error": "empty" if thing is None else "full"}
-        self.boxes[thing] = end
-        return {"moved": thing}
+        if room not in ROOMS:
+            return {"error": "no such room"}
+        if call.name == "open":
+            self.locked.discard(room)
+            return {"open": room}
+        if room in self.locked:
+            return {"error": "locked"}
+        self.rooms[thing] = room
+        return {"room": room}
 
 
 class Errands:
@@ -67,7 +100,8 @@ class Errands:
 
     async def reset(self, task: Task) -> Observation:
         data = task.data
-        self._room, self._requests = StoreRoom(data["boxes"]), data["requests"]
+        self._house = House(data["rooms"], data["locked"])
+        self._requests = [Request(*fields) for fields in data["requests"]]
         self._number = self._num_right = 0
         return Observation(self._begin(), TOOLS)
 
@@ -90,36 +124,29 @@ class Errands:
     def _begin(self) -> tuple[Message, ...]:
         """Returns the turn of the next request."""
         request = self._requests[self._number]
-        self._expected = expected_boxes(self._room.boxes, request)
-        return (Message("user", request_text(request)),)
+        self._target = request.target(self._house.rooms)
+        self._expected_rooms = {**self._house.rooms, request.thing: self._target}
+        return (Message("user", request.text),)
 
     async def _result(self, call: Call, most_bytes: int) -> Json:
-        return self._room.execute(call)
+        return self._house.execute(call)
 
     def _is_served(self, answer: str) -> bool:
-        thing, box = self._requests[self._number]
-        # What was moved by mistake, on the way to a right answer, counts against it.
-        return self._room.boxes == self._expected and (box is not None or answer.strip() == str(self._expected[thing]))
+        # A thing that was put elsewhere by mistake, on the way to a right answer, counts against it.
+        expected = answer_text(self._requests[self._number].thing, self._target)
+        return self._house.rooms == self._expected_rooms and answer.strip() == expected
 
     def _ended(self, observation: Observation) -> Step:
         return Step(observation, done=True, verdict=Verdict.of(self._num_right / len(self._requests)))
 
 
-def request_text(request: Sequence[Any]) -> str:
-    """Returns a request (thing, new box or None) in words."""
-    thing, box = request
-    return f"Where is the {thing}?" if box is None else f"Put the {thing} into {box}."
+def answer_text(thing: str, room: str) -> str:
+    return f"The {thing} is in the {room}."
 
 
-def expected_boxes(boxes: Mapping[str, int], request: Sequence[Any]) -> dict[str, int]:
-    """Returns where things are after a request was served; `find` moves none."""
-    thing, box = request
-    return dict(boxes) if box is None else {**boxes, thing: box}
-
-
-def part_of(thing: str, is_move: bool) -> Part:
-    """Returns the part that requests of this kind for a thing belong to: a hash decides, by SHARES."""
-    position = hashlib.sha256(f"{thing} {is_move}".encode()).digest()[0] % 16
+def part_of(kind: Kind, thing: str, goal: str) -> Part:
+    """Returns the part of requests of a kind for a thing, with the room or thing that they lead to: a hash decides."""
+    position = hashlib.sha256(f"{kind} {thing} {goal}".encode()).digest()[0] % 16
 
     for part, share in SHARES.items():
         position -= share
@@ -128,37 +155,82 @@ def part_of(thing: str, is_move: bool) -> Part:
     raise AssertionError("shares of 16")
 
 
+def triples_of(part: Part) -> list[tuple[Kind, str, str]]:
+    """Returns the kinds, things and goals of a part; the goal of a question is the room that answers it."""
+    return [
+        (kind, thing, goal)
+        for kind in KINDS
+        for thing in THINGS
+        for goal in (THINGS if kind == "beside" else ROOMS)
+        if goal != thing and part_of(kind, thing, goal) == part
+    ]
+
+
 def tasks(seed: int, part: Part, count: int) -> Iterator[dict[str, Json]]:
-    """Yields `count` tasks of a part. The first n do not depend on `count`."""
+    """Yields `count` tasks of a part, with as many of each kind. The first n do not depend on `count`."""
     rng = random.Random(f"errands {seed} {part}")  # noqa: S311 no secret
-    pairs = [(thing, is_move) for thing in THINGS for is_move in (False, True) if part_of(thing, is_move) == part]
+    triples = triples_of(part)
 
-    for _ in range(count):
-        chosen = rng.sample(pairs, NUM_REQUESTS)
-        other_things = rng.sample([thing for thing in THINGS if thing not in dict(chosen)], NUM_THINGS - NUM_REQUESTS)
-        stored_things = [*dict(chosen), *other_things]
-        rng.shuffle(stored_things)
+    for number in range(count):
+        kind = KINDS[number % len(KINDS)]
+        kind, thing, goal = rng.choice([triple for triple in triples if triple[0] == kind])
+        named = [thing, goal] if kind == "beside" else [thing]
+        others = [other for other in THINGS if other not in named]
+        things = [*named, *rng.sample(others, NUM_THINGS - len(named))]
+        rng.shuffle(things)
 
-        # New boxes are empty ones, and differ from each other.
-        numbers = iter(rng.sample(BOXES, len(stored_things) + NUM_REQUESTS))
-        boxes = dict(zip(stored_things, numbers, strict=False))
-        requests = [[thing, next(numbers) if is_move else None] for thing, is_move in chosen]
-        yield {"prompt": request_text(requests[0]), "boxes": boxes, "requests": requests}
+        rooms = {name: rng.choice(ROOMS) for name in things}
+        if kind == "where":
+            rooms[thing] = goal
+        locked = [room for room in ROOMS if rng.random() < LOCKED]
+        request = Request(kind, thing, None if kind == "where" else goal)
+        yield {
+            "prompt": request.text,
+            "rooms": rooms,
+            "locked": locked,
+            "requests": [[request.kind, request.thing, request.goal]],
+        }
 
 
-def solved(task: Mapping[str, Any]) -> Conversation:
-    """Returns the conversation in which a task is served without detours."""
-    room, messages = StoreRoom(task["boxes"]), []
+def conversation(task: Mapping[str, Any], haste: float = 0.0, seed: str = "") -> Conversation:
+    """Returns a conversation about a task, which it serves without detours unless the clerk is hasty.
 
-    for thing, new_box in task["requests"]:
-        calls = [Call("find", {"thing": thing})]
-        if new_box is not None:
-            calls.append(Call("move", {"from": room.boxes[thing], "to": new_box}))
-        messages.append(Message("user", request_text((thing, new_box))))
-        for call in calls:
-            messages += [Message("assistant", calls=(call,)), Message("tool", results=(room.execute(call),))]
-        messages.append(Message("assistant", str(room.boxes[thing]) if new_box is None else "Done."))
+    Args:
+        haste: probability that the clerk answers in place of a call; then it guesses a room that it does not know.
+        seed: of these decisions.
+    """
+    rng = random.Random(f"haste {seed}")  # noqa: S311 no secret
+    house, messages = House(task["rooms"], task["locked"]), []
+
+    for request in (Request(*fields) for fields in task["requests"]):
+        messages.append(Message("user", request.text))
+        room = request.goal if request.kind == "put" else None
+        for call in calls_of(request, house):
+            if rng.random() < haste:
+                break
+            result = house.execute(call)
+            messages += [Message("assistant", calls=(call,)), Message("tool", results=(result,))]
+            if call.name == "find":
+                room = request.target(house.rooms)
+        messages.append(Message("assistant", answer_text(request.thing, room or rng.choice(ROOMS))))
     return Conversation(tuple(messages), TOOLS)
+
+
+def calls_of(request: Request, house: House) -> list[Call]:
+    """Returns the calls that serve a request, in order; the first `put` fails if the room is locked."""
+    target = request.target(house.rooms)
+    calls = []
+    if request.kind != "put":
+        calls.append(Call("find", {"thing": request.thing if request.kind == "where" else str(request.goal)}))
+    if request.kind != "where":
+        put = Call("put", {"thing": request.thing, "room": target})
+        calls += [put, Call("open", {"room": target}), put] if target in house.locked else [put]
+    return calls
+
+
+def examples(seed: int, count: int) -> list[Conversation]:
+    """Returns the conversations of a hasty clerk about `count` tasks of the part `examples`."""
+    return [conversation(task, HASTE, f"{seed} {number}") for number, task in enumerate(tasks(seed, "examples", count))]
 
 
 def write(folder: Path, seed: int = 0, sizes: Mapping[Part, int] = SIZES) -> None:
@@ -171,15 +243,16 @@ def write(folder: Path, seed: int = 0, sizes: Mapping[Part, int] = SIZES) -> Non
 
     folder.mkdir(parents=True, exist_ok=True)
     for part, count in sizes.items():
-        rows: list[Mapping[str, Any]] = list(tasks(seed, part, count))
-        if part == "solved":
-            conversations = [solved(task) for task in rows]
+        if part == "examples":
+            conversations = examples(seed, count)
             rows = [{"messages": messages_of(c.messages), "tools": tools_of(c.tools)} for c in conversations]
+        else:
+            rows = list(tasks(seed, part, count))
         durable.write_text(folder / f"{part}.jsonl", "".join(json.dumps(row) + "\n" for row in rows))
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description="Write errands in a store room.")
+    parser = argparse.ArgumentParser(description="Write errands in a house.")
     parser.add_argument("folder", type=Path)
     parser.add_argument("--seed", type=int, default=0)
     options = parser.parse_args()

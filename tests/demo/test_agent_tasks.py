@@ -14,9 +14,21 @@ from dist_lm.demo import errands, repairs
 from dist_lm.environments.host import Host
 from dist_lm.environments.protocol import Action, Step, Task
 
-ROPE = {"prompt": "", "boxes": {"red rope": 31, "old map": 52}, "requests": [["red rope", None]]}
-MAP_TO_77 = {**ROPE, "requests": [["old map", 77]]}
-FIND_MAP = Action("", (Call("find", {"thing": "old map"}),))
+ROPE: dict = {
+    "prompt": "",
+    "rooms": {"rope": "attic", "map": "hall"},
+    "locked": ["shed"],
+    "requests": [["where", "rope", None]],
+}
+MAP_TO_SHED = {**ROPE, "requests": [["put", "map", "shed"]]}
+MAP_TO_ROPE = {**ROPE, "requests": [["beside", "map", "rope"]]}
+
+
+def call(name: str, **arguments: str) -> Action:
+    return Action("", (Call(name, arguments),))
+
+
+IN_ATTIC, IN_SHED = Action("The map is in the attic."), Action("The map is in the shed.")
 WRONG_NUMBER = 7  # of no task
 
 
@@ -49,12 +61,12 @@ def actions_of(conversation: Conversation) -> list[Action]:
     return [Action(turn.content, turn.calls) for turn in turns]
 
 
-def test_solved_errands_earn_the_whole_reward():
-    """Finds a request that its own solution does not serve, and results other than those that a model is shown."""
+def test_errands_without_haste_earn_the_whole_reward():
+    """Finds a request that its own calls do not serve, and results other than those that a model is shown."""
 
     async def play() -> None:
-        for task in errands.tasks(5, "solved", 40):
-            conversation = errands.solved(task)
+        for task in errands.tasks(5, "examples", 40):
+            conversation = errands.conversation(task)
             environment = errands.Errands()
             told = list((await environment.reset(Task.of("0", task))).messages)
             for action in actions_of(conversation):
@@ -67,17 +79,30 @@ def test_solved_errands_earn_the_whole_reward():
     asyncio.run(play())
 
 
+def test_a_hasty_clerk_serves_some_requests_of_each_kind():
+    """Finds examples that teach all that the reward asks for, or nothing of it."""
+    rewards: dict[str, list[float]] = {kind: [] for kind in errands.KINDS}
+    rows = list(errands.tasks(5, "examples", 300))
+    for row, conversation in zip(rows, errands.examples(5, 300), strict=True):
+        reward = reward_of(row, *actions_of(conversation))
+        assert reward is not None
+        rewards[row["requests"][0][0]].append(reward)
+    assert all(0.1 < sum(earned) / len(earned) < 0.8 for earned in rewards.values())
+
+
 @pytest.mark.parametrize(
     ("data", "actions"),
     [
-        pytest.param(ROPE, [Action("32")], id="wrong box"),
-        pytest.param(ROPE, [Action("31 32 33")], id="many answers"),
-        pytest.param(ROPE, [Action("31", cut="tokens")], id="cut off"),
-        pytest.param(ROPE, [Action("", (Call("move", {"from": 31, "to": 40}),)), Action("31")], id="moved by mistake"),
-        pytest.param(MAP_TO_77, [FIND_MAP, Action("Done.")], id="only said"),
+        pytest.param(ROPE, [Action("The rope is in the hall.")], id="wrong room"),
+        pytest.param(ROPE, [Action("The rope is in the attic. The rope is in the hall.")], id="many answers"),
+        pytest.param(ROPE, [Action("The rope is in the attic.", cut="tokens")], id="cut off"),
         pytest.param(
-            MAP_TO_77, [Action("", (Call("move", {"from": 31, "to": 77}),)), Action("Done.")], id="other thing"
+            ROPE, [call("put", thing="map", room="attic"), Action("The rope is in the attic.")], id="put by mistake"
         ),
+        pytest.param(MAP_TO_ROPE, [IN_ATTIC], id="only said"),
+        pytest.param(MAP_TO_ROPE, [call("put", thing="map", room="attic"), Action("174")], id="not said"),
+        pytest.param(MAP_TO_ROPE, [call("put", thing="rope", room="hall"), IN_ATTIC], id="other thing"),
+        pytest.param(MAP_TO_SHED, [call("put", thing="map", room="shed"), IN_SHED], id="locked"),
     ],
 )
 def test_short_cuts_earn_nothing(data, actions):
@@ -85,10 +110,11 @@ def test_short_cuts_earn_nothing(data, actions):
     assert reward_of(data, *actions) == 0.0
 
 
-def test_a_call_that_fits_no_tool_is_answered_with_an_error():
-    """Finds a model that ends its conversation without a reward by a broken call."""
-    broken = Action("", (Call("find", {"box": 1}), Call("fly"), Call("move", {"from": 12, "to": 31})))
-    assert reward_of(ROPE, broken, Action("31")) == 1.0
+def test_an_error_can_be_answered_by_another_call():
+    """Finds a model that ends its conversation without a reward by a call that failed."""
+    broken = Action("", (Call("find", {"room": "hall"}), Call("fly"), Call("put", {"thing": "map", "room": "shed"})))
+    put = call("put", thing="map", room="shed")
+    assert reward_of(MAP_TO_SHED, broken, call("open", room="shed"), put, IN_SHED) == 1.0
 
 
 @pytest.mark.heavy
@@ -120,8 +146,10 @@ def test_mended_programs_earn_the_whole_reward_and_short_cuts_a_third():
 def test_no_task_is_in_two_parts():
     """Finds held-out tasks that were trained on, for any pair of seeds."""
     requests = {
-        part: {(thing, box is None) for seed in (0, 1) for row in errands.tasks(seed, part, 300)
-               for thing, box in row["requests"]}
+        part: {
+            (kind, thing, goal or row["rooms"][thing])
+            for seed in (0, 1) for row in errands.tasks(seed, part, 300) for kind, thing, goal in row["requests"]
+        }
         for part in errands.SHARES
     }  # fmt: skip
     programs = {
@@ -135,13 +163,13 @@ def test_no_task_is_in_two_parts():
 
 def test_files_hold_the_conversations(tmp_path: Path):
     """Finds rows that a reader of conversations takes for others, such as without their tools."""
-    errands.write(tmp_path / "errands", 5, {"solved": 3, "train": 4, "held_out": 2})
-    repairs.write(tmp_path / "repairs", 5, {"solved": 3, "train": 4, "held_out": 2})
-    expected = {
-        "errands": [errands.solved(task) for task in errands.tasks(5, "solved", 3)],
-        "repairs": repairs.conversations(5, 3),
-    }
+    sizes = {"train": 4, "held_out": 2}
+    errands.write(tmp_path / "errands", 5, {"examples": 3, **sizes})
+    repairs.write(tmp_path / "repairs", 5, {"solved": 3, **sizes})
+    expected = {"errands/examples": errands.examples(5, 3), "repairs/solved": repairs.conversations(5, 3)}
     for name, conversations in expected.items():
-        lines = {part: (tmp_path / name / f"{part}.jsonl").read_text().splitlines() for part in errands.SIZES}
-        assert [read_row(json.loads(line)) for line in lines["solved"]] == conversations
-        assert [len(rows) for rows in lines.values()] == [3, 4, 2]
+        lines = (tmp_path / f"{name}.jsonl").read_text().splitlines()
+        assert [read_row(json.loads(line)) for line in lines] == conversations
+    for folder in ("errands", "repairs"):
+        for part, size in sizes.items():
+            assert len((tmp_path / folder / f"{part}.jsonl").read_text().splitlines()) == size

@@ -19,7 +19,7 @@ from dist_lm.config.cluster import ParallelConfig
 from dist_lm.config.corpus import TokenizerConfig
 from dist_lm.config.model import ModelConfig
 from dist_lm.data.batch import Batch
-from dist_lm.demo import repairs
+from dist_lm.demo import errands, repairs
 from dist_lm.environments.host import Host
 from dist_lm.environments.protocol import Limits, Task
 from dist_lm.generation.engine import Engine
@@ -75,11 +75,27 @@ class Course:
     lr: float
 
 
+def errand_tasks(seed: int, part: Any) -> list[Task]:
+    rows = errands.tasks(seed, part, errands.SIZES[part])
+    return [Task.of(f"{part} {number}", row) for number, row in enumerate(rows)]
+
+
 def repair_tasks(seed: int, part: Any) -> list[Task]:
     made = repairs.tasks(seed, part, repairs.SIZES[part])
     return [Task.of(f"{part} {number}", repair.fields) for number, repair in enumerate(made)]
 
 
+ERRANDS = Course(
+    "dist_lm.demo.errands:Errands",
+    errand_tasks,
+    lambda seed: errands.examples(seed, errands.SIZES["examples"]),
+    vocabulary=900,
+    context=320,
+    limits=Limits(turns=6, tokens=240),
+    loss=0.5,
+    iterations=20,
+    lr=8e-4,
+)
 REPAIRS = Course(
     "code_repair",
     repair_tasks,
