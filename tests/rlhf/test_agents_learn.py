@@ -1,4 +1,4 @@
-"""GRPO over several turns: an agent repairs more programs that no training has seen."""
+"""GRPO over several turns: an agent repairs more programs and serves more errands that no training has seen."""
 
 import os
 import shutil
@@ -66,7 +66,7 @@ class Course:
 
     environment: str
     tasks: Callable[[int, Any], Sequence[Task]]  # (seed, part) -> the tasks of a part
-    conversations: Callable[[int], Sequence[Conversation]]  # seed -> conversations of solved tasks
+    conversations: Callable[[int], Sequence[Conversation]]  # seed -> conversations to begin with
     vocabulary: int  # pieces of the tokenizer
     context: int  # tokens of the longest conversation
     limits: Limits
@@ -91,10 +91,10 @@ ERRANDS = Course(
     lambda seed: errands.examples(seed, errands.SIZES["examples"]),
     vocabulary=900,
     context=320,
-    limits=Limits(turns=6, tokens=240),
-    loss=0.5,
-    iterations=20,
-    lr=8e-4,
+    limits=Limits(turns=6, tokens=300),
+    loss=0.13,
+    iterations=16,
+    lr=4e-4,  # at 8e-4 the second iteration loses what supervised training taught: 0.47 -> 0.09
 )
 REPAIRS = Course(
     "code_repair",
@@ -234,5 +234,13 @@ def learn(course: Course, seed: int, folder: Path) -> tuple[float, float]:
 def test_an_agent_repairs_a_fifth_more_programs(seed: int, tmp_path: Path):
     """Finds output of tests that does not reach the model, or second turns that are not learned."""
     before, after = learn(REPAIRS, seed, tmp_path)
+    assert before > 0.02
+    assert after - before >= 0.2
+
+
+@pytest.mark.parametrize("seed", [0, 1, 2])
+def test_an_agent_with_tools_serves_a_fifth_more_errands(seed: int, tmp_path: Path):
+    """Finds results of tools that do not reach the model, or turns after an error that are not learned."""
+    before, after = learn(ERRANDS, seed, tmp_path)
     assert before > 0.02
     assert after - before >= 0.2
