@@ -35,7 +35,7 @@ SHARES: Mapping[Part, int] = {"examples": 8, "train": 6, "held_out": 2}  # share
 SIZES: Mapping[Part, int] = {"examples": 4000, "train": 1000, "held_out": 128}  # numbers of tasks
 THINGS = ("lamp", "rope", "vase", "drum", "coat", "bell", "map", "kite", "jar", "fan", "mug", "key")
 ROOMS = ("attic", "cellar", "garage", "kitchen", "study", "hall", "porch", "shed")
-NUM_THINGS, NUM_REQUESTS = 3, 1  # in a task
+NUM_THINGS = 3  # in a task
 LOCKED = 0.5  # share of rooms that are locked
 HASTE = 0.45  # share of due calls in whose place the clerk of the examples answers
 TEXT: Json = {"type": "string"}
@@ -78,12 +78,13 @@ class House:
 
     def execute(self, call: Call) -> Json:
         """Returns the result of a call that fits its tool."""
-        thing, room = call.arguments.get("thing"), call.arguments.get("room")
-        if thing is not None and thing not in self.rooms:
+        arguments = call.arguments
+        if call.name != "open" and arguments["thing"] not in self.rooms:
             return {"error": "no such thing"}
         if call.name == "find":
-            return {"room": self.rooms[thing]}
+            return {"room": self.rooms[arguments["thing"]]}
 
+        room = arguments["room"]
         if room not in ROOMS:
             return {"error": "no such room"}
         if call.name == "open":
@@ -91,7 +92,7 @@ class House:
             return {"open": room}
         if room in self.locked:
             return {"error": "locked"}
-        self.rooms[thing] = room
+        self.rooms[arguments["thing"]] = room
         return {"room": room}
 
 
@@ -167,7 +168,7 @@ def triples_of(part: Part) -> list[tuple[Kind, str, str]]:
 
 
 def tasks(seed: int, part: Part, count: int) -> Iterator[dict[str, Json]]:
-    """Yields `count` tasks of a part, with as many of each kind. The first n do not depend on `count`."""
+    """Yields `count` tasks of one request of a part, the kinds in turn. The first n do not depend on `count`."""
     rng = random.Random(f"errands {seed} {part}")  # noqa: S311 no secret
     triples = triples_of(part)
 

@@ -117,6 +117,13 @@ def test_an_error_can_be_answered_by_another_call():
     assert reward_of(MAP_TO_SHED, broken, call("open", room="shed"), put, IN_SHED) == 1.0
 
 
+def test_the_reward_is_the_share_of_served_requests():
+    """Finds a second request that is judged by where things were before the first one."""
+    both = {**ROPE, "requests": [["put", "rope", "hall"], ["beside", "map", "rope"], ["where", "map", None]]}
+    put, answer = call("put", thing="rope", room="hall"), Action("The rope is in the hall.")
+    assert reward_of(both, put, answer, IN_ATTIC, Action("The map is in the hall.")) == pytest.approx(2 / 3)
+
+
 @pytest.mark.heavy
 @pytest.mark.skipif(shutil.which("bwrap") is None, reason="needs bubblewrap")
 def test_mended_programs_earn_the_whole_reward_and_short_cuts_a_third():
@@ -163,13 +170,12 @@ def test_no_task_is_in_two_parts():
 
 def test_files_hold_the_conversations(tmp_path: Path):
     """Finds rows that a reader of conversations takes for others, such as without their tools."""
-    sizes = {"train": 4, "held_out": 2}
-    errands.write(tmp_path / "errands", 5, {"examples": 3, **sizes})
-    repairs.write(tmp_path / "repairs", 5, {"solved": 3, **sizes})
+    errands.write(tmp_path / "errands", 5, {"examples": 3, "train": 4, "held_out": 2})
+    repairs.write(tmp_path / "repairs", 5, {"solved": 3, "train": 4, "held_out": 2})
     expected = {"errands/examples": errands.examples(5, 3), "repairs/solved": repairs.conversations(5, 3)}
     for name, conversations in expected.items():
         lines = (tmp_path / f"{name}.jsonl").read_text().splitlines()
         assert [read_row(json.loads(line)) for line in lines] == conversations
     for folder in ("errands", "repairs"):
-        for part, size in sizes.items():
+        for part, size in (("train", 4), ("held_out", 2)):
             assert len((tmp_path / folder / f"{part}.jsonl").read_text().splitlines()) == size
