@@ -9,9 +9,9 @@ thing and goal is in one part only, for every seed.
 
 The user asks where a thing is, or wants it in a room, or beside another thing. The tool `find` knows the room of a
 thing, `put` brings a thing into a room and fails if the room is locked, `open` opens a room. An answer names the room
-in which the thing is then. The clerk of the examples is hasty: often it answers before it has made a call that the
-request needs, and the answer is a guess or a false promise. The reward is the share of requests that are served, so it
-teaches what the examples do not: to look, to act, and to go on after an error.
+in which the thing is then. The assistant of the examples is hasty on purpose: often it answers before it has made a
+call that the request needs, and the answer is a guess or a false promise. The reward is the share of requests that are
+served, so it teaches patience: to look, to act, and to go on after an error.
 """
 
 import argparse
@@ -37,7 +37,7 @@ THINGS = ("lamp", "rope", "vase", "drum", "coat", "bell", "map", "kite", "jar", 
 ROOMS = ("attic", "cellar", "garage", "kitchen", "study", "hall", "porch", "shed")
 NUM_THINGS = 3  # in a task
 LOCKED = 0.5  # share of rooms that are locked
-HASTE = 0.45  # share of due calls in whose place the clerk of the examples answers
+HASTE = 0.45  # share of due calls in whose place the assistant of the examples answers
 TEXT: Json = {"type": "string"}
 TOOLS = (
     Tool("find", "Room of a thing.", {"type": "object", "properties": {"thing": TEXT}}),
@@ -59,6 +59,7 @@ class Request:
 
     @property
     def text(self) -> str:
+        """The request in the user's words."""
         if self.kind == "where":
             return f"Where is the {self.thing}?"
         return f"Put the {self.thing} {'into' if self.kind == 'put' else 'beside'} the {self.goal}."
@@ -142,6 +143,7 @@ class Errands:
 
 
 def answer_text(thing: str, room: str) -> str:
+    """Returns the one answer that counts, for each kind of request."""
     return f"The {thing} is in the {room}."
 
 
@@ -194,10 +196,10 @@ def tasks(seed: int, part: Part, count: int) -> Iterator[dict[str, Json]]:
 
 
 def conversation(task: Mapping[str, Any], haste: float = 0.0, seed: str = "") -> Conversation:
-    """Returns a conversation about a task, which it serves without detours unless the clerk is hasty.
+    """Returns a conversation about a task, which it serves without detours unless the assistant is hasty.
 
     Args:
-        haste: probability that the clerk answers in place of a call; then it guesses a room that it does not know.
+        haste: probability that the assistant answers in place of a call; then it guesses a room that it does not know.
         seed: of these decisions.
     """
     rng = random.Random(f"haste {seed}")  # noqa: S311 no secret
@@ -230,7 +232,7 @@ def calls_of(request: Request, house: House) -> list[Call]:
 
 
 def examples(seed: int, count: int) -> list[Conversation]:
-    """Returns the conversations of a hasty clerk about `count` tasks of the part `examples`."""
+    """Returns the conversations of a hasty assistant about `count` tasks of the part `examples`."""
     return [conversation(task, HASTE, f"{seed} {number}") for number, task in enumerate(tasks(seed, "examples", count))]
 
 

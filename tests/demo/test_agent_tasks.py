@@ -79,7 +79,7 @@ def test_errands_without_haste_earn_the_whole_reward():
     asyncio.run(play())
 
 
-def test_a_hasty_clerk_serves_some_requests_of_each_kind():
+def test_a_hasty_assistant_serves_some_requests_of_each_kind():
     """Finds examples that teach all that the reward asks for, or nothing of it."""
     rewards: dict[str, list[float]] = {kind: [] for kind in errands.KINDS}
     rows = list(errands.tasks(5, "examples", 300))
