@@ -346,10 +346,10 @@ class CorpusConfig:
         require(self.shard_tokens > 0, "corpus.shard_tokens", self.shard_tokens, ">= 1")
         require(self.build in BUILDS, "corpus.build", self.build, " | ".join(BUILDS))
         require(
-            not self.shuffle_in_tasks or self.build == "tasks",
+            not self.shuffle_in_tasks or self.build == TASKS,
             "corpus.shuffle_in_tasks",
             self.shuffle_in_tasks,
-            "false with corpus.build=serial: set corpus.build=tasks",
+            f"false with corpus.build={self.build}: set corpus.build={TASKS}",
         )
         require(
             self.build == TASKS or self.cleaning.near_duplicates_by == DOCUMENT,

@@ -34,6 +34,7 @@ from dist_lm.environments.protocol import (
     Task,
     Verdict,
 )
+from dist_lm.environments.source import Environments
 from dist_lm.environments.user_process import MARK
 from dist_lm.errors import UserError
 from dist_lm.storage import process as processes
@@ -194,7 +195,7 @@ class ProgramEnvironment:
         return EnvironmentFailedError(reason, f"the program ended with code {code} ({last_line})")
 
 
-class ProgramEnvironments:
+class ProgramEnvironments(Environments):
     """The programs of all conversations, and the endpoint that they speak to.
 
     Args:
@@ -210,13 +211,6 @@ class ProgramEnvironments:
         self._endpoint: Endpoint | None = None
         # Imports take a second of a core, and all conversations begin together: they would exceed their seconds.
         self._starts = asyncio.Semaphore(STARTS_A_CORE * processes.cores())
-
-    @property
-    def sandboxes_again(self) -> int:
-        return 0  # these environments have no sandbox of ours
-
-    def seconds_again(self, environment: Any) -> float:
-        return 0.0
 
     async def open(self) -> None:
         """Opens the endpoint.

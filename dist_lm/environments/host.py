@@ -23,7 +23,7 @@ from collections.abc import Awaitable, Callable
 from contextlib import AbstractAsyncContextManager, nullcontext
 from dataclasses import replace
 from types import TracebackType
-from typing import Any, Protocol, Self, TypeVar
+from typing import Any, Self, TypeVar
 
 from dist_lm.environments.own import OwnEnvironments, own_names
 from dist_lm.environments.program_command import PROGRAM
@@ -42,6 +42,7 @@ from dist_lm.environments.protocol import (
 )
 from dist_lm.environments.sandboxes import OWN_SLACK_S, again_seconds
 from dist_lm.environments.served import failure_in
+from dist_lm.environments.source import Environments
 from dist_lm.environments.user_process import UserEnvironments
 from dist_lm.environments.values import checked_observation, checked_step, step_value
 from dist_lm.errors import ConfigError, did_you_mean
@@ -49,27 +50,6 @@ from dist_lm.errors import ConfigError, did_you_mean
 log = logging.getLogger(__name__)
 Returned = TypeVar("Returned")
 DEFAULT_LIMITS = Limits()
-
-
-class Environments(Protocol):
-    """Source of the environments of conversations."""
-
-    @property
-    def sandboxes_again(self) -> int:
-        """Conversations whose sandbox ended and has executed their code again."""
-        ...
-
-    def seconds_again(self, environment: Any) -> float:
-        """Returns how long the sandbox of a conversation has executed its code again."""
-        ...
-
-    async def open(self) -> None: ...
-
-    async def take(self) -> Environment: ...
-
-    async def give_back(self, environment: Any, is_usable: bool) -> None: ...
-
-    async def close(self) -> None: ...
 
 
 class Host:

@@ -9,6 +9,7 @@ from dist_lm.environments.code_repair import CodeRepair
 from dist_lm.environments.protocol import Environment, Limits
 from dist_lm.environments.sandboxes import SharedSandboxes
 from dist_lm.environments.sessions import BashSession, PythonSession, SandboxSession
+from dist_lm.environments.source import Environments
 from dist_lm.environments.sql import HiddenDatabase
 from dist_lm.environments.tools import GeneratedTools
 from dist_lm.storage.process import cores
@@ -28,7 +29,7 @@ def own_names() -> list[str]:
     return [*OWN]
 
 
-class OwnEnvironments:
+class OwnEnvironments(Environments):
     """Makes the environments of one name. They run in this process; the code of the model runs in sandboxes."""
 
     def __init__(self, name: str, limits: Limits, workers: int, trust_me: bool) -> None:

@@ -26,6 +26,7 @@ from dist_lm.environments.protocol import (
     Step,
     Task,
 )
+from dist_lm.environments.source import Environments
 from dist_lm.environments.values import action_value, failure_of, observation_of, step_of, task_value
 from dist_lm.errors import UserError
 from dist_lm.storage import process as processes
@@ -192,7 +193,7 @@ class EnvironmentProcess:
         await asyncio.to_thread(processes.end, lambda: processes.marked(self._mark, MARK), grace_s=0.0)
 
 
-class UserEnvironments:
+class UserEnvironments(Environments):
     """The processes of a user's class, as many as there are conversations at once.
 
     Args:
@@ -203,13 +204,6 @@ class UserEnvironments:
         self._name, self._limits = name, limits
         self._idle: list[EnvironmentProcess] = []
         self._all: set[EnvironmentProcess] = set()
-
-    @property
-    def sandboxes_again(self) -> int:
-        return 0  # these environments have no sandbox of ours
-
-    def seconds_again(self, environment: Any) -> float:
-        return 0.0
 
     async def open(self) -> None:
         """Starts one process, so that a mistake of the user shows before anything else.

@@ -63,6 +63,21 @@ def finished(started_work: WorkDirectory, tmp_path_factory: pytest.TempPathFacto
     return run
 
 
+def assert_a_function_of_its_schedule(run: RunDirectory, iterations: int, tmp_path: Path) -> None:
+    """A replay of the schedule that a run has recorded gives its numbers, and so does one without actors."""
+    lines = replayed(run)
+    assert len(lines) == iterations
+    assert all(line["equal"] and line["weights"] and line["largest_gap"] == 0 for line in lines), lines
+
+    again = copy_of(run, tmp_path, until=0)
+    config = again.config.read_text()
+    without_actors = re.sub(r"(?m)^(    actors): 1$", r"\1: 0", config)
+    again.config.write_text(without_actors.replace("controller: process", "controller: rank"))
+    assert again.config.read_text() != config
+    train(again, ranks=1)
+    assert numbers(again) == numbers(run)
+
+
 def replayed(run: RunDirectory, *options: str) -> list[dict[str, Any]]:
     result = CliRunner().invoke(app, ["replay", str(run.path), "--json", *options])
     assert not isinstance(result.exception, Exception), result.exception
@@ -149,17 +164,7 @@ def test_a_run_with_actors_is_a_function_of_its_schedule_wherever_it_was_killed(
         killed(process, run, [(3 * kill + 1, kinds[kill % 3]) for kill in range(kills)])
         assert controllers_of(run) == []
 
-    lines = replayed(run)
-    assert len(lines) == 4 * kills
-    assert all(line["equal"] and line["weights"] and line["largest_gap"] == 0 for line in lines), lines
-
-    again = copy_of(run, tmp_path, until=0)
-    config = again.config.read_text()
-    without_actors = re.sub(r"(?m)^(    actors): 1$", r"\1: 0", config)
-    again.config.write_text(without_actors.replace("controller: process", "controller: rank"))
-    assert again.config.read_text() != config
-    train(again, ranks=1)
-    assert numbers(again) == numbers(run)
+    assert_a_function_of_its_schedule(run, 4 * kills, tmp_path)
 
 
 def test_what_the_record_lacks_is_named(finished, tmp_path):

@@ -2,7 +2,6 @@
 
 import os
 import random
-import re
 import signal
 import subprocess
 import sys
@@ -18,7 +17,7 @@ from dist_lm.storage.run_directory import RunDirectory
 from dist_lm.tracking.metrics import read_metrics
 from tests.cluster.launched import assert_gone, family, ranks_on, steps_of, wait_until
 from tests.cluster.test_asynchronous_run import SETTINGS as ASYNCHRONOUS
-from tests.cluster.test_asynchronous_run import copy_of, replayed
+from tests.cluster.test_asynchronous_run import assert_a_function_of_its_schedule
 from tests.cluster.test_controller_run import assert_equal_runs, controllers_of
 from tests.cluster.test_environment_run import overrides_of, prepared, started_work
 from tests.cluster.test_rlhf_run import actors_of
@@ -167,15 +166,5 @@ def test_kills_of_everything_leave_a_schedule_that_gives_the_run_again(controlle
     run = started_work.run("rlhf", run_id)
     kill_in_order(command, run, order_of(controller, kills, seed=13))
 
-    lines = replayed(run)
-    assert len(lines) == iterations
-    assert all(line["equal"] and line["weights"] and line["largest_gap"] == 0 for line in lines), lines
+    assert_a_function_of_its_schedule(run, iterations, tmp_path)
     assert held_again(run) > 0
-
-    again = copy_of(run, tmp_path, until=0)
-    config = again.config.read_text()
-    without_actors = re.sub(r"(?m)^(    actors): 1$", r"\1: 0", config)
-    again.config.write_text(without_actors.replace("controller: process", "controller: rank"))
-    assert again.config.read_text() != config
-    train(again, ranks=1)
-    assert numbers(again) == numbers(run)

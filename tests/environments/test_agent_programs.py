@@ -24,6 +24,7 @@ from dist_lm.environments.program_command import files_of, program_of
 from dist_lm.environments.protocol import Action, EnvironmentFailedError, Limits, Observation, Step, Task, Verdict
 from dist_lm.errors import ConfigError, UserError
 from dist_lm.storage.process import cores, marked
+from tests.environments.playing import played
 from tests.patience import patient
 
 ROOT = Path(__file__).parents[2]
@@ -53,15 +54,6 @@ GOOD = ("good", "rewards_twice", "asks_for_what_is_not_there", "sends_garbage", 
 USER, AGAIN = {"role": "user", "content": "Go."}, {"role": "user", "content": "Again."}
 LOOK = {"name": "look", "description": "Looks.", "parameters": {"type": "object", "properties": {}}}
 TOOLS = [{"type": "function", "function": LOOK}]
-
-
-async def played(host: Host, how: str) -> Step:
-    """Plays a conversation to its end, with `go` as every turn of the model."""
-    episode = host.episode(Task.of(how, {"how": how}))
-    step = await episode.reset()
-    while not step.done:
-        step = await episode.step(Action("go"))
-    return step
 
 
 @pytest.mark.heavy

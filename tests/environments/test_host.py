@@ -26,19 +26,11 @@ from dist_lm.errors import UserError
 from dist_lm.storage.process import marked
 from tests.descriptors import SELECTABLE, thousand_descriptors
 from tests.environments.hostile import EXPECTED
+from tests.environments.playing import played
 from tests.patience import patient
 
 NAME = f"{Path(__file__).with_name('hostile.py')}:Environment"
 GOOD = ("good", "forks", "leaves_a_process")
-
-
-async def played(host: Host, how: str) -> Step:
-    """Plays a conversation to its end, with `go` as every turn of the model."""
-    episode = host.episode(Task.of(how, {"how": how}))
-    step = await episode.reset()
-    while not step.done:
-        step = await episode.step(Action("go"))
-    return step
 
 
 @pytest.mark.heavy

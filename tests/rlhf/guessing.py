@@ -7,7 +7,10 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+import pytest
+
 from dist_lm.chat.messages import Message, Tool
+from dist_lm.chat.template import stop_tokens
 from dist_lm.config.model import ModelConfig
 from dist_lm.environments.protocol import Action, Limits, Observation, Step, Task, Verdict
 from dist_lm.generation.engine import Engine
@@ -157,3 +160,10 @@ def fail_after_an_answer(run: Toy) -> None:
         raise RuntimeError("no engine")
 
     source.results = results
+
+
+def end_turns_early(tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Lets a model without training end its turns: one token in six does."""
+    ends = (*stop_tokens(tokenizer), *range(5, tokenizer.vocab_size, 6))
+    for module in ("environment_rollouts", "transcript"):
+        monkeypatch.setattr(f"dist_lm.rlhf.{module}.stop_tokens", lambda tokenizer: ends)

@@ -9,7 +9,6 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from dist_lm.chat.template import stop_tokens
 from dist_lm.environments.protocol import Limits
 from dist_lm.generation.call_grammar import ToolChoice, call_constraint
 from dist_lm.rlhf.rewards import RewardError
@@ -17,7 +16,16 @@ from dist_lm.rlhf.rollouts import ShuffledPrompts
 from dist_lm.storage.run_directory import WorkDirectory
 from dist_lm.tokenizer.tokenizer import Tokenizer
 from tests.patience import patient
-from tests.rlhf.guessing import GUESS, TASKS, GameHost, KilledError, config_of, fail_after_an_answer, game
+from tests.rlhf.guessing import (
+    GUESS,
+    TASKS,
+    GameHost,
+    KilledError,
+    config_of,
+    end_turns_early,
+    fail_after_an_answer,
+    game,
+)
 from tests.rlhf.toy import assert_ends_alike, run_from, saving
 
 REQUIRED = ToolChoice("required")
@@ -30,10 +38,7 @@ def tokenizer(tiny_work: WorkDirectory) -> Tokenizer:
 
 @pytest.fixture(autouse=True)
 def short_turns(tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Lets a model without training end its turns: one token in six does."""
-    ends = (*stop_tokens(tokenizer), *range(5, tokenizer.vocab_size, 6))
-    for module in ("environment_rollouts", "transcript"):
-        monkeypatch.setattr(f"dist_lm.rlhf.{module}.stop_tokens", lambda tokenizer: ends)
+    end_turns_early(tokenizer, monkeypatch)
 
 
 @pytest.fixture

@@ -9,7 +9,6 @@ from pathlib import Path
 import pytest
 import torch
 
-from dist_lm.chat.template import stop_tokens
 from dist_lm.environments.host import Host
 from dist_lm.environments.protocol import Limits
 from dist_lm.generation.call_grammar import ToolChoice, call_constraint
@@ -17,7 +16,7 @@ from dist_lm.rlhf.episodes import Episode, read_episodes
 from dist_lm.storage.run_directory import WorkDirectory
 from dist_lm.tokenizer.tokenizer import Tokenizer
 from tests.patience import patient
-from tests.rlhf.guessing import config_of, game
+from tests.rlhf.guessing import config_of, end_turns_early, game
 from tests.rlhf.toy import Toy, tensors_of
 
 pytestmark = [pytest.mark.heavy, pytest.mark.usefixtures("one_rank")]
@@ -33,10 +32,7 @@ def tokenizer(tiny_work: WorkDirectory) -> Tokenizer:
 
 @pytest.fixture(autouse=True)
 def short_turns(tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Lets a model without training end its turns: one token in six does."""
-    ends = (*stop_tokens(tokenizer), *range(5, tokenizer.vocab_size, 6))
-    for module in ("environment_rollouts", "transcript"):
-        monkeypatch.setattr(f"dist_lm.rlhf.{module}.stop_tokens", lambda tokenizer: ends)
+    end_turns_early(tokenizer, monkeypatch)
 
 
 CALLER = """
