@@ -38,14 +38,19 @@ ROOMS = ("attic", "cellar", "garage", "kitchen", "study", "hall", "porch", "shed
 NUM_THINGS = 3  # in a task
 LOCKED = 0.5  # share of rooms that are locked
 HASTE = 0.45  # share of due calls in whose place the assistant of the examples answers
-TEXT: Json = {"type": "string"}
+
+
+def _tool(name: str, description: str, *texts: str) -> Tool:
+    """Returns a tool whose arguments are these texts, all of them required."""
+    fields: dict[str, Json] = {text: {"type": "string"} for text in texts}
+    return Tool(name, description, {"type": "object", "properties": fields, "required": [*texts]})
+
+
 TOOLS = (
-    Tool("find", "Room of a thing.", {"type": "object", "properties": {"thing": TEXT}}),
-    Tool("put", "Puts a thing into a room.", {"type": "object", "properties": {"thing": TEXT, "room": TEXT}}),
-    Tool("open", "Opens a room.", {"type": "object", "properties": {"room": TEXT}}),
+    _tool("find", "Room of a thing.", "thing"),
+    _tool("put", "Puts a thing into a room.", "thing", "room"),
+    _tool("open", "Opens a room.", "room"),
 )
-for tool in TOOLS:
-    tool.parameters["required"] = [*tool.parameters["properties"]]
 LIMITS = Limits()
 
 
