@@ -170,6 +170,7 @@ class _Outage:
     """Knows since when a server has sent nothing; shared by the threads of a process."""
 
     def __init__(self) -> None:
+        self.is_given_up = threading.Event()  # nobody waits for the server any more
         self._lock = threading.Lock()
         self._has_sent = False
         self._began: float | None = None  # time of the first request that failed
@@ -192,7 +193,7 @@ class _Outage:
             if self._began is None:
                 self._began = now
             most_s = OUTAGE_S if self._has_sent else START_S
-            if now - self._began >= most_s:
+            if now - self._began >= most_s or self.is_given_up.is_set():
                 return False
 
             if now - self._said >= SAY_EVERY_S:
@@ -231,6 +232,10 @@ class RemoteTars:
         """Whether the server of the tars fails now and is asked again."""
         return self._outage.is_now
 
+    def stop_waiting(self) -> None:
+        """Ends the patience with a server that fails, now and later: its next error is raised."""
+        self._outage.is_given_up.set()
+
     def read(self, tar: int, offset: int, size: int) -> bytes:
         """Returns `size` bytes of a tar from `offset`. Waits while the server fails, at most `OUTAGE_S`.
 
@@ -268,10 +273,27 @@ class RemoteTars:
 
     def _add(self, tar: int, piece: int) -> None:
         begin, size = self._extent(tar, piece)
-        self._cache.add(self._name(tar, piece), size, lambda: self._fetch(tar, begin, size))
+        self._cache.add(self._name(tar, piece), size, lambda: self._fetch_once(tar, begin, size))
+
+    def _fetch_once(self, tar: int, begin: int, size: int) -> bytes:
+        content = self._folder.part(self._names[tar], self._identities[tar], begin, size)
+        self._outage.end()
+        return content
 
     def _fetch(self, tar: int, begin: int, size: int) -> bytes:
-        from tenacity import RetryCallState, Retrying, retry_if_exception_type, wait_random_exponential
+        """Fetches a piece, and waits while the server fails.
+
+        Raises:
+            UnreachableError: it has failed for too long.
+            ArtefactError: as `RemoteFolder.part`.
+        """
+        from tenacity import (
+            RetryCallState,
+            Retrying,
+            retry_if_exception_type,
+            sleep_using_event,
+            wait_random_exponential,
+        )
 
         def is_over(state: RetryCallState) -> bool:
             error = state.outcome and state.outcome.exception()
@@ -283,11 +305,10 @@ class RemoteTars:
             stop=is_over,
             wait=wait_random_exponential(multiplier=FIRST_WAIT_S, max=LONGEST_WAIT_S),
             retry=retry_if_exception_type(UnreachableError),
+            sleep=sleep_using_event(self._outage.is_given_up),
             reraise=True,
         )
-        content = retrying(self._folder.part, self._names[tar], self._identities[tar], begin, size)
-        self._outage.end()
-        return content
+        return retrying(self._fetch_once, tar, begin, size)
 
     def _pieces(self, tar: int, offset: int, size: int) -> range:
         end = offset + size

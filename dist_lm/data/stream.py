@@ -211,6 +211,8 @@ class SequenceStream(StepStream):
 
     def close(self) -> None:
         """Ends the thread as `StepStream.close` does, and drops requests that were not sent yet."""
+        for sequences in self.corpora:
+            sequences.corpus.stop_waiting()
         super().close()
         if self._fetches:
             self._fetches.shutdown(wait=False, cancel_futures=True)

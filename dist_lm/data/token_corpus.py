@@ -249,6 +249,10 @@ class TokenCorpus:
         """Whether the server of an attached corpus fails now and is asked again."""
         return self._tars.waits_for_store
 
+    def stop_waiting(self) -> None:
+        """Ends the patience with the server of an attached corpus, so that a run can end while it fails."""
+        self._tars.stop_waiting()
+
     def read_ahead(self, slices: Sequence[DocumentSlice], pool: Executor) -> None:
         """Has a pool fetch what `tokens_of` and `mask` will read of some slices; only for a remote corpus.
 
@@ -506,6 +510,9 @@ class _Tars:
     """Reads tars by number. At most `OPEN_TARS` are open, those that were read last."""
 
     waits_for_store = False  # as of `RemoteTars`
+
+    def stop_waiting(self) -> None:
+        """Does nothing, as nothing waits."""
 
     def __init__(self, paths: Sequence[Path]) -> None:
         self.paths = paths

@@ -241,6 +241,16 @@ def test_a_run_waits_while_the_server_is_away(
     assert signs[:3] == [503] * 3
     assert sum("asked again" in record.getMessage() for record in caplog.records) == 1
 
+    # A run that ends meanwhile waits no longer: the test would take `OUTAGE_S`.
+    with SequenceStream(TokenCorpus.open(attached, "train"), **SETTINGS) as stream:
+        next(stream)
+        served.fails = 503
+        for piece in (local.parent / "cache").glob("*-*"):
+            piece.unlink(missing_ok=True)
+        while stream._steps[-1].done():
+            next(stream)
+    served.fails = 0
+
     # It does not wait for ever, neither in a run nor at its start.
     for most in ("OUTAGE_S", "START_S"):
         monkeypatch.setattr(remote_corpus, most, 0.01)
