@@ -4,6 +4,7 @@ import asyncio
 import os
 import shutil
 import signal
+import time
 from collections import Counter
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -191,7 +192,8 @@ def sandbox_of(episode: Episode) -> Sandbox:
 
 
 def killing(place: int) -> Callable[[Episode], None]:
-    """Returns a function that kills one of the processes of a session in Python.
+    """Returns a function that kills one of the processes of a session in Python, and waits until those below it have
+    ended: one that is still there could answer the next turn.
 
     Args:
         place: from the last one: -1 the interpreter, -2 the first process of the session, -3 the server inside.
@@ -200,9 +202,22 @@ def killing(place: int) -> Callable[[Episode], None]:
     def kill(episode: Episode) -> None:
         server = sandbox_of(episode)._server
         assert server
-        psutil.Process(server._process.pid).children(recursive=True)[place].kill()
+        processes = psutil.Process(server._process.pid).children(recursive=True)[place:]
+        processes[0].kill()
+        deadline = time.monotonic() + patient(30.0)
+        while any(map(is_alive, processes)):
+            assert time.monotonic() < deadline, f"still there: {processes}"
+            time.sleep(0.01)
 
     return kill
+
+
+def is_alive(process: psutil.Process) -> bool:
+    # Whoever started it may not have read its end yet.
+    try:
+        return process.status() != psutil.STATUS_ZOMBIE
+    except psutil.NoSuchProcess:
+        return False
 
 
 WORK = (call("python", code="import random\nx = random.random()\nx"), call("python", code="x + 1"), Action("4"))
