@@ -31,23 +31,17 @@ from dist_lm.data.build_decisions import (
     sorted_keys,
     source_of,
 )
+from dist_lm.data.build_folder import RUN, Build, is_copy, read_survey, write_parts
+from dist_lm.data.build_near_duplicates import PAIRS, SEARCHED, write_searches
 from dist_lm.data.build_plan import TASK_BYTES, BuildTask, plan_source
 from dist_lm.data.build_tasks import (
-    PAIRS,
     REJECTED_ROWS,
-    RUN,
-    SEARCHED,
-    Build,
     Val,
     fates,
-    is_copy,
     merge_comparison,
-    read_survey,
     read_val,
     read_written,
-    write_parts,
     write_rule,
-    write_searches,
     write_val,
 )
 from dist_lm.data.earlier import EarlierCorpora, has_placeholder

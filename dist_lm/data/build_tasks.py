@@ -13,21 +13,17 @@ tasks of it. So tasks of a pass run anywhere and in any order, and a task that w
 """
 
 import hashlib
-import itertools
 import json
-from array import array
-from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from collections.abc import Sequence
+from contextlib import ExitStack
 from dataclasses import asdict, dataclass, field
-from functools import cached_property, lru_cache, partial
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import zstandard
 
-from dist_lm.config.corpus import REPOSITORY, SPLITS, CleaningConfig, CorpusConfig
+from dist_lm.config.corpus import SPLITS
 from dist_lm.data.benchmarks import Benchmarks
 from dist_lm.data.build_decisions import (
     BENCHMARK,
@@ -37,26 +33,50 @@ from dist_lm.data.build_decisions import (
     TRAIN,
     VAL,
     Rule,
-    Screening,
     SourceLimit,
     Survey,
     candidates_of,
     compare,
     fates_of,
-    same_documents,
-    screenings,
     source_of,
     survey,
+)
+from dist_lm.data.build_folder import (
+    ARRAYS,
+    BAND_RUN,
+    COPIES,
+    PRECEDENCES,
+    RUN,
+    UNITS,
+    Build,
+    class_of,
+    compressed,
+    decompressed,
+    is_copy,
+    named,
+    opened,
+    parts_of,
+    precedences_of,
+    read_again,
+    read_survey,
+    save_places,
+    write_survey,
+)
+from dist_lm.data.build_near_duplicates import (
+    is_near_copy,
+    neighbours_of_part,
+    resembled_sources,
+    search_texts,
+    without_near_copies,
+    write_windows,
 )
 from dist_lm.data.build_plan import BuildTask
 from dist_lm.data.containment import Evidence, HeldOutIndex
 from dist_lm.data.ingest import cleaned
-from dist_lm.data.inputs import Input, Inputs
 from dist_lm.data.manifest import Recipe, Shard, shard_name
-from dist_lm.data.near_duplicate_groups import band_records, neighbours
-from dist_lm.data.near_duplicates import BANDS, band_hashes, common_bands, search, text_windows
-from dist_lm.data.precedence import is_by_rule, order_of_precedence
-from dist_lm.data.screening import IngestReport, RowErrors, note_dropped, source_name
+from dist_lm.data.near_duplicate_groups import band_records
+from dist_lm.data.precedence import order_of_precedence
+from dist_lm.data.screening import IngestReport, note_dropped
 from dist_lm.data.shard_writer import SplitWriter
 from dist_lm.data.sorted_runs import (
     among_runs,
@@ -67,146 +87,13 @@ from dist_lm.data.sorted_runs import (
     with_equal_keys,
     write_run,
 )
-from dist_lm.data.sources.reader import Rejected
 from dist_lm.data.task_results import is_finished, writing
-from dist_lm.document import Document, TokenizedDocument
-from dist_lm.errors import ArtefactError, UserError
-from dist_lm.storage import durable
+from dist_lm.document import TokenizedDocument
 from dist_lm.tokenizer.tokenizer import Tokenizer
 
 REVISION = 6  # one more with every change to the results of tasks: those of another revision are not used
-RUN, COPIES, REPORT, REJECTED_ROWS = "keys.run", "copies.npy", "report.json", "rejected.jsonl"
-ARRAYS, BAND_RUN, PAIRS = "arrays.npz", "bands.run", "pairs.npy"
-TEXTS, ENDS, SEARCHES, WINDOWS_OF_TEXTS = "texts.npy", "ends.npy", "searches.bin", "windows.bin"
-WINDOWS_ENDS, PRECEDENCES, UNITS = "windows_ends.npy", "precedences.npy", "units.npy"
-SEARCHED = np.dtype([("number", "<u4"), ("search", "<u4")])
-"""A text that has a neighbour: its number in its task, and the number of its search."""
+REPORT, REJECTED_ROWS = "report.json", "rejected.jsonl"
 WINDOWS = "windows_"  # begins the name of an array about windows of a number of words
-
-
-@dataclass(frozen=True)
-class Build:
-    """The folder of a build, and what is read from it."""
-
-    folder: Path
-
-    @cached_property
-    def _settings(self) -> dict[str, Any]:
-        path = self.folder / "settings.json"
-        if not path.exists():
-            raise ArtefactError(f"{path} is missing: work_dir must be on a file system that all nodes share")
-        return durable.read_json(
-            path, {"config": dict, "seed": int, "tokenizer": str, "classes": list, "limited": list}
-        )
-
-    @cached_property
-    def config(self) -> CorpusConfig:
-        config = self._settings["config"]
-        return CorpusConfig(**{**config, "cleaning": CleaningConfig(**config["cleaning"])})
-
-    @property
-    def seed(self) -> int:
-        return self._settings["seed"]
-
-    @property
-    def tokenizer_model(self) -> Path:
-        return Path(self._settings["tokenizer"])
-
-    @property
-    def classes(self) -> list[tuple[str, bool]]:
-        """(corpus, whether its sources have `held_out`): copies are sought in each of these. The corpus is "" if they
-        are sought across all."""
-        return [(corpus, is_held_out) for corpus, is_held_out, _ in self._settings["classes"]]
-
-    @property
-    def n_tasks(self) -> int:
-        """The number of tasks of the plan."""
-        return sum(len(numbers) for _, _, numbers in self._settings["classes"])
-
-    def tasks_of_class(self, number: int) -> list[int]:
-        """Returns the numbers of the tasks of a class of `classes`, in their order."""
-        return self._settings["classes"][number][2]
-
-    def is_by_rule(self, number: int) -> bool:
-        """Returns whether columns of a source choose among equal and nearly equal texts of a class of `classes`."""
-        corpus = self.classes[number][0]
-        return any(is_by_rule(self.config, name) for name in ([corpus] if corpus else self.config.corpora))
-
-    @property
-    def by_repository(self) -> bool:
-        """Whether repositories are compared as a whole. Then near-duplicates are sought before copies, because a file
-        may have its only copy in a repository that leaves."""
-        return self.config.cleaning.near_duplicates_by == REPOSITORY
-
-    def task(self, number: int) -> BuildTask:
-        """Returns a task of the plan, by its number from 0.
-
-        Raises:
-            ArtefactError: its file is damaged.
-        """
-        task = durable.read_json(self.folder / "tasks" / f"{number:06d}.json")
-        return BuildTask(task["corpus"], task["source"], tuple(Input(**file) for file in task["files"]))
-
-    def listing(self, task: BuildTask) -> Inputs:
-        """Returns what `left_beside` kept of the source of a task."""
-        listings = durable.read_json(self._listing_path(task.corpus, task.source))
-        return Inputs.from_json(listings["files"])
-
-    @cached_property
-    def limited(self) -> frozenset[int]:
-        """The tasks of sources with `limit`."""
-        return frozenset(self._settings["limited"])
-
-    def result(self, pass_name: str, number: int) -> Path:
-        return self.folder / pass_name / f"{number:06d}"
-
-    def survey(self, number: int) -> Path:
-        """Returns the result that has the survey of a task."""
-        return self.result("limits" if number in self.limited else "survey", number)
-
-    def write(
-        self,
-        config: CorpusConfig,
-        seed: int,
-        tokenizer_model: Path,
-        tasks: list[BuildTask],
-        listings: Mapping[tuple[str, int], Inputs],
-    ) -> None:
-        """Writes settings and plan. Files that are there already are those of the same build, and stay."""
-        (self.folder / "tasks").mkdir(parents=True, exist_ok=True)
-        classes: dict[tuple[str, bool], list[int]] = {}
-        for number, task in enumerate(tasks):
-            classes.setdefault(class_of(config, task), []).append(number)
-            content = {"corpus": task.corpus, "source": task.source, "files": [file.to_json() for file in task.files]}
-            durable.write_sealed(self.folder / "tasks" / f"{number:06d}.json", content)
-        for (corpus, number), listing in listings.items():
-            durable.write_sealed(self._listing_path(corpus, number), {"files": listing.to_json()})
-        settings = {
-            "config": asdict(config),
-            "seed": seed,
-            "tokenizer": str(tokenizer_model.resolve()),
-            "classes": [[*key, numbers] for key, numbers in classes.items()],
-            "limited": [number for number, task in enumerate(tasks) if source_of(config, task).limit],
-        }
-        durable.write_sealed(self.folder / "settings.json", settings)
-
-    def _listing_path(self, corpus: str, source: int) -> Path:
-        return self.folder / f"listing-{corpus}-{source}.json"
-
-
-def class_of(config: CorpusConfig, task: BuildTask) -> tuple[str, bool]:
-    """Returns the class in which copies of the documents of a task are sought, as of `Build.classes`."""
-    is_held_out = source_of(config, task).held_out
-    # A text that a user holds out is compared with those of its own corpus alone.
-    if config.cleaning.across_corpora and not is_held_out:
-        return "", False
-    return task.corpus, is_held_out
-
-
-@lru_cache(1)
-def opened(folder: Path) -> Build:
-    """Returns the build of a folder; a worker reads its settings once."""
-    return Build(folder)
 
 
 def run_task(folder: Path, pass_name: str, number: int) -> None:
@@ -232,7 +119,7 @@ def run_task(folder: Path, pass_name: str, number: int) -> None:
 
 def _survey(build: Build, number: int, result: Path) -> None:
     task = build.task(number)
-    with _named(task):
+    with named(task):
         candidates = candidates_of(build.config, build.seed, task, build.listing(task))
         task_survey = survey(build.config, task, candidates, _limit(build, number, task))
     write_run(result / RUN, records_of([key.tobytes() for key in task_survey.keys], number))
@@ -265,66 +152,6 @@ def _limit(build: Build, number: int, task: BuildTask) -> SourceLimit | None:
     return SourceLimit(left, count_new)
 
 
-def write_survey(result: Path, task_survey: Survey) -> None:
-    """Writes the survey of a task into its result, for `read_survey`."""
-    np.savez(
-        result / ARRAYS,
-        keys=task_survey.keys,
-        positions=task_survey.positions,
-        n_bytes=task_survey.n_bytes,
-        is_contaminated=task_survey.is_contaminated,
-    )
-    rows = task_survey.rows
-    counts = {
-        "n_rows": rows.n_rows,
-        "n_bad": rows.n_bad,
-        "first": [asdict(row) for row in rows.first],
-        "dropped": task_survey.dropped,
-        "languages": task_survey.languages,
-        "left": task_survey.left,
-    }
-    (result / "counts.json").write_text(json.dumps(counts), encoding="utf-8")
-    (result / "val_texts.zst").write_bytes(_compressed(task_survey.val_texts))
-    (result / "groups.zst").write_bytes(_compressed(task_survey.groups))
-
-
-def read_survey(build: Build, number: int, *, with_texts: bool = False, with_groups: bool = False) -> Survey:
-    """Returns the survey of a task. Its `precedences`, `units` and `bands` are empty: they are in files of
-    their own.
-
-    Args:
-        with_texts: read the texts that could be val, too; otherwise `val_texts` is empty.
-        with_groups: read the names of the groups, too; otherwise `groups` is empty.
-
-    Raises:
-        ArtefactError: the settings of the build are missing, or settings or plan are damaged.
-        OSError: the survey cannot be read.
-    """
-    result = build.survey(number)
-    counts = json.loads((result / "counts.json").read_text(encoding="utf-8"))
-    rows = RowErrors(source_of(build.config, build.task(number)), build.config.max_bad_fraction)
-    rows.add(counts["n_rows"], counts["n_bad"], [Rejected(**row) for row in counts["first"]])
-    texts = _decompressed((result / "val_texts.zst").read_bytes()) if with_texts else {}
-    val_texts = {int(document): text for document, text in texts.items()}
-    groups = _decompressed((result / "groups.zst").read_bytes()) if with_groups else []
-    with np.load(result / ARRAYS) as arrays:
-        return Survey(
-            arrays["keys"],
-            arrays["positions"],
-            arrays["n_bytes"],
-            arrays["is_contaminated"],
-            np.empty((0, 2)),  # see `_precedences`
-            np.empty(0, np.int64),  # see `_units`
-            np.empty((0, BANDS), np.uint64),  # they are in the sorted run
-            val_texts,
-            groups,
-            rows,
-            Counter(counts["dropped"]),
-            counts["languages"],
-            counts["left"],
-        )
-
-
 # --- copies ---
 
 
@@ -333,74 +160,16 @@ def _copies(build: Build, number: int, result: Path) -> None:
     runs = [build.survey(task) / RUN for task in build.tasks_of_class(class_number)]
     records = read_part(runs, part, parts_of(build))
     if build.by_repository:
-        records = _without_near_copies(build, with_equal_keys(records))
+        records = without_near_copies(build, with_equal_keys(records))
     if build.is_by_rule(class_number):
         records = with_equal_keys(records)
-        precedences = _precedences(build, records["task"], records["number"])
+        precedences = precedences_of(build, records["task"], records["number"])
         # Sorted by key first, so that equal ones stay neighbours.
         is_next_key = np.append(True, ~equals_next(records))[: len(records)]
         records = records[order_of_precedence(np.column_stack([np.cumsum(is_next_key), precedences]))]
     copies = later_copies(records)
     task_and_number = np.stack([copies["task"], copies["number"]], axis=1)
     save_places(result / COPIES, task_and_number[np.lexsort([task_and_number[:, 1], task_and_number[:, 0]])])
-
-
-def write_parts(build: Build, name: str, parts: int) -> None:
-    """Writes a number of tasks that became known between two passes.
-
-    Args:
-        name: of the number: key_parts, band_parts or searches.
-    """
-    durable.write_sealed(build.folder / f"{name}.json", {"parts": parts})
-
-
-def parts_of(build: Build, name: str = "key_parts") -> int:
-    """Returns the number that `write_parts` has written under this name.
-
-    Raises:
-        ArtefactError: its file is damaged.
-        KeyError: it was not written yet.
-    """
-    return durable.read_json(build.folder / f"{name}.json", {"parts": int})["parts"]
-
-
-def is_copy(build: Build, number: int, n_documents: int) -> np.ndarray:
-    """Returns which documents of a task have the text of another document, which stays: (n_documents,) bool.
-
-    Args:
-        n_documents: those of the survey.
-
-    Raises:
-        ArtefactError: a file of the build is damaged. OSError: a result cannot be read.
-    """
-    parts = parts_of(build)
-    task = build.task(number)
-    class_number = build.classes.index(class_of(build.config, task))
-    copies = np.zeros(n_documents, bool)
-    for part in range(parts):
-        _, documents = _places_of_task(build.result("copies", class_number * parts + part) / COPIES, number)
-        copies[documents] = True
-    return copies
-
-
-def save_places(path: Path, places: np.ndarray) -> None:
-    """Writes places of documents for `_places_of_task`.
-
-    Args:
-        places: (places, 2): task and number in it, rising.
-    """
-    # Tasks stand together, so that a binary search in the mapped file reads a few pages of it.
-    np.save(path, np.ascontiguousarray(places.T, dtype=np.int64))
-
-
-def _places_of_task(path: Path, task: int) -> tuple[int, np.ndarray]:
-    """Returns the position of the first place of a task in a file, and the numbers of its documents, (places,) int64.
-
-    All tasks ask all such files, so the cost must not grow with the places of other tasks.
-    """
-    tasks, numbers = np.load(path, mmap_mode="r")
-    begin, end = np.searchsorted(tasks, np.array([task, task + 1]))
-    return int(begin), np.array(numbers[begin:end])
 
 
 def fates(build: Build, number: int, task_survey: Survey, rule: Rule) -> np.ndarray:
@@ -416,239 +185,9 @@ def fates(build: Build, number: int, task_survey: Survey, rule: Rule) -> np.ndar
     """
     task = build.task(number)
     copies = is_copy(build, number, len(task_survey.keys))
-    near_copies = np.zeros(len(task_survey.keys), bool)
-    for _, _, documents in _near_copies(build, number):
-        near_copies[documents] = True
-    near_copies = near_copies[_units(build, number, len(near_copies))]
+    near_copies = is_near_copy(build, number, len(task_survey.keys))
     share = rule.shares.get(task.corpus, 0.0)
     return fates_of(task_survey, copies, near_copies, source_of(build.config, task).held_out, share, rule)
-
-
-def _precedences(build: Build, tasks: np.ndarray, numbers: np.ndarray) -> np.ndarray:
-    """Returns what orders documents: (documents, 3) float64, the number of the corpus and their `precedence_of`.
-
-    An earlier corpus never gives way to a later one, which may be built when the earlier one is finished.
-
-    Args:
-        tasks, numbers: (documents,) task of each document, and its number in the task.
-    """
-    precedences = np.full((len(tasks), 3), np.inf)
-    corpora = [*build.config.corpora]
-    for number in np.unique(tasks).tolist():
-        task = build.task(number)
-        of_task = np.flatnonzero(tasks == number)
-        precedences[of_task, 0] = corpora.index(task.corpus)
-        if source_of(build.config, task).has_precedence:
-            of_survey = np.load(build.survey(number) / PRECEDENCES, mmap_mode="r")
-            precedences[of_task, 1:] = of_survey[numbers[of_task]]
-    return precedences
-
-
-def _units(build: Build, number: int, n_documents: int) -> np.ndarray:
-    """Returns for each document of a task the number of the first one of what is compared as a whole, (n_documents,)
-    int64: its own, or that of its repository."""
-    path = build.survey(number) / UNITS
-    # Documents that a user holds out belong to no unit.
-    units = np.load(path) if build.by_repository else np.empty(0, np.int64)
-    return units if len(units) else np.arange(n_documents)
-
-
-def _without_near_copies(build: Build, records: np.ndarray) -> np.ndarray:
-    """Returns the records of documents that are no near-duplicates, in their order.
-
-    Args:
-        records: (records,) RECORD, of documents.
-    """
-    firsts = records["number"].astype(np.uint64)
-    for task in np.unique(records["task"]).tolist():
-        of_task = np.flatnonzero(records["task"] == task)
-        numbers = records["number"][of_task]
-        firsts[of_task] = _units(build, task, int(numbers.max()) + 1)[numbers]
-    places = records["task"].astype(np.uint64) << np.uint64(32) | firsts
-
-    is_near_copy = np.zeros(len(records), bool)
-    for search_number in range(parts_of(build, "searches")):
-        tasks, numbers = np.load(build.result("search", search_number) / COPIES).astype(np.uint64)
-        dropped = tasks << np.uint64(32) | numbers  # rising
-        is_near_copy |= np.isin(places, dropped)
-    return records[~is_near_copy]
-
-
-# --- near-duplicates ---
-#
-# Each range of hashes of bands gives pairs of texts with a band in common. The caller joins them to groups, and groups
-# to searches. Then each task writes the windows of its texts that have such a neighbour, and each search compares the
-# texts of its groups in the order of the plan, or of `data.precedence`.
-
-
-def _neighbours(build: Build, number: int, result: Path) -> None:
-    class_number, part = divmod(number, parts_of(build, "band_parts"))
-    pairs = np.empty((0, 2, 2), np.uint32)
-    # Texts that a user holds out are in no relation to others.
-    if not build.classes[class_number][1]:
-        runs = [build.survey(task) / BAND_RUN for task in build.tasks_of_class(class_number)]
-        records = with_equal_keys(read_part(runs, part, parts_of(build, "band_parts")))
-        pairs = neighbours(records if build.by_repository else _without_copies(build, records))
-    np.save(result / PAIRS, pairs)
-
-
-def _without_copies(build: Build, records: np.ndarray) -> np.ndarray:
-    """Returns the records of texts that are no exact copies, in their order."""
-    is_kept = np.ones(len(records), bool)
-    for task in np.unique(records["task"]).tolist():
-        of_task = np.flatnonzero(records["task"] == task)
-        numbers = records["number"][of_task]
-        is_kept[of_task] = ~is_copy(build, task, int(numbers.max()) + 1)[numbers]
-    return records[is_kept]
-
-
-def write_searches(build: Build, searches_of_tasks: Iterable[np.ndarray]) -> None:
-    """Writes which search compares which texts.
-
-    Args:
-        searches_of_tasks: the texts of each task that have a neighbour, (texts,) SEARCHED, in their order.
-
-    Raises:
-        OSError: a file cannot be read or written.
-    """
-    result = build.result("searches", 0)
-    if is_finished(result):
-        return
-    with writing(result) as temporary:
-        ends = [0]
-        with (temporary / SEARCHES).open("wb") as file:
-            for texts in searches_of_tasks:
-                file.write(texts.tobytes())
-                ends.append(ends[-1] + len(texts))
-        np.save(temporary / ENDS, np.array(ends))
-
-
-def _windows(build: Build, number: int, result: Path) -> None:
-    of_searches = build.result("searches", 0)
-    begin, end = np.load(of_searches / ENDS, mmap_mode="r")[number : number + 2].tolist()
-    texts = np.fromfile(of_searches / SEARCHES, SEARCHED, end - begin, offset=begin * SEARCHED.itemsize)
-
-    ends = [0]
-    sources: list[str] = []
-    with (result / WINDOWS_OF_TEXTS).open("wb") as file:
-        if len(texts):
-            for document, windows in _windows_of_units(build, number, set(texts["number"].tolist())):
-                file.write(windows.tobytes())
-                ends.append(ends[-1] + len(windows))
-                sources.append((build.by_repository and document.repository) or document.source)
-    np.save(result / TEXTS, texts)
-    np.save(result / WINDOWS_ENDS, np.array(ends))
-    write_strings(result, sources)
-
-
-def _windows_of_units(build: Build, number: int, sought: set[int]) -> Iterator[tuple[Document, np.ndarray]]:
-    """Yields the windows of each sought unit of a task, with its first document: (W,) uint64, as of `text_windows`.
-
-    Args:
-        sought: numbers of the first documents.
-    """
-    task_survey = read_survey(build, number)
-    documents = (record.document for _, record, _ in _read_again(build, number, task_survey) if record)
-    firsts = _units(build, number, len(task_survey.keys)).tolist()
-    for first, unit in itertools.groupby(zip(firsts, documents, strict=True), key=lambda pair: pair[0]):
-        if first in sought:
-            windows: list[np.ndarray] = []
-            first_document = None
-            for _, document in unit:
-                first_document = first_document or document
-                windows.append(text_windows(document.text))
-            assert first_document, "a group has a document"
-            yield first_document, np.unique(np.concatenate(windows))
-
-
-def _search(build: Build, number: int, result: Path) -> None:
-    text_places, spans, positions = [np.empty((0, 2), np.int64)], [np.empty((0, 2), np.int64)], [np.empty(0, np.int64)]
-    for task in range(build.n_tasks):
-        texts = np.load(build.result("windows", task) / TEXTS)
-        chosen = np.flatnonzero(texts["search"] == number)
-        if len(chosen):
-            ends = np.load(build.result("windows", task) / WINDOWS_ENDS)
-            text_places.append(np.stack([np.full(len(chosen), task), texts["number"][chosen]], axis=1))
-            spans.append(np.stack([ends[chosen], ends[chosen + 1]], axis=1))
-            positions.append(chosen)
-    place_of, span_of, position_of = np.concatenate(text_places), np.concatenate(spans), np.concatenate(positions)
-    if any(map(build.is_by_rule, range(len(build.classes)))):
-        order = order_of_precedence(_precedences(build, *place_of.T))
-        place_of, span_of, position_of = place_of[order], span_of[order], position_of[order]
-
-    def windows_of(text: int) -> np.ndarray:
-        begin, end = span_of[text].tolist()
-        path = build.result("windows", int(place_of[text, 0])) / WINDOWS_OF_TEXTS
-        return np.fromfile(path, np.uint64, end - begin, offset=begin * 8)
-
-    # Groups of several classes may be in one search. Texts of different classes have no band in common.
-    class_of_task = np.empty(build.n_tasks, np.uint64)
-    for class_number in range(len(build.classes)):
-        class_of_task[build.tasks_of_class(class_number)] = class_number
-
-    # A group may have a million texts, so none of them is an object for long.
-    n_texts = len(place_of)
-    shared_bands = common_bands(
-        band_hashes(windows_of(text)) + class_of_task[place_of[text, 0]] for text in range(n_texts)
-    )
-    in_order = ((text, partial(windows_of, text)) for text in range(n_texts))
-    similar = search(shared_bands, in_order, build.config.cleaning.near_duplicates)
-    pairs = np.array(array("q", itertools.chain.from_iterable(similar)), np.int64).reshape(-1, 2)
-    # Found in the order of precedence, they are written in that of their places.
-    pairs = pairs[np.lexsort(place_of[pairs[:, 0]].T[::-1])]
-    save_places(result / COPIES, place_of[pairs[:, 0]])
-
-    # The place of the resembled text stands beside that of the dropped one.
-    def source_of_text(text: int) -> str:
-        (source,) = _read_strings(build.result("windows", int(place_of[text, 0])), int(position_of[text]), 1)
-        return source
-
-    write_strings(result, map(source_of_text, pairs[:, 1].tolist()))
-
-
-def write_strings(result: Path, strings: Iterable[str]) -> None:
-    """Writes strings for `_read_strings`."""
-    ends = array("Q", [0])
-    with (result / "strings.txt").open("wb") as file:
-        for string in strings:
-            ends.append(ends[-1] + file.write(string.encode()))
-    np.save(result / ENDS, np.array(ends))
-
-
-def _read_strings(result: Path, begin: int, n_strings: int) -> list[str]:
-    """Returns some neighbouring strings, and reads no other ones."""
-    ends = np.load(result / ENDS, mmap_mode="r")[begin : begin + n_strings + 1].tolist()
-    with (result / "strings.txt").open("rb") as file:
-        file.seek(ends[0])
-        return [file.read(end - start).decode() for start, end in itertools.pairwise(ends)]
-
-
-def _near_copies(build: Build, number: int) -> Iterator[tuple[Path, int, np.ndarray]]:
-    """Yields the documents of a task that are nearly earlier ones: (result of a search, position of the first in it,
-    numbers of the documents)."""
-    if not build.config.cleaning.near_duplicates:
-        return
-    for search_number in range(parts_of(build, "searches")):
-        result = build.result("search", search_number)
-        begin, documents = _places_of_task(result / COPIES, number)
-        if len(documents):
-            yield result, begin, documents
-
-
-def resembled_sources(build: Build, number: int) -> dict[int, str]:
-    """Returns the near-duplicates among the documents of a task: number of the document -> place of the earlier one
-    that it resembles, as its reader names it. Empty if near-duplicates are not sought.
-
-    Raises:
-        ArtefactError: a file of the build is damaged. OSError: a result cannot be read.
-    """
-    sources: dict[int, str] = {}
-    for result, begin, documents in _near_copies(build, number):
-        sources |= dict(zip(documents.tolist(), _read_strings(result, begin, len(documents)), strict=True))
-    if build.by_repository and sources:
-        firsts = np.load(build.survey(number) / UNITS).tolist()
-        sources = {document: sources[first] for document, first in enumerate(firsts) if first in sources}
-    return sources
 
 
 # --- compare ---
@@ -682,7 +221,7 @@ def write_val(build: Build, val: Val) -> None:
             "n_own": val.n_own,
             "is_redacted": val.is_redacted,
         }
-        (temporary / "val.zst").write_bytes(_compressed(content))
+        (temporary / "val.zst").write_bytes(compressed(content))
 
 
 @lru_cache(1)
@@ -691,7 +230,7 @@ def read_val(build: Build) -> tuple[Val, HeldOutIndex]:
 
     A process makes the index once, so what the index has found in train stays from one call to the next.
     """
-    content = _decompressed((build.result("val", 0) / "val.zst").read_bytes())
+    content = decompressed((build.result("val", 0) / "val.zst").read_bytes())
     val = Val(
         content["shares"],
         {bytes.fromhex(key): text for key, text in content["texts"].items()},
@@ -707,7 +246,7 @@ def _compare(build: Build, number: int, result: Path) -> None:
     index.take_evidence()  # of a task that failed
     task_survey = read_survey(build, number)
     task_fates = fates(build, number, task_survey, Rule(val.shares))
-    documents = (record for _, record, _ in _read_again(build, number, task_survey) if record is not None)
+    documents = (record for _, record, _ in read_again(build, number, task_survey) if record is not None)
     refused = compare(index, val.protected, val.is_redacted, task_fates, documents)
     evidence = index.take_evidence()
     arrays: dict[str, Any] = {f"{WINDOWS}{size}": in_train for size, in_train in evidence.in_train.items()}
@@ -809,7 +348,7 @@ def _write(build: Build, number: int, result: Path) -> None:
         rejected = stack.enter_context((result / REJECTED_ROWS).open("w", encoding="utf-8"))
         for writer in writers.values():
             stack.callback(writer.abandon_tar)  # of an error; finished ones stay
-        for candidate, record, reason in _read_again(build, number, task_survey, rejected):
+        for candidate, record, reason in read_again(build, number, task_survey, rejected):
             if record is None:
                 report.reject(candidate, source, reason)
                 continue
@@ -871,53 +410,17 @@ def read_written(build: Build, number: int) -> Written:
     return Written(report, report_of_val, shards)
 
 
-def _read_again(build: Build, number: int, task_survey: Survey, rejected: Any = None) -> Iterator[Screening]:
-    """Reads a task as the survey did.
-
-    Raises:
-        ChangedInputError: it has other documents.
-    """
-    task = build.task(number)
-    source = source_of(build.config, task)
-    with _named(task):
-        candidates = candidates_of(build.config, build.seed, task, build.listing(task))
-        _, screened_candidates = screenings(build.config, source, candidates, rejected)
-        is_cut = task_survey.left == 0
-        yield from same_documents(task_survey.keys, screened_candidates, source_name(source), is_cut=is_cut)
-
-
-@contextmanager
-def _named(task: BuildTask) -> Iterator[None]:
-    """Adds the files of a task to an unexpected error."""
-    try:
-        yield
-    except UserError:
-        raise  # it names its file
-    except Exception as error:
-        names = [file.name for file in task.files] or ["generated text"]
-        error.add_note(f"corpus {task.corpus}, a task of {len(names)} inputs: {names[0]} to {names[-1]}")
-        raise
-
-
 def _content(text: str) -> bytes:
     return hashlib.blake2b(text.encode(), digest_size=16).digest()
-
-
-def _compressed(value: Any) -> bytes:
-    return zstandard.ZstdCompressor().compress(json.dumps(value).encode())
-
-
-def _decompressed(content: bytes) -> Any:
-    return json.loads(zstandard.ZstdDecompressor().decompress(content))
 
 
 PASSES = {
     "survey": _survey,
     "limits": _survey,
     "copies": _copies,
-    "neighbours": _neighbours,
-    "windows": _windows,
-    "search": _search,
+    "neighbours": neighbours_of_part,
+    "windows": write_windows,
+    "search": search_texts,
     "compare": _compare,
     "write": _write,
 }

@@ -940,8 +940,9 @@ def build_by_tasks(
     """
     # Imported here, because runs that find their corpora need none of it.
     from dist_lm.data.build_by_tasks import plan_of, publish, run_passes
+    from dist_lm.data.build_folder import Build
     from dist_lm.data.build_plan import plan_fingerprint
-    from dist_lm.data.build_tasks import IN_TURN, REVISION, Build, sizes_of_pass
+    from dist_lm.data.build_tasks import IN_TURN, REVISION, sizes_of_pass
     from dist_lm.data.task_results import has_result
     from dist_lm.data.unfinished_builds import begin_pass
 

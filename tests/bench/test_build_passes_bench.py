@@ -7,7 +7,7 @@ import pytest
 
 from dist_lm.bench.build_passes import PASSES_OF, SERIAL, TERABYTE, facts_of_passes, facts_of_serial_part, write_copies
 from dist_lm.bench.data import Work, cases, no_cleaning
-from dist_lm.data.build_tasks import Build
+from dist_lm.data.build_folder import Build
 
 
 def test_the_serial_part_is_that_of_the_whole_corpus(tmp_path: Path) -> None:

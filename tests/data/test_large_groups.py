@@ -14,21 +14,10 @@ import pytest
 
 from dist_lm.config.corpus import CleaningConfig, CorpusConfig, SourceConfig
 from dist_lm.data.build_by_tasks import choose_searches
+from dist_lm.data.build_folder import COPIES, ENDS, RUN, Build, write_strings
+from dist_lm.data.build_near_duplicates import PAIRS, SEARCHED, SEARCHES, TEXTS, WINDOWS_ENDS, WINDOWS_OF_TEXTS
 from dist_lm.data.build_plan import BuildTask
-from dist_lm.data.build_tasks import (
-    COPIES,
-    ENDS,
-    PAIRS,
-    RUN,
-    SEARCHED,
-    SEARCHES,
-    TEXTS,
-    WINDOWS_ENDS,
-    WINDOWS_OF_TEXTS,
-    Build,
-    run_task,
-    write_strings,
-)
+from dist_lm.data.build_tasks import run_task
 from dist_lm.data.sorted_runs import RECORD
 from dist_lm.data.task_results import writing
 
