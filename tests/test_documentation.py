@@ -434,6 +434,7 @@ WORDS_OF_A_PAGE["scale.md"] = 850  # costs by number of ranks, and what breaks a
 WORDS_OF_A_PAGE["large_corpora.md"] = 400  # an order of units, what ranks share, its figures
 WORDS_OF_A_PAGE["remote_corpora.md"] = 550  # a corpus in a bucket: the cache, and what can go wrong
 WORDS_OF_A_PAGE["builds.md"] = 420  # corpora built by tasks: passes, interruptions, disk
+WORDS_OF_A_PAGE["extended_corpora.md"] = 380  # sources added to a finished corpus: what stays, what is excluded
 WORDS_OF_A_PAGE["near_duplicates.md"] = 500  # which of equal and nearly equal documents stays
 WORDS_OF_A_PAGE["tests.md"] = 720  # on which layout, dtype and length each equality was shown
 WORDS_OF_A_PAGE["provenance.md"] = 620  # documents of a step, a run without some of them, benchmarks

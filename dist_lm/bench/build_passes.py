@@ -25,11 +25,12 @@ from dist_lm.data.build_by_tasks import (
     require_readable,
     run_passes,
 )
+from dist_lm.data.build_comparison import WINDOWS, read_val
 from dist_lm.data.build_decisions import KEY, Survey
 from dist_lm.data.build_folder import ARRAYS, COPIES, RUN, Build, save_places, write_parts, write_strings, write_survey
 from dist_lm.data.build_near_duplicates import PAIRS
 from dist_lm.data.build_plan import TASK_BYTES, BuildTask
-from dist_lm.data.build_tasks import WINDOWS, read_val, run_task
+from dist_lm.data.build_tasks import run_task
 from dist_lm.data.earlier import EarlierCorpora
 from dist_lm.data.near_duplicates import BANDS
 from dist_lm.data.screening import RowErrors, SourceReader

@@ -319,6 +319,9 @@ class CorpusConfig:
     # corpus -> its folder in work/corpora, which the plan chooses and ranks read. A finished folder that a command
     # names is used as it is, whatever the sources are
     folders: dict[str, str] = field(default_factory=dict)
+    # corpus -> a finished folder of work/corpora with its first sources: only the sources behind these are read and
+    # written. With build=tasks
+    extends: dict[str, str] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         # OmegaConf checks the types of dataclasses inside a list, but not of those in a list inside a mapping
@@ -339,6 +342,12 @@ class CorpusConfig:
 
         for name, folder in self.folders.items():
             require_folder_name(f"corpus.folders.{name}", folder)
+        for name, folder in self.extends.items():
+            require_folder_name(f"corpus.extends.{name}", folder)
+            accepted = f"none with corpus.build={self.build}: set corpus.build={TASKS}"
+            require(self.build == TASKS, f"corpus.extends.{name}", folder, accepted)
+            accepted = "none with corpus.cleaning.across_corpora=true: build all sources without this key"
+            require(not self.cleaning.across_corpora, f"corpus.extends.{name}", folder, accepted)
         require(0 < self.val_fraction < 1, "corpus.val_fraction", self.val_fraction, "in (0, 1)")
         require(0 <= self.max_bad_fraction < 1, "corpus.max_bad_fraction", self.max_bad_fraction, "in [0, 1)")
         require(self.val_tokens > 0, "corpus.val_tokens", self.val_tokens, ">= 1")

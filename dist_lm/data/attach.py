@@ -14,6 +14,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+from dist_lm.data.exclusions import read_exclusions
 from dist_lm.data.index import load_index
 from dist_lm.data.journal import REJECTED, rows_path, rows_state
 from dist_lm.data.manifest import (
@@ -22,6 +23,7 @@ from dist_lm.data.manifest import (
     Manifest,
     ManifestError,
     Shard,
+    excluded_path,
     index_path,
     is_attached,
     manifest_path,
@@ -80,6 +82,7 @@ def attach(url: str, directory: Path, cache: Path, cache_bytes: int) -> Manifest
         record = RemoteCorpus(url, str(cache.absolute()), cache_bytes, tars)
         durable.write_sealed(remote_path(temporary), asdict(record))
         _copy_rejected(folder, temporary)
+        _copy_exclusions(folder, temporary, manifest)
 
         if not directory.exists():
             temporary.rename(directory)
@@ -186,6 +189,23 @@ def _copy_rejected(folder: RemoteFolder, directory: Path) -> None:
     except ArtefactError as error:
         path.unlink()
         log.warning("%s; until then `data where` names no near-duplicates of this corpus", error)
+
+
+def _copy_exclusions(folder: RemoteFolder, directory: Path, manifest: Manifest) -> None:
+    """Copies the list of excluded documents, whose loss training leaves out.
+
+    Raises:
+        ArtefactError: it is missing, or differs from the manifest.
+        OSError: it cannot be written.
+    """
+    if not manifest.excluded:
+        return
+    path = excluded_path(directory)
+    durable.write_bytes(path, folder.content(path.name))
+    try:
+        read_exclusions(directory, manifest)
+    except ArtefactError as error:
+        raise ArtefactError(f"{folder.path(path.name)} is not of this corpus: upload it again") from error
 
 
 def _copy_beside_tar(folder: RemoteFolder, shard: Shard, directory: Path) -> dict[str, Any]:

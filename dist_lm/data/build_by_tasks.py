@@ -13,14 +13,24 @@ import os
 import shutil
 from collections import Counter, deque
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from dist_lm.config.corpus import BYTES_PER_TOKEN, SPLITS, CorpusConfig
+from dist_lm.data.build_comparison import (
+    Val,
+    fates,
+    merge_comparison,
+    read_new_val,
+    read_val,
+    write_val,
+)
 from dist_lm.data.build_decisions import (
+    EXCLUDED,
     OVERLAPPING,
     TRAIN,
     VAL,
@@ -31,20 +41,17 @@ from dist_lm.data.build_decisions import (
     sorted_keys,
     source_of,
 )
-from dist_lm.data.build_folder import RUN, Build, is_copy, read_survey, write_parts
+from dist_lm.data.build_folder import RUN, Build, is_copy, old_fates, read_survey, write_parts
 from dist_lm.data.build_near_duplicates import PAIRS, SEARCHED, write_searches
 from dist_lm.data.build_plan import TASK_BYTES, BuildTask, plan_source
 from dist_lm.data.build_tasks import (
     REJECTED_ROWS,
-    Val,
-    fates,
-    merge_comparison,
-    read_val,
+    read_rule,
     read_written,
     write_rule,
-    write_val,
 )
 from dist_lm.data.earlier import EarlierCorpora, has_placeholder
+from dist_lm.data.extension import Extension, causes_of_exclusions, exclude, unpack
 from dist_lm.data.ingest import (
     Groups,
     NothingHeldOutError,
@@ -55,7 +62,8 @@ from dist_lm.data.ingest import (
 )
 from dist_lm.data.inputs import Inputs
 from dist_lm.data.journal import REJECTED, Journal
-from dist_lm.data.manifest import ListInputs, Recipe, index_path
+from dist_lm.data.kept_decisions import KeptDecisions, keep_decisions
+from dist_lm.data.manifest import ListInputs, Recipe, Shard, index_path, read_manifest
 from dist_lm.data.near_duplicate_groups import AT_ONCE, TextGroups
 from dist_lm.data.near_duplicates import BANDS
 from dist_lm.data.screening import (
@@ -78,19 +86,32 @@ SEARCH_TEXTS = 100_000  # texts that one task compares for near-duplicates, unle
 
 
 def plan_of(
-    config: CorpusConfig, corpora: Sequence[str], list_inputs: ListInputs, task_bytes: int = TASK_BYTES
+    config: CorpusConfig,
+    corpora: Sequence[str],
+    list_inputs: ListInputs,
+    task_bytes: int = TASK_BYTES,
+    old_tasks: Sequence[BuildTask] = (),
+    n_old_sources: int = 0,
 ) -> tuple[list[BuildTask], dict[tuple[str, int], Inputs]]:
     """Returns the tasks of corpora, in the order in which a build in one process reads their files, and by (corpus,
     number of a source) what each task must know of the whole source.
 
+    Args:
+        old_tasks: of the finished corpus that is extended, which come first.
+        n_old_sources: the number of its sources, which have these tasks.
+
     Raises:
         ConfigError, ArtefactError: as `list_inputs`.
     """
-    tasks: list[BuildTask] = []
+    tasks = [*old_tasks]
     listings = {}
     for corpus in corpora:
         for number, source in enumerate(corpus_sources(config, corpus)):
             listing = list_inputs(source)
+            listings[corpus, number] = left_beside(source, listing)
+            if number < n_old_sources:
+                continue
+
             files = [(file, "") for file in listing.taken]
             if source.reader == "files":
                 files = by_repository(listing, source.path or [])
@@ -98,7 +119,6 @@ def plan_of(
             if not source_traits(source).takes_files:
                 files = []
             tasks += plan_source(corpus, number, files, task_bytes)
-            listings[corpus, number] = left_beside(source, listing)
     return tasks, listings
 
 
@@ -110,6 +130,7 @@ def run_passes(
     together: Sequence[str],
     earlier: EarlierCorpora,
     reader: SourceReader,
+    extension: Extension | None = None,
 ) -> None:
     """Runs all passes of the build of a folder, but for those tasks whose results are there.
 
@@ -120,6 +141,8 @@ def run_passes(
             others in the plan are only what later ones may be copies of (`cleaning.across_corpora`).
         earlier: finished corpora that stay as they are, compared in both directions.
         reader: told which documents each source has given.
+        extension: the finished corpus whose tasks are the first ones of the plan. They are neither surveyed nor written
+            again.
 
     Raises:
         ConfigError, ArtefactError: as `ingest.split_documents`.
@@ -127,10 +150,12 @@ def run_passes(
         OSError: a file cannot be read or written.
     """
     build = Build(folder)
-    all_numbers = range(len(tasks))
-    deque(run_pass(folder, "survey", [number for number in all_numbers if number not in build.limited]), maxlen=0)
-    if build.limited:
-        deque(run_pass(folder, "limits", sorted(build.limited)), maxlen=0)
+    all_numbers, new_numbers = range(len(tasks)), range(build.n_old, len(tasks))
+    if extension:
+        unpack(build, extension)
+    deque(run_pass(folder, "survey", [number for number in new_numbers if number not in build.limited]), maxlen=0)
+    if limited := sorted(build.limited.intersection(new_numbers)):
+        deque(run_pass(folder, "limits", limited), maxlen=0)
     n_documents = sum(n_records(build.survey(number) / RUN) for number in all_numbers)
     write_parts(build, "key_parts", n_parts(n_documents))
 
@@ -152,12 +177,12 @@ def run_passes(
     if build.config.cleaning.near_duplicates and not build.by_repository:
         find_near_duplicates()
 
-    compared_tasks = {number: task for number, task in enumerate(tasks) if task.corpus in together}
-    groups, least_val_bytes = choose_val(build, compared_tasks, earlier)
-    deque(run_pass(folder, "compare", [*compared_tasks]), maxlen=0)
+    compared_tasks = {number: tasks[number] for number in new_numbers if tasks[number].corpus in together}
+    groups, least_val_bytes = choose_val(build, compared_tasks, earlier, extension)
+    deque(run_pass(folder, "compare", [*range(build.n_old), *compared_tasks]), maxlen=0)
     choose_rule(build, compared_tasks, built_corpora, earlier, groups, least_val_bytes)
     deque(
-        run_pass(folder, "write", [number for number in all_numbers if tasks[number].corpus in built_corpora]), maxlen=0
+        run_pass(folder, "write", [number for number in new_numbers if tasks[number].corpus in built_corpora]), maxlen=0
     )
 
 
@@ -174,7 +199,13 @@ def require_readable(build: Build, tasks: Sequence[BuildTask], reader: SourceRea
         OSError: a file cannot be read.
     """
     languages: dict[str, set[str]] = {}
+    # What is extended was judged when it was built.
+    for number in range(build.n_old):
+        languages.setdefault(tasks[number].corpus, set()).update(read_survey(build, number).languages)
     for (corpus, source_number), numbers in _numbers_by_source(tasks).items():
+        if numbers[0] < build.n_old:
+            continue
+
         source = source_of(build.config, tasks[numbers[0]])
         rows = RowErrors(source, build.config.max_bad_fraction)
         dropped: Counter[str] = Counter()
@@ -258,13 +289,14 @@ def choose_searches(build: Build, n_results: int) -> int:
 
 
 def choose_val(
-    build: Build, tasks: Mapping[int, BuildTask], earlier: EarlierCorpora
+    build: Build, tasks: Mapping[int, BuildTask], earlier: EarlierCorpora, extension: Extension | None = None
 ) -> tuple[dict[str, Groups], dict[str, int]]:
     """Chooses and writes the held-out texts, as `ingest.TextSplits` does.
 
     Args:
         tasks: number -> task, of the corpora that are compared.
         earlier: finished corpora, whose val no train text may contain.
+        extension: the corpus that is extended, whose val stays, and beside which the new one must fit.
 
     Returns:
         Of each corpus, facts about its groups, and the bytes of the least part that could be held out; 0 if even
@@ -277,13 +309,17 @@ def choose_val(
     """
     config = build.config
     max_bytes = config.val_tokens * BYTES_PER_TOKEN
+    first_share = {corpus: largest_share(config, corpus) for corpus in {task.corpus for task in tasks.values()}}
+    if extension:
+        max_bytes = max(0, max_bytes - extension.n_val_bytes)
+        first_share = {corpus: min(share, extension.decisions.share) for corpus, share in first_share.items()}
     bytes_below: dict[str, np.ndarray] = {}
     held_out_bytes: Counter[str] = Counter()
     groups: dict[str, Groups] = {}
     for number, task in tasks.items():
         task_survey = read_survey(build, number)
         is_dropped = fates(build, number, task_survey, Rule({})) > VAL
-        below = sizes_below(task_survey, is_dropped, largest_share(config, task.corpus))
+        below = sizes_below(task_survey, is_dropped, first_share[task.corpus])
         bytes_below[task.corpus] = bytes_below.get(task.corpus, 0) + below
         if source_of(config, task).held_out:
             held_out_bytes[task.corpus] += int(task_survey.n_bytes[~is_dropped].sum())
@@ -291,9 +327,7 @@ def choose_val(
                 raise too_much_held_out(config, task.corpus)
         _add_positions(groups.setdefault(task.corpus, Groups()), task_survey.positions[~is_dropped])
 
-    shares = {
-        corpus: fitting_share(below, largest_share(config, corpus), max_bytes) for corpus, below in bytes_below.items()
-    }
+    shares = {corpus: fitting_share(below, first_share[corpus], max_bytes) for corpus, below in bytes_below.items()}
     texts: dict[bytes, str] = {}
     protected: set[bytes] = set()
     for number, task in tasks.items():
@@ -306,12 +340,17 @@ def choose_val(
                 if source_of(config, task).held_out:
                     protected.add(key)
     n_own, is_redacted = len(texts), False
-    for document in earlier.documents("val"):
-        key = text_key(document.text.encode())
-        texts.setdefault(key, document.text)
-        protected.add(key)
-        is_redacted = is_redacted or has_placeholder(document.text)
-    write_val(build, Val(shares, texts, protected, n_own, is_redacted))
+    excluding, unseen = set(protected), {}
+    for corpora in (extension.itself, earlier) if extension else (earlier,):
+        for document in corpora.documents("val"):
+            key = text_key(document.text.encode())
+            texts.setdefault(key, document.text)
+            protected.add(key)
+            is_redacted = is_redacted or has_placeholder(document.text)
+    for folder, corpora in (extension.unseen if extension else {}).items():
+        unseen |= {text_key(document.text.encode()): folder for document in corpora.documents("val")}
+    excluding |= unseen.keys()
+    write_val(build, Val(shares, texts, protected, n_own, is_redacted, excluding, unseen))
     least = {corpus: int(below[below > 0][-1]) if below.any() else 0 for corpus, below in bytes_below.items()}
     return groups, least
 
@@ -344,13 +383,26 @@ def choose_rule(
         refused.update(key.tobytes() for key in merge_comparison(build, number, index))
     keys = list(val.texts)
     leaked = {keys[number] for number in index.contained()}
+    excluded: set[bytes] = set()
+    if build.n_old:
+        new_val = read_new_val(build)
+        new_val.index.take_evidence()
+        for number in range(build.n_old):
+            excluded.update(key.tobytes() for key in merge_comparison(build, number, new_val.index))
+        leaked |= {new_val.keys[number] for number in new_val.index.contained()}
     # Train of earlier corpora is read last, because nothing is compared if no val text is left.
     rest = [key for key in keys[: val.n_own] if key not in leaked]
     leaked |= {rest[number] for number in earlier.contained([val.texts[key] for key in rest])}
-    rule = Rule(val.shares, sorted_keys(leaked), sorted_keys(refused))
+    rule = Rule(val.shares, sorted_keys(leaked), sorted_keys(refused), sorted_keys(excluded))
+    if build.n_old:
+        rule = replace(rule, causes=causes_of_exclusions(build, rule))
 
     n_tars = {corpus: [0] * len(SPLITS) for corpus in built_corpora}
     n_documents = {corpus: [0] * len(SPLITS) for corpus in built_corpora}
+    if build.n_old:
+        (corpus,), base = built_corpora, read_manifest(build.base)
+        n_tars[corpus] = [len(base.splits[split].shards) for split in SPLITS]
+        n_documents[corpus] = [base.splits[split].counts.documents for split in SPLITS]
     n_overlapping: Counter[str] = Counter()
     first = np.zeros((build.n_tasks, len(SPLITS), 2), np.int64)
     for number, task in tasks.items():
@@ -392,27 +444,61 @@ def publish(
     """
     journal = Journal.start(directory, recipe)
     report, report_of_val = IngestReport(), IngestReport()
+    causes: dict[bytes, str] = {}
+    held_out_causes: dict[bytes, str] = {}
+    numbers = [number for number, task in enumerate(tasks) if task.corpus == corpus]
+    if build.n_old:
+        base = read_manifest(build.base)
+        report.add(IngestReport.from_json(base.ingest))
+        for split in SPLITS:
+            _link_tars(build.base, directory, journal, split, base.splits[split].shards)
+
     with (directory / REJECTED).open("wb") as rejected:
-        for number, task in enumerate(tasks):
-            if task.corpus != corpus:
-                continue
+        if build.n_old and (build.base / REJECTED).is_file():
+            rejected.write((build.base / REJECTED).read_bytes())
+        for number in numbers[build.n_old :]:
             written = read_written(build, number)
             report.add(written.report)
             report_of_val.add(written.report_of_val)
+            causes = written.causes | causes
+            held_out_causes = written.held_out_causes | held_out_causes
             result = build.result("write", number)
             rejected.write((result / REJECTED_ROWS).read_bytes())
             for split, shards in written.shards.items():
-                for shard in shards:
-                    if shard in journal.finished[split]:
-                        continue
-                    name = journal.begin(split)
-                    assert name == shard.name, (name, shard.name)
-                    for path in (origins_path(result / name), index_path(result / name), result / name):
-                        _link(path, directory / path.name)
-                    durable.fsync(directory)
-                    journal.finish(split, shard)
+                _link_tars(result, directory, journal, split, shards)
+
+        excluded: dict[str, Any] = {}
+        rule, _ = read_rule(build)
+        if build.n_old:
+            excluded = exclude(build, rule, causes, held_out_causes, directory, rejected)
     report.add(report_of_val)
-    complete(journal, asdict(report), **facts)
+
+    share = KeptDecisions.share_of(build.base) if build.n_old else rule.shares[corpus]
+    decisions = keep_decisions(build, numbers, partial(_kept_fates, build, rule), share, directory)
+    complete(journal, asdict(report), decisions=decisions, excluded=excluded, **facts)
+
+
+def _kept_fates(build: Build, rule: Rule, number: int) -> np.ndarray:
+    """Returns what became of the documents of a task, for a later build: (D,) int8."""
+    task_fates = fates(build, number, read_survey(build, number), rule)
+    if number < build.n_old:
+        task_fates[(old_fates(build, number) == TRAIN) & (task_fates != TRAIN)] = EXCLUDED
+    return task_fates
+
+
+def _link_tars(folder: Path, directory: Path, journal: Journal, split: str, shards: Sequence[Shard]) -> None:
+    """Gives finished tars of a folder to a corpus, with origins and indices, but for those that it has."""
+    for shard in shards:
+        if shard in journal.finished[split]:
+            continue
+        name = journal.begin(split)
+        assert name == shard.name, (name, shard.name)
+        for path in (origins_path(folder / name), index_path(folder / name), folder / name):
+            # An index is a cache, which is made again.
+            if path.exists() or path != index_path(folder / name):
+                _link(path, directory / path.name)
+        durable.fsync(directory)
+        journal.finish(split, shard)
 
 
 def _numbers_by_source(tasks: Sequence[BuildTask]) -> dict[tuple[str, int], list[int]]:

@@ -14,6 +14,7 @@ which tasks end changes a decision:
 Later readings of a task must give the documents of the survey again: `same_documents` compares their keys.
 """
 
+import itertools
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
@@ -38,8 +39,9 @@ from dist_lm.errors import ChangedInputError
 
 HALVINGS = 64  # of `val_fraction`: positions of groups have 64 bits
 KEY = 16  # bytes
-TRAIN, VAL, DUPLICATE, NEAR_DUPLICATE, BENCHMARK, OVERLAPPING, CONTAINS_VAL = range(7)
-"""What becomes of a document: it is kept in a split, or dropped for a reason (`screening.Tally.dropped`)."""
+TRAIN, VAL, DUPLICATE, NEAR_DUPLICATE, BENCHMARK, OVERLAPPING, CONTAINS_VAL, EXCLUDED = range(8)
+"""What becomes of a document: it is kept in a split, or dropped for a reason (`screening.Tally.dropped`). `EXCLUDED`
+ones are in the tars of train, but an added source has excluded them (`data.exclusions`)."""
 
 Screening = tuple[Candidate, Screened | None, str]
 """What a source gave, its document if it passes the checks, and else why it is dropped."""
@@ -72,6 +74,8 @@ class Rule:
     shares: dict[str, float]  # corpus -> share of the groups that is held out
     leaked: np.ndarray = field(default_factory=lambda: sorted_keys([]))  # of held-out texts that train texts contain
     refused: np.ndarray = field(default_factory=lambda: sorted_keys([]))  # of train texts that contain a protected text
+    excluded: np.ndarray = field(default_factory=lambda: sorted_keys([]))  # the same of the corpus that is extended
+    causes: np.ndarray = field(default_factory=lambda: sorted_keys([]))  # of texts for which such ones are excluded
 
 
 def source_of(config: CorpusConfig, task: BuildTask) -> SourceConfig:
@@ -354,33 +358,60 @@ def compare(
         The keys of the train documents that contain a protected text: (refused, KEY) uint8, as of `sorted_keys`.
     """
     refused: list[bytes] = []
-    batch: list[tuple[bytes, bytes]] = []  # (key, text)
+
+    def texts() -> Iterator[tuple[bytes, bytes]]:
+        for record, fate in zip(documents, fates, strict=True):
+            if fate != TRAIN or record.key in protected:
+                continue
+            forms = forms_of(record.document.text) if is_redacted else [record.document.text]
+            # The first form is the text itself.
+            if any(text_key(form.encode()) in protected for form in forms[1:]):
+                refused.append(record.key)
+                continue
+            yield from ((record.key, form.encode()) for form in forms)
+
+    refused += [key for key, _ in refused_texts(index, texts(), has_protected=bool(protected))]
+    return sorted_keys(refused)
+
+
+def refused_texts(
+    index: HeldOutIndex, texts: Iterable[tuple[bytes, bytes]], *, has_protected: bool
+) -> Iterator[tuple[bytes, bytes]]:
+    """Compares train texts with an index, which remembers what it finds in them. Yields those that contain a protected
+    text.
+
+    Args:
+        texts: (key, UTF-8) of each.
+        has_protected: whether a text of the index is protected.
+    """
+    batch: list[tuple[bytes, bytes]] = []
     n_bytes = 0
     # Texts that are refused do not count as train. A batch shares its bytes, so such texts are compared one by one.
-    largest = 0 if protected else BATCH_BYTES
+    largest = 0 if has_protected else BATCH_BYTES
+    # An empty text at the end compares the last batch.
+    for text in itertools.chain(texts, [None]):
+        if text:
+            batch.append(text)
+            n_bytes += len(text[1])
+        if batch and (n_bytes >= largest or not text):
+            is_refused = index.compare([content for _, content in batch])
+            yield from itertools.compress(batch, is_refused)
+            batch, n_bytes = [], 0
 
-    def compare_batch() -> None:
-        is_refused = index.compare([text for _, text in batch])
-        refused.extend(key for (key, _), is_one in zip(batch, is_refused, strict=True) if is_one)
-        batch.clear()
 
-    for record, fate in zip(documents, fates, strict=True):
-        if fate != TRAIN or record.key in protected:
-            continue
-        forms = forms_of(record.document.text) if is_redacted else [record.document.text]
-        # The first form is the text itself.
-        if any(text_key(form.encode()) in protected for form in forms[1:]):
-            refused.append(record.key)
-            continue
-        for form in forms:
-            batch.append((record.key, form.encode()))
-            n_bytes += len(batch[-1][1])
-            if n_bytes >= largest:
-                compare_batch()
-                n_bytes = 0
-    if batch:
-        compare_batch()
-    return sorted_keys(refused)
+def order_in_tar(task: Survey, is_written: np.ndarray, *, is_shuffled: bool) -> np.ndarray:
+    """Returns the numbers of the documents of a task that are written to a split, in the order of its tar: int64.
+
+    Args:
+        is_written: (D,) bool.
+        is_shuffled: as `corpus.shuffle_in_tasks`.
+    """
+    documents = np.flatnonzero(is_written)
+    if is_shuffled:
+        # Positions are hashes of repositories, and of texts without one, so their order is a random one. The sort is
+        # stable: a repository stays whole, its documents in the order of the source.
+        documents = documents[np.argsort(task.positions[documents], kind="stable")]
+    return documents
 
 
 def key_array(keys: Sequence[bytes]) -> np.ndarray:

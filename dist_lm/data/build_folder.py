@@ -6,7 +6,7 @@ import itertools
 import json
 from array import array
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from functools import cached_property, lru_cache
@@ -18,6 +18,8 @@ import zstandard
 
 from dist_lm.config.corpus import REPOSITORY, CleaningConfig, CorpusConfig
 from dist_lm.data.build_decisions import (
+    TRAIN,
+    VAL,
     Screening,
     Survey,
     candidates_of,
@@ -36,6 +38,7 @@ from dist_lm.storage import durable
 
 RUN, COPIES, ARRAYS, BAND_RUN = "keys.run", "copies.npy", "arrays.npz", "bands.run"
 PRECEDENCES, UNITS, ENDS = "precedences.npy", "units.npy", "ends.npy"
+COUNTS, FATES, PRESENT_RUN = "counts.json", "fates.npy", "present.run"
 
 
 @dataclass(frozen=True)
@@ -50,7 +53,16 @@ class Build:
         if not path.exists():
             raise ArtefactError(f"{path} is missing: work_dir must be on a file system that all nodes share")
         return durable.read_json(
-            path, {"config": dict, "seed": int, "tokenizer": str, "classes": list, "limited": list}
+            path,
+            {
+                "config": dict,
+                "seed": int,
+                "tokenizer": str,
+                "classes": list,
+                "limited": list,
+                "n_old": int,
+                "base": str,
+            },
         )
 
     @cached_property
@@ -65,6 +77,17 @@ class Build:
     @property
     def tokenizer_model(self) -> Path:
         return Path(self._settings["tokenizer"])
+
+    @property
+    def n_old(self) -> int:
+        """The number of tasks of a finished corpus that this one extends: the first ones of the plan. 0: it extends
+        none."""
+        return self._settings["n_old"]
+
+    @property
+    def base(self) -> Path:
+        """The folder of that corpus."""
+        return Path(self._settings["base"])
 
     @property
     def classes(self) -> list[tuple[str, bool]]:
@@ -118,6 +141,11 @@ class Build:
         """Returns the result that has the survey of a task."""
         return self.result("limits" if number in self.limited else "survey", number)
 
+    def run_of_keys(self, number: int) -> Path:
+        """Returns the sorted run of the keys of a task. Of the corpus that is extended it has those documents that
+        `is_present` accepts."""
+        return self.survey(number) / (PRESENT_RUN if number < self.n_old else RUN)
+
     def write(
         self,
         config: CorpusConfig,
@@ -125,8 +153,14 @@ class Build:
         tokenizer_model: Path,
         tasks: list[BuildTask],
         listings: Mapping[tuple[str, int], Inputs],
+        base: Path | None = None,
+        n_old: int = 0,
     ) -> None:
-        """Writes settings and plan. Files that are there already are those of the same build, and stay."""
+        """Writes settings and plan. Files that are there already are those of the same build, and stay.
+
+        Args:
+            base: folder of the finished corpus that is extended, whose tasks are the first `n_old`.
+        """
         (self.folder / "tasks").mkdir(parents=True, exist_ok=True)
         classes: dict[tuple[str, bool], list[int]] = {}
         for number, task in enumerate(tasks):
@@ -140,6 +174,8 @@ class Build:
             "seed": seed,
             "tokenizer": str(tokenizer_model.resolve()),
             "classes": [[*key, numbers] for key, numbers in classes.items()],
+            "n_old": n_old,
+            "base": str(base.resolve()) if base else "",
             "limited": [number for number, task in enumerate(tasks) if source_of(config, task).limit],
         }
         durable.write_sealed(self.folder / "settings.json", settings)
@@ -181,7 +217,7 @@ def write_survey(result: Path, task_survey: Survey) -> None:
         "languages": task_survey.languages,
         "left": task_survey.left,
     }
-    (result / "counts.json").write_text(json.dumps(counts), encoding="utf-8")
+    (result / COUNTS).write_text(json.dumps(counts), encoding="utf-8")
     (result / "val_texts.zst").write_bytes(compressed(task_survey.val_texts))
     (result / "groups.zst").write_bytes(compressed(task_survey.groups))
 
@@ -199,7 +235,7 @@ def read_survey(build: Build, number: int, *, with_texts: bool = False, with_gro
         OSError: the survey cannot be read.
     """
     result = build.survey(number)
-    counts = json.loads((result / "counts.json").read_text(encoding="utf-8"))
+    counts = json.loads((result / COUNTS).read_text(encoding="utf-8"))
     rows = RowErrors(source_of(build.config, build.task(number)), build.config.max_bad_fraction)
     rows.add(counts["n_rows"], counts["n_bad"], [Rejected(**row) for row in counts["first"]])
     texts = decompressed((result / "val_texts.zst").read_bytes()) if with_texts else {}
@@ -281,23 +317,27 @@ def places_of_task(path: Path, task: int) -> tuple[int, np.ndarray]:
     return int(begin), np.array(numbers[begin:end])
 
 
-def precedences_of(build: Build, tasks: np.ndarray, numbers: np.ndarray) -> np.ndarray:
-    """Returns what orders documents: (documents, 3) float64, the number of the corpus and their `precedence_of`.
+def precedences_of(build: Build, tasks: np.ndarray, numbers: np.ndarray, *, of_units: bool = False) -> np.ndarray:
+    """Returns what orders documents: (documents, 4) float64, whether they are no val of the corpus that is extended,
+    the number of the corpus and their `precedence_of`.
 
-    An earlier corpus never gives way to a later one, which may be built when the earlier one is finished.
+    An earlier corpus never gives way to a later one, which may be built when the earlier one is finished. Val of the
+    corpus that is extended gives way to nothing.
 
     Args:
         tasks, numbers: (documents,) task of each document, and its number in the task.
+        of_units: they stand for their units.
     """
-    precedences = np.full((len(tasks), 3), np.inf)
+    precedences = np.full((len(tasks), 4), np.inf)
+    precedences[:, 0] = ~_has_old_fate(build, tasks, numbers, (VAL,), of_units=of_units)
     corpora = [*build.config.corpora]
     for number in np.unique(tasks).tolist():
         task = build.task(number)
         of_task = np.flatnonzero(tasks == number)
-        precedences[of_task, 0] = corpora.index(task.corpus)
+        precedences[of_task, 1] = corpora.index(task.corpus)
         if source_of(build.config, task).has_precedence:
             of_survey = np.load(build.survey(number) / PRECEDENCES, mmap_mode="r")
-            precedences[of_task, 1:] = of_survey[numbers[of_task]]
+            precedences[of_task, 2:] = of_survey[numbers[of_task]]
     return precedences
 
 
@@ -308,6 +348,59 @@ def units_of(build: Build, number: int, n_documents: int) -> np.ndarray:
     # Documents that a user holds out belong to no unit.
     units = np.load(path) if build.by_repository else np.empty(0, np.int64)
     return units if len(units) else np.arange(n_documents)
+
+
+def old_fates(build: Build, number: int) -> np.ndarray:
+    """Returns what became of the documents of a task of the corpus that is extended, (D,) int8, mapped."""
+    return np.load(build.survey(number) / FATES, mmap_mode="r")
+
+
+def write_first_documents(build: Build, first: Sequence[int]) -> None:
+    """Writes the number of the first train document of each task of the corpus that is extended."""
+    durable.write_sealed(build.folder / "first_documents.json", {"first": list(first)})
+
+
+def first_documents(build: Build) -> list[int]:
+    """Returns what `write_first_documents` has written.
+
+    Raises:
+        ArtefactError: the file is damaged.
+    """
+    return durable.read_json(build.folder / "first_documents.json", {"first": list})["first"]
+
+
+def is_present(build: Build, records: np.ndarray, *, of_units: bool = False) -> np.ndarray:
+    """Returns which documents take part in decisions, (records,) bool: those of new tasks, and of the corpus that is
+    extended those in its tars, unless they are excluded.
+
+    Args:
+        records: (records,) RECORD, of documents.
+        of_units: they stand for their units, of which one document must be there.
+    """
+    tasks, numbers = records["task"], records["number"]
+    return (tasks >= build.n_old) | _has_old_fate(build, tasks, numbers, (TRAIN, VAL), of_units=of_units)
+
+
+def _has_old_fate(
+    build: Build, tasks: np.ndarray, numbers: np.ndarray, fates: Sequence[int], *, of_units: bool
+) -> np.ndarray:
+    """Returns which documents are of the corpus that is extended and have one of some fates there, (documents,) bool.
+
+    Args:
+        tasks, numbers: (documents,) task of each document, and its number in the task.
+        of_units: a document stands for its unit, of which one document must have such a fate.
+    """
+    has_fate = np.zeros(len(tasks), bool)
+    for task in np.unique(tasks[tasks < build.n_old]).tolist():
+        of_task = np.isin(old_fates(build, task), fates)
+        if of_units:
+            units = units_of(build, task, len(of_task))
+            is_of_unit = np.zeros(len(of_task), bool)
+            is_of_unit[units[of_task]] = True
+            of_task = is_of_unit
+        chosen = np.flatnonzero(tasks == task)
+        has_fate[chosen] = of_task[numbers[chosen]]
+    return has_fate
 
 
 def write_strings(result: Path, strings: Iterable[str]) -> None:

@@ -20,6 +20,7 @@ from dist_lm.data.build_folder import (
     UNITS,
     Build,
     is_copy,
+    is_present,
     parts_of,
     places_of_task,
     precedences_of,
@@ -33,7 +34,7 @@ from dist_lm.data.build_folder import (
 from dist_lm.data.near_duplicate_groups import neighbours
 from dist_lm.data.near_duplicates import band_hashes, common_bands, search, text_windows
 from dist_lm.data.precedence import order_of_precedence
-from dist_lm.data.sorted_runs import read_part, with_equal_keys
+from dist_lm.data.sorted_runs import equals_next, read_part, with_equal_keys
 from dist_lm.data.task_results import is_finished, writing
 from dist_lm.document import Document
 
@@ -51,7 +52,11 @@ def neighbours_of_part(build: Build, number: int, result: Path) -> None:
     if not build.classes[class_number][1]:
         runs = [build.survey(task) / BAND_RUN for task in build.tasks_of_class(class_number)]
         records = with_equal_keys(read_part(runs, part, parts_of(build, "band_parts")))
-        pairs = neighbours(records if build.by_repository else _without_copies(build, records))
+        if build.n_old:
+            records = records[is_present(build, records, of_units=True)]
+        if not build.by_repository:
+            records = _without_copies(build, records)
+        pairs = neighbours(_beside_new_ones(build, records))
     np.save(result / PAIRS, pairs)
 
 
@@ -63,6 +68,16 @@ def _without_copies(build: Build, records: np.ndarray) -> np.ndarray:
         numbers = records["number"][of_task]
         is_kept[of_task] = ~is_copy(build, task, int(numbers.max()) + 1)[numbers]
     return records[is_kept]
+
+
+def _beside_new_ones(build: Build, records: np.ndarray) -> np.ndarray:
+    """Returns the records that share their band with a text of a new task, in their order; sorted by band."""
+    if not build.n_old or not len(records):
+        return records
+    bands = np.cumsum(np.append(False, ~equals_next(records)))
+    has_new_text = np.zeros(int(bands[-1]) + 1, bool)
+    has_new_text[bands[records["task"] >= build.n_old]] = True
+    return records[has_new_text[bands]]
 
 
 def write_searches(build: Build, searches_of_tasks: Iterable[np.ndarray]) -> None:
@@ -139,7 +154,7 @@ def search_texts(build: Build, number: int, result: Path) -> None:
             positions.append(chosen)
     place_of, span_of, position_of = np.concatenate(text_places), np.concatenate(spans), np.concatenate(positions)
     if any(map(build.is_by_rule, range(len(build.classes)))):
-        order = order_of_precedence(precedences_of(build, *place_of.T))
+        order = order_of_precedence(precedences_of(build, *place_of.T, of_units=True))
         place_of, span_of, position_of = place_of[order], span_of[order], position_of[order]
 
     def windows_of(text: int) -> np.ndarray:
@@ -158,7 +173,8 @@ def search_texts(build: Build, number: int, result: Path) -> None:
         band_hashes(windows_of(text)) + class_of_task[place_of[text, 0]] for text in range(n_texts)
     )
     in_order = ((text, partial(windows_of, text)) for text in range(n_texts))
-    similar = search(shared_bands, in_order, build.config.cleaning.near_duplicates)
+    is_old = (place_of[:, 0] < build.n_old).tolist()
+    similar = search(shared_bands, in_order, build.config.cleaning.near_duplicates, is_old)
     pairs = np.array(array("q", itertools.chain.from_iterable(similar)), np.int64).reshape(-1, 2)
     # Found in the order of precedence, they are written in that of their places.
     pairs = pairs[np.lexsort(place_of[pairs[:, 0]].T[::-1])]

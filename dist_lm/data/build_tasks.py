@@ -5,6 +5,7 @@
     copies   of each range of keys: the documents whose text an earlier one has
     neighbours, windows, search   only with `cleaning.near_duplicates`: see below
     compare  of each task: what its train texts have of the held-out texts, which were chosen in between
+             (`data.build_comparison`)
     write    of each task: tokenizes what is kept, and writes a tar for each split
 
 A build has a folder: `settings.json`, the tasks of the plan, and a result for each task of each pass
@@ -19,12 +20,12 @@ from contextlib import ExitStack
 from dataclasses import asdict, dataclass, field
 from functools import lru_cache
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
 from dist_lm.config.corpus import SPLITS
 from dist_lm.data.benchmarks import Benchmarks
+from dist_lm.data.build_comparison import compare_train, fates
 from dist_lm.data.build_decisions import (
     BENCHMARK,
     DUPLICATE,
@@ -34,10 +35,8 @@ from dist_lm.data.build_decisions import (
     VAL,
     Rule,
     SourceLimit,
-    Survey,
     candidates_of,
-    compare,
-    fates_of,
+    is_among,
     source_of,
     survey,
 )
@@ -50,9 +49,6 @@ from dist_lm.data.build_folder import (
     UNITS,
     Build,
     class_of,
-    compressed,
-    decompressed,
-    is_copy,
     named,
     opened,
     parts_of,
@@ -63,7 +59,6 @@ from dist_lm.data.build_folder import (
     write_survey,
 )
 from dist_lm.data.build_near_duplicates import (
-    is_near_copy,
     neighbours_of_part,
     resembled_sources,
     search_texts,
@@ -71,7 +66,6 @@ from dist_lm.data.build_near_duplicates import (
     write_windows,
 )
 from dist_lm.data.build_plan import BuildTask
-from dist_lm.data.containment import Evidence, HeldOutIndex
 from dist_lm.data.ingest import cleaned
 from dist_lm.data.manifest import Recipe, Shard, shard_name
 from dist_lm.data.near_duplicate_groups import band_records
@@ -91,9 +85,8 @@ from dist_lm.data.task_results import is_finished, writing
 from dist_lm.document import TokenizedDocument
 from dist_lm.tokenizer.tokenizer import Tokenizer
 
-REVISION = 6  # one more with every change to the results of tasks: those of another revision are not used
+REVISION = 7  # one more with every change to the results of tasks: those of another revision are not used
 REPORT, REJECTED_ROWS = "report.json", "rejected.jsonl"
-WINDOWS = "windows_"  # begins the name of an array about windows of a number of words
 
 
 def run_task(folder: Path, pass_name: str, number: int) -> None:
@@ -144,7 +137,7 @@ def _limit(build: Build, number: int, task: BuildTask) -> SourceLimit | None:
             assert left is not None, "all tasks of a source have its limit"
 
     class_number = build.classes.index(class_of(build.config, task))
-    earlier_runs = [build.survey(earlier) / RUN for earlier in build.tasks_of_class(class_number) if earlier < number]
+    earlier_runs = [build.run_of_keys(earlier) for earlier in build.tasks_of_class(class_number) if earlier < number]
 
     def count_new(keys: Sequence[bytes]) -> int:
         return int((~among_runs(records_of(keys, number), earlier_runs)).sum())
@@ -157,7 +150,7 @@ def _limit(build: Build, number: int, task: BuildTask) -> SourceLimit | None:
 
 def _copies(build: Build, number: int, result: Path) -> None:
     class_number, part = divmod(number, parts_of(build))
-    runs = [build.survey(task) / RUN for task in build.tasks_of_class(class_number)]
+    runs = [build.run_of_keys(task) for task in build.tasks_of_class(class_number)]
     records = read_part(runs, part, parts_of(build))
     if build.by_repository:
         records = without_near_copies(build, with_equal_keys(records))
@@ -170,98 +163,6 @@ def _copies(build: Build, number: int, result: Path) -> None:
     copies = later_copies(records)
     task_and_number = np.stack([copies["task"], copies["number"]], axis=1)
     save_places(result / COPIES, task_and_number[np.lexsort([task_and_number[:, 1], task_and_number[:, 0]])])
-
-
-def fates(build: Build, number: int, task_survey: Survey, rule: Rule) -> np.ndarray:
-    """Returns what becomes of each document of a task, as `fates_of`: (D,) int8 of `TRAIN` to `CONTAINS_VAL`.
-
-    Args:
-        number: of the task.
-        rule: with an empty one, no document is held out or dropped for what others contain.
-
-    Raises:
-        ArtefactError: a file is damaged.
-        OSError: a file cannot be read or written.
-    """
-    task = build.task(number)
-    copies = is_copy(build, number, len(task_survey.keys))
-    near_copies = is_near_copy(build, number, len(task_survey.keys))
-    share = rule.shares.get(task.corpus, 0.0)
-    return fates_of(task_survey, copies, near_copies, source_of(build.config, task).held_out, share, rule)
-
-
-# --- compare ---
-
-
-@dataclass(frozen=True)
-class Val:
-    """The held-out texts that tasks compare train with."""
-
-    shares: dict[str, float]  # corpus -> share of the groups that is held out
-    texts: dict[bytes, str]  # key -> text
-    protected: set[bytes]  # keys of texts that train gives way to: of sources with `held_out`, and of earlier corpora
-    n_own: int  # the texts behind these are of earlier corpora
-    is_redacted: bool  # whether texts of earlier corpora have placeholders
-
-
-def write_val(build: Build, val: Val) -> None:
-    """Writes the held-out texts of all corpora for the tasks that compare.
-
-    Raises:
-        OSError: a file cannot be read or written.
-    """
-    result = build.result("val", 0)
-    if is_finished(result):
-        return
-    with writing(result) as temporary:
-        content = {
-            "shares": val.shares,
-            "texts": {key.hex(): text for key, text in val.texts.items()},
-            "protected": sorted(key.hex() for key in val.protected),
-            "n_own": val.n_own,
-            "is_redacted": val.is_redacted,
-        }
-        (temporary / "val.zst").write_bytes(compressed(content))
-
-
-@lru_cache(1)
-def read_val(build: Build) -> tuple[Val, HeldOutIndex]:
-    """Returns the held-out texts and their index, whose texts are in the order of `Val.texts`.
-
-    A process makes the index once, so what the index has found in train stays from one call to the next.
-    """
-    content = decompressed((build.result("val", 0) / "val.zst").read_bytes())
-    val = Val(
-        content["shares"],
-        {bytes.fromhex(key): text for key, text in content["texts"].items()},
-        {bytes.fromhex(key) for key in content["protected"]},
-        content["n_own"],
-        content["is_redacted"],
-    )
-    return val, HeldOutIndex([*val.texts.values()], [key in val.protected for key in val.texts])
-
-
-def _compare(build: Build, number: int, result: Path) -> None:
-    val, index = read_val(build)
-    index.take_evidence()  # of a task that failed
-    task_survey = read_survey(build, number)
-    task_fates = fates(build, number, task_survey, Rule(val.shares))
-    documents = (record for _, record, _ in read_again(build, number, task_survey) if record is not None)
-    refused = compare(index, val.protected, val.is_redacted, task_fates, documents)
-    evidence = index.take_evidence()
-    arrays: dict[str, Any] = {f"{WINDOWS}{size}": in_train for size, in_train in evidence.in_train.items()}
-    short = np.array(sorted(evidence.contained_short), np.int64)
-    np.savez_compressed(result / ARRAYS, refused=refused, short=short, **arrays)
-
-
-def merge_comparison(build: Build, number: int, index: HeldOutIndex) -> np.ndarray:
-    """Adds what the train texts of a task have of val to `index`. Returns the keys of the refused train texts: sorted,
-    (refused, KEY) uint8."""
-    with np.load(build.result("compare", number) / ARRAYS) as arrays:
-        windows = (name for name in arrays.files if name.startswith(WINDOWS))
-        in_train = {int(name.removeprefix(WINDOWS)): arrays[name] for name in windows}
-        index.merge(Evidence(in_train, frozenset(arrays["short"].tolist())))
-        return arrays["refused"]
 
 
 # --- write ---
@@ -281,7 +182,14 @@ def write_rule(build: Build, rule: Rule, first: np.ndarray) -> None:
         return
     with writing(result) as temporary:
         (temporary / "shares.json").write_text(json.dumps(rule.shares))
-        np.savez(temporary / ARRAYS, leaked=rule.leaked, refused=rule.refused, first=first)
+        np.savez(
+            temporary / ARRAYS,
+            leaked=rule.leaked,
+            refused=rule.refused,
+            excluded=rule.excluded,
+            causes=rule.causes,
+            first=first,
+        )
 
 
 @lru_cache(1)
@@ -290,7 +198,8 @@ def read_rule(build: Build) -> tuple[Rule, np.ndarray]:
     result = build.result("rule", 0)
     with np.load(result / ARRAYS) as arrays:
         shares = json.loads((result / "shares.json").read_text())
-        return Rule(shares, arrays["leaked"], arrays["refused"]), arrays["first"]
+        keys = (arrays[name] for name in ("leaked", "refused", "excluded", "causes"))
+        return Rule(shares, *keys), arrays["first"]
 
 
 @dataclass
@@ -342,6 +251,9 @@ def _write(build: Build, number: int, result: Path) -> None:
     )
     writers = {split: SplitWriter(split, tars) for split in SPLITS}
     report, report_of_val = IngestReport(), IngestReport()
+    # Documents for which the corpus that is extended excludes documents: key -> source.
+    is_cause = is_among(task_survey.keys, rule.causes)
+    causes: dict[str, str] = {}
     waiting: list[_Encoded] = []  # documents that are written when all of the task are known
 
     with ExitStack() as stack:
@@ -354,6 +266,8 @@ def _write(build: Build, number: int, result: Path) -> None:
                 continue
 
             document_number, fate = next(task_fates)
+            if is_cause[document_number] and fate != DUPLICATE:
+                causes[record.key.hex()] = record.document.source
             if fate in (TRAIN, VAL):
                 split = SPLITS[fate]
                 document = cleaned(config, record, split, report)
@@ -379,15 +293,19 @@ def _write(build: Build, number: int, result: Path) -> None:
             else:
                 report.reject(candidate, source, "contains_val")
 
-        # Positions are hashes of repositories, and of texts without one, so their order is a random one. The sort is
-        # stable: a repository stays whole, its documents in the order of the source.
+        # As `order_in_tar`, which tells the places of documents later.
         for encoded in sorted(waiting, key=lambda encoded: encoded.position):
             writers[encoded.split].write(encoded.document, task.source, encoded.content)
         for writer in writers.values():
             writer.finish()
 
     shards = {split: [shard.to_json() for shard in tars.finished[split]] for split in SPLITS}
-    content = {"report": asdict(report), "report_of_val": asdict(report_of_val), "shards": shards}
+    content = {
+        "report": asdict(report),
+        "report_of_val": asdict(report_of_val),
+        "shards": shards,
+        "held_out_causes" if source.held_out else "causes": causes,
+    }
     (result / REPORT).write_text(json.dumps(content), encoding="utf-8")
 
 
@@ -398,6 +316,10 @@ class Written:
     report: IngestReport
     report_of_val: IngestReport  # val documents that were dropped, which are judged behind all of train
     shards: dict[str, list[Shard]]
+    # key -> source, of documents for which the corpus that is extended excludes others: of copies, and of texts of
+    # sources with `held_out`
+    causes: dict[bytes, str]
+    held_out_causes: dict[bytes, str]
 
 
 def read_written(build: Build, number: int) -> Written:
@@ -407,7 +329,11 @@ def read_written(build: Build, number: int) -> Written:
         split: [Shard.parse(shard, shard["name"]) for shard in shards] for split, shards in content["shards"].items()
     }
     report, report_of_val = (IngestReport.from_json(content[key]) for key in ("report", "report_of_val"))
-    return Written(report, report_of_val, shards)
+    causes, held_out_causes = (
+        {bytes.fromhex(key): source for key, source in content.get(name, {}).items()}
+        for name in ("causes", "held_out_causes")
+    )
+    return Written(report, report_of_val, shards, causes, held_out_causes)
 
 
 def _content(text: str) -> bytes:
@@ -421,7 +347,7 @@ PASSES = {
     "neighbours": neighbours_of_part,
     "windows": write_windows,
     "search": search_texts,
-    "compare": _compare,
+    "compare": compare_train,
     "write": _write,
 }
 IN_TURN = ("limits",)  # passes whose tasks run one after the other, in their order

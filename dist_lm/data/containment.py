@@ -135,6 +135,17 @@ class HeldOutIndex:
             contained.update(np.flatnonzero(is_contained).tolist())
         return contained
 
+    def most_contained(self, text: bytes) -> int:
+        """Returns the number of the protected text of which a train text in UTF-8 has the largest share of windows."""
+        raw = b" " + text + BORDER + MARGIN
+        windows = window_hashes(word_hashes(np.frombuffer(raw, np.uint8))[1], set(self._tables))
+        shares = np.zeros(len(self._protected))
+        for size, table in self._tables.items():
+            numbers, _ = table.texts_of(np.unique(table.find(windows[size])[1]))
+            n_common = np.bincount(numbers, minlength=len(shares))
+            shares = np.maximum(shares, n_common / np.maximum(table.n_windows, 1))
+        return int(np.where(self._protected, shares, -1).argmax())
+
     def take_evidence(self) -> Evidence:
         """Returns what the train texts compared so far have of the held-out texts, and forgets these train texts."""
         evidence = Evidence(

@@ -232,7 +232,8 @@ def has_placeholder(text: str) -> bool:
 
 
 def decode(tokenizer: Tokenizer, span: Span) -> list[EarlierText]:
-    """Returns the documents of a span. Special tokens have no text.
+    """Returns the documents of a span, but for excluded ones, from which nothing is learned. Special tokens have no
+    text.
 
     Raises:
         ArtefactError: the tar is damaged.
@@ -241,6 +242,8 @@ def decode(tokenizer: Tokenizer, span: Span) -> list[EarlierText]:
     corpus = _opened(span.folder, span.split)
     documents = []
     for number in range(span.first, span.end):
+        if number in corpus.excluded:
+            continue
         length = int(corpus.lengths[number])
         tokens, opening = corpus.tokens(number, 0, length), b""
         if corpus.has_mask:

@@ -12,10 +12,20 @@ from rich.table import Table
 from rich.text import Text
 from zstandard import ZstdError
 
+from dist_lm.data.exclusions import read_exclusions
 from dist_lm.data.index import open_index
 from dist_lm.data.inputs import Inputs
 from dist_lm.data.journal import entries, journal_path, rows_state
-from dist_lm.data.manifest import Manifest, Shard, is_attached, manifest_path, read_manifest, shard_state
+from dist_lm.data.kept_decisions import decisions_state
+from dist_lm.data.manifest import (
+    Manifest,
+    Shard,
+    decisions_path,
+    is_attached,
+    manifest_path,
+    read_manifest,
+    shard_state,
+)
 from dist_lm.data.shard_writer import read_origins
 from dist_lm.data.token_corpus import TokenCorpus
 from dist_lm.errors import ArtefactError
@@ -43,6 +53,15 @@ def inspect_corpus(directory: Path) -> dict[str, Any]:
     states = verify(directory, manifest)
     _, foreign_files = entries(directory)
     problems = [f"{name}: not in the manifest" for name in foreign_files]
+
+    try:
+        read_exclusions(directory, manifest)
+    except ArtefactError as error:
+        problems.append(str(error))
+    # The tars of an attached corpus stay behind its URL, and so do the decisions.
+    if manifest.decisions and not is_attached(directory):
+        if (state := decisions_state(directory, manifest.decisions)) != "ok":
+            problems.append(f"{decisions_path(directory).name}, which corpus.extends needs: {state}")
 
     licences: Counter[tuple[str, str]] = Counter()  # (language, licence) -> documents
     origins: Counter[str] = Counter()
@@ -77,6 +96,7 @@ def inspect_corpus(directory: Path) -> dict[str, Any]:
         ],
         "origins": [{"origin": origin, "documents": documents} for origin, documents in origins.most_common()],
         "ingest": manifest.ingest,
+        "excluded": manifest.excluded.get("reasons", {}),
         "content": manifest.content,
         "inputs": manifest.inputs,
         "problems": problems,
@@ -133,6 +153,11 @@ def print_corpus(directory: Path, console: Console) -> bool:
     if sources := summary["ingest"].get("sources"):
         lines += _ingest_lines(sources)
     lines += _origin_lines(summary["origins"])
+    if reasons := summary["excluded"]:
+        named = ", ".join(f"{reason} {times:,}" for reason, times in sorted(reasons.items()))
+        lines += [
+            f"Excluded, so that training leaves out their loss: {sum(reasons.values()):,} train documents ({named})"
+        ]
 
     for inputs in map(Inputs.from_json, summary["inputs"]):
         if inputs.files:

@@ -19,6 +19,8 @@ from dist_lm.data.manifest import (
     ManifestError,
     Recipe,
     Shard,
+    decisions_path,
+    excluded_path,
     manifest_path,
     read_manifest,
     remote_path,
@@ -146,7 +148,8 @@ def entries(directory: Path) -> tuple[set[str], list[str]]:
     paths = (manifest_path(directory), journal_path(directory), remote_path(directory))
     named = {path.name for path in paths if path.is_file()}
     if named:
-        named |= {REJECTED, *(split_index_path(directory, split).name for split in SPLITS)}
+        named |= {REJECTED, decisions_path(directory).name, excluded_path(directory).name}
+        named |= {*(split_index_path(directory, split).name for split in SPLITS)}
     for name in _named_tars(directory):
         named |= {*_files_of(name), f".{name}.tmp"}
 

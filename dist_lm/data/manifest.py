@@ -29,6 +29,8 @@ from dist_lm.storage.run_directory import RunDirectory
 
 BUILD_COMMAND = "python -m dist_lm.launch stage=shards"
 FORMAT = 3  # version of manifest.json and its tars; format 2 had no checksum of a member
+# A corpus with excluded documents, whose loss earlier versions would count, so that they must refuse it.
+EXCLUDING_FORMAT = 4
 _HASH = r"[0-9a-f]{64}"
 ListInputs = Callable[[SourceConfig], Inputs]
 
@@ -147,11 +149,22 @@ class Manifest:
     settings: Mapping[str, Any] = field(default_factory=dict)  # `recipe.corpus_fingerprint` is their hash
     # corpus -> hash of its documents when val was chosen; empty: not known. Val was compared with these.
     documents: Mapping[str, str] = field(default_factory=dict)
+    decisions: str = ""  # SHA-256 of what later builds need of the decisions (`data.kept_decisions`); empty: not there
+    # train documents whose loss never counts (`data.exclusions`): {"sha256" of the file, "reasons": numbers by reason}
+    excluded: Mapping[str, Any] = field(default_factory=dict)
 
     @property
     def content(self) -> dict[str, str]:
-        """The content hash of each split: see `Split.content`."""
-        return {name: split.content for name, split in self.splits.items()}
+        """The content hash of each split: see `Split.content`; that of train depends on excluded documents, too."""
+        content = {name: split.content for name, split in self.splits.items()}
+        if self.excluded:
+            content["train"] = content_sum([content["train"], self.excluded["sha256"]])
+        return content
+
+    @property
+    def n_excluded(self) -> int:
+        """The number of excluded train documents."""
+        return sum(self.excluded.get("reasons", {}).values())
 
     def require_tokenizer(self, sha256: str, directory: Path) -> None:
         """Refuses another tokenizer than the one that wrote the shards in `directory`; returns nothing.
@@ -181,6 +194,29 @@ def remote_path(directory: Path) -> Path:
 def is_attached(directory: Path) -> bool:
     """Returns whether the tars of a corpus stay behind a URL."""
     return remote_path(directory).is_file()
+
+
+def excluded_path(directory: Path) -> Path:
+    """Returns the path of the list of excluded documents (`data.exclusions`), which few corpora have."""
+    return directory / "excluded.jsonl"
+
+
+def decisions_path(directory: Path) -> Path:
+    """Returns the path of what later builds need of the decisions of a build (`data.kept_decisions`)."""
+    return directory / "decisions.zip"
+
+
+def require_decisions(directory: Path) -> None:
+    """Refuses to extend a corpus that keeps nothing of the decisions of its build; returns nothing.
+
+    Raises:
+        ArtefactError: names the folder and the way out.
+    """
+    if not read_manifest(directory).decisions:
+        raise ArtefactError(
+            f"{directory} was not built with corpus.build=tasks by a release that keeps decisions, so no corpus can "
+            "extend it: build its sources and the added ones once without corpus.extends"
+        )
 
 
 def token_dtype(vocab_size: int) -> np.dtype:
@@ -217,7 +253,7 @@ def write_manifest(directory: Path, manifest: Manifest) -> None:
         }
 
     content = {
-        "format": FORMAT,
+        "format": EXCLUDING_FORMAT if manifest.excluded else FORMAT,
         **asdict(manifest.recipe),
         "content": manifest.content,  # follows from the shards; for those who read the file
         "splits": splits,
@@ -227,6 +263,11 @@ def write_manifest(directory: Path, manifest: Manifest) -> None:
         "settings": dict(manifest.settings),
         "documents": dict(manifest.documents),
     }
+    # Only builds by tasks keep decisions, and few corpora have excluded documents.
+    if manifest.decisions:
+        content["decisions"] = manifest.decisions
+    if manifest.excluded:
+        content["excluded"] = dict(manifest.excluded)
     durable.write_json(manifest_path(directory), {**content, "checksum": _checksum(content)})
 
 
@@ -248,7 +289,7 @@ def read_manifest(directory: Path) -> Manifest:
 
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
-        if content["format"] != FORMAT:
+        if content["format"] not in (FORMAT, EXCLUDING_FORMAT):
             raise FormatError(
                 f"{directory} is a corpus of format {content['format']}, this version reads format {FORMAT}: use "
                 f"another work_dir, or remove that folder and build it again with `{BUILD_COMMAND}`"
@@ -265,6 +306,8 @@ def read_manifest(directory: Path) -> Manifest:
             inputs=content["inputs"],
             settings=content.get("settings", {}),
             documents=content.get("documents", {}),
+            decisions=content.get("decisions", ""),
+            excluded=content.get("excluded", {}),
         )
     except FormatError:
         raise

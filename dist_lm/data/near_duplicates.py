@@ -84,16 +84,21 @@ def near_duplicates(
 
 
 def search(
-    shared_bands: "SharedBands", texts: Iterable[tuple[Key, Callable[[], np.ndarray]]], similarity: float
+    shared_bands: "SharedBands",
+    texts: Iterable[tuple[Key, Callable[[], np.ndarray]]],
+    similarity: float,
+    is_old: Sequence[bool] | None = None,
 ) -> Iterator[tuple[Key, Key]]:
     """Yields the key of each text to drop, with the key of the text before it that it resembles.
 
     Args:
         texts: key of each text, and a function that returns its `text_windows`, which is called if it is needed.
         similarity: as of `near_duplicates`.
+        is_old: for each text, whether it was compared with the other old ones before, and stays beside them.
     """
     holders = _Holders(shared_bands)
     keys: list[Key] = []  # of texts that stay
+    old_texts: set[int] = set()  # of these, the old ones
     with tempfile.TemporaryFile() as file:
         kept_windows = _WindowFile(file)
         for number, (key, windows_of_text) in enumerate(texts):
@@ -102,7 +107,11 @@ def search(
                 continue
 
             windows = windows_of_text()
-            candidates = _candidates([holders.texts(bucket) for bucket in buckets])
+            text_is_old = is_old is not None and is_old[number]
+            compared = [holders.texts(bucket) for bucket in buckets]
+            if text_is_old:
+                compared = [[text for text in bucket if text not in old_texts] for bucket in compared]
+            candidates = _candidates(compared)
             resembled = _resembled(windows, candidates, kept_windows, similarity)
             if resembled is not None:
                 yield key, keys[resembled]
@@ -110,6 +119,8 @@ def search(
 
             keys.append(key)
             index = kept_windows.add(windows)
+            if text_is_old:
+                old_texts.add(index)
             for bucket in buckets:
                 holders.add(bucket, index)
 

@@ -105,13 +105,14 @@ class CorpusSequences:
             seq_len_key: the configuration key that `seq_len` comes from, for errors.
             infill: rearranges slices of documents of text; all epochs still have `n_sequences`.
             too_long: what becomes of conversations that are longer than a sequence (`packing.TOO_LONG`).
-            without: documents whose loss does not count. They keep their places, so the order of data stays.
+            without: documents whose loss does not count, beside those that the corpus excludes. They keep their
+                places, so the order of data stays.
             order: what an epoch of text shuffles; one of `ORDERS`.
 
         Raises:
             ArtefactError: the corpus does not fill a sequence.
         """
-        self.corpus, self._without = corpus, without
+        self.corpus, self._without = corpus, corpus.excluded.union(without)
         self._seed, self._infill = seed, infill
         self._epoch_of_units = {UNITS: UnitEpoch, WINDOWS: WindowEpoch}.get(order)
 

@@ -154,8 +154,13 @@ def complete(
     inputs: Sequence[Sequence[Mapping[str, Any]]] = (),
     settings: Mapping[str, Any] | None = None,
     documents: Mapping[str, str] | None = None,
+    decisions: str = "",
+    excluded: Mapping[str, Any] | None = None,
 ) -> Manifest:
     """Writes the manifest of the finished tars of a journal, which it removes. As `CorpusWriter.finish`.
+
+    Args:
+        decisions, excluded: as of `Manifest`.
 
     Raises:
         ArtefactError: an index is damaged. OSError: a file cannot be read or written.
@@ -165,7 +170,17 @@ def complete(
         # Opening an index compares the tar on disk with its entry once more.
         indices = (open_index(journal.directory / shard.name, shard) for shard in shards)
         splits[name] = Split(tuple(shards), _by_language(indices))
-    manifest = Manifest(journal.recipe, splits, dict(ingest), licences, inputs, settings or {}, documents or {})
+    manifest = Manifest(
+        journal.recipe,
+        splits,
+        dict(ingest),
+        licences,
+        inputs,
+        settings or {},
+        documents or {},
+        decisions,
+        excluded or {},
+    )
     write_manifest(journal.directory, manifest)
     journal.close()
     return manifest

@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 
+from dist_lm.data.exclusions import excluded_documents
 from dist_lm.data.manifest import BUILD_COMMAND, Shard, Split, is_attached, read_manifest, token_dtype
 from dist_lm.data.order import DocumentSlice, SliceTable, following
 from dist_lm.data.split_index import BLOCK, UNIT, SplitIndex
@@ -113,6 +114,15 @@ class TokenCorpus:
         if not self._index.has_repositories:
             return np.zeros(self.n_documents, bool)
         return self._index.continues(np.arange(self.n_documents))
+
+    @cached_property
+    def excluded(self) -> frozenset[int]:
+        """The documents whose loss never counts, in train alone (`data.exclusions`).
+
+        Raises:
+            ArtefactError: the list is damaged.
+        """
+        return excluded_documents(self.directory) if self.split == "train" else frozenset()
 
     @cached_property
     def units(self) -> Units:

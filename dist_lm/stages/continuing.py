@@ -334,7 +334,8 @@ def check_branch(stage: "TrainingStage", config: Config) -> Path:
 
 
 def left_out_by(config: Config, run: RunDirectory) -> "DocumentIds":
-    """Returns the documents of stage.without; none without that key.
+    """Returns the documents of stage.without; none without that key. Documents that a corpus excludes are not among
+    them.
 
     Args:
         run: that of the configuration.
@@ -342,8 +343,10 @@ def left_out_by(config: Config, run: RunDirectory) -> "DocumentIds":
     Raises:
         ArtefactError: the file has changed since the run began with it, cannot be read or has a line that is no id; or
             there is no such corpus or document; or no document would be left to learn from.
+        ConfigError: stage.document_mask=false with a corpus that excludes documents.
         OSError: a file cannot be read.
     """
+    require_mask_of_excluded(config, run)
     path = config.stage.without
     if not path:
         return {}
@@ -359,6 +362,22 @@ def left_out_by(config: Config, run: RunDirectory) -> "DocumentIds":
             )
     require_documents_left(config, run, ids, path)
     return ids
+
+
+def require_mask_of_excluded(config: Config, run: RunDirectory) -> None:
+    """Refuses stage.document_mask=false where a corpus excludes documents: others would see them, and learn from them.
+
+    Raises:
+        ConfigError: names the corpus.
+        ArtefactError: a manifest is damaged.
+    """
+    if config.stage.document_mask:
+        return
+    for name in config.corpus_names:
+        directory = config.corpus_in(run.work, name)
+        if manifest_path(directory).is_file() and (n_excluded := read_manifest(directory).n_excluded):
+            accepted = f"true: {directory} excludes {n_excluded:,} documents, which others would learn from"
+            require(False, "stage.document_mask", "false", accepted)
 
 
 def require_documents_left(config: Config, run: RunDirectory, ids: "DocumentIds", path: str) -> None:

@@ -32,6 +32,7 @@ from dist_lm.config.corpus import DOCUMENT, SPLITS, TRAIN, CorpusConfig, SourceC
 from dist_lm.config.root import Config
 from dist_lm.config.stage import StageGroup
 from dist_lm.data.earlier import EarlierCorpora
+from dist_lm.data.exclusions import read_exclusions
 from dist_lm.data.ingest import TextSplits, split_documents
 from dist_lm.data.inputs import HUB, Inputs, inputs_of
 from dist_lm.data.journal import (
@@ -55,6 +56,7 @@ from dist_lm.data.manifest import (
     listed_inputs,
     manifest_path,
     read_manifest,
+    require_decisions,
 )
 from dist_lm.data.screening import IngestReport, SourceReader
 from dist_lm.data.shard_writer import CorpusWriter, correct_licences
@@ -80,6 +82,7 @@ from dist_lm.tokenizer.tokenizer import KeptTemplate, Tokenizer
 from dist_lm.training import checkpoint_files
 
 if TYPE_CHECKING:
+    from dist_lm.data.extension import Extension
     from dist_lm.data.task_workers import RunPass
     from dist_lm.tracking.console import Console
 
@@ -122,6 +125,7 @@ class Shards(ArtefactStage):
         for name in config.corpus.corpora or {}:
             accepted = "another name: folders of this form hold another content of a corpus"
             require(not BESIDE.fullmatch(name), "the name of a corpus in corpus.corpora", name, accepted)
+        require_corpora_of_extends(config)
 
     def for_readers(self, config: Config, readers: Sequence[Config]) -> Config:
         """Returns `config` with only the corpora that later stages read, in the folders of those that have begun.
@@ -171,9 +175,12 @@ class Shards(ArtefactStage):
 
         # A corpus that is repaired is compared with the earlier corpora of its first build, so its bytes come again.
         texts = [name for name in missing if form_of(config.corpus, name) == "text"]
-        together = corpora_together(config, texts, reader.files)
+        extended = [name for name in texts if name in config.corpus.extends]
+        together = corpora_together(config, [name for name in texts if name not in extended], reader.files)
         groups: dict[tuple[Path, ...], list[str]] = {}
         for name in texts:
+            if name in extended:
+                continue
             groups.setdefault(tuple(earlier_folders(config, name, together, reader)), []).append(name)
 
         for folders, names in groups.items():
@@ -192,6 +199,13 @@ class Shards(ArtefactStage):
             require_compared(config, missing, text_splits)
             for name in names:
                 build_corpus(config, name, text_splits, console)
+
+        # The finished corpus that is extended was compared with the others, so the added sources are compared alone.
+        for name in extended:
+            folders = earlier_folders(config, name, [name], reader)
+            earlier = earlier_corpora(config, folders)
+            text_splits = TextSplits(config.corpus, config.seed, together=[name], earlier=earlier, reader=reader)
+            build_by_tasks(config, [name], missing, text_splits, console)
 
         for name in missing:
             if name not in texts:
@@ -304,6 +318,7 @@ def inspect_corpora(
         return Artefact(True, "no corpus to build")
 
     work = WorkDirectory(Path(config.work_dir))
+    require_corpora_of_extends(config)
     config = with_folders(config, names, list_inputs)
     ready: list[str] = []
     missing: list[str] = []
@@ -313,11 +328,14 @@ def inspect_corpora(
         if not is_whole(directory):
             _require_same_sources(config, name, directory, list_inputs)
             missing.append(name)
+            if name in config.corpus.extends:
+                require_extensible(config, name, list_inputs)
             words_of = {manifest_path(directory): "damaged", journal_path(directory): "unfinished"}
             notes += [f"{name} {words}" for path, words in words_of.items() if path.is_file()]
             notes += _beside(config, name, directory, list_inputs)
             notes += _unlisted(config, name, list_inputs)
             notes += _not_compared(config, name)
+            notes += _extensible(config, name, list_inputs)
             continue
 
         check_tokenizer(config, directory)
@@ -418,6 +436,152 @@ def _changed(config: Config, name: str, directory: Path, list_inputs: ListInputs
         return [], str(error)
 
 
+# --- a corpus that extends a finished one ---
+
+
+def require_corpora_of_extends(config: Config) -> None:
+    """Refuses a key of corpus.extends that names no corpus; returns nothing.
+
+    Raises:
+        ConfigError: names the key.
+    """
+    for name, folder in config.corpus.extends.items():
+        accepted = f"the name of a corpus of texts: {', '.join(text_corpora(config.corpus)) or 'there is none'}"
+        require(name in text_corpora(config.corpus), f"corpus.extends.{name}", folder, accepted)
+
+
+def n_sources_of(directory: Path) -> int:
+    """Returns the number of sources that a corpus was built from.
+
+    Raises:
+        ArtefactError: its manifest is missing or damaged.
+    """
+    return len(read_manifest(directory).licences)
+
+
+def require_extensible(config: Config, name: str, list_inputs: ListInputs = inputs_of) -> None:
+    """Refuses to extend a corpus that has other settings, sources or inputs than the first ones of the configuration;
+    returns nothing.
+
+    Args:
+        list_inputs: as of `listed_inputs`.
+
+    Raises:
+        ConfigError: names the key, what differs, and the way out.
+        ArtefactError: the folder is damaged, keeps no decisions, or its inputs have changed.
+        UserError: an input cannot be listed.
+    """
+    key, folder = f"corpus.extends.{name}", config.corpus.extends[name]
+    work = WorkDirectory(Path(config.work_dir))
+    directory = work.corpus(folder)
+    accepted = f"a finished folder of {work.path / 'corpora'}, as `dist-lm data list` shows them; or no such key"
+    require(manifest_path(directory).is_file(), key, folder, accepted)
+    accepted = "a corpus that was built in this work directory, as the tars of an attached one stay behind their URL"
+    require(not is_attached(directory), key, folder, accepted)
+    require_decisions(directory)
+    check_tokenizer(config, directory)
+
+    n_sources, n_configured = n_sources_of(directory), len(corpus_sources(config.corpus, name))
+    accepted = f"a folder with fewer sources than corpus.corpora.{name}, which has {n_configured}: it has {n_sources}"
+    require(n_sources < n_configured, key, folder, accepted)
+    way_out = "or build all sources without this key"
+    if words := _differences_from_first(config, name, directory):
+        accepted = f"the settings and the first {n_sources} sources of {directory} ({'; '.join(words)})"
+        raise ConfigError(f"{key}={folder}: expected {accepted}: give them, {way_out}")
+    if words := changed_inputs(config.corpus, name, directory, list_inputs):
+        raise ArtefactError(
+            f"{key}={folder}: the inputs of {directory} have changed ({'; '.join(words)}): restore them, {way_out}"
+        )
+    for split in SPLITS:
+        TokenCorpus.open(directory, split)
+    read_exclusions(directory)
+
+
+def _differences_from_first(config: Config, name: str, directory: Path) -> list[str]:
+    """Returns how the settings of a finished corpus differ from those of as many first sources of the configuration, in
+    words; empty if they do not."""
+    manifest = read_manifest(directory)
+    first_sources = corpus_sources(config.corpus, name)[: n_sources_of(directory)]
+    corpora = {**config.corpus.corpora, name: first_sources}
+    first = replace(config, corpus=replace(config.corpus, corpora=corpora, extends={}))
+    recorded = dict(manifest.settings)
+    extends = {"extends": recorded["extends"]} if "extends" in recorded else {}
+    settings = _fingerprint(first, [name]) | extends
+    if digest(settings) == manifest.recipe.own_fingerprint:
+        return []
+
+    # Other corpora that were built with it do not count.
+    corpus = dict(recorded.get("corpus", {}))
+    corpus["corpora"] = {name: corpus.get("corpora", {}).get(name)}
+    words = differences({**recorded, "corpus": corpus}, json.loads(json.dumps(settings)))
+    return words[:NAMED_DIFFERENCES] or ["other settings"]
+
+
+def _extensible(config: Config, name: str, list_inputs: ListInputs) -> list[str]:
+    """Returns a note on a finished corpus that a missing one differs from by added sources alone; none without it."""
+    if form_of(config.corpus, name) != "text" or name in config.corpus.extends:
+        return []
+    if config.corpus.cleaning.across_corpora:
+        return []
+    n_sources = len(corpus_sources(config.corpus, name))
+    for folder in _folders_of(config, name):
+        if not manifest_path(folder).is_file() or not read_manifest(folder).decisions or is_attached(folder):
+            continue
+        n_added = n_sources - n_sources_of(folder)
+        if n_added < 1 or _differences_from_first(config, name, folder):
+            continue
+        try:
+            if changed_inputs(config.corpus, name, folder, list_inputs):
+                continue
+        except UserError as error:
+            log.info("%s", error)
+            continue
+        keys = f"corpus.extends.{name}={folder.name}"
+        if config.corpus.build != "tasks":
+            keys = f"corpus.build=tasks {keys}"
+        return [f"`{keys}` builds only the added {'source' if n_added == 1 else 'sources'}"]
+    return []
+
+
+def extension_of(config: Config, name: str, earlier: EarlierCorpora) -> "Extension":
+    """Returns the corpus that one extends.
+
+    Args:
+        config: as `require_extensible` accepts it.
+        earlier: the other finished corpora of the work directory.
+
+    Raises:
+        ArtefactError: the kept decisions or a manifest are damaged.
+        OSError: a file cannot be read.
+    """
+    from dist_lm.data.extension import Extension
+    from dist_lm.data.kept_decisions import KeptDecisions
+
+    work = WorkDirectory(Path(config.work_dir))
+    directory = work.corpus(config.corpus.extends[name])
+    manifest = read_manifest(directory)
+
+    def was_compared(folder: str, val: str) -> bool:
+        if manifest.recipe.compared.get(folder) == val:
+            return True
+        # It was built behind the corpus that is extended, or together with it.
+        recipe = read_manifest(work.corpus(folder)).recipe
+        is_same_build = (recipe.corpus_fingerprint, recipe.inputs_sha256) == (
+            manifest.recipe.corpus_fingerprint,
+            manifest.recipe.inputs_sha256,
+        )
+        return recipe.compared.get(directory.name) == manifest.splits["val"].content or is_same_build
+
+    unseen = [folder for folder, val in earlier.compared.items() if not was_compared(folder, val)]
+    return Extension(
+        directory,
+        KeptDecisions.open(directory),
+        earlier_corpora(config, [directory]),
+        {folder: earlier_corpora(config, [work.corpus(folder)]) for folder in unseen},
+        manifest.splits["val"].counts.bytes,
+    )
+
+
 # --- the folder of a corpus ---
 
 
@@ -460,13 +624,11 @@ def folder_of(config: Config, name: str, list_inputs: ListInputs = inputs_of) ->
         ArtefactError: none fits, and a manifest or journal of this name is damaged or of another format.
         OSError: a file cannot be read.
     """
-    work = WorkDirectory(Path(config.work_dir))
-    named = work.corpus(name)
-    beside = (path for path in named.parent.glob(f"{name}-????????") if BESIDE.fullmatch(path.name))
+    named = WorkDirectory(Path(config.work_dir)).corpus(name)
     not_compared: list[Path] = []
     unfinished: list[Path] = []
     damaged: list[ArtefactError] = []
-    for folder in (named, *sorted(beside)):
+    for folder in _folders_of(config, name):
         try:
             if not manifest_path(folder).is_file():
                 recipe = journal_recipe(folder)
@@ -495,6 +657,12 @@ def folder_of(config: Config, name: str, list_inputs: ListInputs = inputs_of) ->
     if not manifest_path(named).is_file() and not journal_path(named).is_file():
         return named
     return named.with_name(f"{name}-{identity(config, name, list_inputs)[:8]}")
+
+
+def _folders_of(config: Config, name: str) -> list[Path]:
+    """Returns the folders that a corpus may lie in: that of its name, and those beside it."""
+    named = WorkDirectory(Path(config.work_dir)).corpus(name)
+    return [named, *sorted(path for path in named.parent.glob(f"{name}-????????") if BESIDE.fullmatch(path.name))]
 
 
 def identity(config: Config, name: str, list_inputs: ListInputs = inputs_of) -> str:
@@ -529,10 +697,10 @@ def is_of_settings(config: Config, name: str, recipe: Recipe) -> bool:
         # Earlier releases did not record the model whose samples are ranked.
         without_model = {key: value for key, value in settings.items() if key != "model"}
         return recipe.corpus_fingerprint in (digest(settings), digest(without_model))
+    if recipe.own_fingerprint == digest(corpus_settings(config, name)):
+        return True
     # Earlier releases compared the settings of all corpora of texts, and at first recorded nothing else.
-    return recipe.own_fingerprint == digest(corpus_settings(config, name)) or recipe.corpus_fingerprint == digest(
-        text_fingerprint(config)
-    )
+    return name not in config.corpus.extends and recipe.corpus_fingerprint == digest(text_fingerprint(config))
 
 
 def corpus_settings(config: Config, name: str) -> dict[str, Any]:
@@ -543,7 +711,7 @@ def corpus_settings(config: Config, name: str) -> dict[str, Any]:
         ArtefactError, OSError: as `corpus_fingerprint`.
     """
     if form_of(config.corpus, name) == "text":
-        return _fingerprint(config, corpora_of_settings(config, name))
+        return _fingerprint(config, corpora_of_settings(config, name)) | _content_of_extended(config, name)
     return corpus_fingerprint(config, name)
 
 
@@ -557,6 +725,19 @@ def corpora_of_settings(config: Config, name: str) -> list[str]:
     if config.corpus.cleaning.across_corpora and name in (texts := text_corpora(config.corpus)):
         return texts[: texts.index(name) + 1]
     return [name]
+
+
+def _content_of_extended(config: Config, name: str) -> dict[str, Any]:
+    """Returns the content hashes of the corpus that one extends, under a key for its fingerprint; empty if it extends
+    none. A corpus that is gone has none: the plan refuses it where it is needed.
+
+    Raises:
+        ArtefactError: a manifest is damaged.
+    """
+    if name not in config.corpus.extends:
+        return {}
+    directory = WorkDirectory(Path(config.work_dir)).corpus(config.corpus.extends[name])
+    return {"extends": read_manifest(directory).content if manifest_path(directory).is_file() else None}
 
 
 def begun_folders(config: Config, readers: Sequence[Config]) -> Config:
@@ -613,6 +794,7 @@ def is_whole(directory: Path) -> bool:
         if manifest_path(directory).is_file():
             for split in SPLITS:
                 TokenCorpus.open(directory, split)
+            read_exclusions(directory)
             return True
     except (FormatError, ManifestError):
         raise
@@ -668,6 +850,8 @@ def corpora_together(config: Config, missing: Sequence[str], list_inputs: ListIn
     work = WorkDirectory(Path(config.work_dir))
     together = []
     for name in text_corpora(config.corpus):
+        if name in config.corpus.extends and name not in missing:
+            continue  # it is built behind these, or was built on its own
         directory = config.corpus_in(work, name)
         is_there = name not in missing and manifest_path(directory).is_file()
         if not is_there or _has_seen(config, read_manifest(directory), missing, list_inputs):
@@ -736,6 +920,9 @@ def earlier_folders(
     work = WorkDirectory(Path(config.work_dir))
     own_folder = config.corpus_in(work, name)
     excluded = {own_folder, *(config.corpus_in(work, corpus) for corpus in together)}
+    # The one that is extended is compared by tasks.
+    if name in config.corpus.extends:
+        excluded.add(work.corpus(config.corpus.extends[name]))
     tokenizer_sha256 = durable.sha256_of(work.tokenizer_model)
     manifests = {folder: read_manifest(folder) for folder in finished_corpora(work) if folder not in excluded}
     recipes = {
@@ -946,19 +1133,26 @@ def build_by_tasks(
     from dist_lm.data.task_results import has_result
     from dist_lm.data.unfinished_builds import begin_pass
 
+    extension, n_old_sources = None, 0
+    if names[0] in config.corpus.extends:
+        require_extensible(config, names[0], text_splits.reader.files)
+        extension = extension_of(config, names[0], text_splits.earlier)
+        n_old_sources = n_sources_of(extension.directory)
     together, list_inputs = text_splits.together, text_splits.reader.files
     work = WorkDirectory(Path(config.work_dir))
     # Of a corpus that is not compared only its texts count, which drop equal ones of later corpora.
     earlier_names = {before for name in together for before in corpora_of_settings(config, name)}
     read_names = [name for name in text_corpora(config.corpus) if name in {*together, *earlier_names}]
-    tasks, listings = plan_of(config.corpus, read_names, list_inputs)
+    old_tasks = extension.decisions.tasks(names[0]) if extension else []
+    tasks, listings = plan_of(config.corpus, read_names, list_inputs, old_tasks=old_tasks, n_old_sources=n_old_sources)
     recipes = {name: recipe_of(config, name, text_splits) for name in names}
     key = digest(
         [REVISION, asdict(config.corpus), plan_fingerprint(tasks), [asdict(recipe) for recipe in recipes.values()]]
     )
     build = Build(work.path.resolve() / "builds" / key[:16])
     tell_of_builds(build.folder, console)
-    build.write(config.corpus, config.seed, work.tokenizer_model, tasks, listings)
+    base = extension.directory if extension else None
+    build.write(config.corpus, config.seed, work.tokenizer_model, tasks, listings, base, len(old_tasks))
 
     with workers_of(config) as workers:
 
@@ -971,7 +1165,7 @@ def build_by_tasks(
                 for batch in batches:
                     yield from map(progress.ended, workers(folder, pass_name, batch))
 
-        run_passes(build.folder, tasks, run_pass, names, together, text_splits.earlier, text_splits.reader)
+        run_passes(build.folder, tasks, run_pass, names, together, text_splits.earlier, text_splits.reader, extension)
     require_compared(config, missing, text_splits)
 
     for name in names:
@@ -986,7 +1180,8 @@ def build_by_tasks(
             licences=_licences(config, name),
             inputs=[listing.to_json() for listing in inputs],
             settings=corpus_fingerprint(config, name, together),
-            documents={corpus: text_splits.reader.documents(corpus) for corpus in together},
+            # The documents of the corpus that is extended were not read again.
+            documents={} if extension else {corpus: text_splits.reader.documents(corpus) for corpus in together},
         )
     shutil.rmtree(build.folder)
 
@@ -1080,9 +1275,20 @@ def recipe_of(config: Config, name: str, text_splits: TextSplits | None = None) 
         documents_per_member=config.corpus.documents_per_member,
         shard_tokens=0 if is_by_tasks else config.corpus.shard_tokens,
         inputs_sha256=inputs_hash(listings),
-        own_fingerprint=digest(_fingerprint(config, corpora_of_settings(config, name))),
-        compared=text_splits.earlier.compared,
+        own_fingerprint=digest(
+            _fingerprint(config, corpora_of_settings(config, name)) | _content_of_extended(config, name)
+        ),
+        compared={**text_splits.earlier.compared, **_val_of_extended(config, name)},
     )
+
+
+def _val_of_extended(config: Config, name: str) -> dict[str, str]:
+    """Returns the folder that a corpus extends with the hash of its val, which is compared as that of earlier corpora;
+    empty if it extends none."""
+    if name not in config.corpus.extends:
+        return {}
+    directory = WorkDirectory(Path(config.work_dir)).corpus(config.corpus.extends[name])
+    return {directory.name: read_manifest(directory).splits["val"].content}
 
 
 def text_fingerprint(config: Config) -> dict[str, Any]:
@@ -1124,7 +1330,8 @@ def corpus_fingerprint(config: Config, name: str, together: Sequence[str] | None
         OSError: a file cannot be read.
     """
     if form_of(config.corpus, name) == "text":
-        return text_fingerprint(config) if together is None else _fingerprint(config, [*together])
+        fingerprint = text_fingerprint(config) if together is None else _fingerprint(config, [*together])
+        return fingerprint | _content_of_extended(config, name)
     fingerprint = _fingerprint(config, [name]) | {"format": FORMAT}
     template = KeptTemplate.read(WorkDirectory(Path(config.work_dir)).tokenizer)
     if template:
@@ -1162,6 +1369,7 @@ def _fingerprint(config: Config, names: list[str]) -> dict[str, Any]:
         "max_bad_fraction",
         "folders",
         "build",
+        "extends",
     ):  # none changes a document
         corpus.pop(key)
     # Corpora from before these keys have no such setting, and are as without it.

@@ -12,6 +12,7 @@ from rich.console import Console
 from rich.text import Text
 
 from dist_lm.config.root import Config
+from dist_lm.data.exclusions import read_exclusions
 from dist_lm.data.journal import REJECTED
 from dist_lm.data.order import DocumentSlice
 from dist_lm.data.text_search import ByteTable, find_text
@@ -52,6 +53,8 @@ class Place:
     licence: str
     steps: tuple[int, ...]  # steps of the run that read a token of the place, rising; from 1
     left_out: bool = False  # whether its loss does not count (stage.without)
+    excluded: str = ""  # why the corpus excludes it (`data.exclusions`): duplicate | near_duplicate | contains_val
+    excluded_for: str = ""  # source of the document for which it is excluded
     near_duplicates: tuple[str, ...] = ()  # sources of texts that the build dropped because they resemble the document
 
 
@@ -102,15 +105,17 @@ def _places(
         left_out: documents of the corpus whose loss the run leaves out.
 
     Raises:
-        ArtefactError: origins or the list of dropped documents are damaged.
+        ArtefactError: origins, or the list of dropped or of excluded documents, are damaged.
     """
     origins = origins_of(corpus, {part.document for part in parts})
     dropped = _near_duplicates(corpus.directory, {origin.source for origin in origins.values()})
+    excluded = {exclusion.document: exclusion for exclusion in read_exclusions(corpus.directory)}
 
     places = []
     for part, steps_of_part in zip(parts, steps, strict=True):
         origin = origins[part.document]
         near_duplicates = dropped.get(origin.source, ())
+        exclusion = excluded.get(part.document)
 
         place = Place(
             run=str(run.path),
@@ -123,6 +128,8 @@ def _places(
             licence=origin.licence,
             steps=steps_of_part,
             left_out=part.document in left_out,
+            excluded=exclusion.reason if exclusion else "",
+            excluded_for=exclusion.cause if exclusion else "",
             near_duplicates=tuple(near_duplicates),
         )
         places.append(place)
@@ -211,6 +218,9 @@ def print_places(run: RunDirectory, text: str, most: int, console: Console, *, a
             where = f"{place.corpus}:{place.document}, tokens {place.start:,} to {place.stop:,}"
             left_out = ", without its loss" if place.left_out else ""
             console.print(Text(f"    {where}: {_in_words(place.steps)}{left_out}"), soft_wrap=True)
+            if place.excluded:
+                words = f"excluded as {place.excluded} for {place.excluded_for}: training leaves out its loss"
+                console.print(Text(f"    {words}"), soft_wrap=True)
             for source in place.near_duplicates:
                 console.print(Text(f"    {source} was dropped as its near-duplicate"), soft_wrap=True)
 

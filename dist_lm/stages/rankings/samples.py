@@ -92,10 +92,15 @@ def ranked_samples(source: SourceConfig, config: RankingsConfig, console: Consol
 def beginnings(corpus: TokenCorpus, tokenizer: Tokenizer, limit: int, seed: int) -> list[Beginning]:
     """Returns the first one to four lines (at most 200 characters) of `limit` documents at even distances.
 
-    Only languages that have a parser count. Blank beginnings are left out, so there may be fewer.
+    Only languages that have a parser count, and no excluded documents. Blank beginnings are left out, so there may be
+    fewer.
     """
     codes = [code for code, name in enumerate(corpus.languages) if name in PARSERS]
-    documents = [number for number in range(corpus.n_documents) if corpus.language_codes[number] in codes]
+    documents = [
+        number
+        for number in range(corpus.n_documents)
+        if corpus.language_codes[number] in codes and number not in corpus.excluded
+    ]
     chosen = []
     for index in evenly_spaced(len(documents), limit).tolist():
         number = documents[index]
