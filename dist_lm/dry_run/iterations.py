@@ -60,15 +60,16 @@ def rlhf_memory(config: RlhfRunConfig, layout: Layout) -> RlhfMemory:
     pool = config.pool
     step = estimate_memory(update_of(config), layout)
 
-    # Policy, reference (with adapters, their base is the reference), critic, reward model.
-    policies = 1 + (config.trained_shape.lora is None) + config.rlhf.has_critic
-    of_reward_model = step.parameters
+    # Policy and critic have fp32 masters. The reference (with adapters their base, which is there) and the reward model
+    # are frozen, so they are stored in the compute dtype.
+    size = element_bytes(config)
+    of_frozen_model = step.parameters * size // FP32_BYTES
     if config.trained_shape.is_in_4bit:
-        of_reward_model = FP32_BYTES * parameter_count(model)  # no adapters, no four bits
-    models = policies * step.parameters + config.rlhf.asks_reward_model * of_reward_model
+        of_frozen_model = size * parameter_count(model)  # no adapters, no four bits
+    frozen_models = (config.trained_shape.lora is None) + config.rlhf.asks_reward_model
+    models = config.trained_models * step.parameters + frozen_models * of_frozen_model
     optimizer = config.trained_models * step.optimizer
 
-    size = element_bytes(config)
     engine = size * parameter_count(model) // pool.tp
     # Ranks of an engine that do not share out the key heads may need all of them.
     keys = model.kv_heads

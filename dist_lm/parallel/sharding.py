@@ -129,7 +129,13 @@ def multiplies_bf16() -> bool:
 
 
 def build_model(
-    model_config: ModelConfig, parallel: ParallelConfig, mesh: DeviceMesh, device: torch.device, seed: int
+    model_config: ModelConfig,
+    parallel: ParallelConfig,
+    mesh: DeviceMesh,
+    device: torch.device,
+    seed: int,
+    *,
+    frozen: bool = False,
 ) -> Transformer:
     """Returns an initialised model on `mesh`, every parameter with this rank's shard on `device` or, offloaded, on the
     host.
@@ -137,10 +143,14 @@ def build_model(
     The values do not depend on the layout. Gradients are summed over ranks, not averaged: the trainer divides by the
     global token count. The loss computes at most `parallel.loss_chunk_mib` MiB of logits at once.
 
+    Args:
+        frozen: the model is never trained. Its parameters are stored in the compute dtype, without fp32 masters: the
+            forward pass has the same bits.
+
     Raises:
         ConfigError: bf16 is asked for on a GPU without it.
     """
-    model = arrange_model(model_config, parallel, mesh, device, exchange=device.type == "cpu")
+    model = arrange_model(model_config, parallel, mesh, device, exchange=device.type == "cpu", frozen=frozen)
     materialise(model, parallel, device)
     # One core draws 90 million values a second: 8 B take it a minute and a half. More threads would need the memory of
     # more unsharded parameters.
@@ -154,13 +164,20 @@ def build_model(
 
 
 def arrange_model(
-    model_config: ModelConfig, parallel: ParallelConfig, mesh: DeviceMesh, device: torch.device, exchange: bool
+    model_config: ModelConfig,
+    parallel: ParallelConfig,
+    mesh: DeviceMesh,
+    device: torch.device,
+    exchange: bool,
+    *,
+    frozen: bool = False,
 ) -> Transformer:
     """Returns the model on the meta device, every parameter with its placement on `mesh` but without values.
 
     Args:
         device: the device it will run on.
         exchange: whether FSDP sends its messages by exchange (`gloo`).
+        frozen: as of `build_model`.
 
     Raises:
         ConfigError: bf16 is asked for on a GPU without it.
@@ -187,6 +204,14 @@ def arrange_model(
             # Beside matrices in four bits, what is frozen needs no fp32 copy. Otherwise FSDP shards and casts it.
             if model_config.is_in_4bit and not parameter.requires_grad:
                 parameter.data = parameter.data.to(dtype)
+
+    if frozen:
+        # FSDP would cast fp32 masters to these values before every use. New parameters, because `data` of a DTensor
+        # is not its shard.
+        for name, parameter in list(model.named_parameters()):
+            module, _, attribute = name.rpartition(".")
+            stored = nn.Parameter(parameter.detach().to(dtype), requires_grad=False)
+            setattr(model.get_submodule(module), attribute, stored)
 
     # 2. Activation checkpointing and compilation
     compiled = parallel.compile == "always" or (parallel.compile == "auto" and device.type == "cuda")

@@ -83,7 +83,7 @@ def load_run(run: RunDirectory, config: RlhfRunConfig, start: RankStart, algorit
     policy = trained(_model(shape, config, start), config.rlhf, config.rlhf.lr)
     reference = policy.model
     if not shape.lora:
-        reference = _model(shape, config, start).requires_grad_(False)
+        reference = _model(shape, config, start, frozen=True)
     if init_from:
         # The reference has the weights of the start, also when the policy continues from a later checkpoint.
         init_from = checkpoint.find_intact(init_from, start.world)
@@ -105,11 +105,15 @@ def load_run(run: RunDirectory, config: RlhfRunConfig, start: RankStart, algorit
         scalar_shape = replace(shape, head="scalar")
         critic = trained(_model(scalar_shape, config, start), config.rlhf, not_null(config.rlhf.value_lr))
         trunk = trunk_of_critic(reward, policy.model, scalar_shape, not_null(config.rlhf.value_head))
-        # A checkpoint of adapters does not hold the trunk.
-        if shape.lora or not resume_from:
-            start_critic(critic.model, trunk, not_null(config.rlhf.value_head))
         if isinstance(shape, AdaptedModelConfig):
             critic_base = frozen[REWARD_MODEL if trunk is reward else START]
+        # A checkpoint of adapters does not hold the trunk.
+        if shape.lora or not resume_from:
+            if trunk is reward:
+                # The critic is trained, so it starts from fp32 weights, which a frozen model may not have.
+                assert reward_checkpoint is not None
+                trunk = _reward_model(reward_checkpoint, config, start, frozen=False)
+            start_critic(critic.model, trunk, not_null(config.rlhf.value_head))
 
     loaded = LoadedRun(RlhfModels(policy, critic, reference, reward), first_state(config.rlhf), 0, frozen, critic_base)
     if resume_from:
@@ -231,17 +235,17 @@ def read_state(directory: Path) -> RlhfState:
         raise ArtefactError(f"checkpoint {directory}: {STATE} is not what stage rlhf writes ({error})") from error
 
 
-def _model(shape: ModelConfig, config: RlhfRunConfig, start: RankStart) -> Transformer:
-    return build_model(shape, config.parallel, start.mesh, start.world.device, config.seed)
+def _model(shape: ModelConfig, config: RlhfRunConfig, start: RankStart, *, frozen: bool = False) -> Transformer:
+    return build_model(shape, config.parallel, start.mesh, start.world.device, config.seed, frozen=frozen)
 
 
-def _reward_model(path: Path, config: RlhfRunConfig, start: RankStart) -> Transformer:
+def _reward_model(path: Path, config: RlhfRunConfig, start: RankStart, *, frozen: bool = True) -> Transformer:
     # A reward model may have another shape than the policy.
     shape = ModelConfig(**checkpoint_files.read_state(path)[1])
     check_reward_model(config, shape)
-    model = _model(shape, config, start)
+    model = _model(shape, config, start, frozen=frozen)
     checkpoint.load_weights(path, model, shape)
-    return model.requires_grad_(False)
+    return model
 
 
 def trunk_of_critic(

@@ -402,7 +402,9 @@ def initial_model(config: Config, start: RankStart, model: Transformer, *, begun
         yield model
     else:
         # The weights have changed since, so a second model takes those of the start.
-        copy = build_model(model.config, config.parallel, start.mesh, start.world.device, config.seed)
+        copy = build_model(
+            model.config, config.parallel, start.mesh, start.world.device, config.seed, frozen=model.config.lora is None
+        )
         path = config.stage.init_from
         if isinstance(copy.config, AdaptedModelConfig):
             path = copy.config.base
