@@ -29,13 +29,14 @@ class RlhfMemory:
     cache_tokens: int  # tokens that the cache has room for
     beside: bool  # whether the engine is on the device of the rank
     in_turns: bool  # whether the cache is freed while the rank trains
+    moves: bool  # whether weights of the engine and the optimizer wait on the host while the other works
     restart: int  # host memory of the first rank's node: weights for a restart of the controller's process
 
     @property
     def training(self) -> int:
         """Returns the peak bytes of the device while the rank trains."""
         total = self.models + self.gradients + self.optimizer + self.activations
-        if self.beside:
+        if self.beside and not self.moves:
             total += self.engine
         if self.beside and not self.in_turns:
             total += self.cache
@@ -46,8 +47,15 @@ class RlhfMemory:
         """Returns the peak bytes of the device while the engine generates."""
         total = self.engine + self.cache
         if self.beside:
-            total += self.models + self.optimizer
+            total += self.models
+        if self.beside and not self.moves:
+            total += self.optimizer
         return total
+
+    @property
+    def waiting(self) -> int:
+        """Returns the bytes of host memory, for each rank and its engine, of what waits there."""
+        return self.engine + self.optimizer if self.moves else 0
 
 
 def rlhf_memory(config: RlhfRunConfig, layout: Layout) -> RlhfMemory:
@@ -78,9 +86,10 @@ def rlhf_memory(config: RlhfRunConfig, layout: Layout) -> RlhfMemory:
     token_bytes = kv_bytes_per_token(model, keys, size)
 
     # The cache gets a share of the memory that is free, at most what all sequences can use.
+    moves = config.in_turns and config.hardware.device == "cuda"
     occupied = engine
     if config.engine_shares_device:
-        occupied += models + optimizer
+        occupied += models + optimizer * (not moves)
     free = max(0, int(config.hardware.memory_gib * 2**30) - occupied)
     fit = int(CACHE_SHARE[config.hardware.device] * free / token_bytes)
     tokens = pool.cache_tokens or min(fit, pool.max_sequences * model.max_seq_len)
@@ -98,6 +107,7 @@ def rlhf_memory(config: RlhfRunConfig, layout: Layout) -> RlhfMemory:
         cache_tokens=tokens,
         beside=config.engine_shares_device,
         in_turns=config.in_turns,
+        moves=moves,
         restart=copies * size * parameter_count(model),
     )
 
@@ -106,16 +116,21 @@ def memory_rows(config: Config, layout: Layout) -> list[tuple[str, str]]:
     """Returns (name, text) of each part of the memory, for people."""
     memory = rlhf_memory(rlhf_config(config), layout)
     freed = ", freed while the rank trains" if memory.in_turns else ""
+    away, asleep = "", ""
+    if memory.moves:
+        away, asleep = ", on the host while the rank trains", ", on the host while the engine generates"
     rows = [
         ("models", gib(memory.models)),
         ("gradients", gib(memory.gradients)),
-        ("optimizer", gib(memory.optimizer)),
+        ("optimizer", gib(memory.optimizer) + asleep),
         ("activations, buffers", gib(memory.activations)),
-        (f"engine{'' if memory.beside else ' (another device)'}: weights", gib(memory.engine)),
+        (f"engine{'' if memory.beside else ' (another device)'}: weights", gib(memory.engine) + away),
         ("engine: KV cache", f"{gib(memory.cache)} ({memory.cache_tokens:,} tokens{freed})"),
         ("peak of the rank that trains", share_of_device(memory.training, config.hardware)),
         ("peak of the device that generates", share_of_device(memory.generating, config.hardware)),
     ]
+    if memory.waiting:
+        rows.append(("host memory of a rank and its engine", f"{gib(memory.waiting)}, locked"))
     if memory.restart:
         rows.append(("host memory of rank 0: weights for the controller", f"{gib(memory.restart)} at most"))
     return rows

@@ -28,6 +28,7 @@ from dist_lm.generation.shard import Share, build_embedding, gathering, leaving,
 from dist_lm.generation.transfer import upload
 from dist_lm.model.layers import RopeTables, activate, capped, mix_values, normalise_heads, rope_tables, rotate
 from dist_lm.model.size import ADAPTERS, VALUE_MIX, packs_documents, parameter_shapes
+from dist_lm.parallel.host_copies import HostCopies
 from dist_lm.parallel.mesh import use_flash_attention_3
 from dist_lm.parallel.tensor_axis import TensorAxis
 
@@ -107,7 +108,8 @@ class Decoder:
 
         self._layers: list[_Layer] = []
         self._row_adapters = RowAdapters()
-        self._graph_weights: dict[str, torch.Tensor] = {}  # the tensors whose addresses are in graphs
+        self._stored: dict[str, torch.Tensor] = {}  # on a GPU the tensors of the weights, whose addresses are in graphs
+        self._host_copies = HostCopies()
         self._graphs = self._new_graphs()
 
     def load(self, weights: Weights) -> None:
@@ -127,6 +129,16 @@ class Decoder:
         self.cache = self._new_cache(n_pages)
         self._graphs = self._new_graphs()
 
+    def sleep(self) -> None:
+        """Frees the cache, and on a GPU the memory of the weights, whose values wait on the host for `wake`."""
+        self.resize(0)
+        if not self._host_copies.n_bytes:
+            self._host_copies.move(self._stored.values())
+
+    def wake(self) -> None:
+        """Brings the weights back; the cache stays empty."""
+        self._host_copies.restore()
+
     def build(self, look_up: LookUp) -> None:
         """Lays out the weights of this share; the old ones are dropped first, so after an error the decoder has none.
 
@@ -139,6 +151,10 @@ class Decoder:
         config, axis = self.config, self.axis
         # Free the old weights first: both may not fit in memory.
         self._layers, self._embed, self._lm_head = [], _absent, _absent
+        # Only graphs need the old tensors. There are none while the weights are away, which new ones replace.
+        if self._graphs is None or self._host_copies.n_bytes:
+            self._host_copies.forget()
+            self._stored.clear()
 
         # Cloned, because the memory may be the caller's.
         embedding = self._in_place("embedding", look_up("embedding.weight").clone())
@@ -198,16 +214,16 @@ class Decoder:
         return DecodeGraphs(self._decode, self.cache, pages_for(self.config.max_seq_len, self._page_tokens))
 
     def _in_place(self, name: str, tensor: torch.Tensor) -> torch.Tensor:
-        """Returns the tensor to compute with for a named weight.
+        """Returns the tensor to compute with for a named weight: on a GPU one with memory of its own.
 
         CUDA graphs hold addresses, so with graphs new weights are copied into the tensor of the first build.
         """
-        if self._graphs is None:
+        if self._device.type == "cpu":
             return tensor
-        if name not in self._graph_weights:
-            self._graph_weights[name] = tensor.clone()  # it may be the caller's
-            return self._graph_weights[name]
-        return self._graph_weights[name].copy_(tensor)
+        if self._graphs is None or name not in self._stored:
+            self._stored[name] = tensor.clone()  # it may be the caller's
+            return self._stored[name]
+        return self._stored[name].copy_(tensor)
 
     def prefill(self, pieces: Sequence[Piece]) -> torch.Tensor:
         """Runs the model on pieces of prompts and writes their keys and values to the cache (collective with several

@@ -251,17 +251,20 @@ class Engine:
         return version
 
     def sleep(self) -> None:
-        """Frees the memory of the cache until the next request; the engine must not be `busy`."""
+        """Frees the memory of the cache, and on a GPU that of the weights, until the next request; the engine must not
+        be `busy`."""
         assert not self.busy, "their pages would be lost"
         self._plan = None
         with torch.inference_mode():
-            self._decoder.resize(0)
+            self._decoder.sleep()
         self._asleep = True
 
     def _wake(self) -> None:
         options = self.options
-        n_pages = options.n_pages or pages_that_fit(self.config, options, self._dtype, self.device, self._tp)
         with torch.inference_mode():
+            # The weights come first: the cache takes a share of the memory that they leave.
+            self._decoder.wake()
+            n_pages = options.n_pages or pages_that_fit(self.config, options, self._dtype, self.device, self._tp)
             self._decoder.resize(n_pages)
         self._page_pool, self._prefixes = self._build_pool(n_pages)
         self._asleep = False

@@ -126,6 +126,12 @@ class ShardedDecoder:
     def resize(self, n_pages: int) -> None:
         self._execute("resize", n_pages)
 
+    def sleep(self) -> None:
+        self._execute("sleep")
+
+    def wake(self) -> None:
+        self._execute("wake")
+
     def prefill(self, pieces: Sequence[Piece]) -> torch.Tensor:
         return self._execute("prefill", _values(pieces))
 
@@ -244,6 +250,13 @@ class Rank:
         self._plan = None
         self.decoder.resize(n_pages)
 
+    def sleep(self) -> None:
+        self._plan = None
+        self.decoder.sleep()
+
+    def wake(self) -> None:
+        self.decoder.wake()
+
     def prefill(self, pieces: list[tuple[list[int], int, list[int]]]) -> torch.Tensor:
         return self.decoder.prefill([Piece(*piece) for piece in pieces])
 
@@ -313,7 +326,7 @@ class Follower(Rank):
 
 
 COMMANDS = (
-    *("load", "resize", "prefill", "extend", "plan", "advance", "decode"),
+    *("load", "resize", "sleep", "wake", "prefill", "extend", "plan", "advance", "decode"),
     *("copy_page", "clear", "save", "restore", "forget"),
 )
 

@@ -17,6 +17,7 @@ minibatch.
 """
 
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field, replace
 from typing import Protocol
 
@@ -105,6 +106,7 @@ class Learner:
     # called with the share of the forward passes that is done, in [0, 1]
     scoring: Callable[[float], None] = lambda done: None
     run_both: RunBoth = one_after_other  # runs the work of policy and critic
+    drawing: Callable[[], AbstractContextManager[None]] = nullcontext  # entered while engines draw rollouts
     stop: StopRequest = field(default_factory=StopRequest)
 
     def __post_init__(self) -> None:
@@ -198,7 +200,8 @@ class Learner:
         self.alive()
 
         # Sample and score: rules have judged on the first rank; all ranks go on with the same rollouts.
-        drawn = on_every_rank(self.controller.take(state.iteration) if self.controller else None, self.world)
+        with self.drawing():
+            drawn = on_every_rank(self.controller.take(state.iteration) if self.controller else None, self.world)
         usable = usable_of(drawn.scored, has_reward_model=self.models.reward is not None)
         rollouts = usable.rollouts
         clock.lap("rollout")

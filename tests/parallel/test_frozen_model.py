@@ -54,9 +54,7 @@ def outcomes(world: World, layout: str, dtype: str, folder: Path) -> list[dict[s
         pytest.param("1x2x1", "fp32", marks=pytest.mark.heavy),
     ],
 )
-def test_a_frozen_model_computes_what_one_with_masters_does(
-    ranks: RankGroups, tmp_path: Path, layout: str, dtype: str
-):
+def test_a_frozen_model_computes_what_one_with_masters_does(ranks: RankGroups, tmp_path: Path, layout: str, dtype: str):
     """Finds a weight of the reference that is rounded twice, or stays in fp32."""
     results = ranks.run(layout_of(layout).world_size, outcomes, layout, dtype, tmp_path / "start")
     for with_masters, frozen in (results[:2], results[2:]):

@@ -6,6 +6,7 @@ Dimensions: P prompts, D rollouts drawn, B of these that have a score.
 import logging
 import time
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
@@ -50,6 +51,7 @@ class HeldOut:
     controller: RolloutController | None  # on the first rank
     prompts: Sequence[Any]  # token ids of each, or the tasks of an environment
     alive: Callable[[], None]
+    drawing: Callable[[], AbstractContextManager[None]] = nullcontext  # entered while engines draw answers
 
     def compare(self, scale: RewardScale | None) -> dict[str, float]:
         """Returns `rlhf/win_rate` (ties count half), the mean scores and the number of prompts compared (collective).
@@ -95,13 +97,13 @@ class HeldOut:
         """
         weights = sent_weights(model, self.config.parallel, self.start.world)
         judged = None
-        if self.controller:
-            judged = self.controller.answers(version, weights, self.config.seed + seed)
-        else:
-            read_to_end(weights)
-
-        # Unlike in training, no answer may have a score: then there is just no win rate.
-        usable = share_usable(judged, some=False, has_reward_model=self.models.reward is not None)
+        with self.drawing():
+            if self.controller:
+                judged = self.controller.answers(version, weights, self.config.seed + seed)
+            else:
+                read_to_end(weights)
+            # Unlike in training, no answer may have a score: then there is just no win rate.
+            usable = share_usable(judged, some=False, has_reward_model=self.models.reward is not None)
         score_P = torch.full((len(self.prompts),), torch.nan)
         if usable.kept_D.any():
             score_P[torch.from_numpy(usable.kept_D)] = self._total(usable, scale)

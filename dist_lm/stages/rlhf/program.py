@@ -8,8 +8,8 @@ import json
 import logging
 import os
 import time
-from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager, nullcontext
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from functools import partial
 
@@ -23,10 +23,11 @@ from dist_lm.data.stream import SequenceStream, StepStream
 from dist_lm.data.token_corpus import TokenCorpus
 from dist_lm.errors import ArtefactError
 from dist_lm.evaluation.in_loop import loop_tasks
+from dist_lm.parallel.host_copies import HostCopies, optimizers_away
 from dist_lm.parallel.mesh import World, data_mesh
 from dist_lm.rlhf.algorithms.registry import ALGORITHMS
 from dist_lm.rlhf.learner import IterationReport, Learner, Pretraining
-from dist_lm.rlhf.models import own_threads, sent_weights
+from dist_lm.rlhf.models import RlhfModels, own_threads, sent_weights
 from dist_lm.rlhf.rollouts import read_to_end
 from dist_lm.rlhf.state import RlhfState
 from dist_lm.stages.pool_start import pool_starter
@@ -128,7 +129,8 @@ def run_rank(run: RunDirectory, stop: StopRequest, heartbeat: Heartbeat) -> None
             evaluations = TasksOfIterations(parts, config.rlhf.max_staleness)
         # Before the first iteration policy and reference are equal, so this win rate measures only noise.
         evaluating = partial(reporter.alive, Phase.EVALUATING)
-        held_out = HeldOut(config, start, loaded.models, controller, prompts.held_out, evaluating)
+        drawing = sleeping(config, loaded.models, world)
+        held_out = HeldOut(config, start, loaded.models, controller, prompts.held_out, evaluating, drawing)
         if state.iteration == 0:
             comparison = held_out.compare(state.reward_scale)
             if metrics and comparison:
@@ -164,6 +166,7 @@ def run_rank(run: RunDirectory, stop: StopRequest, heartbeat: Heartbeat) -> None
                 alive=partial(reporter.alive, Phase.STEP),
                 scoring=partial(reporter.alive, Phase.SCORING),
                 run_both=stack.enter_context(own_threads(world)),
+                drawing=drawing,
                 stop=stop,
             )
             log.info("rank %d of %d, %s, from iteration %d", world.rank, world.size, start.layout, state.iteration)
@@ -178,6 +181,16 @@ def run_rank(run: RunDirectory, stop: StopRequest, heartbeat: Heartbeat) -> None
                 counters = train_state(state, reporter.tokens, tokenizer.sha256)
                 more = {"prompts": state.prompt_position, "first": metrics_of_step(run, 1)}
                 write_success(run, config, counters, time.time() - began, last, more)
+
+
+def sleeping(config: RlhfRunConfig, models: RlhfModels, world: World) -> Callable[[], AbstractContextManager[None]]:
+    """Returns what a rank enters while engines draw: on a GPU that it shares with an engine and takes turns with, the
+    state of its optimizers waits on the host."""
+    has_engine = world.is_first or config.pool.actors > 0
+    if not (config.in_turns and has_engine and world.device.type == "cuda"):
+        return nullcontext
+    optimizers = [trained.optimizer for trained in (models.policy, models.critic) if trained]
+    return partial(optimizers_away, optimizers, HostCopies())
 
 
 def has_controller_process(config: RlhfRunConfig) -> bool:
