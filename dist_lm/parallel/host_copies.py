@@ -4,12 +4,9 @@ Two programs that take turns on one GPU need its memory only while they work. Th
 do their views: the memory behind them is given back and allocated anew, as FSDP does with gathered parameters.
 """
 
-from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import Iterable
 
 import torch
-
-from dist_lm.parallel.values import shard_of
 
 
 class HostCopies:
@@ -38,7 +35,9 @@ class HostCopies:
             assert tensor.untyped_storage().nbytes() == tensor.nbytes, "a view does not have its memory alone"
             buffer = self._buffers.get(number)
             if buffer is None or buffer.shape != tensor.shape or buffer.dtype != tensor.dtype:
-                buffer = torch.empty_like(tensor, device="cpu", pin_memory=tensor.device.type == "cuda")
+                buffer = torch.empty_like(tensor, device="cpu")
+                if tensor.device.type == "cuda":
+                    buffer = buffer.pin_memory()
                 self._buffers[number] = buffer
             buffer.copy_(tensor, non_blocking=True)
             away.append((tensor, buffer))
@@ -60,17 +59,3 @@ class HostCopies:
     def forget(self) -> None:
         """Leaves the tensors without memory: others take their place."""
         self._away = []
-
-
-@contextmanager
-def optimizers_away(optimizers: Iterable[torch.optim.Optimizer], copies: HostCopies) -> Iterator[None]:
-    """Moves the state of optimizers on a GPU to the host inside the block. State in host memory stays."""
-    states = [value for optimizer in optimizers for state in optimizer.state.values() for value in state.values()]
-    shards = [shard_of(value) for value in states if isinstance(value, torch.Tensor)]
-    copies.move(shard for shard in shards if shard.device.type == "cuda")
-    if copies.n_bytes:
-        torch.cuda.empty_cache()  # to the process that generates
-    try:
-        yield
-    finally:
-        copies.restore()

@@ -4,7 +4,7 @@ The rank program builds all of them with `parallel.sharding.build_model` on one 
 dropout: nothing here gives a forward pass a dropout key.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor, wait
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, replace
@@ -19,6 +19,7 @@ from dist_lm.generation.decoder import WeightStream
 from dist_lm.model.quantised import quantised_matrices
 from dist_lm.model.size import ADAPTERS
 from dist_lm.model.transformer import Transformer
+from dist_lm.parallel.host_copies import HostCopies
 from dist_lm.parallel.mesh import World, data_mesh
 from dist_lm.parallel.sharding import compute_dtype, reshard
 from dist_lm.parallel.values import shard_of, stream_weights
@@ -123,6 +124,20 @@ def sent_weights(model: Transformer, parallel: ParallelConfig, world: World) -> 
     if world.device.type == "cuda":
         torch.cuda.empty_cache()
     return stream_weights(model, model.config, compute_dtype(parallel, world.device), receives=world.is_first)
+
+
+@contextmanager
+def optimizers_away(optimizers: Iterable[torch.optim.Optimizer], copies: HostCopies) -> Iterator[None]:
+    """Moves the state of optimizers on a GPU to the host inside the block. State in host memory stays."""
+    states = [value for optimizer in optimizers for state in optimizer.state.values() for value in state.values()]
+    shards = [shard_of(value) for value in states if isinstance(value, torch.Tensor)]
+    copies.move(shard for shard in shards if shard.device.type == "cuda")
+    if copies.n_bytes:
+        torch.cuda.empty_cache()  # to the process that generates
+    try:
+        yield
+    finally:
+        copies.restore()
 
 
 # --- how a rank runs them ---

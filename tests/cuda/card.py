@@ -133,6 +133,7 @@ def stand_in(monkeypatch: pytest.MonkeyPatch) -> Counter[str]:
         "current_device": lambda: 0,
         "device_count": lambda: 8,
         "is_initialized": lambda: True,
+        "empty_cache": lambda: None,
         "max_memory_allocated": lambda device=None: 0,
         "synchronize": counted("device"),
     }

@@ -15,8 +15,9 @@ from dist_lm.generation.decoder import Decoder
 from dist_lm.generation.engine import Engine
 from dist_lm.generation.flash_pages import PAGE_TOKENS, CudaCapture, DecodeGraphs, FlashPages
 from dist_lm.generation.paged_cache import Piece, PlainPages
-from dist_lm.model.size import parameter_shapes
+from dist_lm.model.size import parameter_count, parameter_shapes
 from dist_lm.prepare.compose import compose_config
+from tests.cuda.card import stand_in
 from tests.cuda.flash_contract import RefusedError, checked_varlen_attn
 
 pytestmark = pytest.mark.cuda
@@ -128,6 +129,31 @@ def test_decode_steps_are_accepted(calls, config, graphs):
     assert len(calls) == config.n_layers * (1 if graphs else 2)
     rows = 4 if graphs else 3  # graphs have a few sizes
     assert {len(call["q"]) for call in calls} == {rows}
+
+
+@pytest.mark.parametrize("graphs", [True, False])
+def test_a_decoder_that_sleeps_gives_the_memory_of_its_weights_back(calls, graphs, monkeypatch):
+    """Finds weights that stay on the card while the learner trains, or that the next step does not find there."""
+    stand_in(monkeypatch)
+    decoder = decoder_of(LARGE)
+    if not graphs:
+        decoder._graphs = None
+        decoder.load(weights_of(LARGE))
+    stored = [*decoder._stored.values()]
+    n_bytes = sum(tensor.nbytes for tensor in stored)
+    assert n_bytes > 2 * parameter_count(LARGE) * 0.99
+
+    for is_replaced in (False, True):
+        decoder.sleep()
+        assert not any(tensor.untyped_storage().nbytes() for tensor in stored)
+        if is_replaced:
+            decoder.load(weights_of(LARGE))
+            stored = [*decoder._stored.values()]
+        decoder.wake()
+        assert sum(tensor.untyped_storage().nbytes() for tensor in stored) == n_bytes
+        decoder.resize(64)
+        plan = decoder.plan([[0, 1], [2], [3]], [300, 5, 7])
+        check_logits(decoder.decode([0, 0, 0], plan), LARGE, 3)
 
 
 class Inputs(TorchDispatchMode):

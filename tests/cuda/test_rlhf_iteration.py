@@ -15,6 +15,7 @@ from torch.testing._internal.distributed.fake_pg import FakeStore
 
 from dist_lm.data.batch import Batch
 from dist_lm.dry_run.watch import ANSWER
+from dist_lm.parallel.host_copies import HostCopies
 from dist_lm.parallel.layout import resolve_layout
 from dist_lm.parallel.mesh import axis_of_group, build_mesh
 from dist_lm.parallel.sharding import RECOMPILATIONS, arrange_model, materialise
@@ -24,7 +25,7 @@ from dist_lm.rlhf import experience, packed_rollouts
 from dist_lm.rlhf.algorithms.ppo import Ppo
 from dist_lm.rlhf.experience import collect
 from dist_lm.rlhf.learner import Updater
-from dist_lm.rlhf.models import Execution, RlhfModels, dealing, one_after_other, trained
+from dist_lm.rlhf.models import Execution, RlhfModels, dealing, one_after_other, optimizers_away, trained
 from dist_lm.rlhf.packed_rollouts import Passes
 from dist_lm.rlhf.rollouts import FINISHES, Rollouts
 from dist_lm.rlhf.state import KlController, RlhfState
@@ -130,8 +131,8 @@ def run_of(*overrides: str) -> Iterator[Run]:
             with pytest.MonkeyPatch.context() as patch:
                 patch.setattr(torch, "empty", empty_on_card)
                 policy, reference, critic, reward = (
-                    arrange_model(shape, config.parallel, mesh, CARD, exchange=False)
-                    for shape in (config.model, config.model, scored, scored)
+                    arrange_model(shape, config.parallel, mesh, CARD, exchange=False, frozen=frozen)
+                    for shape, frozen in ((config.model, False), (config.model, True), (scored, False), (scored, True))
                 )
             with FakeTensorMode(allow_non_fake_inputs=True):
                 for model in (policy, reference, critic, reward):
@@ -139,8 +140,8 @@ def run_of(*overrides: str) -> Iterator[Run]:
                 models = RlhfModels(
                     policy=trained(policy, config.rlhf, config.rlhf.lr),
                     critic=trained(critic, config.rlhf, config.rlhf.value_lr),
-                    reference=reference.requires_grad_(False),
-                    reward=reward.requires_grad_(False),
+                    reference=reference,
+                    reward=reward,
                 )
                 execution = Execution(
                     config=config.rlhf,
@@ -157,6 +158,13 @@ def run_of(*overrides: str) -> Iterator[Run]:
             dist.destroy_process_group()
 
 
+def bytes_on_card(models: RlhfModels) -> int:
+    """The memory of the moments of policy and critic."""
+    assert models.critic
+    states = [*models.policy.optimizer.state.values(), *models.critic.optimizer.state.values()]
+    return sum(shard_of(tensor).untyped_storage().nbytes() for state in states for tensor in state.values())
+
+
 def test_no_model_of_an_iteration_reaches_the_recompile_limit(graphs):
     with run_of("parallel.compile=always") as run:
         run.iteration(0)
@@ -167,10 +175,22 @@ def test_state_is_on_the_card_and_updates_hardly_wait(monkeypatch):
     explicit = stand_in(monkeypatch)
     with run_of("parallel.compile=never", "rlhf.epochs=2") as run:
         run.iteration(0)
-        explicit.clear()
-        traffic = run.iteration(1, watched=True)
         models = run.execution.models
         assert models.critic
+
+        # While an engine draws, the moments are on the host; the next updates find them on the card.
+        copies = HostCopies()
+        with monkeypatch.context() as patch, FakeTensorMode(allow_non_fake_inputs=True):
+            patch.setattr(torch.Tensor, "pin_memory", torch.Tensor.clone)  # host memory of fake tensors is not locked
+            for _ in range(2):
+                with optimizers_away([models.policy.optimizer, models.critic.optimizer], copies):
+                    shards = [shard_of(p) for m in (models.policy, models.critic) for p in m.model.parameters()]
+                    n_elements = sum(shard.numel() for shard in shards)
+                    assert copies.n_bytes >= 2 * 4 * n_elements
+                    assert not bytes_on_card(models)
+        assert bytes_on_card(models)
+        explicit.clear()
+        traffic = run.iteration(1, watched=True)
         for one in (models.policy, models.critic):
             state = [tensor for moments in one.optimizer.state.values() for tensor in moments.values()]
             assert {shard_of(tensor).device.type for tensor in [*one.model.parameters(), *state]} == {"cuda"}

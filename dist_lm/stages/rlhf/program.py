@@ -23,11 +23,11 @@ from dist_lm.data.stream import SequenceStream, StepStream
 from dist_lm.data.token_corpus import TokenCorpus
 from dist_lm.errors import ArtefactError
 from dist_lm.evaluation.in_loop import loop_tasks
-from dist_lm.parallel.host_copies import HostCopies, optimizers_away
+from dist_lm.parallel.host_copies import HostCopies
 from dist_lm.parallel.mesh import World, data_mesh
 from dist_lm.rlhf.algorithms.registry import ALGORITHMS
 from dist_lm.rlhf.learner import IterationReport, Learner, Pretraining
-from dist_lm.rlhf.models import RlhfModels, own_threads, sent_weights
+from dist_lm.rlhf.models import RlhfModels, optimizers_away, own_threads, sent_weights
 from dist_lm.rlhf.rollouts import read_to_end
 from dist_lm.rlhf.state import RlhfState
 from dist_lm.stages.pool_start import pool_starter
