@@ -202,4 +202,4 @@ def test_rlhf_is_planned_by_the_keys_of_its_updates():
     chosen = replace(rlhf_config(planned()), parallel=one.parallel)
     assert one.memory == rlhf_memory(chosen, one.layout).training  # all four models, two optimizers
     with pytest.raises(ConfigError, match=r"lower rlhf\.micro_batch_tokens"):
-        best(planned("hardware.memory_gib=8"), usual)
+        best(planned("hardware.memory_gib=4"), usual)
