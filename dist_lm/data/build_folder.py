@@ -238,9 +238,12 @@ def read_survey(build: Build, number: int, *, with_texts: bool = False, with_gro
     counts = json.loads((result / COUNTS).read_text(encoding="utf-8"))
     rows = RowErrors(source_of(build.config, build.task(number)), build.config.max_bad_fraction)
     rows.add(counts["n_rows"], counts["n_bad"], [Rejected(**row) for row in counts["first"]])
+
+    # Texts and groups are most of the bytes, and few callers need them.
     texts = decompressed((result / "val_texts.zst").read_bytes()) if with_texts else {}
     val_texts = {int(document): text for document, text in texts.items()}
     groups = decompressed((result / "groups.zst").read_bytes()) if with_groups else []
+
     with np.load(result / ARRAYS) as arrays:
         return Survey(
             arrays["keys"],

@@ -12,11 +12,10 @@ import hashlib
 import json
 from collections import Counter
 from collections.abc import Iterable
-from functools import lru_cache
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from dist_lm.data.manifest import Manifest, excluded_path, manifest_path, read_manifest
+from dist_lm.data.manifest import Manifest, excluded_path, read_manifest
 from dist_lm.errors import ArtefactError
 from dist_lm.storage import durable
 
@@ -71,17 +70,13 @@ def read_exclusions(directory: Path, manifest: Manifest | None = None) -> list[E
     return [Exclusion(line["document"], line["reason"], line["for"]) for line in lines]
 
 
-def excluded_documents(directory: Path) -> frozenset[int]:
+def excluded_documents(directory: Path, manifest: Manifest | None = None) -> frozenset[int]:
     """Returns the numbers of the excluded documents of a corpus in train.
+
+    Args:
+        manifest: as of `read_exclusions`.
 
     Raises:
         ArtefactError: as `read_exclusions`.
-        OSError: there is no manifest.
     """
-    # A folder that was built again has another manifest.
-    return _excluded_once(directory, manifest_path(directory).stat().st_mtime_ns)
-
-
-@lru_cache(maxsize=16)
-def _excluded_once(directory: Path, _mtime_ns: int) -> frozenset[int]:
-    return frozenset(exclusion.document for exclusion in read_exclusions(directory))
+    return frozenset(exclusion.document for exclusion in read_exclusions(directory, manifest))

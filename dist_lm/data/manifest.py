@@ -291,8 +291,9 @@ def read_manifest(directory: Path) -> Manifest:
         content = json.loads(path.read_text(encoding="utf-8"))
         if content["format"] not in (FORMAT, EXCLUDING_FORMAT):
             raise FormatError(
-                f"{directory} is a corpus of format {content['format']}, this version reads format {FORMAT}: use "
-                f"another work_dir, or remove that folder and build it again with `{BUILD_COMMAND}`"
+                f"{directory} is a corpus of format {content['format']}, this version reads formats {FORMAT} and "
+                f"{EXCLUDING_FORMAT}: use another work_dir, or remove that folder and build it again with "
+                f"`{BUILD_COMMAND}`"
             )
         if content.pop("checksum") != _checksum(content):
             raise ValueError("its content does not match its checksum, so it was edited")

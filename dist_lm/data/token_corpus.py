@@ -39,18 +39,27 @@ class TokenCorpus:
     """
 
     def __init__(
-        self, directory: Path, split: str, shards: Sequence[Shard], vocab_size: int, *, is_saved: bool = True
+        self,
+        directory: Path,
+        split: str,
+        shards: Sequence[Shard],
+        vocab_size: int,
+        *,
+        is_saved: bool = True,
+        excluded: frozenset[int] = frozenset(),
     ) -> None:
         """Opens some of the tars of a split; `open` opens all of them.
 
         Args:
             is_saved: as of `SplitIndex`; False for some of the tars.
+            excluded: the documents whose loss never counts (`data.exclusions`).
 
         Raises:
             ArtefactError, OSError: as `open`.
         """
         self.directory = directory
         self.split = split
+        self.excluded = excluded
         self.is_remote = is_attached(directory)
         self._index = SplitIndex(directory, split, shards, vocab_size, is_saved=is_saved)
         self.languages = self._index.languages
@@ -79,7 +88,7 @@ class TokenCorpus:
 
         Raises:
             ArtefactError: the corpus is missing, unfinished or damaged, differs from its manifest, or has no document
-                in this split.
+                in this split; or the list of its excluded documents is damaged.
             OSError: a tar cannot be read, or an index cannot be written.
         """
         manifest = read_manifest(directory)
@@ -89,7 +98,11 @@ class TokenCorpus:
                 f"corpus {directory} has no {split} documents: give it more text or another "
                 f"corpus.val_fraction, then `{BUILD_COMMAND}`"
             )
-        return cls(directory, split, shards, manifest.recipe.vocab_size)
+        # Few corpora have excluded documents, and these are all in train.
+        excluded: frozenset[int] = frozenset()
+        if manifest.excluded and split == "train":
+            excluded = excluded_documents(directory, manifest)
+        return cls(directory, split, shards, manifest.recipe.vocab_size, excluded=excluded)
 
     # --- properties of all documents ---
 
@@ -114,15 +127,6 @@ class TokenCorpus:
         if not self._index.has_repositories:
             return np.zeros(self.n_documents, bool)
         return self._index.continues(np.arange(self.n_documents))
-
-    @cached_property
-    def excluded(self) -> frozenset[int]:
-        """The documents whose loss never counts, in train alone (`data.exclusions`).
-
-        Raises:
-            ArtefactError: the list is damaged.
-        """
-        return excluded_documents(self.directory) if self.split == "train" else frozenset()
 
     @cached_property
     def units(self) -> Units:

@@ -115,16 +115,23 @@ def rlhf_memory(config: RlhfRunConfig, layout: Layout) -> RlhfMemory:
 def memory_rows(config: Config, layout: Layout) -> list[tuple[str, str]]:
     """Returns (name, text) of each part of the memory, for people."""
     memory = rlhf_memory(rlhf_config(config), layout)
+    place = "" if memory.beside else " (another device)"
+
+    # What gives its memory back while the other one works.
     freed = ", freed while the rank trains" if memory.in_turns else ""
-    away, asleep = "", ""
+    weights_wait, optimizer_waits = "", ""
     if memory.moves:
-        away, asleep = ", on the host while the rank trains", ", on the host while the engine generates"
+        weights_wait, optimizer_waits = (
+            ", on the host while the rank trains",
+            ", on the host while the engine generates",
+        )
+
     rows = [
         ("models", gib(memory.models)),
         ("gradients", gib(memory.gradients)),
-        ("optimizer", gib(memory.optimizer) + asleep),
+        ("optimizer", gib(memory.optimizer) + optimizer_waits),
         ("activations, buffers", gib(memory.activations)),
-        (f"engine{'' if memory.beside else ' (another device)'}: weights", gib(memory.engine) + away),
+        (f"engine{place}: weights", gib(memory.engine) + weights_wait),
         ("engine: KV cache", f"{gib(memory.cache)} ({memory.cache_tokens:,} tokens{freed})"),
         ("peak of the rank that trains", share_of_device(memory.training, config.hardware)),
         ("peak of the device that generates", share_of_device(memory.generating, config.hardware)),

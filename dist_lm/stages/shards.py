@@ -32,7 +32,6 @@ from dist_lm.config.corpus import DOCUMENT, SPLITS, TRAIN, CorpusConfig, SourceC
 from dist_lm.config.root import Config
 from dist_lm.config.stage import StageGroup
 from dist_lm.data.earlier import EarlierCorpora
-from dist_lm.data.exclusions import read_exclusions
 from dist_lm.data.ingest import TextSplits, split_documents
 from dist_lm.data.inputs import HUB, Inputs, inputs_of
 from dist_lm.data.journal import (
@@ -494,7 +493,6 @@ def require_extensible(config: Config, name: str, list_inputs: ListInputs = inpu
         )
     for split in SPLITS:
         TokenCorpus.open(directory, split)
-    read_exclusions(directory)
 
 
 def _differences_from_first(config: Config, name: str, directory: Path) -> list[str]:
@@ -523,6 +521,7 @@ def _extensible(config: Config, name: str, list_inputs: ListInputs) -> list[str]
         return []
     if config.corpus.cleaning.across_corpora:
         return []
+
     n_sources = len(corpus_sources(config.corpus, name))
     for folder in _folders_of(config, name):
         if not manifest_path(folder).is_file() or not read_manifest(folder).decisions or is_attached(folder):
@@ -534,8 +533,9 @@ def _extensible(config: Config, name: str, list_inputs: ListInputs) -> list[str]
             if changed_inputs(config.corpus, name, folder, list_inputs):
                 continue
         except UserError as error:
-            log.info("%s", error)
+            log.info("%s", error)  # a note is no reason to refuse a build from nothing
             continue
+
         keys = f"corpus.extends.{name}={folder.name}"
         if config.corpus.build != "tasks":
             keys = f"corpus.build=tasks {keys}"
@@ -794,7 +794,6 @@ def is_whole(directory: Path) -> bool:
         if manifest_path(directory).is_file():
             for split in SPLITS:
                 TokenCorpus.open(directory, split)
-            read_exclusions(directory)
             return True
     except (FormatError, ManifestError):
         raise

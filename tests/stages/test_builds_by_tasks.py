@@ -16,7 +16,7 @@ from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, TypeVar
 
 import datasets
 import pytest
@@ -48,6 +48,7 @@ from tests.patience import patient
 from tests.stages.test_several_corpora import decoded
 
 CORPORA = ("first", "second")
+Built = TypeVar("Built")  # what a build gives
 
 
 def in_random_order(generator: random.Random) -> RunPass:
@@ -329,16 +330,15 @@ class Killed(BaseException):
     """Ends a build where a kill could."""
 
 
-@pytest.mark.heavy
-@pytest.mark.parametrize("seed", range(3))
-def test_a_build_that_is_killed_anywhere_gives_the_same_bytes(monkeypatch, new_work, tmp_path, seed):
-    """Would find a half-written result that is used, a finished one that is lost, and a tar of the first attempt in the
-    second."""
-    generator = random.Random(seed)
-    corpus = write_corpora(tmp_path, generator, held_out=bool(seed % 2))
-    expected = files_of(by_tasks(monkeypatch, new_work("whole"), corpus, 3000, in_random_order(random.Random(seed))))
-
-    work = new_work("killed")
+def built_through_kills(
+    monkeypatch: pytest.MonkeyPatch,
+    work: WorkDirectory,
+    generator: random.Random,
+    most_writes: int,
+    build: Callable[[], Built],
+) -> Built:
+    """Returns what `build` gives at last: it is ended again and again after fewer than `most_writes` durable writes,
+    and one of its results is damaged."""
     counted = {"left": 0}
     fsync = durable.fsync
 
@@ -351,14 +351,34 @@ def test_a_build_that_is_killed_anywhere_gives_the_same_bytes(monkeypatch, new_w
     monkeypatch.setattr(durable, "fsync", fsync_or_end)
     n_kills = 0
     while True:
-        counted["left"] = generator.randrange(1, 400)
+        counted["left"] = generator.randrange(1, most_writes)
         try:
-            folders = by_tasks(monkeypatch, work, corpus, 3000, in_random_order(generator))
+            built = build()
             break
         except Killed:
             n_kills += 1
             damage_a_result(generator, work)
     assert n_kills
+    return built
+
+
+@pytest.mark.heavy
+@pytest.mark.parametrize("seed", range(3))
+def test_a_build_that_is_killed_anywhere_gives_the_same_bytes(monkeypatch, new_work, tmp_path, seed):
+    """Would find a half-written result that is used, a finished one that is lost, and a tar of the first attempt in the
+    second."""
+    generator = random.Random(seed)
+    corpus = write_corpora(tmp_path, generator, held_out=bool(seed % 2))
+    expected = files_of(by_tasks(monkeypatch, new_work("whole"), corpus, 3000, in_random_order(random.Random(seed))))
+
+    work = new_work("killed")
+    folders = built_through_kills(
+        monkeypatch,
+        work,
+        generator,
+        400,
+        lambda: by_tasks(monkeypatch, work, corpus, 3000, in_random_order(generator)),
+    )
     assert files_of(folders) == expected
     assert not list((work.path / "builds").iterdir())
 

@@ -5,7 +5,8 @@ import json
 import random
 import shutil
 import sys
-from collections.abc import Callable, Sequence
+import time
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from functools import partial
@@ -32,13 +33,12 @@ from dist_lm.errors import ArtefactError, ConfigError, UserError
 from dist_lm.stages import shards
 from dist_lm.stages.continuing import left_out_by
 from dist_lm.stages.registry import load_config
-from dist_lm.storage import durable
 from dist_lm.storage.run_directory import RunDirectory, WorkDirectory
 from dist_lm.tracking.console import Console
 from dist_lm.verbs.data_where import places_of_text
 from tests.data.file_server import serving
 from tests.data.mixed_corpora import random_text
-from tests.stages.test_builds_by_tasks import Killed, config_of, damage_a_result, files_of, in_random_order
+from tests.stages.test_builds_by_tasks import built_through_kills, config_of, files_of, in_random_order
 from tests.stages.test_several_corpora import decoded, hashes
 from tests.training_run import prepare, train
 from tests.verbs.test_data_without import tensors
@@ -140,9 +140,13 @@ def nearly(text: str, generator: random.Random) -> str:
 
 
 def build_with(
-    monkeypatch: pytest.MonkeyPatch, work: WorkDirectory, corpus: CorpusConfig, run_pass: RunPass = in_this_process
+    monkeypatch: pytest.MonkeyPatch,
+    work: WorkDirectory,
+    corpus: CorpusConfig,
+    run_pass: RunPass = in_this_process,
+    task_bytes: int = TASK_BYTES,
 ) -> Path:
-    monkeypatch.setattr(build_by_tasks, "plan_of", partial(plan_of, task_bytes=TASK_BYTES))
+    monkeypatch.setattr(build_by_tasks, "plan_of", partial(plan_of, task_bytes=task_bytes))
     monkeypatch.setattr(shards, "workers_of", lambda config: nullcontext(run_pass))
     config = config_of(work, corpus)
     assert not shards.STAGE.inspect(config).ready
@@ -506,27 +510,51 @@ def test_bytes_depend_on_neither_workers_nor_kills(monkeypatch, new_work, tmp_pa
     assert files_of({"code": two_workers}) == expected
 
     killed = WorkDirectory(tmp_path / "killed")
-    counted = {"left": 0}
-    fsync = durable.fsync
-
-    def fsync_or_end(path: Path) -> None:
-        counted["left"] -= 1
-        if counted["left"] == 0:
-            raise Killed
-        fsync(path)
-
-    monkeypatch.setattr(durable, "fsync", fsync_or_end)
-    n_kills = 0
-    while True:
-        counted["left"] = generator.randrange(1, 300)
-        try:
-            folder = build_with(monkeypatch, killed, corpus, in_random_order(generator))
-            break
-        except Killed:
-            n_kills += 1
-            damage_a_result(generator, killed)
-    assert n_kills
+    folder = built_through_kills(
+        monkeypatch,
+        killed,
+        generator,
+        300,
+        lambda: build_with(monkeypatch, killed, corpus, in_random_order(generator)),
+    )
     assert files_of({"code": folder}) == expected
+
+
+def write_code(folder: Path, files: Iterator[Path], n_bytes: int) -> SourceConfig:
+    """Copies files up to so many bytes; returns the source of them."""
+    folder.mkdir()
+    while n_bytes > 0:
+        content = next(files).read_bytes()
+        (folder / f"{n_bytes}.py").write_bytes(content)
+        n_bytes -= len(content) + 1
+    return SourceConfig("files", "", licence="mit", path=[str(folder)])
+
+
+@pytest.mark.bars
+@pytest.mark.parametrize("near_duplicates", [0.0, SIMILARITY])
+def test_added_sources_cost_less_than_all(monkeypatch, new_work, tmp_path, near_duplicates):
+    """Prints what both cost; would find an extension whose sources have given other documents."""
+    installed = sorted(Path(pytest.__file__).parents[1].glob("t*/**/*.py"))  # torch, transformers
+    random.Random(0).shuffle(installed)
+    files = (path for path in installed if path.stat().st_size)
+    old, added = write_code(tmp_path / "old", files, 24 << 20), write_code(tmp_path / "added", files, 2 << 20)
+    cleaning = CleaningConfig(near_duplicates=near_duplicates)
+    corpus = CorpusConfig("test", {"code": [old]}, val_fraction=0.02, build="tasks", cleaning=cleaning)
+    both = replace(corpus, corpora={"code": [old, added]})
+
+    def measured(work: WorkDirectory, corpus: CorpusConfig) -> tuple[float, int]:
+        """Returns CPU seconds, and the number of documents that the sources have given."""
+        began = time.process_time()
+        folder = build_with(monkeypatch, work, corpus, task_bytes=4 << 20)
+        seconds = time.process_time() - began
+        return seconds, sum(tally["seen"] for tally in read_manifest(folder).ingest["sources"].values())
+
+    work = new_work("extended")
+    of_old, _ = measured(work, corpus)
+    extended, n_extended = measured(work, replace(both, extends={"code": "code"}))
+    whole, n_whole = measured(new_work("whole"), both)
+    print(f"24 MiB: {of_old:.1f} CPU s; 2 MiB added: {extended:.1f}; both from nothing: {whole:.1f}")
+    assert n_extended == n_whole
 
 
 @pytest.mark.heavy

@@ -129,7 +129,7 @@ def run_rank(run: RunDirectory, stop: StopRequest, heartbeat: Heartbeat) -> None
             evaluations = TasksOfIterations(parts, config.rlhf.max_staleness)
         # Before the first iteration policy and reference are equal, so this win rate measures only noise.
         evaluating = partial(reporter.alive, Phase.EVALUATING)
-        drawing = sleeping(config, loaded.models, world)
+        drawing = while_engines_draw(config, loaded.models, world)
         held_out = HeldOut(config, start, loaded.models, controller, prompts.held_out, evaluating, drawing)
         if state.iteration == 0:
             comparison = held_out.compare(state.reward_scale)
@@ -183,8 +183,10 @@ def run_rank(run: RunDirectory, stop: StopRequest, heartbeat: Heartbeat) -> None
                 write_success(run, config, counters, time.time() - began, last, more)
 
 
-def sleeping(config: RlhfRunConfig, models: RlhfModels, world: World) -> Callable[[], AbstractContextManager[None]]:
-    """Returns what a rank enters while engines draw: on a GPU that it shares with an engine and takes turns with, the
+def while_engines_draw(
+    config: RlhfRunConfig, models: RlhfModels, world: World
+) -> Callable[[], AbstractContextManager[None]]:
+    """Returns the context that a rank enters while engines draw: on a GPU on which it takes turns with an engine, the
     state of its optimizers waits on the host."""
     has_engine = world.is_first or config.pool.actors > 0
     if not (config.in_turns and has_engine and world.device.type == "cuda"):

@@ -401,9 +401,11 @@ def initial_model(config: Config, start: RankStart, model: Transformer, *, begun
     elif not begun:
         yield model
     else:
-        # The weights have changed since, so a second model takes those of the start.
+        # The weights have changed since, so a second model takes those of the start. One with adapters is arranged by
+        # what of it is trained.
+        has_no_adapters = model.config.lora is None
         copy = build_model(
-            model.config, config.parallel, start.mesh, start.world.device, config.seed, frozen=model.config.lora is None
+            model.config, config.parallel, start.mesh, start.world.device, config.seed, frozen=has_no_adapters
         )
         path = config.stage.init_from
         if isinstance(copy.config, AdaptedModelConfig):
