@@ -3,7 +3,7 @@
     survey   of each task of the plan: reads, cleans, screens and hashes its documents
     limits   the same of tasks of sources with `limit`, in turn: each must know which texts came before
     copies   of each range of keys: the documents whose text an earlier one has
-    neighbours, windows, search   only with `cleaning.near_duplicates`: see below
+    neighbours, windows, search   only with `cleaning.near_duplicates` (`data.build_near_duplicates`)
     compare  of each task: what its train texts have of the held-out texts, which were chosen in between
              (`data.build_comparison`)
     write    of each task: tokenizes what is kept, and writes a tar for each split
