@@ -160,7 +160,7 @@ def old_corpus(work: WorkDirectory) -> None:
         (
             shards,
             old_corpus,
-            r"^\S*/corpora/tools is a corpus of format 1, .* format 3: use another work_dir",
+            r"^\S*/corpora/tools is a corpus of format 1, .* formats 3 and 4: use another work_dir",
         ),
     ],
 )
