@@ -33,7 +33,8 @@ from dist_lm.parallel.mesh import use_flash_attention_3
 from dist_lm.parallel.tensor_axis import TensorAxis
 
 WeightStream = Iterable[tuple[str, torch.Tensor]]
-"""Parameters with their names in the order of `parameter_shapes`; a decoder holds a block of them at a time."""
+"""Parameters with their names in the order of `parameter_shapes`; a decoder holds a block of them at a time. The
+tensors belong to the receiver, and nobody else changes them (see `parallel.values.stream_weights`)."""
 
 Weights = Mapping[str, torch.Tensor] | WeightStream
 

@@ -23,6 +23,7 @@ from dist_lm.rlhf.config import RlhfConfig
 from dist_lm.rlhf.controller import Controller, ControllerState, Records, RolloutController, on_every_rank
 from dist_lm.rlhf.controller_process import ControllerLostError, ControllerProcess, OpenController, serve_controller
 from dist_lm.rlhf.learner import Learner
+from dist_lm.rlhf.models import sent_weights
 from dist_lm.rlhf.rollouts import EngineRollouts, ScoredRollouts
 from dist_lm.rlhf.rules import RewardError
 from dist_lm.rlhf.schedule import Drawn, draws_rollouts
@@ -144,12 +145,14 @@ class Evaluating:
     records: dict[int, Records] = field(default_factory=dict)
 
     def reached(self, iteration: int, controller: RolloutController | None) -> None:
-        assert self.learner is not None
+        learner = self.learner
+        assert learner is not None
         assert controller is not None
-        has_weights = draws_rollouts(iteration, self.learner.config.max_staleness, self.learner.iterations)
-        weights = None if has_weights else self.learner.models.policy.model.state_dict().items()
+        has_weights = draws_rollouts(iteration, learner.config.max_staleness, learner.iterations)
+        # The receiver keeps what it gets, and the parameters of the policy go on changing.
+        weights = None if has_weights else sent_weights(learner.models.policy.model, learner.parallel, learner.world)
         self.open[iteration] = controller.evaluate(["task"], iteration, weights)
-        if not self.learner.config.max_staleness:
+        if not learner.config.max_staleness:
             self.before_checkpoint()
 
     def before_checkpoint(self) -> None:
