@@ -29,7 +29,7 @@ from dist_lm.data.ingest import TextSplits
 from dist_lm.document import Document
 from dist_lm.parallel.mesh import World
 from dist_lm.prepare.compose import compose_config
-from dist_lm.stages.shards import build_corpus
+from dist_lm.stages.shards.builds import build_corpus
 from dist_lm.storage.process import cores
 from dist_lm.storage.run_directory import WorkDirectory
 from dist_lm.tokenizer.tokenizer import Tokenizer

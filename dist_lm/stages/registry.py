@@ -20,7 +20,7 @@ GROUP = "dist_lm.stages"
 OWN = {
     "import": "importing.stage",
     "tokenizer": "tokenizer",
-    "shards": "shards",
+    "shards": "shards.stage",
     "language": "language",
     "code": "code",
     "sft": "sft",

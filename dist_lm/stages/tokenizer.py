@@ -23,7 +23,7 @@ from dist_lm.data.manifest import read_manifest
 from dist_lm.document import Document
 from dist_lm.errors import ArtefactError
 from dist_lm.interop.existing_tokenizer import named_tokenizer_file
-from dist_lm.stages.shards import digest, finished_corpora, in_brief, tokenizer_fingerprint
+from dist_lm.stages.shards.identity import digest, finished_corpora, in_brief, tokenizer_fingerprint
 from dist_lm.stages.stage import Artefact, ArtefactStage
 from dist_lm.storage import durable
 from dist_lm.storage.run_directory import WorkDirectory

@@ -1,7 +1,7 @@
 """The registry of metrics as a page: docs/metrics.md, which `python -m dist_lm metrics` prints."""
 
 from dist_lm.errors import ConfigError
-from dist_lm.tracking.registry import MEASURED_STAGES, METRICS, TEXT_STAGES, Metric, metrics_of
+from dist_lm.tracking.registry import MEASURED_STAGES, TEXT_STAGES, Metric, all_metrics, metrics_of
 
 HEAD = """# Metrics
 
@@ -26,7 +26,7 @@ def page(stage: str | None = None) -> str:
     Raises:
         ConfigError: the stage writes no metrics.
     """
-    metrics = METRICS
+    metrics = all_metrics()
     if stage is not None:
         metrics = metrics_of(stage)
     if not metrics:

@@ -6,8 +6,7 @@ a metric, add a row here.
 
 import difflib
 import re
-from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
 from typing import Literal
 
@@ -61,470 +60,550 @@ class Metric:
         return before[: before.rindex("_")]
 
 
-def _table(
-    group: str, stages: tuple[str, ...], *rows: Row, only: str = "", parts: Sequence[tuple[str, str]] = ()
-) -> tuple[Metric, ...]:
-    """Returns the metrics of one group that the same stages have: each row, and after it one for each part.
+@dataclass(frozen=True)
+class Table:
+    """The metrics of one group that the same stages have."""
 
-    Args:
-        only: condition under which a run of these stages has them; empty: always.
-        parts: (suffix of the name, words for the meaning) of their families.
-    """
-    metrics = []
+    group: str
+    stages: tuple[str, ...]
+    rows: tuple[Row, ...]
+    only: str = ""  # condition under which a run of these stages has them; empty: always
+    parts: tuple[tuple[str, str], ...] = ()  # (suffix of the name, words for the meaning) of their families
 
-    for name, unit, better, meaning in rows:
-        metrics.append(Metric(name, unit, meaning, better, stages, group, only))
-        metrics += [
-            Metric(name + suffix, unit, f"{meaning.removesuffix('.')}, {words}.", better, stages, group, only)
-            for suffix, words in parts
-        ]
-
-    return tuple(metrics)
+    def metrics(self) -> list[Metric]:
+        """Returns the metric of each row, and after it one for each part."""
+        metrics = []
+        for name, unit, better, meaning in self.rows:
+            metrics.append(Metric(name, unit, meaning, better, self.stages, self.group, self.only))
+            metrics += [
+                replace(metrics[-1], name=name + suffix, meaning=f"{meaning.removesuffix('.')}, {words}.")
+                for suffix, words in self.parts
+            ]
+        return metrics
 
 
 LEARNING = (
-    *_table(
+    Table(
         "loss",
         LOOP_STAGES,
-        ("train/loss", "nats/target", "lower", "Training loss of the global batch, with label smoothing."),
         (
-            "train/loss_spikes",
-            "steps",
-            "lower",
-            "Steps so far whose loss was 6 standard deviations above the running mean.",
+            ("train/loss", "nats/target", "lower", "Training loss of the global batch, with label smoothing."),
+            (
+                "train/loss_spikes",
+                "steps",
+                "lower",
+                "Steps so far whose loss was 6 standard deviations above the running mean.",
+            ),
         ),
     ),
-    *_table(
+    Table(
         "loss",
         (*PREFERENCE, *REWARD),
-        ("train/accuracy", "", "higher", "Share of choices whose preferred answer scores highest."),
+        (("train/accuracy", "", "higher", "Share of choices whose preferred answer scores highest."),),
     ),
-    *_table(
+    Table(
         "preference",
         PREFERENCE,
-        ("train/margin", "", "higher", "Implicit reward of chosen minus rejected answers, mean."),
-        ("train/chosen_reward", "", "", "Mean implicit reward of chosen answers."),
-        ("train/rejected_reward", "", "", "Mean implicit reward of rejected answers."),
-        ("train/chosen_logprob", "nats", "", "Mean log-probability of chosen answers."),
-        ("train/rejected_logprob", "nats", "", "Mean log-probability of rejected answers."),
+        (
+            ("train/margin", "", "higher", "Implicit reward of chosen minus rejected answers, mean."),
+            ("train/chosen_reward", "", "", "Mean implicit reward of chosen answers."),
+            ("train/rejected_reward", "", "", "Mean implicit reward of rejected answers."),
+            ("train/chosen_logprob", "nats", "", "Mean log-probability of chosen answers."),
+            ("train/rejected_logprob", "nats", "", "Mean log-probability of rejected answers."),
+        ),
     ),
-    *_table(
+    Table(
         "preference",
         PREFERENCE,
-        ("train/kl", "nats", "", "KL divergence from the reference on mismatched answers."),
+        (("train/kl", "nats", "", "KL divergence from the reference on mismatched answers."),),
         only="with stage.preference.algorithm=kto",
     ),
-    *_table(
+    Table(
         "loss",
         TRAINING_STAGES,
-        ("train/tokens", "tokens", "", "Tokens trained on so far (preference, reward: choices)."),
+        (("train/tokens", "tokens", "", "Tokens trained on so far (preference, reward: choices)."),),
     ),
-    *_table(
+    Table(
         "loss",
         LOOP_STAGES,
-        ("train/epochs", "", "", "Passes over stage.corpus so far."),
+        (("train/epochs", "", "", "Passes over stage.corpus so far."),),
     ),
-    *_table(
+    Table(
         "loss",
         TEXT_STAGES,
-        ("train/epochs_{corpus}", "", "", "Passes over a mixed corpus so far."),
+        (("train/epochs_{corpus}", "", "", "Passes over a mixed corpus so far."),),
         only="with stage.mix",
     ),
-    *_table(
+    Table(
         "optimizer",
         LOOP_STAGES,
-        ("train/grad_norm", "", "", "L2 norm of the gradient before clipping."),
-        parts=[("_{group}", "for one group of parameters")],
+        (("train/grad_norm", "", "", "L2 norm of the gradient before clipping."),),
+        parts=(("_{group}", "for one group of parameters"),),
     ),
-    *_table(
+    Table(
         "optimizer",
         LOOP_STAGES,
-        ("train/update_ratio", "", "", "L2 norm of the update / of the parameters."),
-        ("train/lr", "", "", "Learning rate."),
-        ("train/skipped_steps", "steps", "lower", "Steps so far skipped for NaN or infinite gradients."),
+        (
+            ("train/update_ratio", "", "", "L2 norm of the update / of the parameters."),
+            ("train/lr", "", "", "Learning rate."),
+            ("train/skipped_steps", "steps", "lower", "Steps so far skipped for NaN or infinite gradients."),
+        ),
     ),
 )
 
 SPEED = (
-    *_table(
+    Table(
         "throughput",
         TRAINING_STAGES,
-        ("perf/tokens_per_s", "tokens/s", "higher", "Tokens per second of all ranks, without padding."),
-        ("perf/tokens_per_s_per_rank", "tokens/s", "higher", "Tokens per second and rank."),
+        (
+            ("perf/tokens_per_s", "tokens/s", "higher", "Tokens per second of all ranks, without padding."),
+            ("perf/tokens_per_s_per_rank", "tokens/s", "higher", "Tokens per second and rank."),
+        ),
     ),
-    *_table(
+    Table(
         "throughput",
         LOOP_STAGES,
         (
-            "perf/mfu",
-            "",
-            "higher",
-            "Model FLOP/s (with padding, without recomputation) / peak (data sheet or measured).",
+            (
+                "perf/mfu",
+                "",
+                "higher",
+                "Model FLOP/s (with padding, without recomputation) / peak (data sheet or measured).",
+            ),
         ),
     ),
-    *_table(
+    Table(
         "throughput",
         RLHF,
-        ("perf/samples_per_s", "samples/s", "higher", "Rollouts per second of the iteration."),
+        (("perf/samples_per_s", "samples/s", "higher", "Rollouts per second of the iteration."),),
     ),
-    *_table(
+    Table(
         "throughput",
         RLHF,
-        ("perf/controller_restarts", "", "lower", "Restarts of the controller's process in this attempt."),
+        (("perf/controller_restarts", "", "lower", "Restarts of the controller's process in this attempt."),),
         only="with rlhf.controller=process",
     ),
-    *_table(
+    Table(
         "throughput",
         RLHF,
-        ("perf/held_again", "rollouts", "lower", "Conversations executed again after a death."),
+        (("perf/held_again", "rollouts", "lower", "Conversations executed again after a death."),),
         only="with rlhf.environment",
     ),
-    *_table(
+    Table(
         "throughput",
         TEXT_STAGES,
-        ("perf/bytes_per_token", "bytes/token", "higher", "UTF-8 bytes per token of the training corpora."),
+        (("perf/bytes_per_token", "bytes/token", "higher", "UTF-8 bytes per token of the training corpora."),),
     ),
-    *_table(
+    Table(
         "throughput",
         TRAINING_STAGES,
-        ("perf/eta_s", "s", "lower", "Estimated time to the end, with evaluations and checkpoints."),
+        (("perf/eta_s", "s", "lower", "Estimated time to the end, with evaluations and checkpoints."),),
         only="from the second step of an attempt",
     ),
-    *_table(
+    Table(
         "memory",
         TRAINING_STAGES,
-        ("perf/memory_gib", "GiB", "lower", "Peak memory of rank 0 (CPU: resident)."),
+        (("perf/memory_gib", "GiB", "lower", "Peak memory of rank 0 (CPU: resident)."),),
     ),
 )
 
 TIME = (
-    *_table(
+    Table(
         "time",
         TRAINING_STAGES,
-        ("perf/step_s", "s", "lower", "Time of a step (rlhf: of an iteration)."),
-        ("checkpoint/stall_s", "s", "lower", "Time that training waited for a checkpoint."),
+        (
+            ("perf/step_s", "s", "lower", "Time of a step (rlhf: of an iteration)."),
+            ("checkpoint/stall_s", "s", "lower", "Time that training waited for a checkpoint."),
+        ),
     ),
-    *_table(
+    Table(
         "time",
         LOOP_STAGES,
-        ("perf/data_wait_s", "s", "lower", "Time that rank 0 waited for its batch."),
-        ("perf/forward_s", "s", "lower", "Forward passes of rank 0, with communication of FSDP and tp."),
-        ("perf/backward_s", "s", "lower", "Backward passes of rank 0, with recomputation and communication."),
-        ("perf/optimizer_s", "s", "lower", "Gradient norm, clipping and optimizer of rank 0."),
-        ("perf/communication_s", "s", "lower", "Time rank 0 waited for the all-reduce of losses."),
-        ("perf/straggler_ratio", "", "lower", "Work time of the slowest rank / median (GPU: data, blocks, optimizer)."),
-        ("perf/slowest_rank", "", "", "Rank with the longest work time."),
+        (
+            ("perf/data_wait_s", "s", "lower", "Time that rank 0 waited for its batch."),
+            ("perf/forward_s", "s", "lower", "Forward passes of rank 0, with communication of FSDP and tp."),
+            ("perf/backward_s", "s", "lower", "Backward passes of rank 0, with recomputation and communication."),
+            ("perf/optimizer_s", "s", "lower", "Gradient norm, clipping and optimizer of rank 0."),
+            ("perf/communication_s", "s", "lower", "Time rank 0 waited for the all-reduce of losses."),
+            (
+                "perf/straggler_ratio",
+                "",
+                "lower",
+                "Work time of the slowest rank / median (GPU: data, blocks, optimizer).",
+            ),
+            ("perf/slowest_rank", "", "", "Rank with the longest work time."),
+        ),
     ),
-    *_table(
+    Table(
         "time",
         RLHF,
-        ("timing/rollout_s", "s", "lower", "Time waited for rollouts and rule-based rewards."),
-        ("timing/forward_s", "s", "lower", "Forward passes of all models."),
-        ("timing/update_s", "s", "lower", "Updates of the trained models."),
-        ("timing/push_s", "s", "lower", "Time to send new weights to the engines."),
-        ("timing/iteration_s", "s", "lower", "Full iteration, without the report."),
+        (
+            ("timing/rollout_s", "s", "lower", "Time waited for rollouts and rule-based rewards."),
+            ("timing/forward_s", "s", "lower", "Forward passes of all models."),
+            ("timing/update_s", "s", "lower", "Updates of the trained models."),
+            ("timing/push_s", "s", "lower", "Time to send new weights to the engines."),
+            ("timing/iteration_s", "s", "lower", "Full iteration, without the report."),
+        ),
     ),
 )
 
 PART = ("_{corpus}", "for one language, mixed corpus or source of rankings")
 HELD_OUT = (
-    *_table(
+    Table(
         "held-out",
         LOOP_STAGES,
-        ("val/loss", "nats/target", "lower", "Held-out loss per token (preference, reward: per choice)."),
-        parts=[PART],
+        (("val/loss", "nats/target", "lower", "Held-out loss per token (preference, reward: per choice)."),),
+        parts=(PART,),
     ),
-    *_table(
+    Table(
         "held-out",
         TEXT_STAGES,
-        ("val/bits_per_byte", "bits/byte", "lower", "Held-out loss per byte; comparable between tokenizers."),
-        parts=[PART],
+        (("val/bits_per_byte", "bits/byte", "lower", "Held-out loss per byte; comparable between tokenizers."),),
+        parts=(PART,),
     ),
-    *_table(
+    Table(
         "held-out",
         TEXT_STAGES,
-        ("val/infill_loss", "nats/target", "lower", "Held-out loss of a middle after prefix and suffix (PSM)."),
-        ("val/infill_loss_spm", "nats/target", "lower", "Held-out loss of a middle after suffix and prefix (SPM)."),
-        ("val/infill_loss_left", "nats/target", "lower", "Held-out loss of a middle after the prefix alone."),
+        (
+            ("val/infill_loss", "nats/target", "lower", "Held-out loss of a middle after prefix and suffix (PSM)."),
+            ("val/infill_loss_spm", "nats/target", "lower", "Held-out loss of a middle after suffix and prefix (SPM)."),
+            ("val/infill_loss_left", "nats/target", "lower", "Held-out loss of a middle after the prefix alone."),
+        ),
         only="with stage.fim_rate",
     ),
-    *_table(
+    Table(
         "held-out",
         LOOP_STAGES,
-        ("val/ema_loss", "nats/target", "lower", "Held-out loss of the averaged weights."),
+        (("val/ema_loss", "nats/target", "lower", "Held-out loss of the averaged weights."),),
         only="with stage.ema_decay",
     ),
-    *_table(
+    Table(
         "held-out",
         TEXT_STAGES,
-        ("val/ema_bits_per_byte", "bits/byte", "lower", "Held-out loss per byte of the averaged weights."),
+        (("val/ema_bits_per_byte", "bits/byte", "lower", "Held-out loss per byte of the averaged weights."),),
         only="with stage.ema_decay",
     ),
-    *_table(
+    Table(
         "held-out",
         RLHF,
-        ("rlhf/win_rate", "", "higher", "Share of answers that score above the reference's, ties counted half."),
-        ("rlhf/held_out_score", "", "higher", "Mean score of the policy's held-out answers."),
-        ("rlhf/held_out_score_reference", "", "", "Mean score of the reference's held-out answers."),
-        ("rlhf/held_out", "prompts", "", "Number of held-out prompts."),
+        (
+            ("rlhf/win_rate", "", "higher", "Share of answers that score above the reference's, ties counted half."),
+            ("rlhf/held_out_score", "", "higher", "Mean score of the policy's held-out answers."),
+            ("rlhf/held_out_score_reference", "", "", "Mean score of the reference's held-out answers."),
+            ("rlhf/held_out", "prompts", "", "Number of held-out prompts."),
+        ),
         only="if prompts are held out",
     ),
-    *_table(
+    Table(
         "code",
         ("code",),
-        ("code/parses_{language}", "", "higher", "Share of samples that parse with their prompt."),
+        (("code/parses_{language}", "", "higher", "Share of samples that parse with their prompt."),),
         only="with a parser for the language",
     ),
-    *_table(
+    Table(
         "code",
         ("code",),
-        ("code/runs_{language}", "", "higher", "Share of samples that parse and run without an error."),
+        (("code/runs_{language}", "", "higher", "Share of samples that parse and run without an error."),),
         only="with a sandbox",
     ),
-    *_table(
+    Table(
         "tools",
         ("tools",),
-        ("tools/parses", "", "higher", "Share of turns with a call that parses."),
-        ("tools/valid_call", "", "higher", "Share of turns whose calls all fit an offered schema."),
-        ("tools/name_exact", "", "higher", "Share of turns with exactly the expected tools."),
-        ("tools/args_exact", "", "higher", "Share of expected calls made with equal arguments."),
-        ("tools/call_exact", "", "higher", "Share of turns with exactly the expected calls."),
-        ("tools/false_refusals", "", "lower", "Share of turns answered without a call."),
+        (
+            ("tools/parses", "", "higher", "Share of turns with a call that parses."),
+            ("tools/valid_call", "", "higher", "Share of turns whose calls all fit an offered schema."),
+            ("tools/name_exact", "", "higher", "Share of turns with exactly the expected tools."),
+            ("tools/args_exact", "", "higher", "Share of expected calls made with equal arguments."),
+            ("tools/call_exact", "", "higher", "Share of turns with exactly the expected calls."),
+            ("tools/false_refusals", "", "lower", "Share of turns answered without a call."),
+        ),
         only="where a call is expected",
-        parts=[("_{kind}", "for one kind of conversation")],
+        parts=(("_{kind}", "for one kind of conversation"),),
     ),
-    *_table(
+    Table(
         "tools",
         ("tools",),
-        ("tools/parallel_exact", "", "higher", "Share of turns with exactly the expected calls."),
+        (("tools/parallel_exact", "", "higher", "Share of turns with exactly the expected calls."),),
         only="where several calls are expected",
     ),
-    *_table(
+    Table(
         "tools",
         ("tools",),
-        ("tools/irrelevance", "", "higher", "Share of turns answered without a call."),
+        (("tools/irrelevance", "", "higher", "Share of turns answered without a call."),),
         only="where no call is expected",
-        parts=[("_{kind}", "for one kind of conversation")],
+        parts=(("_{kind}", "for one kind of conversation"),),
     ),
 )
 
 TASKS = (
-    *_table(
+    Table(
         "tasks",
         (*TEXT_STAGES, *PREFERENCE, *RLHF),
-        ("eval/{task}/pass@1", "", "higher", "Share of a task's questions answered correctly."),
-        ("eval/{task}/low", "", "", "Lower end of the 95 % confidence interval."),
-        ("eval/{task}/high", "", "", "Upper end of the 95 % confidence interval."),
-        ("timing/eval_s", "s", "lower", "Time that training waited for tasks."),
+        (
+            ("eval/{task}/pass@1", "", "higher", "Share of a task's questions answered correctly."),
+            ("eval/{task}/low", "", "", "Lower end of the 95 % confidence interval."),
+            ("eval/{task}/high", "", "", "Upper end of the 95 % confidence interval."),
+            ("timing/eval_s", "s", "lower", "Time that training waited for tasks."),
+        ),
         only="with stage.eval_tasks",
     ),
-    *_table(
+    Table(
         "tasks",
         (*TEXT_STAGES, *PREFERENCE, *RLHF),
-        ("eval/step", "steps", "", "Steps of the evaluated weights."),
+        (("eval/step", "steps", "", "Steps of the evaluated weights."),),
         only="in wandb, with stage.eval_tasks",
     ),
 )
 
 REINFORCEMENT = (
-    *_table(
+    Table(
         "preference",
         PREFERENCE,
-        ("preference/accuracy", "", "higher", "Share of held-out pairs ordered correctly by implicit reward."),
-        ("preference/kendall_tau", "", "higher", "Mean rank correlation (Kendall's tau-b) with held-out rankings."),
-        parts=[("_{source}", "for one source"), ("_k{completions}", "for one number of completions")],
+        (
+            ("preference/accuracy", "", "higher", "Share of held-out pairs ordered correctly by implicit reward."),
+            ("preference/kendall_tau", "", "higher", "Mean rank correlation (Kendall's tau-b) with held-out rankings."),
+        ),
+        parts=(
+            ("_{source}", "for one source"),
+            ("_k{completions}", "for one number of completions"),
+        ),
     ),
-    *_table(
+    Table(
         "preference",
         PREFERENCE,
-        ("preference/margin", "", "higher", "Implicit reward of chosen minus rejected held-out answers, mean."),
-        ("preference/chosen_reward", "", "", "Mean implicit reward of chosen held-out answers."),
-        ("preference/rejected_reward", "", "", "Mean implicit reward of rejected held-out answers."),
-        ("preference/chosen_logprob", "nats", "", "Mean log-probability of chosen held-out answers."),
-        ("preference/rejected_logprob", "nats", "", "Mean log-probability of rejected held-out answers."),
+        (
+            ("preference/margin", "", "higher", "Implicit reward of chosen minus rejected held-out answers, mean."),
+            ("preference/chosen_reward", "", "", "Mean implicit reward of chosen held-out answers."),
+            ("preference/rejected_reward", "", "", "Mean implicit reward of rejected held-out answers."),
+            ("preference/chosen_logprob", "nats", "", "Mean log-probability of chosen held-out answers."),
+            ("preference/rejected_logprob", "nats", "", "Mean log-probability of rejected held-out answers."),
+        ),
     ),
-    *_table(
+    Table(
         "preference",
         PREFERENCE,
-        ("preference/kl", "nats", "", "KL divergence from the reference on mismatched held-out answers."),
+        (("preference/kl", "nats", "", "KL divergence from the reference on mismatched held-out answers."),),
         only="with stage.preference.algorithm=kto",
     ),
-    *_table(
+    Table(
         "reward",
         REWARD,
-        ("reward/accuracy", "", "higher", "Share of held-out pairs scored in the right order."),
-        ("reward/kendall_tau", "", "higher", "Mean rank correlation (Kendall's tau-b) with held-out rankings."),
-        ("reward/top1", "", "higher", "Share of held-out rankings whose best answer scores highest."),
-        ("reward/calibration_error", "", "lower", "Expected calibration error of pair probabilities (0 to 0.5)."),
-        parts=[("_{source}", "for one source"), ("_k{completions}", "for one number of completions")],
+        (
+            ("reward/accuracy", "", "higher", "Share of held-out pairs scored in the right order."),
+            ("reward/kendall_tau", "", "higher", "Mean rank correlation (Kendall's tau-b) with held-out rankings."),
+            ("reward/top1", "", "higher", "Share of held-out rankings whose best answer scores highest."),
+            ("reward/calibration_error", "", "lower", "Expected calibration error of pair probabilities (0 to 0.5)."),
+        ),
+        parts=(
+            ("_{source}", "for one source"),
+            ("_k{completions}", "for one number of completions"),
+        ),
     ),
-    *_table(
+    Table(
         "reward",
         REWARD,
-        ("reward/score_mean", "", "", "Mean score of answers of the initial model."),
-        ("reward/score_std", "", "", "Standard deviation of the scores of these answers."),
-        ("reward/scored", "samples", "", "Number of these answers."),
+        (
+            ("reward/score_mean", "", "", "Mean score of answers of the initial model."),
+            ("reward/score_std", "", "", "Standard deviation of the scores of these answers."),
+            ("reward/scored", "samples", "", "Number of these answers."),
+        ),
     ),
-    *_table(
+    Table(
         "rlhf",
         RLHF,
-        ("rlhf/reward_mean", "", "higher", "Mean score of the rollouts minus the KL penalty."),
-        ("rlhf/score_mean", "", "higher", "Mean score of the rollouts: weighted sum of reward parts."),
-        ("rlhf/part_{part}", "", "higher", "Mean score of one reward part."),
-        ("rlhf/left_out", "", "lower", "Share of rollouts dropped because a rule gave no score."),
-        ("rlhf/failed_{part}", "rollouts", "lower", "Rollouts without a score from this rule."),
-        ("rlhf/score_p10", "", "higher", "10th percentile of the scores."),
-        ("rlhf/score_p50", "", "higher", "Median of the scores."),
-        ("rlhf/score_p90", "", "higher", "90th percentile of the scores."),
+        (
+            ("rlhf/reward_mean", "", "higher", "Mean score of the rollouts minus the KL penalty."),
+            ("rlhf/score_mean", "", "higher", "Mean score of the rollouts: weighted sum of reward parts."),
+            ("rlhf/part_{part}", "", "higher", "Mean score of one reward part."),
+            ("rlhf/left_out", "", "lower", "Share of rollouts dropped because a rule gave no score."),
+            ("rlhf/failed_{part}", "rollouts", "lower", "Rollouts without a score from this rule."),
+            ("rlhf/score_p10", "", "higher", "10th percentile of the scores."),
+            ("rlhf/score_p50", "", "higher", "Median of the scores."),
+            ("rlhf/score_p90", "", "higher", "90th percentile of the scores."),
+        ),
     ),
-    *_table(
+    Table(
         "rlhf",
         RLHF,
-        ("rlhf/skipped_{part}", "rollouts", "", "Rollouts that this part leaves out."),
+        (("rlhf/skipped_{part}", "rollouts", "", "Rollouts that this part leaves out."),),
         only="where a function returned None",
     ),
-    *_table(
+    Table(
         "rlhf",
         RLHF,
-        ("rlhf/groups_without_signal", "", "lower", "Share of groups whose rollouts all score the same."),
-        ("rlhf/group_std_mean", "", "", "Standard deviation of scores within a group, mean."),
+        (
+            ("rlhf/groups_without_signal", "", "lower", "Share of groups whose rollouts all score the same."),
+            ("rlhf/group_std_mean", "", "", "Standard deviation of scores within a group, mean."),
+        ),
         only="with rlhf.samples > 1",
     ),
-    *_table(
+    Table(
         "rlhf",
         RLHF,
-        ("reward/forged", "rollouts", "lower", "Answers that look like an attack on their tests."),
-        ("reward/lookups", "rollouts", "lower", "Answers that look like a table of their tests."),
+        (
+            ("reward/forged", "rollouts", "lower", "Answers that look like an attack on their tests."),
+            ("reward/lookups", "rollouts", "lower", "Answers that look like a table of their tests."),
+        ),
         only="with a reward of kind tests",
     ),
-    *_table(
+    Table(
         "rlhf",
         RLHF,
-        ("rlhf/kl", "nats/rollout", "", "KL divergence from the reference, estimated on rollouts."),
-        ("rlhf/kl_coefficient", "", "", "Coefficient of the KL penalty."),
+        (
+            ("rlhf/kl", "nats/rollout", "", "KL divergence from the reference, estimated on rollouts."),
+            ("rlhf/kl_coefficient", "", "", "Coefficient of the KL penalty."),
+        ),
         only="with rlhf.kl_coefficient > 0",
     ),
-    *_table(
+    Table(
         "rlhf",
         RLHF,
-        ("rollout/set_bytes", "bytes/token", "", "Mean size of the stored sampling set of a token."),
+        (("rollout/set_bytes", "bytes/token", "", "Mean size of the stored sampling set of a token."),),
         only="with rlhf.top_k or rlhf.top_p",
     ),
-    *_table(
+    Table(
         "rlhf",
         RLHF,
-        ("rollout/forced_rate", "", "", "Share of completion tokens drawn with probability 1."),
+        (("rollout/forced_rate", "", "", "Share of completion tokens drawn with probability 1."),),
         only="with rlhf.constraint",
     ),
-    *_table(
+    Table(
         "agents",
         RLHF,
-        ("rollout/turns", "turns", "", "Mean turns of the model in a conversation."),
-        ("rollout/turn_tokens", "tokens", "", "Mean length of a turn of the model."),
-        ("rollout/unreadable_turns", "", "lower", "Share of turns that are empty or have broken calls."),
-        ("rollout/tool_errors", "results", "lower", "Mean number of failed calls of a conversation."),
-        ("rollout/broken_prefixes", "samples", "", "Samples begun because the chat template rewrote earlier turns."),
-        ("rollout/cut_{limit}", "", "lower", "Share of conversations that this limit ended."),
-        ("rollout/invalid_{reason}", "rollouts", "lower", "Conversations without a verdict for this reason."),
-        ("timing/environment_s", "s", "lower", "Mean wait of a conversation for its environment."),
-        ("timing/model_s", "s", "lower", "Mean wait of a conversation for the model."),
+        (
+            ("rollout/turns", "turns", "", "Mean turns of the model in a conversation."),
+            ("rollout/turn_tokens", "tokens", "", "Mean length of a turn of the model."),
+            ("rollout/unreadable_turns", "", "lower", "Share of turns that are empty or have broken calls."),
+            ("rollout/tool_errors", "results", "lower", "Mean number of failed calls of a conversation."),
+            (
+                "rollout/broken_prefixes",
+                "samples",
+                "",
+                "Samples begun because the chat template rewrote earlier turns.",
+            ),
+            ("rollout/cut_{limit}", "", "lower", "Share of conversations that this limit ended."),
+            ("rollout/invalid_{reason}", "rollouts", "lower", "Conversations without a verdict for this reason."),
+            ("timing/environment_s", "s", "lower", "Mean wait of a conversation for its environment."),
+            ("timing/model_s", "s", "lower", "Mean wait of a conversation for the model."),
+        ),
         only="with rlhf.environment",
     ),
-    *_table(
+    Table(
         "rlhf",
         RLHF,
-        ("rlhf/entropy", "nats/token", "", "Entropy of the sampling distribution."),
-        ("rlhf/new_tokens_mean", "tokens", "", "Mean length of a rollout."),
-        ("rlhf/new_tokens_min", "tokens", "", "Length of the shortest rollout."),
-        ("rlhf/new_tokens_max", "tokens", "", "Length of the longest rollout."),
-        ("rlhf/truncated_rate", "", "lower", "Share of rollouts cut at the length limit."),
-        ("rollout/logprob_gap", "nats", "lower", "Largest difference of log-probabilities between engine and trainer."),
+        (
+            ("rlhf/entropy", "nats/token", "", "Entropy of the sampling distribution."),
+            ("rlhf/new_tokens_mean", "tokens", "", "Mean length of a rollout."),
+            ("rlhf/new_tokens_min", "tokens", "", "Length of the shortest rollout."),
+            ("rlhf/new_tokens_max", "tokens", "", "Length of the longest rollout."),
+            ("rlhf/truncated_rate", "", "lower", "Share of rollouts cut at the length limit."),
+            (
+                "rollout/logprob_gap",
+                "nats",
+                "lower",
+                "Largest difference of log-probabilities between engine and trainer.",
+            ),
+        ),
     ),
-    *_table(
+    Table(
         "updates",
         RLHF,
-        ("rlhf/updates", "updates", "", "Policy updates in the iteration."),
-        ("rlhf/policy_loss", "", "", "Mean policy loss, averaged as in docs/algorithms.md."),
-        ("rlhf/policy_grad_norm", "", "", "Mean gradient norm of the policy before clipping."),
-        ("rlhf/ratio_mean", "", "", "Mean probability ratio to the policy before the first update."),
-        ("rlhf/clip_frac", "", "", "Share of tokens whose gradient was clipped away."),
-        ("rlhf/approx_kl", "nats/token", "", "KL divergence from the policy before the first update."),
+        (
+            ("rlhf/updates", "updates", "", "Policy updates in the iteration."),
+            ("rlhf/policy_loss", "", "", "Mean policy loss, averaged as in docs/algorithms.md."),
+            ("rlhf/policy_grad_norm", "", "", "Mean gradient norm of the policy before clipping."),
+            ("rlhf/ratio_mean", "", "", "Mean probability ratio to the policy before the first update."),
+            ("rlhf/clip_frac", "", "", "Share of tokens whose gradient was clipped away."),
+            ("rlhf/approx_kl", "nats/token", "", "KL divergence from the policy before the first update."),
+        ),
     ),
-    *_table(
+    Table(
         "rlhf",
         RLHF,
-        ("rlhf/overlong_penalty", "", "higher", "Mean penalty for overlong rollouts."),
+        (("rlhf/overlong_penalty", "", "higher", "Mean penalty for overlong rollouts."),),
         only="with rlhf.algorithm=dapo",
     ),
-    *_table(
+    Table(
         "updates",
         RLHF,
-        ("rlhf/pretrain_loss", "nats/token", "lower", "Mean loss on mixed-in pretraining text."),
+        (("rlhf/pretrain_loss", "nats/token", "lower", "Mean loss on mixed-in pretraining text."),),
         only="with rlhf.pretrain_coefficient > 0",
     ),
-    *_table(
+    Table(
         "updates",
         RLHF,
-        ("rlhf/value_loss", "", "lower", "Critic loss per token."),
-        ("rlhf/value_grad_norm", "", "", "Mean gradient norm of the critic before clipping."),
-        ("rlhf/value_clip_frac", "", "", "Share of tokens whose value gradient was clipped away."),
-        ("rlhf/value_explained_var", "", "higher", "Share of the variance of returns that values explain."),
-        ("rlhf/value_mean", "", "", "Mean predicted value."),
+        (
+            ("rlhf/value_loss", "", "lower", "Critic loss per token."),
+            ("rlhf/value_grad_norm", "", "", "Mean gradient norm of the critic before clipping."),
+            ("rlhf/value_clip_frac", "", "", "Share of tokens whose value gradient was clipped away."),
+            ("rlhf/value_explained_var", "", "higher", "Share of the variance of returns that values explain."),
+            ("rlhf/value_mean", "", "", "Mean predicted value."),
+        ),
         only="with a critic",
     ),
-    *_table(
+    Table(
         "updates",
         RLHF,
-        ("rlhf/return_mean", "", "", "Mean return per token."),
+        (("rlhf/return_mean", "", "", "Mean return per token."),),
         only="with rlhf.algorithm=ppo or reinforce_pp",
     ),
-    *_table(
+    Table(
         "throughput",
         RLHF,
-        ("rollout/tokens_per_s", "tokens/s", "higher", "Sampled tokens per second of generation."),
-        ("timing/judging_s", "s", "lower", "Time of scoring by rules."),
+        (
+            ("rollout/tokens_per_s", "tokens/s", "higher", "Sampled tokens per second of generation."),
+            ("timing/judging_s", "s", "lower", "Time of scoring by rules."),
+        ),
         only="for this attempt's rollouts",
     ),
-    *_table(
+    Table(
         "throughput",
         RLHF,
-        ("rollout/prompts", "prompts", "lower", "Prompts sampled in the iteration, with resampled ones."),
-        ("rollout/staleness", "iterations", "lower", "Mean age of the sampling weights."),
+        (
+            ("rollout/prompts", "prompts", "lower", "Prompts sampled in the iteration, with resampled ones."),
+            ("rollout/staleness", "iterations", "lower", "Mean age of the sampling weights."),
+        ),
     ),
-    *_table(
+    Table(
         "agents",
         RLHF,
-        ("rollout/token_staleness_mean", "versions", "lower", "Mean age of the weights that drew a token."),
-        ("rollout/token_staleness_max", "versions", "lower", "Largest age of the weights that drew a token."),
-        ("rollout/groups_carried", "groups", "", "Groups under way or waiting when the iteration began."),
-        ("rollout/refused_stale", "", "lower", "Share of tasks dropped: their first token was too old."),
+        (
+            ("rollout/token_staleness_mean", "versions", "lower", "Mean age of the weights that drew a token."),
+            ("rollout/token_staleness_max", "versions", "lower", "Largest age of the weights that drew a token."),
+            ("rollout/groups_carried", "groups", "", "Groups under way or waiting when the iteration began."),
+            ("rollout/refused_stale", "", "lower", "Share of tasks dropped: their first token was too old."),
+        ),
         only="with rlhf.asynchronous",
     ),
-    *_table(
+    Table(
         "agents",
         RLHF,
-        ("rollout/refused_reward_gap", "", "", "Mean reward in dropped tasks, minus that in trained ones."),
+        (("rollout/refused_reward_gap", "", "", "Mean reward in dropped tasks, minus that in trained ones."),),
         only="with rlhf.asynchronous",
     ),
 )
 
 GENERATION = (
-    *_table(
+    Table(
         "generate",
         ("generate",),
-        ("generate/prompts", "prompts", "", "Prompts answered or refused so far, by all commands."),
-        ("generate/answers", "answers", "", "Answers so far."),
-        ("generate/refused", "prompts", "lower", "Prompts refused so far."),
-        ("generate/tokens", "tokens", "", "Tokens of all answers so far."),
-        ("generate/tokens_per_s", "tokens/s", "higher", "Tokens of finished answers per second."),
-        ("generate/prompts_per_s", "prompts/s", "higher", "Finished prompts per second."),
-        ("generate/engines", "engines", "higher", "Running engines."),
+        (
+            ("generate/prompts", "prompts", "", "Prompts answered or refused so far, by all commands."),
+            ("generate/answers", "answers", "", "Answers so far."),
+            ("generate/refused", "prompts", "lower", "Prompts refused so far."),
+            ("generate/tokens", "tokens", "", "Tokens of all answers so far."),
+            ("generate/tokens_per_s", "tokens/s", "higher", "Tokens of finished answers per second."),
+            ("generate/prompts_per_s", "prompts/s", "higher", "Finished prompts per second."),
+            ("generate/engines", "engines", "higher", "Running engines."),
+        ),
     ),
-    *_table(
+    Table(
         "generate",
         ("generate",),
-        ("generate/new_tokens_mean", "tokens", "", "Mean length of an answer."),
-        ("generate/eta_s", "s", "lower", "Estimated time to the last prompt."),
+        (
+            ("generate/new_tokens_mean", "tokens", "", "Mean length of an answer."),
+            ("generate/eta_s", "s", "lower", "Estimated time to the last prompt."),
+        ),
         only="after the first answer",
     ),
 )
@@ -532,29 +611,39 @@ GENERATION = (
 
 # The load of nodes is sent to wandb only, because it belongs to no step.
 SYSTEM = (
-    *_table(
+    Table(
         "system",
         TRAINING_STAGES,
-        ("system/cpu_percent_{node}", "%", "", "Load of all cores of a node, all processes."),
-        ("system/memory_percent_{node}", "%", "", "Share of a node's memory in use."),
-        ("system/memory_gib_{node}", "GiB", "", "Memory of a node in use."),
+        (
+            ("system/cpu_percent_{node}", "%", "", "Load of all cores of a node, all processes."),
+            ("system/memory_percent_{node}", "%", "", "Share of a node's memory in use."),
+            ("system/memory_gib_{node}", "GiB", "", "Memory of a node in use."),
+        ),
         only="in wandb",
     ),
-    *_table(
+    Table(
         "system",
         TRAINING_STAGES,
-        ("system/gpu_percent_{gpu}", "%", "higher", "Share of time that a GPU was busy."),
-        ("system/gpu_memory_gib_{gpu}", "GiB", "", "Memory of a GPU in use."),
+        (
+            ("system/gpu_percent_{gpu}", "%", "higher", "Share of time that a GPU was busy."),
+            ("system/gpu_memory_gib_{gpu}", "GiB", "", "Memory of a GPU in use."),
+        ),
         only="in wandb, with nvidia-ml-py",
     ),
 )
 
-METRICS: tuple[Metric, ...] = (*LEARNING, *SPEED, *TIME, *HELD_OUT, *TASKS, *REINFORCEMENT, *GENERATION, *SYSTEM)
+TABLES: tuple[Table, ...] = (*LEARNING, *SPEED, *TIME, *HELD_OUT, *TASKS, *REINFORCEMENT, *GENERATION, *SYSTEM)
 SLOTS = {"completions": r"\d+"}  # regular expression that a slot matches; any other slot matches one or more characters
 
 
 class UnknownMetricError(UserError):
     """A metric that is not in the registry."""
+
+
+@cache
+def all_metrics() -> tuple[Metric, ...]:
+    """Returns every metric and family, in the order of the registry."""
+    return tuple(metric for table in TABLES for metric in table.metrics())
 
 
 @cache
@@ -570,7 +659,7 @@ def metric_of(name: str) -> Metric:
         if _pattern(metric).fullmatch(name):
             return metric
 
-    nearest = difflib.get_close_matches(name, [metric.name for metric in METRICS], n=1, cutoff=0)[0]
+    nearest = difflib.get_close_matches(name, [metric.name for metric in all_metrics()], n=1, cutoff=0)[0]
     raise UnknownMetricError(
         f"metric {name}: not in the registry, the nearest is {nearest}; add it to dist_lm/tracking/registry.py"
     )
@@ -578,7 +667,7 @@ def metric_of(name: str) -> Metric:
 
 def metrics_of(stage: str) -> tuple[Metric, ...]:
     """Returns the metrics that runs of a stage write, in the order of the registry; empty for an unknown stage."""
-    return tuple(metric for metric in METRICS if stage in metric.stages)
+    return tuple(metric for metric in all_metrics() if stage in metric.stages)
 
 
 @cache
@@ -587,7 +676,7 @@ def _singles_then_families() -> tuple[Metric, ...]:
     def order(metric: Metric) -> tuple[bool, bool, int]:
         return bool(metric.slot), metric.slot not in SLOTS, len(metric.slot) - len(metric.name)
 
-    return tuple(sorted(METRICS, key=order))
+    return tuple(sorted(all_metrics(), key=order))
 
 
 @cache

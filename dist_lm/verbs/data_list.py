@@ -17,7 +17,7 @@ from dist_lm.data.manifest import Manifest, manifest_path, read_manifest, remote
 from dist_lm.data.sources.reader import READERS
 from dist_lm.data.unfinished_builds import unfinished_builds
 from dist_lm.errors import ArtefactError
-from dist_lm.stages.shards import BESIDE
+from dist_lm.stages.shards.identity import BESIDE
 from dist_lm.storage import durable
 from dist_lm.storage.run_directory import WorkDirectory
 from dist_lm.tracking.readable import listed, readable_count

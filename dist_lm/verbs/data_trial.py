@@ -20,7 +20,7 @@ from dist_lm.data.token_corpus import TokenCorpus
 from dist_lm.errors import ArtefactError
 from dist_lm.prepare.compose import compose_config
 from dist_lm.prepare.plan import Plan, plan_command
-from dist_lm.stages.shards import CorporaConfig
+from dist_lm.stages.shards.stage import CorporaConfig
 from dist_lm.stages.stage import IMPORT, ArtefactStage
 from dist_lm.stages.training.stage import TrainingStage
 from dist_lm.storage.run_directory import WorkDirectory

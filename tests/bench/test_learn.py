@@ -23,7 +23,7 @@ from dist_lm.data.shard_writer import CorpusWriter
 from dist_lm.data.token_corpus import TokenCorpus
 from dist_lm.errors import ConfigError
 from dist_lm.prepare.compose import compose_config
-from dist_lm.stages.shards import recipe_of
+from dist_lm.stages.shards.identity import recipe_of
 from dist_lm.tokenizer.tokenizer import Tokenizer
 from dist_lm.tokenizer.train import train_tokenizer
 from tests.conftest import TINY, texts

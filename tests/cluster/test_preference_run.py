@@ -16,7 +16,7 @@ from dist_lm.chat.ranking import Ranking
 from dist_lm.data.shard_writer import CorpusWriter
 from dist_lm.document import Document
 from dist_lm.prepare.compose import compose_config
-from dist_lm.stages.shards import recipe_of
+from dist_lm.stages.shards.identity import recipe_of
 from dist_lm.storage.run_directory import RunDirectory, WorkDirectory
 from dist_lm.tokenizer.tokenizer import Tokenizer
 from dist_lm.training import checkpoint_files

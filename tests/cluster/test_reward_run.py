@@ -25,7 +25,7 @@ from dist_lm.rlhf.reward_model import read_reward_scale
 from dist_lm.stages.registry import load_config
 from dist_lm.stages.reward.ranks import score_samples
 from dist_lm.stages.reward.stage import Reward
-from dist_lm.stages.shards import recipe_of
+from dist_lm.stages.shards.identity import recipe_of
 from dist_lm.stages.training.stage import EvaluationArguments
 from dist_lm.storage.run_directory import RunDirectory, WorkDirectory
 from dist_lm.tokenizer.tokenizer import Tokenizer

@@ -14,7 +14,7 @@ from dist_lm.data.benchmarks import OWN, WINDOW, Benchmarks, fingerprints
 from dist_lm.data.ingest import TextSplits, split_documents
 from dist_lm.data.screening import IngestReport, source_name
 from dist_lm.errors import ConfigError
-from dist_lm.stages.shards import text_fingerprint, tokenizer_fingerprint
+from dist_lm.stages.shards.identity import text_fingerprint, tokenizer_fingerprint
 from tests.conftest import composed
 from tests.data.test_ingest import prose, stories
 

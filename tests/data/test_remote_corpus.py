@@ -37,7 +37,7 @@ from dist_lm.data.stream import SequenceStream
 from dist_lm.data.token_corpus import TokenCorpus
 from dist_lm.data.unit_order import WindowEpoch
 from dist_lm.errors import ArtefactError, ConfigError
-from dist_lm.stages.shards import is_whole
+from dist_lm.stages.shards.identity import is_whole
 from dist_lm.storage import durable
 from dist_lm.storage.run_directory import WorkDirectory
 from tests.data.file_server import Served

@@ -21,7 +21,7 @@ from dist_lm.data.sources.snapshot import Snapshot
 from dist_lm.document import Document
 from dist_lm.errors import ArtefactError
 from dist_lm.prepare.compose import compose_config
-from dist_lm.stages import shards
+from dist_lm.stages.shards import builds
 from dist_lm.tracking.console import Console
 from tests.conftest import TINY_MODEL
 from tests.data.reading import read_corpus
@@ -103,7 +103,7 @@ def test_a_corpus_has_its_broken_rows_beside_it(work, tmp_path):
     source = SourceConfig("jsonl", "english", path=str(tmp_path), exclude=["work/"])
     config = compose_config(["stage=shards", *TINY_MODEL, "tokenizer.workers=1", f"work_dir={work.path}"])
     corpus = replace(config.corpus, corpora={"own": [source]}, max_bad_fraction=0.01)
-    shards.build_corpus(replace(config, corpus=corpus), "own", TextSplits(corpus, 0), Console())
+    builds.build_corpus(replace(config, corpus=corpus), "own", TextSplits(corpus, 0), Console())
     line = json.loads((work.corpus("own") / REJECTED).read_text())
     assert (line["place"], line["reason"]) == (f"{tmp_path}/a.jsonl:301", "no_text")
     assert read_manifest(work.corpus("own")).ingest["languages"]["english"]["dropped"] == {"no_text": 1}

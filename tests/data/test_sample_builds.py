@@ -14,7 +14,7 @@ from dist_lm.config.root import Config
 from dist_lm.data.ingest import TextSplits
 from dist_lm.data.manifest import read_manifest
 from dist_lm.document import Document, TokenizedDocument
-from dist_lm.stages.shards import build_corpus
+from dist_lm.stages.shards.builds import build_corpus
 from dist_lm.storage.run_directory import WorkDirectory
 from dist_lm.tokenizer.tokenizer import Tokenizer
 from dist_lm.tracking.console import Console

@@ -16,7 +16,7 @@ from dist_lm.evaluation.tasks import Asking, tool_items
 from dist_lm.evaluation.tool_questions import asked, choose, no_questions, questions_of
 from dist_lm.parallel.mesh import World
 from dist_lm.prepare.compose import compose_config
-from dist_lm.stages.shards import recipe_of
+from dist_lm.stages.shards.identity import recipe_of
 from dist_lm.stages.tools import examine
 from dist_lm.stages.training.arguments import EvaluationArguments
 from dist_lm.storage.run_directory import WorkDirectory

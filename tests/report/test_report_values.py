@@ -24,7 +24,7 @@ from dist_lm.report.page import write_report
 from dist_lm.report.read import read_facts, read_run, read_series
 from dist_lm.report.timeline import timeline_of
 from dist_lm.storage.run_directory import WorkDirectory
-from dist_lm.tracking.registry import METRICS
+from dist_lm.tracking.registry import all_metrics
 from tests.report.made_runs import HOSTILE, STAGES, make_corpora, make_pipeline, make_run, write_lines
 
 MODEL = ModelConfig("small", d_model=64, n_layers=2, n_heads=4, d_ff=96, max_seq_len=64, vocab_size=512)
@@ -257,7 +257,7 @@ def test_titles_are_words(name, title):
 
 def test_titles_of_all_metrics_differ_within_a_stage():
     for stage in ("code", "tools", "reward", "rlhf", "preference", "generate"):
-        names = {family(metric) for metric in METRICS if stage in metric.stages}
+        names = {family(metric) for metric in all_metrics() if stage in metric.stages}
         assert len({readable_title(name) for name in names}) == len(names)
 
 

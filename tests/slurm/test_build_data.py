@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 
 from dist_lm.prepare.compose import compose_config
-from dist_lm.stages import shards
+from dist_lm.stages.shards.stage import STAGE as SHARDS
 from dist_lm.storage.run_directory import WorkDirectory
 from dist_lm.tracking.console import Console
 from tests.conftest import TINY_MODEL
@@ -42,7 +42,7 @@ def test_two_nodes_build_the_bytes_of_one_machine(
 
     local = linked(tiny_work, tmp_path / "local")
     (local.path / "corpora").unlink()
-    shards.STAGE.build(compose_config(["stage=shards", *settings, f"work_dir={local.path}"]), Console())
+    SHARDS.build(compose_config(["stage=shards", *settings, f"work_dir={local.path}"]), Console())
     files = files_of({"ours": fresh.corpus("ours")})
     assert len([name for name in files if name.startswith("ours/train-") and name.endswith(".tar")]) == 6
     assert files == files_of({"ours": local.corpus("ours")})

@@ -36,7 +36,8 @@ from dist_lm.data.sources.hub import commit_of
 from dist_lm.data.task_workers import RunPass, in_this_process, local_workers
 from dist_lm.errors import ArtefactError, ChangedInputError, ConfigError, UserError
 from dist_lm.prepare.compose import compose_config
-from dist_lm.stages import shards
+from dist_lm.stages.shards import builds, identity
+from dist_lm.stages.shards.stage import STAGE as SHARDS
 from dist_lm.storage import durable
 from dist_lm.storage.run_directory import WorkDirectory
 from dist_lm.tracking.console import Console
@@ -82,9 +83,9 @@ def config_of(work: WorkDirectory, corpus: CorpusConfig, **changes: Any) -> Conf
 
 def build(work: WorkDirectory, corpus: CorpusConfig, **changes: Any) -> dict[str, Path]:
     config = config_of(work, corpus, **changes)
-    shards.STAGE.build(config, Console())
-    assert shards.STAGE.inspect(config).ready
-    return {name: shards.folder_of(config, name) for name in corpus.corpora}
+    SHARDS.build(config, Console())
+    assert SHARDS.inspect(config).ready
+    return {name: identity.folder_of(config, name) for name in corpus.corpora}
 
 
 def by_tasks(
@@ -92,7 +93,7 @@ def by_tasks(
 ) -> dict[str, Path]:
     """Builds by tasks of a size with a runner of its own."""
     monkeypatch.setattr(build_by_tasks, "plan_of", partial(plan_of, task_bytes=task_bytes))
-    monkeypatch.setattr(shards, "workers_of", lambda config: nullcontext(run_pass))
+    monkeypatch.setattr(builds, "workers_of", lambda config: nullcontext(run_pass))
     return build(work, corpus, build="tasks")
 
 
@@ -201,7 +202,7 @@ def test_tasks_drop_copies_of_texts_of_earlier_corpora(monkeypatch, new_work, tm
             if how == "tasks":
                 monkeypatch.setattr(build_by_tasks, "plan_of", partial(plan_of, task_bytes=3000))
                 run_pass = in_random_order(generator)
-                monkeypatch.setattr(shards, "workers_of", lambda config, run_pass=run_pass: nullcontext(run_pass))
+                monkeypatch.setattr(builds, "workers_of", lambda config, run_pass=run_pass: nullcontext(run_pass))
             if not at_once:
                 build(work, replace(corpus, corpora={"first": corpus.corpora["first"]}), **settings)
             folders = build(work, corpus, **settings)
@@ -290,8 +291,8 @@ def test_any_number_of_workers_gives_the_same_bytes(monkeypatch, new_work, tmp_p
         work = new_work(str(workers))
         config = config_of(work, corpus, build="tasks")
         config = replace(config, tokenizer=replace(config.tokenizer, workers=workers))
-        shards.STAGE.build(config, Console())
-        files = files_of({name: shards.folder_of(config, name) for name in CORPORA})
+        SHARDS.build(config, Console())
+        files = files_of({name: identity.folder_of(config, name) for name in CORPORA})
         expected = expected or files
         assert files == expected
     assert len([name for name in expected if name.startswith("first/train-")]) > 2 * 2
@@ -446,7 +447,7 @@ def build_with_two_workers(work: WorkDirectory, corpus: CorpusConfig) -> None:
     """Runs in a process of its own."""
     build_by_tasks.plan_of = partial(plan_of, task_bytes=3000)
     config = config_of(work, corpus, build="tasks")
-    shards.STAGE.build(replace(config, tokenizer=replace(config.tokenizer, workers=2)), Console())
+    SHARDS.build(replace(config, tokenizer=replace(config.tokenizer, workers=2)), Console())
 
 
 @pytest.mark.heavy
@@ -619,14 +620,14 @@ def test_a_data_set_of_the_hub_is_read_at_one_commit(monkeypatch, new_work, limi
 
     monkeypatch.setattr(datasets, "load_dataset", load_dataset)
     monkeypatch.setattr(HfApi, "dataset_info", dataset_info)
-    monkeypatch.setattr(shards, "workers_of", lambda config: nullcontext(as_another_process))
+    monkeypatch.setattr(builds, "workers_of", lambda config: nullcontext(as_another_process))
     source = SourceConfig("hub", "english", "mit", dataset="owner/stories", limit=limit)
     corpus = CorpusConfig("test", {"text": [source]}, val_fraction=0.2)
     descriptions = []
     for how in ("serial", "tasks"):
         commit_of.cache_clear()
         work = new_work(how)
-        shards.STAGE.build(config_of(work, corpus, build=how), Console())
+        SHARDS.build(config_of(work, corpus, build=how), Console())
         descriptions.append(described(work.corpus("text")))
     commit_of.cache_clear()
     assert len(set(commits)) == 2  # one of each build

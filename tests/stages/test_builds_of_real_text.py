@@ -21,7 +21,7 @@ from dist_lm.data import build_by_tasks
 from dist_lm.data.build_by_tasks import plan_of
 from dist_lm.data.journal import REJECTED
 from dist_lm.data.near_duplicates import jaccard, text_windows
-from dist_lm.stages import shards
+from dist_lm.stages.shards.stage import STAGE as SHARDS
 from dist_lm.storage.run_directory import WorkDirectory
 from dist_lm.tracking.console import Console
 from tests.cluster.loopback_ray import loopback_ray
@@ -116,7 +116,7 @@ def build_with_workers(work: WorkDirectory, corpus: CorpusConfig, workers: int) 
     """Builds in a process of its own, whose plan has a task for each file."""
     build_by_tasks.plan_of = partial(plan_of, task_bytes=1)
     config = config_of(work, corpus, build="tasks")
-    shards.STAGE.build(replace(config, tokenizer=replace(config.tokenizer, workers=workers)), Console())
+    SHARDS.build(replace(config, tokenizer=replace(config.tokenizer, workers=workers)), Console())
 
 
 def run_and_kill(work: WorkDirectory, build: Callable[[], None], generator: random.Random, n_kills: int) -> int:

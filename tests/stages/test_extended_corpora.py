@@ -30,9 +30,10 @@ from dist_lm.data.task_workers import RunPass, in_this_process, local_workers
 from dist_lm.data.token_corpus import TokenCorpus
 from dist_lm.data.without import text_of
 from dist_lm.errors import ArtefactError, ConfigError, UserError
-from dist_lm.stages import shards
 from dist_lm.stages.continuing import left_out_by
 from dist_lm.stages.registry import load_config
+from dist_lm.stages.shards import builds, identity
+from dist_lm.stages.shards.stage import STAGE as SHARDS
 from dist_lm.storage.run_directory import RunDirectory, WorkDirectory
 from dist_lm.tracking.console import Console
 from dist_lm.verbs.data_where import places_of_text
@@ -147,12 +148,12 @@ def build_with(
     task_bytes: int = TASK_BYTES,
 ) -> Path:
     monkeypatch.setattr(build_by_tasks, "plan_of", partial(plan_of, task_bytes=task_bytes))
-    monkeypatch.setattr(shards, "workers_of", lambda config: nullcontext(run_pass))
+    monkeypatch.setattr(builds, "workers_of", lambda config: nullcontext(run_pass))
     config = config_of(work, corpus)
-    assert not shards.STAGE.inspect(config).ready
-    shards.STAGE.build(config, Console())
-    assert shards.STAGE.inspect(config).ready
-    return shards.folder_of(config, "code")
+    assert not SHARDS.inspect(config).ready
+    SHARDS.build(config, Console())
+    assert SHARDS.inspect(config).ready
+    return identity.folder_of(config, "code")
 
 
 def trained(folder: Path) -> list[str]:
@@ -568,14 +569,14 @@ def test_only_what_the_folder_was_built_from_is_extended(monkeypatch, new_work, 
     corpus = CorpusConfig("test", {"code": [first]}, val_fraction=0.2, build="tasks")
     build_with(monkeypatch, work, corpus)
     both = replace(corpus, corpora={"code": [first, second]})
-    note = shards.STAGE.inspect(config_of(work, both)).detail
+    note = SHARDS.inspect(config_of(work, both)).detail
     assert "`corpus.extends.code=code` builds only the added source" in note
     serial = replace(both, build="serial")
-    assert "`corpus.build=tasks corpus.extends.code=code`" in shards.STAGE.inspect(config_of(work, serial)).detail
+    assert "`corpus.build=tasks corpus.extends.code=code`" in SHARDS.inspect(config_of(work, serial)).detail
 
     def refused(changed: CorpusConfig, words: str) -> None:
         with pytest.raises(UserError, match=words):
-            shards.STAGE.inspect(config_of(work, changed))
+            SHARDS.inspect(config_of(work, changed))
 
     extending = replace(both, extends={"code": "code"})
     refused(
@@ -592,7 +593,7 @@ def test_only_what_the_folder_was_built_from_is_extended(monkeypatch, new_work, 
     with pytest.raises(ConfigError, match=r"expected none with corpus\.cleaning\.across_corpora=true"):
         replace(extending, cleaning=CleaningConfig(across_corpora=True))
 
-    shards.STAGE.build(config_of(work, replace(corpus, corpora={"code": [third]}, build="serial")), Console())
+    SHARDS.build(config_of(work, replace(corpus, corpora={"code": [third]}, build="serial")), Console())
     (other,) = work.path.glob("corpora/code-*")
     by_one = replace(corpus, corpora={"code": [third, first]}, extends={"code": other.name})
     refused(by_one, "was not built with corpus.build=tasks by a release that keeps decisions")

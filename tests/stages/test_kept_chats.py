@@ -21,7 +21,7 @@ from dist_lm.stages.exporting.files import export
 from dist_lm.stages.generate import parts as generate_parts
 from dist_lm.stages.generate.stage import STAGE as GENERATE
 from dist_lm.stages.importing.snapshot import import_model
-from dist_lm.stages.shards import corpus_fingerprint, digest, recipe_of
+from dist_lm.stages.shards.identity import corpus_fingerprint, digest, recipe_of
 from dist_lm.stages.tokenizer import STAGE as TOKENIZER
 from dist_lm.storage.run_directory import RunDirectory, WorkDirectory
 from dist_lm.tokenizer.tokenizer import KeptTemplate, Tokenizer

@@ -7,7 +7,8 @@ import pytest
 from dist_lm.data.attach import attach
 from dist_lm.data.manifest import read_manifest, recorded_content
 from dist_lm.stages.registry import load_config
-from dist_lm.stages.shards import inspect_corpora, train_tokens, with_folders
+from dist_lm.stages.shards.identity import with_folders
+from dist_lm.stages.shards.stage import inspect_corpora, train_tokens
 from dist_lm.storage.run_directory import WorkDirectory
 from tests.data.file_server import serving
 from tests.training_run import linked, numbers, prepare, train

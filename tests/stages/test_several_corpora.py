@@ -19,7 +19,8 @@ from dist_lm.data.screening import IngestReport
 from dist_lm.data.token_corpus import TokenCorpus
 from dist_lm.errors import ArtefactError, ConfigError
 from dist_lm.prepare.compose import compose_config
-from dist_lm.stages import shards
+from dist_lm.stages.shards import builds, identity, other_corpora, stage
+from dist_lm.stages.shards.stage import STAGE as SHARDS
 from dist_lm.storage.run_directory import WorkDirectory
 from dist_lm.tokenizer.tokenizer import Tokenizer
 from dist_lm.tracking.console import Console
@@ -63,9 +64,9 @@ def config_of(work: WorkDirectory, corpora: dict[str, list[SourceConfig]], **cha
 
 def build(config: Config) -> dict[str, Path]:
     """Builds the corpora of a configuration; returns their folders by name."""
-    shards.STAGE.build(config, Console())
-    assert shards.STAGE.inspect(config).ready
-    return {name: shards.folder_of(config, name) for name in config.corpus.corpora}
+    SHARDS.build(config, Console())
+    assert SHARDS.inspect(config).ready
+    return {name: identity.folder_of(config, name) for name in config.corpus.corpora}
 
 
 def hashes(folder: Path) -> dict[str, str]:
@@ -101,7 +102,7 @@ def test_two_data_sets_of_one_name_and_back(empty: WorkDirectory, tmp_path: Path
     ours, theirs = write_texts(tmp_path / "a.jsonl", texts(1)), write_texts(tmp_path / "b.jsonl", texts(2))
     first, second = config_of(empty, {"code": [ours]}), config_of(empty, {"code": [theirs]})
     before = hashes(build(first)["code"])
-    assert not shards.STAGE.inspect(second).ready
+    assert not SHARDS.inspect(second).ready
     beside = build(second)["code"]
     assert beside.name.startswith("code-")
     assert hashes(empty.corpus("code")) == before
@@ -121,10 +122,10 @@ def test_the_val_fraction_of_one_changes_nothing_of_others(empty: WorkDirectory,
     build(config)
     before = {name: hashes(empty.corpus(name)) for name in corpora}
     other = config_of(empty, corpora, val_fraction=0.1)
-    other = replace(other, stage=replace(shards.own(other), corpora=["code"]))
-    shards.STAGE.build(other, Console())
-    assert shards.STAGE.inspect(other).ready
-    assert shards.STAGE.inspect(config).ready
+    other = replace(other, stage=replace(stage.own(other), corpora=["code"]))
+    SHARDS.build(other, Console())
+    assert SHARDS.inspect(other).ready
+    assert SHARDS.inspect(config).ready
     assert {name: hashes(empty.corpus(name)) for name in corpora} == before
 
 
@@ -215,8 +216,8 @@ def test_a_corpus_is_compared_with_the_other_content_of_the_corpus_beside_it(
     config.corpus.val_fraction = 0.1  # so that other texts of the shared ones are held out
     folders = []
     for name in ("language", "code"):
-        shards.STAGE.build(replace(config, stage=replace(shards.own(config), corpora=[name])), Console())
-        folders.append(shards.folder_of(config, name))
+        SHARDS.build(replace(config, stage=replace(stage.own(config), corpora=[name])), Console())
+        folders.append(identity.folder_of(config, name))
     assert folders[0] != old
     assert not list(leaks([old, *folders]))
 
@@ -233,13 +234,13 @@ def test_a_kill_of_the_second_build_changes_no_byte(
     undisturbed = {name: value for name, value in hashes(folder).items() if not name.endswith(".index")}
     shutil.rmtree(folder)
 
-    chosen = shards.with_folders(second, ["code"])
+    chosen = identity.with_folders(second, ["code"])
     texts_of_second = TextSplits(
-        second.corpus, 0, earlier=shards.earlier_corpora(chosen, shards.earlier_folders(chosen, "code"))
+        second.corpus, 0, earlier=other_corpora.earlier_corpora(chosen, other_corpora.earlier_folders(chosen, "code"))
     )
     with pytest.raises(RuntimeError, match="killed"):
-        shards.build_corpus(chosen, "code", texts_of_second, Console(), killed_after(60))
-    assert "unfinished" in shards.STAGE.inspect(second).detail
+        builds.build_corpus(chosen, "code", texts_of_second, Console(), killed_after(60))
+    assert "unfinished" in SHARDS.inspect(second).detail
     kept = {path.name: path.stat().st_ino for path in folder.glob("*.tar")}
     assert kept
     assert build(second)["code"] == folder
@@ -263,9 +264,9 @@ def test_a_repair_gives_the_bytes_of_the_first_build_although_later_corpora_are_
     damaged = folder / "train-000000.tar"
     damaged.write_bytes(damaged.read_bytes()[:1000])
 
-    assert shards.STAGE.inspect(second).ready  # the other one can still be read
+    assert SHARDS.inspect(second).ready  # the other one can still be read
     assert TokenCorpus.open(later, "train").n_documents
-    assert "code damaged" in shards.STAGE.inspect(first).detail
+    assert "code damaged" in SHARDS.inspect(first).detail
     assert build(first)["code"] == folder
     assert {path.name: path.read_bytes() for path in folder.glob("*.tar")} == before
 
@@ -279,7 +280,7 @@ def test_a_damaged_corpus_stops_a_new_one_by_name(empty: WorkDirectory, tmp_path
         tar.write_bytes(content)
     new = config_of(empty, {"language": [write_texts(tmp_path / "b.jsonl", texts(2))]})
     with pytest.raises(ArtefactError, match=r"corpora/code/val-000000.tar.* restore it, or remove its folder"):
-        shards.STAGE.build(new, Console())
+        SHARDS.build(new, Console())
     assert not empty.corpus_manifest("language").is_file()
 
 
@@ -314,7 +315,7 @@ def test_corpora_of_earlier_releases_are_found(empty: WorkDirectory, tmp_path: P
     for name in text:
         as_written_before(empty.corpus(name), own=own)
     before = {name: hashes(empty.corpus(name)) for name in text}
-    assert shards.STAGE.inspect(config).ready
+    assert SHARDS.inspect(config).ready
     assert build(config_of(empty, corpora)) == {name: empty.corpus(name) for name in corpora}
 
     # One that is damaged comes back as it was.
@@ -332,7 +333,7 @@ def test_a_new_data_set_beside_an_old_corpus_drops_its_val(empty: WorkDirectory,
     as_written_before(folder, own=True)
     new = build(config_of(empty, {"code": [write_texts(tmp_path / "b.jsonl", texts(1) + texts(2))]}, val_fraction=0.1))
     assert not list(leaks([folder, new["code"]]))
-    assert shards.STAGE.inspect(old).ready
+    assert SHARDS.inspect(old).ready
 
 
 def test_a_folder_that_is_named_is_used_and_one_that_is_not_there_is_refused(
@@ -342,7 +343,7 @@ def test_a_folder_that_is_named_is_used_and_one_that_is_not_there_is_refused(
     second = config_of(empty, {"code": [write_texts(tmp_path / "b.jsonl", texts(2))]})
     build(first)
     named = replace(second, corpus=replace(second.corpus, folders={"code": "code"}))
-    look = shards.STAGE.look(named, is_target=True, rebuilt=())
+    look = SHARDS.look(named, is_target=True, rebuilt=())
     assert look.config.corpus.folders == {"code": "code"}
     assert "code stays, in folder code: its settings are others" in look.detail
 
@@ -352,21 +353,21 @@ def test_a_folder_that_is_named_is_used_and_one_that_is_not_there_is_refused(
     content = tar.read_bytes()
     tar.write_bytes(content[:1000])
     with pytest.raises(ArtefactError, match=r"corpora/code is damaged, and cannot be built again .*path\[0\]="):
-        shards.STAGE.look(named, is_target=True, rebuilt=())
+        SHARDS.look(named, is_target=True, rebuilt=())
     with pytest.raises(ArtefactError, match=r"corpora/code is damaged, and cannot be built again"):
-        shards.STAGE.build(named, Console())
+        SHARDS.build(named, Console())
     tar.write_bytes(content)
     assert hashes(empty.corpus("code")) == before
 
     missing = replace(second, corpus=replace(second.corpus, folders={"code": "code-00000000"}))
     with pytest.raises(ConfigError, match=r"corpus\.folders\.code=code-00000000: expected a finished folder"):
-        shards.STAGE.look(missing, is_target=True, rebuilt=())
+        SHARDS.look(missing, is_target=True, rebuilt=())
 
 
 def test_no_corpus_may_be_named_like_a_folder_beside_another(empty: WorkDirectory, tmp_path: Path) -> None:
     config = config_of(empty, {"code-1a2b3c4d": [write_texts(tmp_path / "a.jsonl", texts(1))]})
     with pytest.raises(ConfigError, match="code-1a2b3c4d: expected another name"):
-        shards.STAGE.check(config)
+        SHARDS.check(config)
 
 
 @pytest.mark.heavy
@@ -383,7 +384,7 @@ def test_preferences_with_the_prompts_of_conversations_hold_out_what_these_hold_
     source = SourceConfig("preferences", "pairs", "MIT", path=str(tmp_path / "pairs.jsonl"))
     for fraction in (0.001, 0.6):  # the first chooses none
         config = config_of(empty, {"rankings": [source]}, val_fraction=fraction)
-        splits = TextSplits(config.corpus, config.seed, earlier=shards.earlier_corpora(config, [chats["tools"]]))
+        splits = TextSplits(config.corpus, config.seed, earlier=other_corpora.earlier_corpora(config, [chats["tools"]]))
         report = IngestReport()
         prompts: dict[str, set[str]] = {split: set() for split in SPLITS}
         for split, document, _ in split_documents(config.corpus, "rankings", config.seed, report, splits):
@@ -410,7 +411,7 @@ def test_a_larger_share_is_named_where_conversations_train_on_the_few_prompts_th
     def held_out(fraction: float, earlier: Sequence[Path] = ()) -> list[str]:
         """Returns the prompts that this share holds out."""
         config = config_of(empty, rankings, val_fraction=fraction)
-        splits = TextSplits(config.corpus, config.seed, earlier=shards.earlier_corpora(config, earlier))
+        splits = TextSplits(config.corpus, config.seed, earlier=other_corpora.earlier_corpora(config, earlier))
         documents = split_documents(config.corpus, "rankings", config.seed, IngestReport(), splits)
         chosen = [document.text for split, document, _ in documents if split == "val"]
         return [read_ranking(text).prompt.messages[0].content for text in chosen]
@@ -445,5 +446,5 @@ def test_a_data_set_whose_val_all_stands_in_train_of_an_earlier_one_is_refused(
     trained = decoded(first, "train")
     wrapped = [text.partition(": ")[2] for text in trained]
     with pytest.raises(ArtefactError, match=r"none of its \d+ documents is held out: train .* \(overlapping\)"):
-        shards.STAGE.build(config_of(empty, {"code": [write_texts(tmp_path / "b.jsonl", wrapped)]}), Console())
+        SHARDS.build(config_of(empty, {"code": [write_texts(tmp_path / "b.jsonl", wrapped)]}), Console())
     assert all(TokenCorpus.open(empty.corpus("code"), split).n_documents for split in SPLITS)

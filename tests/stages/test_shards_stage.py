@@ -21,8 +21,10 @@ from dist_lm.data.token_corpus import TokenCorpus
 from dist_lm.document import Document
 from dist_lm.errors import ArtefactError, ConfigError
 from dist_lm.prepare.compose import compose_config
-from dist_lm.stages import shards, tokenizer
-from dist_lm.stages.shards import corpus_fingerprint, text_fingerprint
+from dist_lm.stages import tokenizer
+from dist_lm.stages.shards import identity
+from dist_lm.stages.shards.identity import corpus_fingerprint, text_fingerprint
+from dist_lm.stages.shards.stage import STAGE as SHARDS
 from dist_lm.storage.run_directory import WorkDirectory
 from dist_lm.tokenizer.tokenizer import Tokenizer
 from dist_lm.tracking.console import Console
@@ -49,17 +51,17 @@ def config_for(work: WorkDirectory, *overrides: str) -> Config:
 
 def test_conversations_of_another_layout_are_another_corpus(work, few, monkeypatch):
     config = config_for(work)
-    assert shards.folder_of(config, "tools") == work.corpus("tools")
-    monkeypatch.setattr(shards, "FORMAT", 0)
-    assert shards.folder_of(config, "tools").name.startswith("tools-")
-    assert shards.folder_of(config, "code") == work.corpus("code")
+    assert identity.folder_of(config, "tools") == work.corpus("tools")
+    monkeypatch.setattr(identity, "FORMAT", 0)
+    assert identity.folder_of(config, "tools").name.startswith("tools-")
+    assert identity.folder_of(config, "code") == work.corpus("code")
 
 
 def test_documents_of_another_revision_of_their_reader_are_another_corpus(work, few, monkeypatch):
     config = config_for(work)
     read = tools.read_tools
     monkeypatch.setattr(read, "traits", replace(traits_of(read), revision=0))
-    found = shards.STAGE.inspect(config)
+    found = SHARDS.inspect(config)
     assert not found.ready
     assert ", beside another tools of other settings)" in found.detail
 
@@ -74,7 +76,7 @@ def test_a_corpus_depends_on_the_seed_if_its_reader_says_so(work, function, depe
 
 def test_conversations_come_back_with_their_mask_in_the_split_of_their_group(work, few):
     shutil.rmtree(work.corpus("tools"))
-    shards.STAGE.build(config_for(work), Console())
+    SHARDS.build(config_for(work), Console())
     tokenizer = Tokenizer.load(work.tokenizer_model)
     for split in SPLITS:
         corpus = TokenCorpus.open(work.corpus("tools"), split)
@@ -91,11 +93,11 @@ def test_conversations_come_back_with_their_mask_in_the_split_of_their_group(wor
 def test_only_what_is_missing_is_built(work, few):
     shutil.rmtree(work.corpus("tools"))
     config = config_for(work, "stage.corpora=[language,code,tools]")
-    assert shards.STAGE.inspect(config).detail == "corpora tools (language, code there)"
+    assert SHARDS.inspect(config).detail == "corpora tools (language, code there)"
     before = {name: read_manifest(work.corpus(name)) for name in ("language", "code")}
     stamps = {path: path.stat().st_mtime_ns for path in work.path.rglob("*") if path.is_file()}
-    shards.STAGE.build(config, Console())
-    assert shards.STAGE.inspect(config).ready
+    SHARDS.build(config, Console())
+    assert SHARDS.inspect(config).ready
     assert {name: read_manifest(work.corpus(name)) for name in before} == before
     assert all(path.stat().st_mtime_ns == stamp for path, stamp in stamps.items())
 
@@ -112,12 +114,12 @@ def test_sources_are_checked_before_anything_is_built(work, keys, words):
     own = SourceConfig("jsonl", "english", **keys)
     config = replace(config, corpus=replace(config.corpus, corpora={"own": [own]}))
     with pytest.raises(ConfigError, match=words):
-        shards.STAGE.inspect(config)
+        SHARDS.inspect(config)
 
 
 def test_corpora_that_are_not_asked_for_may_be_missing(work):
     shutil.rmtree(work.corpus("tools"))
-    assert shards.STAGE.inspect(config_for(work, "stage.corpora=[code]")).ready
+    assert SHARDS.inspect(config_for(work, "stage.corpora=[code]")).ready
 
 
 def test_conversations_change_nothing_about_the_texts_beside_them(work):
@@ -153,12 +155,12 @@ def old_corpus(work: WorkDirectory) -> None:
     ("stage", "age", "said"),
     [
         (
-            tokenizer,
+            tokenizer.STAGE,
             old_tokenizer,
             r"^\S*/tokenizer holds a tokenizer of format 1, .* format 2: use another work_dir",
         ),
         (
-            shards,
+            SHARDS,
             old_corpus,
             r"^\S*/corpora/tools is a corpus of format 1, .* formats 3 and 4: use another work_dir",
         ),
@@ -166,10 +168,10 @@ def old_corpus(work: WorkDirectory) -> None:
 )
 def test_artefacts_of_an_old_format_are_refused_by_name(work, stage, age, said):
     config = config_for(work)
-    assert stage.STAGE.inspect(config).ready
+    assert stage.inspect(config).ready
     before = {path: path.read_bytes() for path in work.path.rglob("*") if path.is_file()}
     age(work)
     with pytest.raises(ArtefactError, match=said) as refused:
-        stage.STAGE.inspect(config)
+        stage.inspect(config)
     assert "\n" not in str(refused.value)
     assert set(before) == {path for path in work.path.rglob("*") if path.is_file()}

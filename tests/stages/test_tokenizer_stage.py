@@ -14,7 +14,8 @@ from dist_lm.data.manifest import read_manifest
 from dist_lm.data.token_corpus import TokenCorpus
 from dist_lm.errors import ArtefactError, ConfigError
 from dist_lm.prepare.compose import compose_config
-from dist_lm.stages import shards
+from dist_lm.stages.shards import identity, stage
+from dist_lm.stages.shards.stage import STAGE as SHARDS
 from dist_lm.stages.tokenizer import OLD_SETTINGS, READ, REPORT_BYTES, STAGE
 from dist_lm.storage import durable
 from dist_lm.storage.run_directory import WorkDirectory
@@ -169,7 +170,7 @@ def test_a_trained_tokenizer_is_kept_while_the_corpora_change(work: WorkDirector
         "kept although it was trained on another text"
         in STAGE.inspect(config_for(work.path, "model.vocab_size=640")).detail
     )
-    shards.STAGE.build(replace(config, stage=replace(shards.own(config), corpora=["d"])), Console())
+    SHARDS.build(replace(config, stage=replace(stage.own(config), corpora=["d"])), Console())
     assert read_manifest(work.corpus("d")).recipe.tokenizer_sha256 == durable.sha256_of(work.tokenizer_model)
     assert work.tokenizer_model.read_bytes() == before
 
@@ -180,8 +181,8 @@ def test_a_copied_tokenizer_stays_while_a_corpus_was_written_with_it(tmp_path: P
     shutil.copytree(work.corpus("code"), copy.corpus("code"))
     folder = copy.corpus("code")
     with pytest.raises(ArtefactError, match="its tokenizer is missing"):
-        shards.check_tokenizer(config_for(copy.path), folder)
-    shards.check_tokenizer(config_for(copy.path, f"tokenizer={work.tokenizer_model}"), folder)
+        identity.check_tokenizer(config_for(copy.path), folder)
+    identity.check_tokenizer(config_for(copy.path, f"tokenizer={work.tokenizer_model}"), folder)
 
     copy.tokenizer.mkdir()
     shutil.copy(work.tokenizer_model, copy.tokenizer)
@@ -199,7 +200,7 @@ def test_a_vocabulary_past_65536_goes_through_the_shards(tmp_path: Path) -> None
     config = config_for(tmp_path / "work", f"tokenizer={path}")
     assert config.model.vocab_size == 66_000
     STAGE.build(config, Console())
-    shards.STAGE.build(config, Console())
+    SHARDS.build(config, Console())
     work = WorkDirectory(Path(config.work_dir))
     tokenizer = Tokenizer.load(work.tokenizer_model)
     corpus = TokenCorpus.open(work.corpus("d"), "train")
@@ -222,14 +223,14 @@ def test_a_new_corpus_builds_its_own_shards_alone_and_holds_no_val_of_the_others
     path.write_bytes(trained_json(stdlib_texts()[:5], 320))
     config = config_for(tmp_path / "work", f"tokenizer={path}", sources={"c": [first]})
     STAGE.build(config, Console())
-    shards.STAGE.build(config, Console())
+    SHARDS.build(config, Console())
     work = WorkDirectory(tmp_path / "work")
     before = read_manifest(work.corpus("c"))
     both = {"c": [first], "d": [second, source("one", "read_copies")]}  # it holds the texts of the old one too
     config = config_for(tmp_path / "work", f"tokenizer={path}", sources=both)
-    assert shards.STAGE.inspect(config).detail == "corpora d (c there)"
-    shards.STAGE.build(config, Console())
-    assert shards.STAGE.inspect(config).ready
+    assert SHARDS.inspect(config).detail == "corpora d (c there)"
+    SHARDS.build(config, Console())
+    assert SHARDS.inspect(config).ready
     assert read_manifest(work.corpus("c")) == before
     tokenizer = Tokenizer.load(work.tokenizer_model)
 
@@ -243,6 +244,6 @@ def test_a_new_corpus_builds_its_own_shards_alone_and_holds_no_val_of_the_others
     assert not texts("c", "val") & copied
     assert texts("c", "train") & copied
     other = {"c": [replace(first, limit=3)], "d": [second]}
-    found = shards.STAGE.inspect(config_for(tmp_path / "work", "tokenizer=keep", sources=other))
+    found = SHARDS.inspect(config_for(tmp_path / "work", "tokenizer=keep", sources=other))
     assert not found.ready
     assert "beside another c (corpus.corpora.c[0].limit=3, was 0" in found.detail

@@ -11,7 +11,8 @@ from dist_lm.data.ingest import TextSplits, split_documents
 from dist_lm.data.screening import IngestReport
 from dist_lm.data.token_corpus import TokenCorpus
 from dist_lm.prepare.compose import compose_config
-from dist_lm.stages import shards, tokenizer
+from dist_lm.stages import tokenizer
+from dist_lm.stages.shards.stage import STAGE as SHARDS
 from dist_lm.storage.run_directory import WorkDirectory
 from dist_lm.tokenizer.symbols import END_OF_TEXT
 from dist_lm.tracking.console import Console
@@ -33,7 +34,7 @@ def test_smollm2_encodes_the_local_corpus_with_the_ids_of_transformers(tmp_path:
     )
     assert config.model.vocab_size == 49_152
     tokenizer.STAGE.build(config, Console())
-    shards.STAGE.build(config, Console())
+    SHARDS.build(config, Console())
     texts = TextSplits(config.corpus, config.seed)
     n_documents = n_tokens = n_bytes = 0
     for name in names:

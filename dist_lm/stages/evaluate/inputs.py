@@ -11,7 +11,7 @@ from dist_lm.data.manifest import manifest_path, read_manifest
 from dist_lm.data.prompts import find_prompts
 from dist_lm.errors import ArtefactError
 from dist_lm.stages.generate.inputs import label_of
-from dist_lm.stages.shards import folder_of
+from dist_lm.stages.shards.identity import folder_of
 from dist_lm.storage import durable
 from dist_lm.storage.run_directory import RunDirectory, WorkDirectory
 from dist_lm.training import checkpoint_files

@@ -6,7 +6,8 @@ from typing import Any
 from omegaconf import MISSING
 
 from dist_lm.errors import require
-from dist_lm.stages.shards import SAMPLED, CorporaConfig, CorporaStageConfig
+from dist_lm.stages.shards.identity import SAMPLED
+from dist_lm.stages.shards.stage import CorporaConfig, CorporaStageConfig
 
 
 @dataclass

@@ -15,19 +15,10 @@ from dist_lm.data.manifest import Counts
 from dist_lm.data.sources.reader import corpus_sources
 from dist_lm.stages.continuing import with_start
 from dist_lm.stages.rankings.config import RankingsConfig
-from dist_lm.stages.shards import (
-    SAMPLED,
-    alone,
-    begun_folders,
-    build_corpus,
-    correct_corpora,
-    inspect_corpora,
-    listing_once,
-    missing_corpora,
-    own,
-    wanted_corpora,
-    with_folders,
-)
+from dist_lm.stages.shards.builds import build_corpus
+from dist_lm.stages.shards.identity import SAMPLED, begun_folders, listing_once, with_folders
+from dist_lm.stages.shards.other_corpora import alone
+from dist_lm.stages.shards.stage import correct_corpora, inspect_corpora, missing_corpora, own, wanted_corpora
 from dist_lm.stages.stage import Action, Artefact, ArtefactStage, Look
 from dist_lm.storage.run_directory import WorkDirectory
 
