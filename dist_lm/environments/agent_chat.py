@@ -1,7 +1,8 @@
 """Chats of a program with the model in the form of OpenAI's API: requests read and compared, answers written.
 
-A program sends the whole conversation with each request. What it sends again must be what it has said and heard before,
-in any form of the same content; only what is new becomes an observation. So the ids of earlier turns never change.
+A program sends the whole conversation with each request. Where it sends again what it has said and heard before, in any
+form of the same content, only what is new becomes an observation, and the ids of earlier turns stay as they are. Where
+it has written its history anew, the conversation begins anew with all that it sends.
 """
 
 import time
@@ -9,9 +10,10 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 from dist_lm.chat.layouts.openai import ROLES, call_of, call_value
+from dist_lm.chat.layouts.tools import tools_of
 from dist_lm.chat.layouts.transcript import list_of, text_of, value_of
 from dist_lm.chat.layouts.turns import conversation_of
-from dist_lm.chat.messages import ChatError, Json, Message, shown
+from dist_lm.chat.messages import ChatError, Json, Message, check_conversation, shown
 from dist_lm.chat.openai_errors import ProtocolError
 from dist_lm.chat.openai_fields import check_fields, typed
 from dist_lm.environments.protocol import Action, EnvironmentFailedError, Observation
@@ -91,17 +93,24 @@ def _heard(message: Json, where: str) -> HeardTurn:
 
 
 def opening_of(request: ChatRequest) -> Observation:
-    """Returns the observation that the first request is: its turns, and its tools.
+    """Returns the observation that a request is which begins a conversation: its turns, and its tools.
 
     Raises:
-        ProtocolError: they are no conversation.
+        ProtocolError: they are no conversation, or its next turn is not the model's.
     """
     try:
-        conversation = conversation_of(request.messages, request.tools or None, style="openai")
+        tools = tools_of(request.tools or None)
     except ChatError as error:
-        param = "tools" if str(error).startswith("tool ") else "messages"
-        raise ProtocolError(str(error), param=param) from error
-    return Observation(conversation.messages, conversation.tools)
+        raise ProtocolError(str(error), param="tools") from error
+    try:
+        # Without tools, so that wrong calls of the model, and calls of tools that it has no more, may stand in a history.
+        conversation = conversation_of(request.messages, style="openai")
+        check_conversation(conversation)
+        if conversation.messages[-1].role not in ("user", "tool"):
+            raise ChatError("the last turn is the model's own; expected one of user or tool, which it answers")
+    except ChatError as error:
+        raise ProtocolError(str(error), param="messages") from error
+    return Observation(conversation.messages, tools)
 
 
 # --- answers ---
@@ -151,30 +160,32 @@ class ChatAnswer:
         created = int(time.time())
         return {"id": f"chatcmpl-{self.number}", "object": kind, "created": created, "model": self.request.model}
 
-    def observation(self, request: ChatRequest) -> Observation:
-        """Returns what the next request adds to the conversation.
-
-        Raises:
-            EnvironmentFailedError: it is no continuation (`rewritten`), or what it adds has another form
-                (`bad_observation`).
-        """
+    def rewritten(self, request: ChatRequest) -> str:
+        """Returns how the next request changes what was said and heard so far; empty: it goes on from there."""
         if request.tools != self.request.tools:
-            raise EnvironmentFailedError("rewritten", "the tools differ from those of the first request")
+            return "the tools differ from those of the request before"
 
         said = (*self.request.turns, _heard(self.message, "answer"))
         for number, (before, now) in enumerate(zip(said, request.turns, strict=False)):
             if before != now:
-                raise EnvironmentFailedError("rewritten", f"turn {number} ({now.role}) differs from what it was")
+                return f"turn {number} ({now.role}) differs from what it was"
         if len(request.turns) < len(said):
-            detail = f"{len(request.turns)} turns; expected the {len(said)} so far, and what follows them"
-            raise EnvironmentFailedError("rewritten", detail)
+            return f"{len(request.turns)} turns, where {len(said)} have been"
+        return ""
 
+    def continuation(self, request: ChatRequest) -> Observation:
+        """Returns what the next request adds to the conversation; for one that has rewritten nothing.
+
+        Raises:
+            EnvironmentFailedError: what it adds has another form (`bad_observation`).
+        """
         # Results are ordered by the ids of the calls, so the turn with the calls goes before them.
         turn = self.message if self.action.calls else {"role": "assistant", "content": "."}
-        added = request.messages[len(said) :]
+        n_said = len(self.request.turns) + 1
+        added = request.messages[n_said:]
         try:
             conversation = conversation_of([{"role": "user", "content": "."}, turn, *added], style="openai")
         except ChatError as error:
-            raise EnvironmentFailedError("bad_observation", f"after turn {len(said) - 1}: {error}") from None
+            raise EnvironmentFailedError("bad_observation", f"after turn {n_said - 1}: {error}") from None
         messages: tuple[Message, ...] = conversation.messages[2:]
         return Observation(messages)

@@ -3,14 +3,18 @@
     POST /v1/chat/completions   the key of the conversation    waits for the model's turn
     POST /v1/reward             the key of the reward          ends the conversation
 
+A reward may also be that of the last turn alone: the conversation goes on after it.
+
 It listens on 127.0.0.1 alone. Each conversation has two keys of its own. A request that is refused has an answer with
 its reason, and changes nothing.
 """
 
 import asyncio
 import json
+import logging
 import secrets
 from collections.abc import Awaitable, Callable, Mapping
+from dataclasses import replace
 
 from aiohttp import web
 
@@ -25,12 +29,16 @@ from dist_lm.environments.protocol import (
     EnvironmentFailedError,
     Observation,
     Verdict,
+    finite,
 )
 from dist_lm.errors import shown_value
+
+log = logging.getLogger(__name__)
 
 ADDRESS = "127.0.0.1"
 CHAT, REWARD, MODELS = "/v1/chat/completions", "/v1/reward", "/v1/models"
 ENDED = "conversation_ended"  # code of what comes behind the verdict
+_REWARDS = '{"reward": NUMBER}, {"turn_reward": NUMBER} or {"valid": false, "reason": REASON}'
 
 
 class _Asked:
@@ -43,13 +51,19 @@ class _Asked:
 
 
 class Exchange:
-    """What one conversation's program asks for and posts, in their order. For the event loop of the endpoint."""
+    """What one conversation's program asks for and posts, in their order. For the event loop of the endpoint.
 
-    def __init__(self) -> None:
+    Args:
+        note_rewriting: is told how a request has changed earlier turns.
+    """
+
+    def __init__(self, note_rewriting: Callable[[str], None] = lambda change: None) -> None:
+        self._note_rewriting = note_rewriting
         self.key, self.reward_key = secrets.token_urlsafe(32), secrets.token_urlsafe(32)
         self._asked: _Asked | None = None
         self._answer: ChatAnswer | None = None  # the last one
         self._number = 0  # of turns of the model
+        self._turn_reward = 0.0  # of the last turn
         self._no_turn = ""  # why no turn follows
         self._end: Verdict | EnvironmentFailedError | None = None
         self._arrivals: asyncio.Queue[Observation | Verdict | EnvironmentFailedError] = asyncio.Queue()
@@ -75,9 +89,15 @@ class Exchange:
         """Whether the program has given its verdict."""
         return self._end is not None
 
+    @property
+    def turn_reward(self) -> float:
+        """The reward of the last turn alone, once what follows that turn has arrived."""
+        return self._turn_reward
+
     def answer(self, action: Action) -> None:
         """Answers the request that waits with a turn of the model; after one that is cut, no other is answered."""
         assert self._asked is not None, "an observation comes first"
+        self._turn_reward = 0.0
         if action.cut:
             self._no_turn = action.cut
 
@@ -129,24 +149,38 @@ class Exchange:
         if self._no_turn:
             raise self._no_turn_error()
 
-        if self._answer is None:
-            observation = opening_of(request)
-        else:
-            try:
-                observation = self._answer.observation(request)
-            except EnvironmentFailedError as failure:
-                self._finish(failure)
-                raise ProtocolError(str(failure), param="messages", code=failure.reason) from None
+        observation = self._observation(request)
         self._asked = _Asked(request)
         self._arrivals.put_nowait(observation)
+
+    def _observation(self, request: ChatRequest) -> Observation:
+        """Returns what a request adds to the conversation, or with what it begins anew.
+
+        Raises:
+            ProtocolError: it is no conversation; where what it adds has another form, that ends the conversation.
+        """
+        if self._answer is None:
+            return opening_of(request)
+
+        if change := self._answer.rewritten(request):
+            opening = replace(opening_of(request), begins_anew=True)
+            self._note_rewriting(change)
+            return opening
+
+        try:
+            return self._answer.continuation(request)
+        except EnvironmentFailedError as failure:
+            self._finish(failure)
+            raise ProtocolError(str(failure), param="messages", code=failure.reason) from None
 
     def _no_turn_error(self) -> ProtocolError:
         code = "context_length_exceeded" if self._no_turn in NO_ROOM else "turn_limit"
         message = f"no turn of the model follows ({self._no_turn}): post the reward to {REWARD}"
         return ProtocolError(message, param="messages", code=code)
 
-    def judge(self, body: Mapping[str, Json]) -> None:
-        """Ends the conversation with the verdict in a body; the first one counts.
+    def judge(self, body: Mapping[str, Json]) -> bool:
+        """Takes the reward in a body, and returns whether it ended the conversation: as its verdict, of which the first
+        one counts. The reward of a turn takes the place of an earlier one, so that it may be sent again.
 
         Raises:
             ProtocolError: the body has another form, a turn is under way, or the conversation has ended.
@@ -158,17 +192,24 @@ class Exchange:
 
         if body.get("valid") is False:
             self._finish(_failure(body))
-            return
+            return True
         if self._answer is None:
             raise ProtocolError("the model has said nothing yet: chat first", status=409, code="no_turn")
-        if {*body} - {"valid"} != {"reward"} or body.get("valid", True) is not True:
-            raise ProtocolError('expected {"reward": NUMBER} or {"valid": false, "reason": REASON}', param="reward")
+        kind = "turn_reward" if "turn_reward" in body else "reward"
+        if {*body} - {"valid"} != {kind} or body.get("valid", True) is not True:
+            raise ProtocolError(f"expected {_REWARDS}", param=kind)
         try:
-            self._finish(Verdict.of(body["reward"]))
+            reward = finite(body[kind])
         except BadRewardError as error:
             # A later number would hide that the first one was none.
             self._finish(EnvironmentFailedError("bad_reward", str(error)))
-            raise ProtocolError(str(error), param="reward", code="bad_reward") from None
+            raise ProtocolError(str(error), param=kind, code="bad_reward") from None
+
+        if kind == "turn_reward":
+            self._turn_reward = reward
+            return False
+        self._finish(Verdict.of(reward))
+        return True
 
     def _finish(self, end: Verdict | EnvironmentFailedError) -> None:
         self._end = end
@@ -195,6 +236,7 @@ class Endpoint:
         self._by_key: dict[str, Exchange] = {}
         self._by_reward_key: dict[str, Exchange] = {}
         self._runner: web.AppRunner | None = None
+        self._has_noted = False
         self.url = ""  # of the API, once it is open
 
     async def open(self) -> None:
@@ -219,6 +261,13 @@ class Endpoint:
         runner, self._runner = self._runner, None
         if runner is not None:
             await runner.cleanup()
+
+    def note_rewriting(self, change: str) -> None:
+        """Logs how a program has changed earlier turns: the first time alone, since most of its conversations will."""
+        if self._has_noted:
+            return
+        self._has_noted = True
+        log.warning("a program rewrites its history, so its conversations begin anew as further samples: %s", change)
 
     def add(self, exchange: Exchange) -> None:
         """Lets the program of a conversation in."""
@@ -246,8 +295,8 @@ class Endpoint:
 
     async def _reward(self, http: web.Request) -> web.Response:
         exchange = _with_key(http, self._by_reward_key)
-        exchange.judge(await _body(http, is_reward=True))
-        return web.json_response({"done": True})
+        is_over = exchange.judge(await _body(http, is_reward=True))
+        return web.json_response({"done": is_over})
 
     async def _models(self, http: web.Request) -> web.Response:
         _with_key(http, self._by_key)

@@ -3,7 +3,7 @@
     program                         endpoint                 conversation
     POST /v1/chat/completions  ->   observation          ->  the model's turn is drawn
     answer                     <-   action               <-
-    POST /v1/chat/completions  ->   what is new in it    ->  ...
+    POST /v1/chat/completions  ->   what is new in it    ->  ...    (all of it, if it has rewritten its history)
     POST /v1/reward            ->   verdict
 
 The control is inverted: `reset` starts the program and waits for its first request, `step` answers that and waits for
@@ -58,7 +58,7 @@ class ProgramEnvironment:
     def __init__(self, argv: list[str], limits: Limits, endpoint: Endpoint, starts: asyncio.Semaphore) -> None:
         self._argv, self._limits, self._endpoint = argv, limits, endpoint
         self._starts: asyncio.Semaphore | None = starts
-        self._exchange = Exchange()
+        self._exchange = Exchange(endpoint.note_rewriting)
         self._mark = uuid.uuid4().hex
         self._process: asyncio.subprocess.Process | None = None
         self._exit: asyncio.Task[int] | None = None
@@ -79,9 +79,10 @@ class ProgramEnvironment:
         """Answers the program's request and returns what it does next."""
         self._exchange.answer(action)
         arrival = await self._next()
+        turn_reward = self._exchange.turn_reward
         if isinstance(arrival, Verdict):
-            return Step(Observation(), done=True, verdict=arrival)
-        return Step(arrival, done=False)
+            return Step(Observation(), done=True, verdict=arrival, turn_reward=turn_reward)
+        return Step(arrival, done=False, turn_reward=turn_reward)
 
     async def close(self) -> None:
         """Ends the program, with all that it has started. One that has posted its reward may end by itself."""

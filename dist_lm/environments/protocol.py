@@ -28,7 +28,7 @@ Failure = Literal[
     "refused",  # the environment does not take this task
     "infrastructure",  # the sandbox or the machine failed, which says nothing about the model
     "differs",  # its process ended, and when the conversation was held again, an answer was another one than before
-    "rewritten",  # a program sent turns that are no continuation of its conversation
+    "rewritten",  # in older records: a program sent turns that were no continuation of its conversation
 ]
 """Why a conversation has no reward; a closed list, so that failures can be counted by reason."""
 
@@ -103,10 +103,16 @@ class Action:
 
 @dataclass(frozen=True)
 class Observation:
-    """The turns that follow the model's one; from `reset`, those that open the conversation, and the tools."""
+    """The turns that follow the model's one; from `reset`, those that open the conversation, and the tools.
+
+    An agent that writes its history anew, by a summary or without old turns, returns the whole of it with `begins_anew`.
+    """
 
     messages: tuple[Message, ...] = ()
-    tools: tuple[Tool, ...] = ()  # from `reset` only: what the model may call until the end
+    # What the model may call, until the end or until the conversation begins anew; from `reset` and with `begins_anew`.
+    tools: tuple[Tool, ...] = ()
+    # From `step` only: these turns take the place of all before, and the model reads them as a sequence of their own.
+    begins_anew: bool = False
 
     @classmethod
     def user(cls, text: str) -> Self:
@@ -200,7 +206,7 @@ class Limits:
     """Limits of one conversation. The host holds all of them but `tokens`, which the caller counts."""
 
     turns: int = 16  # turns of the model
-    tokens: int = 4096  # the whole conversation
+    tokens: int = 4096  # the whole conversation; where it begins anew, from there
     seconds_a_step: float = 30.0  # `reset`, and each `step`
     seconds: float = 600.0  # all steps together, by the clock, without the model's time
     observation_bytes: int = 65_536  # one observation, as JSON

@@ -35,9 +35,10 @@ def checked_observation(observation: Any, most_bytes: int) -> Observation:
     if type(observation) is not Observation:
         raise EnvironmentFailedError("bad_step", f"reset returned {_named(observation)}; expected an Observation")
 
-    _check_turns(observation.messages, observation.tools)
-    if observation.messages[-1].role not in ("user", "tool"):
-        raise EnvironmentFailedError("bad_observation", "the last turn of reset is not of user or tool")
+    if observation.begins_anew is not False:
+        raise EnvironmentFailedError("bad_observation", "begins_anew from reset: a conversation begins there anyway")
+
+    _check_opening(observation, "reset")
     _check_size(observation, most_bytes)
     return observation
 
@@ -69,18 +70,36 @@ def checked_step(step: Any, action: Action, most_bytes: int) -> Step:
             raise EnvironmentFailedError("no_verdict", f"the conversation was cut ({action.cut}), and step is not done")
         if step.verdict is not None:
             raise EnvironmentFailedError("bad_step", "a verdict before the last step")
-        _check_follows(step.observation, action)
+        _check_goes_on(step.observation, action)
     elif type(step.verdict) is not Verdict:
         raise EnvironmentFailedError("no_verdict", f"the last step has {_named(step.verdict)} as its verdict")
     elif not step.verdict.is_sound:
         raise EnvironmentFailedError("bad_reward", f"a verdict with {step.verdict.reward!r:.100}")
     elif step.observation.messages:
-        _check_follows(step.observation, action)
+        _check_goes_on(step.observation, action)
 
-    if step.observation.tools:
-        raise EnvironmentFailedError("bad_observation", "tools in a step: only reset offers some")
+    if step.observation.tools and not step.observation.begins_anew:
+        raise EnvironmentFailedError("bad_observation", "tools in a step that does not begin the conversation anew")
     _check_size(step.observation, most_bytes)
     return Step(step.observation, step.done, step.verdict, turn_reward)
+
+
+def _check_goes_on(observation: Observation, action: Action) -> None:
+    """Refuses turns after which the model cannot draw its next one."""
+    if type(observation.begins_anew) is not bool:
+        named = _named(observation.begins_anew)
+        raise EnvironmentFailedError("bad_observation", f"begins_anew is {named}; expected True or False")
+    if observation.begins_anew:
+        _check_opening(observation, "a step that begins anew")
+    else:
+        _check_follows(observation, action)
+
+
+def _check_opening(observation: Observation, source: str) -> None:
+    """Refuses turns, with their tools, that are no conversation whose next turn is the model's."""
+    _check_turns(observation.messages, observation.tools)
+    if observation.messages[-1].role not in ("user", "tool"):
+        raise EnvironmentFailedError("bad_observation", f"the last turn of {source} is not of user or tool")
 
 
 def _check_follows(observation: Observation, action: Action) -> None:
@@ -135,10 +154,14 @@ def action_of(value: Mapping[str, Json]) -> Action:
 
 
 def observation_value(observation: Observation) -> dict[str, Json]:
-    return {
+    value: dict[str, Json] = {
         "messages": [message_value(message) for message in observation.messages],
         "tools": [[tool.name, tool.description, tool.parameters] for tool in observation.tools],
     }
+    # Written only where it says something, so that records without it stay as they are.
+    if observation.begins_anew:
+        value["begins_anew"] = True
+    return value
 
 
 def observation_of(value: Any) -> Observation:
@@ -149,7 +172,8 @@ def observation_of(value: Any) -> Observation:
     """
     try:
         messages = tuple(message_of(turn) for turn in value["messages"])
-        return Observation(messages, tuple(Tool(*fields) for fields in value["tools"]))
+        tools = tuple(Tool(*fields) for fields in value["tools"])
+        return Observation(messages, tools, value.get("begins_anew", False))
     except (KeyError, TypeError, ValueError, AttributeError) as error:
         raise EnvironmentFailedError("bad_message", f"no observation: {type(error).__name__}: {error}") from None
 

@@ -41,7 +41,7 @@ class Part:
 
 @dataclass(frozen=True)
 class ShownTurn:
-    """A turn of a conversation on the page; without a role, a line that says how many turns are left out."""
+    """A turn of a conversation on the page; without a role, a remark on the turns around it."""
 
     role: str
     text: str
@@ -90,16 +90,21 @@ def _shown_conversation(chosen: ChosenConversation, longest: int) -> ShownConver
     # Without an opening, the environment failed before the first turn.
     opening = Observation() if episode.opening is None else observation_of(episode.opening)
 
-    both_sides: list[Message | tuple[Turn, str]] = [*opening.messages]
+    both_sides: list[Message | ShownTurn | tuple[Turn, str]] = [*opening.messages]
     for number, turn in enumerate(episode.turns):
         both_sides.append((turn, chosen.thinking[number] if number < len(chosen.thinking) else ""))
-        if turn.step is not None:
-            both_sides += step_of(turn.step).observation.messages
+        if turn.step is None:
+            continue
+
+        observation = step_of(turn.step).observation
+        if observation.begins_anew:
+            both_sides.append(ShownTurn("", "the conversation begins anew with:"))
+        both_sides += observation.messages
 
     half, num_left_out = MOST_TURNS // 2, len(both_sides) - MOST_TURNS
     if num_left_out > 0:
         del both_sides[half : half + num_left_out]
-    turns = [_read_turn(t, longest) if isinstance(t, Message) else _model_turn(*t, longest) for t in both_sides]
+    turns = [_shown_turn(turn, longest) for turn in both_sides]
     if num_left_out > 0:
         turns.insert(half, ShownTurn("", f"{counted(num_left_out, 'turn')} left out"))
 
@@ -113,6 +118,14 @@ def _shown_conversation(chosen: ChosenConversation, longest: int) -> ShownConver
             ending += f", penalty {four_digits(chosen.penalty)}"
     tools = _fitted(", ".join(tool.name for tool in opening.tools), longest)
     return ShownConversation(chosen, ending, tools, tuple(turns))
+
+
+def _shown_turn(turn: "Message | ShownTurn | tuple[Turn, str]", longest: int) -> ShownTurn:
+    if isinstance(turn, ShownTurn):
+        return turn
+    if isinstance(turn, Message):
+        return _read_turn(turn, longest)
+    return _model_turn(*turn, longest)
 
 
 def _model_turn(turn: "Turn", thinking: str, longest: int) -> ShownTurn:

@@ -138,8 +138,7 @@ class _Held:
             if step.verdict is not None:
                 return step.verdict
 
-            with _fits():
-                transcript.add_observation(step.observation.messages)
+            self._go_on(transcript, step.observation)
             # No turn is left to draw, so the environment judges what is there.
             if self._room(transcript) < 1:
                 self.cut = "context" if len(transcript.prompt) >= self.how.context else "tokens"
@@ -165,10 +164,29 @@ class _Held:
             _UnfitTurnsError: the template cannot write it.
         """
         self.opening = observation_value(observation)
-        if self.how.constraint_of:
-            self.constraint = self.how.constraint_of(observation.tools)
+        self._constrain(observation.tools)
         with _fits():
             return Transcript(Conversation(observation.messages, observation.tools), self.how.tokenizer)
+
+    def _go_on(self, transcript: Transcript, observation: Observation) -> None:
+        """Appends the turns that follow the model's one; where they begin anew, they open a sample of their own.
+
+        Raises:
+            _UnfitTurnsError: the template cannot write them.
+        """
+        if not observation.begins_anew:
+            with _fits():
+                transcript.add_observation(observation.messages)
+            return
+
+        self._constrain(observation.tools)
+        with _fits():
+            transcript.begin_sample(Conversation(observation.messages, observation.tools))
+
+    def _constrain(self, tools: Sequence[Tool]) -> None:
+        """Holds all further turns to calls of these tools, if the run constrains them."""
+        if self.how.constraint_of:
+            self.constraint = self.how.constraint_of(tools)
 
     async def _turn(self, transcript: Transcript) -> tuple[ReadTurn, int]:
         """Draws a turn, appends it and returns it with its number of tokens; sets `cut` if none may follow."""
@@ -209,7 +227,10 @@ class _Held:
         return step
 
     def _room(self, transcript: Transcript) -> int:
-        """Returns how many tokens the next turn may have; below 1: none."""
+        """Returns how many tokens the next turn may have; below 1: none.
+
+        The limit of tokens holds for each sample; the number of turns bounds that of the samples.
+        """
         return min(self.how.context, self.how.limits.tokens) - len(transcript.prompt)
 
 

@@ -8,7 +8,8 @@ model is turned into ids again.
     drawn    0 0 0    1 1    0 0 0     1 1    0 0       1 1
 
 The template of an imported model may write earlier turns otherwise when others follow, such as without their thinking.
-Ids drawn so far are then no beginning of the next prompt, so a new sample begins there.
+Ids drawn so far are then no beginning of the next prompt, so a new sample begins there. The same holds where the
+environment itself puts other turns in the place of those so far.
 """
 
 from collections.abc import Sequence
@@ -135,14 +136,26 @@ class Transcript:
 
         between = following(answered, conversation, self._tokenizer)
         if between is None:
-            new_prompt = prompt(conversation, self._tokenizer)
-            self.samples.append(Sample(new_prompt, [False] * len(new_prompt)))
-        else:
-            # A turn that a limit or end-of-text ended lacks the mark that the template writes there.
-            turn_end = self._ends[1]
-            missing_end = [] if self.prompt[-1] in self._ends[1:] else [turn_end]
-            self.samples[-1].append([*missing_end, *between], drawn=False)
+            self.begin_sample(conversation)
+            return
+        # A turn that a limit or end-of-text ended lacks the mark that the template writes there.
+        turn_end = self._ends[1]
+        missing_end = [] if self.prompt[-1] in self._ends[1:] else [turn_end]
+        self.samples[-1].append([*missing_end, *between], drawn=False)
         self.conversation = conversation
+
+    def begin_sample(self, opening: Conversation) -> None:
+        """Begins a new sample whose prompt is another conversation, in the place of all turns so far.
+
+        Args:
+            opening: as of the first sample.
+
+        Raises:
+            ChatError: `opening` is not well formed, or its last turn asks nothing; the transcript stays as it is.
+        """
+        new_prompt = prompt(opening, self._tokenizer)
+        self.samples.append(Sample(new_prompt, [False] * len(new_prompt)))
+        self.conversation = opening
 
     def _with(self, messages: Sequence[Message]) -> Conversation:
         return replace(self.conversation, messages=(*self.conversation.messages, *messages))

@@ -87,11 +87,18 @@ def takes_memory() -> None:
 
 def is_early() -> None:
     assert reward({"reward": 1.0}) == 409
+    assert reward({"turn_reward": 1.0}) == 409
 
 
 def is_nan() -> None:
     begun()
     assert reward({"reward": float("nan")}) == 400
+    assert reward({"reward": 1.0}) in (400, 401)
+
+
+def is_nan_for_a_turn() -> None:
+    begun()
+    assert reward({"turn_reward": float("nan")}) == 400
     assert reward({"reward": 1.0}) in (400, 401)
 
 
@@ -114,24 +121,9 @@ def forges() -> None:
     assert [reward({"reward": 1.0}, key) for key in (KEY, "", "wrong")] == [401] * 3
 
 
-def forgets() -> None:
+def begins_anew_with_too_much() -> None:
     begun()
-    refused(FIRST, AGAIN)
-
-
-def edits() -> None:
-    messages = begun()
-    refused({**FIRST, "content": "Went."}, messages[1], AGAIN)
-
-
-def edits_the_answer() -> None:
-    messages = begun()
-    refused(FIRST, {**messages[1], "content": "something better"}, AGAIN)
-
-
-def changes_tools() -> None:
-    messages = begun()
-    refused(*messages, AGAIN, tools=TOOLS)
+    refused({"role": "user", "content": "x" * 100_000})
 
 
 def says_too_much() -> None:
@@ -153,7 +145,51 @@ def leaves_a_child() -> None:
         reward({"reward": 1.0})
 
 
-# Ways that break no conversation: all of them end with the reward 1.
+# Ways that break no conversation: all of them end with rewards whose sum is 1.
+
+
+def forgets() -> None:
+    begun()
+    chat({**FIRST, "content": "Go, as after a summary."})
+    assert reward({"reward": 1.0}) == 200
+
+
+def edits() -> None:
+    messages = begun()
+    chat({**FIRST, "content": "Went."}, messages[1], AGAIN)
+    assert reward({"reward": 1.0}) == 200
+
+
+def edits_the_answer() -> None:
+    messages = begun()
+    chat(FIRST, {**messages[1], "content": "something better"}, AGAIN)
+    assert reward({"reward": 1.0}) == 200
+
+
+def changes_tools() -> None:
+    messages = begun()
+    chat(*messages, AGAIN, tools=TOOLS)
+    assert reward({"reward": 1.0}) == 200
+
+
+def begins_anew_with_nothing_that_asks() -> None:
+    """What is no conversation for the model is refused, and the one so far goes on."""
+    messages = begun()
+    for others in ([{"role": "tool", "tool_call_id": "1", "content": "5"}], [FIRST, AGAIN], [AGAIN, messages[1]]):
+        assert refused(*others)[0] == 400
+    chat(*messages, AGAIN)
+    assert reward({"reward": 1.0}) == 200
+
+
+def rewards_turns() -> None:
+    messages = begun()
+    assert reward({"turn_reward": 7.0}) == 200
+    assert reward({"turn_reward": 0.25}) == 200  # in the place of the first one
+    assert reward({"turn_reward": 0.5, "reward": 1.0}) == 400
+    chat(*messages, AGAIN)
+    assert reward({"turn_reward": 0.5}) == 200
+    assert reward({"reward": 0.25}) == 200
+    assert reward({"turn_reward": 5.0}) in (400, 401)
 
 
 def rewards_twice() -> None:

@@ -21,7 +21,7 @@ from dist_lm.environments.agent_endpoint import CHAT, REWARD, Endpoint, Exchange
 from dist_lm.environments.agent_program import STARTS_A_CORE, ProgramEnvironment
 from dist_lm.environments.host import Episode, Host
 from dist_lm.environments.program_command import files_of, program_of
-from dist_lm.environments.protocol import Action, EnvironmentFailedError, Limits, Observation, Step, Task, Verdict
+from dist_lm.environments.protocol import Action, Limits, Observation, Step, Task, Verdict
 from dist_lm.errors import ConfigError, UserError
 from dist_lm.storage.process import cores, marked
 from tests.environments.playing import played
@@ -38,19 +38,20 @@ FAILING = {
     "takes_memory": "memory",
     "is_early": "no_verdict",
     "is_nan": "bad_reward",
+    "is_nan_for_a_turn": "bad_reward",
     "is_text": "bad_reward",
     "refuses": "refused",
     "gives_up": "infrastructure",
     "forges": "no_verdict",
-    "forgets": "rewritten",
-    "edits": "rewritten",
-    "edits_the_answer": "rewritten",
-    "changes_tools": "rewritten",
+    "begins_anew_with_too_much": "too_long",
     "says_too_much": "too_long",
     "speaks_for_the_model": "bad_observation",
     "leaves_a_child": "no_verdict",
 }
-GOOD = ("good", "rewards_twice", "asks_for_what_is_not_there", "sends_garbage", "goes_on_after_the_last_turn")
+GOOD = (
+    *("good", "rewards_twice", "asks_for_what_is_not_there", "sends_garbage", "goes_on_after_the_last_turn"),
+    *("forgets", "edits", "edits_the_answer", "changes_tools", "begins_anew_with_nothing_that_asks"),
+)
 USER, AGAIN = {"role": "user", "content": "Go."}, {"role": "user", "content": "Again."}
 LOOK = {"name": "look", "description": "Looks.", "parameters": {"type": "object", "properties": {}}}
 TOOLS = [{"type": "function", "function": LOOK}]
@@ -65,7 +66,7 @@ def test_hostile_programs_are_counted_by_reason_and_the_others_go_on():
     async def play() -> tuple[dict[str, Step], Counter]:
         async with Host(NAME, limits) as host:
             steps: dict[str, Step] = {}
-            ways = [*FAILING, *GOOD]
+            ways = [*FAILING, *GOOD, "rewards_turns"]
             for begin in range(0, len(ways), 6):
                 batch = ways[begin : begin + 6]
                 results = await asyncio.gather(*(played(host, how) for how in [*batch, "good"]))
@@ -81,6 +82,8 @@ def test_hostile_programs_are_counted_by_reason_and_the_others_go_on():
     for how in GOOD:
         assert steps[how].verdict == Verdict.of(1.0), (how, steps[how])
     assert failures == Counter(FAILING.values())
+    last = steps["rewards_turns"]
+    assert (last.turn_reward, last.verdict) == (0.5, Verdict.of(0.25))
 
 
 @pytest.mark.heavy
@@ -243,22 +246,27 @@ def test_no_room_is_an_error_that_clients_know_and_a_cut_turn_says_so():
 
 def asked_again(action: Action, answer: dict[str, Any], *added: dict[str, Any]) -> Observation:
     """Returns what a second request adds, in which the turn of the model is `answer`."""
-    exchange = Exchange()
+    changes: list[str] = []
+    exchange = Exchange(changes.append)
 
-    async def ask() -> Observation | Verdict:
+    async def ask() -> Any:
         task = asyncio.ensure_future(exchange.ask(chat_request({"messages": [USER], "tools": TOOLS})))
         await exchange.next()
         exchange.answer(action)
         await task
         messages = [{**USER, "content": [{"type": "text", "text": "Go."}]}, answer, *added]
         task = asyncio.ensure_future(exchange.ask(chat_request({"messages": messages, "tools": TOOLS})))
+        arrival = asyncio.ensure_future(exchange.next())
+        await asyncio.wait({task, arrival}, return_when=asyncio.FIRST_COMPLETED)
         try:
-            return await exchange.next()
+            return arrival.result() if arrival.done() else await task
         finally:
             task.cancel()
+            arrival.cancel()
 
     observation = asyncio.run(ask())
     assert isinstance(observation, Observation)
+    assert bool(changes) == observation.begins_anew
     return observation
 
 
@@ -295,16 +303,38 @@ def test_results_are_in_the_order_of_the_calls():
     ("action", "answer"),
     [
         (Action("An answer."), {"role": "assistant", "content": "Another."}),
-        (Action("An answer."), AGAIN),
         (CALLS, {"role": "assistant", "content": None, "tool_calls": sent_calls(name="listen")}),
         (CALLS, {"role": "assistant", "content": None, "tool_calls": sent_calls()[:1]}),
         (CALLS, {"role": "assistant", "content": "Looking.", "tool_calls": sent_calls()}),
     ],
 )
-def test_a_changed_answer_ends_the_conversation(action, answer):
-    """Finds a model that is rewarded for words which are not its own."""
-    with pytest.raises(EnvironmentFailedError, match=r"rewritten: turn 1 \(\w+\) differs"):
-        asked_again(action, answer, AGAIN)
+def test_a_changed_answer_begins_the_conversation_anew(action, answer):
+    """Finds a model that is rewarded for words which are not its own, or that does not read what the program sent."""
+    calls = answer.get("tool_calls") or []
+    results = [{"role": "tool", "tool_call_id": call["id"], "content": "3"} for call in calls]
+    observation = asked_again(action, answer, *results, AGAIN)
+    assert observation.begins_anew
+    assert [message.role for message in observation.messages][:2] == ["user", answer["role"]]
+    assert [call.name for call in observation.messages[1].calls] == [call["function"]["name"] for call in calls]
+    assert [tool.name for tool in observation.tools] == ["look"]
+
+
+def test_the_reward_of_a_turn_is_that_of_no_other_turn():
+    """Finds the reward of a turn that the next turn keeps."""
+
+    async def body(client: Client, exchange: Exchange) -> None:
+        messages: list[Any] = [USER]
+        for reward in (0.5, None):
+            asked = asyncio.ensure_future(client.chat(*messages))
+            await exchange.next()
+            exchange.answer(Action("go"))
+            messages += [(await asked)[1]["choices"][0]["message"], AGAIN]
+            if reward:
+                assert await client.reward({"turn_reward": reward}) == 200
+            assert exchange.turn_reward == (reward or 0.0)
+        assert not exchange.is_over
+
+    converse(body)
 
 
 # --- the command ---
