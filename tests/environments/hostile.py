@@ -8,10 +8,11 @@ import socket
 import sys
 import time
 
-from dist_lm.chat.messages import Message
+from dist_lm.chat.messages import Message, Tool
 from dist_lm.environments.protocol import Observation, RefusedTaskError, Step, Verdict
 
 END = Observation()
+LOOK = Tool("look", "Looks.", {"type": "object", "properties": {}})
 RIGHT = Step(END, True, Verdict.of(1.0))
 
 
@@ -60,6 +61,7 @@ class Environment:
             "hangs_in_reset": lambda: time.sleep(600),
             "raises_in_reset": lambda: 1 / 0,
             "text_from_reset": lambda: "begin",
+            "anew_from_reset": lambda: Observation((Message("user", "begin"),), begins_anew=True),
             "no_turns_from_reset": lambda: Observation(),
             "answer_from_reset": lambda: Observation((Message("user", "x"), Message("assistant", "y"))),
             "refuses": lambda: (_ for _ in ()).throw(RefusedTaskError("`how`: not this one")),
@@ -99,6 +101,15 @@ class Environment:
             "done_without_verdict": lambda: Step(END, True),
             "speaks_for_the_model": lambda: Step(Observation((Message("assistant", "I win"),)), False),
             "results_of_no_call": lambda: Step(Observation.results(1, 2), False),
+            "tools_for_what_goes_on": lambda: Step(Observation((Message("user", "on"),), (LOOK,)), False),
+            "anew_with_its_answer": lambda: Step(
+                Observation((Message("user", "x"), Message("assistant", "I win")), begins_anew=True), False
+            ),
+            "anew_with_nothing": lambda: Step(Observation(begins_anew=True), False),
+            "anew_with_a_word": lambda: Step(
+                Observation((Message("user", "x"),), begins_anew="yes"),  # pyright: ignore[reportArgumentType]
+                False,
+            ),
             "surrogate": lambda: Step(Observation.user("\ud800"), False),
             "deep": lambda: Step(Observation((Message("tool", results=(deep(),)),)), False),
             "memory": lambda: bytearray(1 << 40),
@@ -120,6 +131,7 @@ EXPECTED = {
     "hangs_in_reset": "timeout",
     "raises_in_reset": "crashed",
     "text_from_reset": "bad_step",
+    "anew_from_reset": "bad_observation",
     "no_turns_from_reset": "bad_observation",
     "answer_from_reset": "bad_observation",
     "refuses": "refused",
@@ -144,6 +156,10 @@ EXPECTED = {
     "done_without_verdict": "no_verdict",
     "speaks_for_the_model": "bad_observation",
     "results_of_no_call": "bad_observation",
+    "tools_for_what_goes_on": "bad_observation",
+    "anew_with_its_answer": "bad_observation",
+    "anew_with_nothing": "bad_observation",
+    "anew_with_a_word": "bad_observation",
     "surrogate": "bad_observation",
     "deep": "bad_observation",
     "memory": "memory",

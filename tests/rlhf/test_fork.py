@@ -15,9 +15,9 @@ from dist_lm.rlhf.fork import Forked, check_fork, forked
 from dist_lm.rlhf.transcript import read_turn
 from dist_lm.stages.rlhf.fork import edited_turn
 from dist_lm.tokenizer.tokenizer import text_with_marks, tokens_with_marks
-from tests.rlhf.test_replay_of_conversations import TASK, Echo, at, how, model, recorded
+from tests.rlhf.test_replay_of_conversations import TASK, Echo, at, how, model, recorded, recorded_anew
 
-__all__ = ["how", "recorded"]  # fixtures
+__all__ = ["how", "recorded", "recorded_anew"]  # fixtures
 
 
 def fork(
@@ -46,6 +46,22 @@ def test_a_fork_without_an_edit_is_the_record(how, recorded, turn):
     assert (result.episode.samples, result.episode.verdict) == (recorded.samples, recorded.verdict)
     assert [spoken.origin for spoken in result.spoken] == ["recorded"] * (turn - 1) + ["drawn"] * (4 - turn)
     assert n_asked == 4 - turn
+
+
+@pytest.mark.parametrize("turn", [1, 2, 3])
+def test_a_fork_goes_on_in_the_sample_of_its_turn(how, recorded_anew, turn):
+    """Finds a fork that reads the ids of another sample than its turn did, before or behind a new beginning."""
+    result, _ = fork(how, recorded_anew, turn, host=Echo(anew=True))
+    assert result.difference is None
+    assert result.episode is not None
+    assert result.episode.samples == recorded_anew.samples
+
+    edited, _ = fork(how, recorded_anew, turn, "deux", host=Echo(anew=True))
+    assert edited.episode is not None
+    assert ["deux" in text_with_marks(sample.ids, how.tokenizer) for sample in edited.episode.samples] == [
+        turn == 1,
+        True,  # the summary has the first turn's word
+    ]
 
 
 def test_an_edit_is_what_the_environment_reads(how, recorded):

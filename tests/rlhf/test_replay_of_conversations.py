@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 
+from dist_lm.chat.messages import Message
 from dist_lm.chat.template import stop_tokens
 from dist_lm.environments.protocol import Action, Limits, Observation, Step, Task, Verdict
 from dist_lm.errors import ArtefactError
@@ -17,16 +18,22 @@ from dist_lm.rlhf.episodes import Episode, EpisodeFile, read_episodes
 from dist_lm.rlhf.replay import Outcome, drawn_again, executed_again, shortened
 from dist_lm.rlhf.request_feed import Ask
 from dist_lm.storage.run_directory import WorkDirectory
-from dist_lm.tokenizer.tokenizer import Tokenizer
+from dist_lm.tokenizer.tokenizer import Tokenizer, text_with_marks
+from tests.rlhf.guessing import GUESS
 
 TASK = Task.of("0", {"word": "sum"})
 
 
 class Echo:
-    """An environment that says what it read, for three turns; `changes` makes it answer otherwise."""
+    """An environment that says what it read, for three turns.
 
-    def __init__(self, change: Callable[[int, Step], Step] = lambda turn, step: step) -> None:
-        self.change, self.turns, self.closed = change, 0, 0
+    Args:
+        change: makes it answer otherwise.
+        anew: whether the conversation begins anew after its first turn.
+    """
+
+    def __init__(self, change: Callable[[int, Step], Step] = lambda turn, step: step, anew: bool = False) -> None:
+        self.change, self.anew, self.turns, self.closed = change, anew, 0, 0
 
     def episode(self, task: Task) -> "Echo":
         self.turns = 0
@@ -38,6 +45,9 @@ class Echo:
     async def step(self, action: Action) -> Step:
         self.turns += 1
         step = Step(Observation.user(f"You said {action.text}"), False, turn_reward=0.5)
+        if self.turns == 1 and self.anew:
+            summary = Message("user", f"You said {action.text} so far")
+            step = replace(step, observation=Observation((summary,), (GUESS,), begins_anew=True))
         if self.turns == 3 or action.cut:
             step = Step(Observation(), True, Verdict.of(1.0))
         return self.change(self.turns, step)
@@ -72,6 +82,15 @@ def recorded(how: Conversing, tmp_path_factory: pytest.TempPathFactory) -> Episo
     path = tmp_path_factory.mktemp("record") / "tasks.jsonl"
     with EpisodeFile(path, "settings") as file:
         file.add(asyncio.run(how.hold(Echo(), TASK, 4, 1, model(how))))
+    return read_episodes(path)[0]
+
+
+@pytest.fixture(scope="module")
+def recorded_anew(how: Conversing, tmp_path_factory: pytest.TempPathFactory) -> Episode:
+    """A conversation that begins anew after its first turn, as it comes from a file."""
+    path = tmp_path_factory.mktemp("record") / "tasks.jsonl"
+    with EpisodeFile(path, "settings") as file:
+        file.add(asyncio.run(how.hold(Echo(anew=True), TASK, 4, 1, model(how))))
     return read_episodes(path)[0]
 
 
@@ -135,6 +154,37 @@ def test_a_turn_of_other_length_is_found(how, recorded):
     assert difference is not None
     assert (difference.turn, difference.token) == (1, recorded.turns[0].new_tokens + 1)
     assert difference.recorded == "the end"
+
+
+def test_a_conversation_that_begins_anew_has_a_sample_of_its_own_and_is_replayed(how, recorded_anew):
+    """Finds turns that are learned from ids which the model did not read, and a record that lacks the new beginning."""
+    first, second = recorded_anew.samples
+    texts = [text_with_marks(sample.ids, how.tokenizer) for sample in (first, second)]
+    assert "Say a word" in texts[0]
+    assert "Say a word" not in texts[1]
+    assert "You said one so far" in texts[1]
+    assert "guess" in texts[1], "the tools are those of the new beginning"
+    assert [sum(sample.drawn) for sample in (first, second)] == [
+        recorded_anew.turns[0].new_tokens,
+        sum(turn.new_tokens for turn in recorded_anew.turns[1:]),
+    ]
+    assert recorded_anew.reward == 2.0
+
+    outcome = drawn(how, recorded_anew)
+    assert (outcome.difference, outcome.n_equal) == (None, len(recorded_anew.logprobs))
+    assert executed(recorded_anew, Echo(anew=True)).difference is None
+
+    # The same turns, appended, are another conversation.
+    def appended(turn: int, step: Step) -> Step:
+        return replace(step, observation=replace(step.observation, tools=(), begins_anew=False))
+
+    difference = executed(recorded_anew, Echo(appended, anew=True)).difference
+    assert difference is not None
+    assert (difference.what, difference.turn) == ("observation", 1)
+    other = changed(recorded_anew, 1, lambda step: step["observation"].update(begins_anew=False, tools=[]))
+    difference = drawn(how, other).difference
+    assert difference is not None
+    assert (difference.what, difference.turn) == ("prompt", 2)
 
 
 def changed(recorded: Episode, turn: int, change: Callable[[dict], None]) -> Episode:

@@ -209,6 +209,33 @@ def with_template(template: str, folder: Path) -> Tokenizer:
     return Tokenizer(path.read_bytes(), str(path), KeptTemplate(template, ends, "2026-01-31"))
 
 
+@pytest.mark.parametrize("name", NAMES)
+def test_a_conversation_that_begins_anew_is_a_sample_of_its_own(name, tokenizers):
+    """Finds ids of earlier samples that change, turns of the program that count as drawn, and an opening that is
+    refused and leaves half a sample."""
+    random, tokenizer = Random(f"anew {name}"), tokenizers[name]
+    asked = Message("user", "Go on.")
+    transcript = Transcript(Conversation((Message("user", "Begin."),)), tokenizer)
+    all_drawn: list[list[int]] = []
+    for summary in ("Nothing yet.", "One turn.", "Two turns."):
+        for _ in range(2):
+            ids = drawn_as(Message("assistant", "An answer."), transcript, tokenizer, random)
+            transcript.add_turn(ids)
+            all_drawn.append(ids)
+            transcript.add_observation((asked,))
+        before = [(list(sample.ids), list(sample.drawn)) for sample in transcript.samples]
+        with pytest.raises(ChatError):
+            transcript.begin_sample(Conversation((asked, Message("assistant", "I am asked nothing."))))
+        assert before == [(sample.ids, sample.drawn) for sample in transcript.samples]
+
+        opening = Conversation((Message("user", summary), Message("assistant", "Well."), asked))
+        transcript.begin_sample(opening)
+        assert before == [(sample.ids, sample.drawn) for sample in transcript.samples[:-1]]
+        assert transcript.prompt == prompt(opening, tokenizer)
+        assert transcript.conversation == opening
+        assert_masks(all_drawn, transcript)
+
+
 @pytest.mark.heavy
 @pytest.mark.skipif(not trl_templates(), reason="trl is not installed")
 def test_no_id_changes_in_templates_of_trl(tmp_path):
