@@ -103,7 +103,7 @@ def opening_of(request: ChatRequest) -> Observation:
     except ChatError as error:
         raise ProtocolError(str(error), param="tools") from error
     try:
-        # Without tools, so that wrong calls of the model, and calls of tools that it has no more, may stand in a history.
+        # Without tools: wrong calls of the model, and calls of tools that it has no more, may stand in a history.
         conversation = conversation_of(request.messages, style="openai")
         check_conversation(conversation)
         if conversation.messages[-1].role not in ("user", "tool"):

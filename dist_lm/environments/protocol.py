@@ -105,7 +105,7 @@ class Action:
 class Observation:
     """The turns that follow the model's one; from `reset`, those that open the conversation, and the tools.
 
-    An agent that writes its history anew, by a summary or without old turns, returns the whole of it with `begins_anew`.
+    An agent that rewrites its history, as by a summary, returns the whole of it with `begins_anew`.
     """
 
     messages: tuple[Message, ...] = ()

@@ -479,7 +479,7 @@ REINFORCEMENT = (
                 "rollout/broken_prefixes",
                 "samples",
                 "",
-                "Samples begun because the chat template rewrote earlier turns.",
+                "Samples begun because the chat template or the environment rewrote earlier turns.",
             ),
             ("rollout/cut_{limit}", "", "lower", "Share of conversations that this limit ended."),
             ("rollout/invalid_{reason}", "rollouts", "lower", "Conversations without a verdict for this reason."),

@@ -3,6 +3,7 @@
 import re
 import sys
 from contextlib import ExitStack
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
@@ -10,11 +11,11 @@ import pytest
 import torch
 
 from dist_lm.environments.host import Host
-from dist_lm.environments.protocol import Limits
+from dist_lm.environments.protocol import Limits, Verdict
 from dist_lm.generation.call_grammar import ToolChoice, call_constraint
 from dist_lm.rlhf.episodes import Episode, read_episodes
 from dist_lm.storage.run_directory import WorkDirectory
-from dist_lm.tokenizer.tokenizer import Tokenizer
+from dist_lm.tokenizer.tokenizer import Tokenizer, text_with_marks
 from tests.patience import patient
 from tests.rlhf.guessing import config_of, end_turns_early, game
 from tests.rlhf.toy import Toy, tensors_of
@@ -71,6 +72,39 @@ reward = sum(n > 4 for n in numbers) / max(1, len(numbers))
 httpx.post(task["reward_url"], headers=headers, json={"reward": reward}).raise_for_status()
 """
 
+SUMMARISER = """
+import json
+import sys
+
+import httpx
+from openai import BadRequestError, OpenAI
+
+task = json.loads(sys.stdin.readline())
+letter = task["data"]["letter"]
+headers = {"Authorization": f"Bearer {task['reward_key']}"}
+
+
+def post(**reward):
+    httpx.post(task["reward_url"], headers=headers, json=reward).raise_for_status()
+
+
+history = [{"role": "user", "content": f"Write {letter}."}]
+client, shares = OpenAI(), []
+try:
+    for turn in range(4):
+        if turn == 2:  # the two turns so far become one of the user
+            words = " ".join(str(message["content"]) for message in history)
+            history = [{"role": "user", "content": f"Summary: {words[:20]}"}]
+        answer = client.chat.completions.create(model="policy", messages=history).choices[0].message.content or ""
+        shares.append(answer.lower().count(letter) / max(1, len(answer)))
+        post(turn_reward=shares[-1])
+        history += [{"role": "assistant", "content": answer}, {"role": "user", "content": "Again."}]
+except BadRequestError as error:
+    if error.code not in ("turn_limit", "context_length_exceeded"):
+        raise
+post(reward=0.5)
+"""
+
 
 @pytest.fixture
 def agent(tmp_path: Path) -> Path:
@@ -82,7 +116,7 @@ def agent(tmp_path: Path) -> Path:
     return path
 
 
-def trained(agent: Path, folder: Path, tokenizer: Tokenizer) -> tuple[Toy, list[Episode]]:
+def trained(agent: Path, folder: Path, tokenizer: Tokenizer, limits: Limits = LIMITS) -> tuple[Toy, list[Episode]]:
     """Returns a run that has trained on conversations of the agent, and the conversations in their order."""
     with ExitStack() as stack:
         run = game(
@@ -90,9 +124,9 @@ def trained(agent: Path, folder: Path, tokenizer: Tokenizer) -> tuple[Toy, list[
             ITERATIONS,
             tokenizer,
             stack,
-            open_host=partial(Host, f"program:{sys.executable} {agent}", LIMITS),
+            open_host=partial(Host, f"program:{sys.executable} {agent}", limits),
             folder=folder,
-            limits=LIMITS,
+            limits=limits,
             at_once=3,
         )
         before = {name: tensor.clone() for name, tensor in tensors_of(run).items()}
@@ -155,3 +189,33 @@ def test_an_agent_with_tools_trains_on_its_calls(tmp_path, tokenizer, monkeypatc
     for turn in (turn for episode in episodes for turn in episode.turns if turn.step["observation"]["messages"]):
         (message,) = turn.step["observation"]["messages"]
         assert message["results"] == [{"error": arguments.get("n", 0)} for _, arguments in turn.action["calls"]]
+
+
+def test_an_agent_that_summarises_trains_on_all_its_samples(tmp_path, tokenizer):
+    """Finds turns behind a summary that are learned from ids which the model did not read there, rewards of turns that
+    are lost, and a conversation of two samples that counts twice."""
+    path = tmp_path / "summariser.py"
+    path.write_text(SUMMARISER)
+    run, episodes = trained(path, tmp_path / "conversations", tokenizer, replace(LIMITS, turns=4))
+
+    assert run.metric("rlhf/ratio_mean") == [pytest.approx(1, abs=1e-6)] * ITERATIONS
+    assert max(run.metric("rollout/logprob_gap")) < 1e-5
+    assert len(episodes) == ITERATIONS * 9
+    assert all(episode.verdict == Verdict.of(0.5) for episode in episodes), [episode.verdict for episode in episodes]
+    assert len({episode.reward for episode in episodes}) > 2, "equal rewards train nothing"
+
+    num_summarised = 0
+    for episode in episodes:
+        first, *others = episode.samples
+        texts = [text_with_marks(sample.ids, tokenizer) for sample in episode.samples]
+        assert "Summary" not in texts[0]
+        assert all("Summary: Write" in text for text in texts[1:])
+        assert sum(first.drawn) == sum(turn.new_tokens for turn in episode.turns[:2])
+        assert sum(sum(sample.drawn) for sample in others) == sum(turn.new_tokens for turn in episode.turns[2:])
+        assert len(others) == (len(episode.turns) > 2)
+        num_summarised += len(others)
+    assert num_summarised > 0.8 * len(episodes)
+    assert sum(run.metric("rollout/broken_prefixes")) == num_summarised
+    shares = [turn.reward for episode in episodes for turn in episode.turns]
+    assert min(shares) >= 0
+    assert max(shares) > 0
