@@ -5,7 +5,7 @@ import random
 import signal
 import subprocess
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from contextlib import suppress
 from functools import partial
 from pathlib import Path
@@ -65,11 +65,13 @@ VICTIMS: dict[str, Victims] = {
 }
 
 
-def order_of(controller: str, kills: int, seed: int) -> list[str]:
-    """Returns what is killed: each kind in turn, in an order of the seed, some twice."""
-    kinds = [kind for kind in VICTIMS if controller == "process" or kind != "controller"]
+def order_of(controller: str, kills: int, seed: int, victims: Collection[str] = tuple(VICTIMS)) -> list[str]:
+    """Returns what is killed: each kind in turn, in an order of the seed, again until there are enough."""
+    kinds = [kind for kind in victims if controller == "process" or kind != "controller"]
     draw = random.Random(seed)
-    order = [*draw.sample(kinds, len(kinds)), *draw.sample(kinds, len(kinds))]
+    order: list[str] = []
+    while len(order) < kills:
+        order += draw.sample(kinds, len(kinds))
     return order[:kills]
 
 
@@ -84,15 +86,21 @@ def launched(command: Sequence[str]) -> subprocess.Popen:
     )
 
 
-def kill_in_order(command: Sequence[str], run: RunDirectory, order: Sequence[str]) -> None:
+def kill_in_order(
+    command: Sequence[str], run: RunDirectory, order: Sequence[str], victims: Mapping[str, Victims] = VICTIMS
+) -> None:
     """Runs a command, kills one process of each kind every few iterations, and waits for the end of the run. A killed
-    launcher is started again by the same command."""
+    launcher is started again by the same command.
+
+    Args:
+        order: kinds of `victims`; an entry finds the processes of its kind that live now.
+    """
     process = launched(command)
     try:
         for number, kind in enumerate(order):
             goal = EVERY * number + 1
             wait_until(lambda goal=goal: max(steps_of(run), default=0) >= goal, process, f"iteration {goal}")
-            victims_now = partial(VICTIMS[kind], process, run)
+            victims_now = partial(victims[kind], process, run)
             wait_until(lambda victims_now=victims_now: bool(victims_now()), process, f"a process to kill: {kind}")
             with suppress(psutil.NoSuchProcess):
                 victim = victims_now()[-1]
