@@ -137,7 +137,11 @@ def tokenizer_note(manifest: Manifest, work: WorkDirectory) -> str:
 
 
 def _check_url(url: str) -> None:
-    """Refuses a URL that is not remote, or that may hold credentials; returns nothing."""
+    """Refuses a URL that is not remote, or that may hold credentials; returns nothing.
+
+    Raises:
+        ConfigError: says what is accepted; it does not repeat an address with credentials.
+    """
     accepted = f"a folder behind {', '.join(REMOTE)}"
     scheme, separator, rest = url.partition("://")
     if "@" in rest.partition("/")[0] or "?" in url or "#" in url:

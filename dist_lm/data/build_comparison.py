@@ -153,7 +153,11 @@ class NewVal:
 
 @lru_cache(1)
 def read_new_val(build: Build) -> NewVal:
-    """Returns these texts. A process makes the index once, as of `read_val`."""
+    """Returns the held-out texts that train of the extended corpus was not compared with: those of the new sources, and
+    those of its val that it has not seen.
+
+    A process makes their index once, as of `read_val`.
+    """
     val = read_texts(build)
     new_keys = [*list(val.texts)[: val.n_own], *val.unseen]
     # Tars hold placeholders where sources have secrets and addresses, so both forms of a text are compared.
@@ -167,7 +171,14 @@ def read_new_val(build: Build) -> NewVal:
 
 
 def compare_train(build: Build, number: int, result: Path) -> None:
-    """Compares train of a task with the held-out texts; writes what it has of them, and which documents are refused."""
+    """Compares train of a task with the held-out texts; writes to the folder `result` what it has of them, and which
+    documents are refused.
+
+    Raises:
+        ChangedInputError: the inputs of the task hold other documents than at the survey.
+        ArtefactError: an earlier result of the build is damaged.
+        OSError: a file cannot be read or written.
+    """
     if number < build.n_old:
         _compare_old(build, number, result)
         return
@@ -182,8 +193,15 @@ def compare_train(build: Build, number: int, result: Path) -> None:
 
 
 def _compare_old(build: Build, number: int, result: Path) -> None:
-    """Compares train of the corpus that is extended, as its tars have it, with the held-out texts that are new to it.
-    Texts that contain one of `Val.excluding` are refused."""
+    """Compares train of the corpus that is extended, as its tars have it, with the held-out texts that are new to it,
+    and writes the outcome to `result`. Texts that contain one of `Val.excluding` are refused.
+
+    Without a new held-out text no tar is read.
+
+    Raises:
+        ArtefactError: a tar, or a result of the build, is damaged.
+        OSError: a file cannot be read or written.
+    """
     new_val = read_new_val(build)
     causes: dict[bytes, bytes] = {}  # key of a refused text -> that of the held-out text
     new_val.index.take_evidence()  # of a task that failed
@@ -211,7 +229,13 @@ def _compare_old(build: Build, number: int, result: Path) -> None:
 
 
 def _texts_of_old(build: Build, number: int, task_survey: Survey) -> Iterator[tuple[bytes, bytes]]:
-    """Yields key and text of each document of a task of the corpus that is extended that is still train."""
+    """Yields key and text (UTF-8) of each document of a task of the corpus that is extended that is still train, in the
+    order of its tars.
+
+    Raises:
+        ArtefactError: a tar, or a result of the build, is damaged.
+        OSError: a file cannot be read.
+    """
     was = old_fates(build, number)
     is_written = (was == TRAIN) | (was == EXCLUDED)
     is_shuffled = build.config.shuffle_in_tasks

@@ -387,7 +387,8 @@ def is_present(build: Build, records: np.ndarray, *, of_units: bool = False) -> 
 def _has_old_fate(
     build: Build, tasks: np.ndarray, numbers: np.ndarray, fates: Sequence[int], *, of_units: bool
 ) -> np.ndarray:
-    """Returns which documents are of the corpus that is extended and have one of some fates there, (documents,) bool.
+    """Returns which documents are of the corpus that is extended and have one of some fates there, (documents,) bool;
+    False for documents of new tasks.
 
     Args:
         tasks, numbers: (documents,) task of each document, and its number in the task.
@@ -424,10 +425,14 @@ def read_strings(result: Path, begin: int, n_strings: int) -> list[str]:
 
 
 def read_again(build: Build, number: int, task_survey: Survey, rejected: Any = None) -> Iterator[Screening]:
-    """Reads a task as the survey did.
+    """Yields the screening of each document of a task, read and screened as the survey did, in its order.
+
+    Args:
+        task_survey: what the survey of this task has recorded.
+        rejected: file that gets a line for each row that cannot be read; None: no file.
 
     Raises:
-        ChangedInputError: it has other documents.
+        ChangedInputError: the files hold other documents than at the survey.
     """
     task = build.task(number)
     source = source_of(build.config, task)

@@ -45,7 +45,15 @@ SEARCHED = np.dtype([("number", "<u4"), ("search", "<u4")])
 
 
 def neighbours_of_part(build: Build, number: int, result: Path) -> None:
-    """Writes pairs of texts of a range of hashes that connect all texts with a band in common."""
+    """Writes pairs of texts of a range of hashes to the folder `result`; the pairs connect all texts with a band in
+    common.
+
+    Args:
+        number: number of the class of sources and of the range in it; texts of a class that is held out have no pairs.
+
+    Raises:
+        OSError: a file cannot be read or written.
+    """
     class_number, part = divmod(number, parts_of(build, "band_parts"))
     pairs = np.empty((0, 2, 2), np.uint32)
     # Texts that a user holds out are in no relation to others.
@@ -102,7 +110,13 @@ def write_searches(build: Build, searches_of_tasks: Iterable[np.ndarray]) -> Non
 
 
 def write_windows(build: Build, number: int, result: Path) -> None:
-    """Writes the windows of the texts of a task that have a neighbour; reads the inputs only if there are some."""
+    """Writes the windows of the texts of a task that have a neighbour to the folder `result`; reads the inputs only if
+    there are some.
+
+    Raises:
+        ChangedInputError: the inputs hold other documents than at the survey.
+        OSError: a file cannot be read or written.
+    """
     of_searches = build.result("searches", 0)
     begin, end = np.load(of_searches / ENDS, mmap_mode="r")[number : number + 2].tolist()
     texts = np.fromfile(of_searches / SEARCHES, SEARCHED, end - begin, offset=begin * SEARCHED.itemsize)
@@ -121,10 +135,14 @@ def write_windows(build: Build, number: int, result: Path) -> None:
 
 
 def _windows_of_units(build: Build, number: int, sought: set[int]) -> Iterator[tuple[Document, np.ndarray]]:
-    """Yields the windows of each sought unit of a task, with its first document: (W,) uint64, as of `text_windows`.
+    """Yields, for each sought unit of a task in its order, the unit's first document and the windows of all its
+    documents: (W,) uint64, rising, each once, as of `text_windows`.
 
     Args:
         sought: numbers of the first documents.
+
+    Raises:
+        ChangedInputError: the inputs hold other documents than at the survey.
     """
     task_survey = read_survey(build, number)
     documents = (record.document for _, record, _ in read_again(build, number, task_survey) if record)
@@ -141,8 +159,15 @@ def _windows_of_units(build: Build, number: int, sought: set[int]) -> Iterator[t
 
 
 def search_texts(build: Build, number: int, result: Path) -> None:
-    """Compares the texts of some groups, and writes which ones are dropped, each with the source of the text that it
-    resembles."""
+    """Compares the texts of the groups of one search, and writes to `result` which ones are dropped, in the order of
+    tasks, each with the source of the text that it resembles.
+
+    Args:
+        number: number of the search.
+
+    Raises:
+        OSError: a file cannot be read or written.
+    """
     text_places, spans, positions = [np.empty((0, 2), np.int64)], [np.empty((0, 2), np.int64)], [np.empty(0, np.int64)]
     for task in range(build.n_tasks):
         texts = np.load(build.result("windows", task) / TEXTS)
@@ -190,7 +215,8 @@ def search_texts(build: Build, number: int, result: Path) -> None:
 
 def _near_copies(build: Build, number: int) -> Iterator[tuple[Path, int, np.ndarray]]:
     """Yields the documents of a task that are nearly earlier ones: (result of a search, position of the first in it,
-    numbers of the documents)."""
+    numbers of the documents); nothing without a search, and no search without such documents.
+    """
     if not build.config.cleaning.near_duplicates:
         return
     for search_number in range(parts_of(build, "searches")):
@@ -229,10 +255,14 @@ def resembled_sources(build: Build, number: int) -> dict[int, str]:
 
 
 def without_near_copies(build: Build, records: np.ndarray) -> np.ndarray:
-    """Returns the records of documents that are no near-duplicates, in their order.
+    """Returns the records of documents that are no near-duplicates, in their order. With a search by repository, all
+    documents of a dropped unit are left out.
 
     Args:
         records: (records,) RECORD, of documents.
+
+    Raises:
+        OSError: a result of a search cannot be read.
     """
     firsts = records["number"].astype(np.uint64)
     for task in np.unique(records["task"]).tolist():

@@ -126,7 +126,13 @@ def _survey(build: Build, number: int, result: Path) -> None:
 
 
 def _limit(build: Build, number: int, task: BuildTask) -> SourceLimit | None:
-    """Returns what the limit of a source leaves to a task, from the surveys of the tasks before it."""
+    """Returns what the limit of a source leaves to a task, in documents, from the surveys of the tasks before it; None:
+    the source has no limit.
+
+    Raises:
+        ArtefactError: a survey is damaged.
+        OSError: a file cannot be read.
+    """
     left = source_of(build.config, task).limit
     if not left:
         return None
@@ -323,7 +329,11 @@ class Written:
 
 
 def read_written(build: Build, number: int) -> Written:
-    """Returns what a task wrote."""
+    """Returns what a task wrote.
+
+    Raises:
+        OSError: there is no such file, or it cannot be read.
+    """
     content = json.loads((build.result("write", number) / REPORT).read_text(encoding="utf-8"))
     shards = {
         split: [Shard.parse(shard, shard["name"]) for shard in shards] for split, shards in content["shards"].items()

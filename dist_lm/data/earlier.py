@@ -121,8 +121,8 @@ class EarlierCorpora:
             ) from error
 
     def contained(self, texts: Sequence[str]) -> set[int]:
-        """Returns the numbers of the new val texts that train of earlier corpora contains; reads it only if there is a
-        text.
+        """Returns the indices in `texts` of new val texts that train of earlier corpora contains; these corpora are
+        read only if there is a text.
 
         Raises:
             ArtefactError, UserError: as `documents`.
@@ -182,8 +182,13 @@ class EarlierCorpora:
     def _tokenized(
         self, records: Iterable[Screened], tokenizer: Tokenizer, is_redacted: bool
     ) -> Iterator[tuple[Screened, list[TokenizedDocument]]]:
-        """Yields each record with the documents that tars would hold for it; with `is_redacted` also those that they
-        would hold if secrets and addresses are replaced."""
+        """Yields each record, in order, with the documents that tars would hold for it, perhaps none; with
+        `is_redacted` also those that they would hold if secrets and addresses are replaced.
+
+        Raises:
+            ChatError: a conversation does not fit the layout of the tokenizer.
+            ArtefactError, UserError: as `encode_documents`.
+        """
         waiting: deque[tuple[Screened, int]] = deque()  # (record, number of its documents)
 
         def documents() -> Iterator[Document]:

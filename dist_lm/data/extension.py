@@ -89,6 +89,10 @@ def causes_of_exclusions(build: Build, rule: Rule) -> np.ndarray:
 
     Args:
         rule: complete, but for these keys.
+
+    Raises:
+        ArtefactError: a result of the build is damaged.
+        OSError: a file cannot be read.
     """
     causes: set[bytes] = set()
     for number in range(build.n_old):
@@ -136,7 +140,16 @@ def exclude(
 def _new_exclusions(
     build: Build, rule: Rule, causes: Mapping[bytes, str], held_out_causes: Mapping[bytes, str]
 ) -> Iterator[tuple[Exclusion, str, str]]:
-    """Yields the documents that are excluded now, each with its source and language, in their order."""
+    """Yields the documents that are excluded now, each as (exclusion, source, language), in the order of the tars.
+
+    Args:
+        causes: key of a new document -> its source, for documents that are dropped as its copies.
+        held_out_causes: key of a held-out text of the new sources -> its source.
+
+    Raises:
+        ArtefactError: a tar, or a result of the build, is damaged.
+        OSError: a file cannot be read.
+    """
     tars = iter(read_manifest(build.base).splits[SPLITS[TRAIN]].shards)
     for number in range(build.n_old):
         task_survey, was = read_survey(build, number), old_fates(build, number)

@@ -250,8 +250,10 @@ class UnitInfillEpoch(RearrangedEpoch):
         return form[slice(*np.searchsorted(begins, (begin, end)))].tolist()
 
     def block(self, block: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """Returns the positions in the epoch where the slices of a block begin, their forms, and the numbers of those
-        that are eligible: (slices,), (slices,), (eligible slices,)."""
+        """Returns three arrays on the slices of a block of sequences: the token positions in the epoch where they begin
+        (slices,) int64, their forms (slices,) uint8, and the numbers in the block of those that are eligible (eligible
+        slices,).
+        """
         seq_len = self._order.seq_len
         first, last = block * INFILL_BLOCK, min((block + 1) * INFILL_BLOCK, self._order.n_sequences)
         cuts = np.arange(first, last) * seq_len

@@ -96,7 +96,7 @@ class TextSplits:
         earlier: EarlierCorpora | None = None,
         reader: SourceReader | None = None,
     ) -> None:
-        """Opens the sources.
+        """Prepares the splits of the corpora of texts; sources are read when they are asked for.
 
         Args:
             seed: decides the text of generated sources and nothing else.
@@ -104,6 +104,9 @@ class TextSplits:
             together: the corpora of texts whose sources are compared with each other; None: all.
             earlier: finished corpora that stay as they are, compared in both directions.
             reader: one of the same seed, which keeps what it has read; None: a new one.
+
+        Raises:
+            ConfigError: a source is invalid.
         """
         self.config = config
         self.together = text_corpora(config) if together is None else list(together)
@@ -211,8 +214,8 @@ class TextSplits:
         return names[: names.index(corpus_name)]
 
     def _resembling(self, corpus_name: str) -> Mapping[bytes, bytes]:
-        """Returns the keys of the texts of a corpus that are nearly those of earlier ones, and the keys of these; reads
-        the corpus twice at the first call.
+        """Returns the keys of the texts of a corpus that are nearly those of earlier ones, each with the key of the
+        earlier text; reads the corpora before it and itself twice at the first call, and remembers the answer.
 
         Texts of sources with `held_out` are not among them: a user chose them, and train gives way to them.
 
@@ -348,7 +351,11 @@ class TextSplits:
         self._compared_corpora.add(corpus_name)
 
     def _compare_train(self, val: _Val, record: Screened) -> None:
-        """Compares one train text with val; with placeholders for secrets too, if val of an earlier corpus has some."""
+        """Compares one train text with val; with placeholders for secrets too, if val of an earlier corpus has some.
+
+        Returns nothing: the text gets into `val.refused` if it equals a val text with placeholders, else it is added to
+        `val.comparison`.
+        """
         forms = [record.document.text]
         if val.is_redacted:
             forms = forms_of(record.document.text)

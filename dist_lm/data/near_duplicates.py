@@ -54,13 +54,17 @@ Texts = Callable[[], Iterator[tuple[bytes, str]]]
 def near_duplicates(
     texts: Texts, similarity: float, order_of_texts: Callable[[], np.ndarray] | None = None
 ) -> dict[bytes, bytes]:
-    """Returns the keys of the texts to drop, each with the key of the text before it that it resembles.
+    """Returns the keys of the texts to drop, each with the key of the text before it that it resembles; a text is
+    compared with those before it that stay.
 
     Args:
-        texts: called twice.
+        texts: yields (key, text); called twice, and must give the same in the same order.
         similarity: the least Jaccard index of five-word windows at which a text is dropped, in (0, 1].
         order_of_texts: returns the numbers of the texts in the order in which 'before' is meant, (T,) int64; called
             after the first reading. None: the order of reading.
+
+    Raises:
+        OSError: a temporary file cannot be written.
     """
     shared_bands = common_bands(text_bands(text) for _, text in texts())
     if order_of_texts is None:

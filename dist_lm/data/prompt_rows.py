@@ -138,7 +138,9 @@ def _lines_of_text(file: Path) -> Iterator[FileRow]:
 
 
 def _checked(row: FileRow) -> FileRow:
-    """Returns the row with JSON values only, or with its error: bytes, such as images, and what is no text."""
+    """Returns the row with JSON values only, or a row without columns that has its error: bytes, such as images, a lone
+    surrogate, or a value that is nested too deeply. Nothing is raised.
+    """
     columns = {}
     for name, cell in row.columns.items():
         try:

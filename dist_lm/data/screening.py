@@ -398,7 +398,7 @@ def screened(
 
 
 def no_document(config: CorpusConfig, corpus_name: str, source: SourceConfig, dropped: Counter[str]) -> ArtefactError:
-    """Returns the error for a source without documents.
+    """Returns the error for a source without documents, for the caller to raise; its message has the way out.
 
     Args:
         dropped: reason -> documents that were dropped.

@@ -227,7 +227,9 @@ class SplitWriter:
         self._clear()
 
     def pass_over(self, text: bytes) -> None:
-        """As `CorpusWriter.pass_over`.
+        """Compares the text of a document, in UTF-8, with those of the finished tars, as `CorpusWriter.pass_over`.
+
+        A tar is compared, by the hash of its texts, when its last document has been passed.
 
         Raises:
             ArtefactError: the tar was made of other documents.

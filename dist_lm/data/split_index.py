@@ -239,7 +239,12 @@ class SplitIndex:
                 temporary.unlink(missing_ok=True)
 
     def _make_in(self, descriptor: int) -> None:
-        """Writes the file through a new descriptor, which the index then owns, and maps it."""
+        """Writes the file through a new descriptor, which the index then owns, and maps it. If that fails, the
+        descriptor is closed.
+
+        Raises:
+            ArtefactError, OSError: as `_write`.
+        """
         try:
             self._write(descriptor)
             is_mapped = self._map(descriptor, is_writable=True)
@@ -259,7 +264,8 @@ class SplitIndex:
     def _map(self, descriptor: int, *, is_writable: bool) -> bool:
         """Maps an open file, and returns whether it is whole and of these tars.
 
-        If it is, the index owns the descriptor.
+        If it is, the index owns the descriptor, and closes the one before. Otherwise nothing changes, and the caller
+        closes it. The checksums of the long columns are not compared here.
         """
         header = _read_header(descriptor)
         if header is None or header["identity"] != self._identity:

@@ -62,6 +62,13 @@ def writing(result: Path) -> Iterator[Path]:
 
 
 def _rename(temporary: Path, result: Path) -> None:
+    """Gives a finished folder its name; an unfinished folder of that name is removed first.
+
+    If another process has finished the same task in the meantime, its result stays, and so does `temporary`.
+
+    Raises:
+        OSError: the folder cannot be renamed, or an unfinished one not removed.
+    """
     if result.exists() and not is_finished(result):
         shutil.rmtree(result)
     try:

@@ -81,7 +81,13 @@ def members_of(path: str) -> dict[str, zipfile.ZipInfo]:
 
 @lru_cache(maxsize=2)
 def _members(path: str, size: int, mtime_ns: int) -> dict[str, zipfile.ZipInfo]:
-    """As `members_of`; `size` and `mtime_ns` are those of the file, by which another one is read anew."""
+    """Returns what `members_of` does, and remembers it; `size` and `mtime_ns` are those of the file, by which another
+    one is read anew.
+
+    Raises:
+        OSError: the file is no zip, or damaged.
+        RefusedContentError: the zip has too many members, one that is not unpacked, or looks like a bomb.
+    """
     try:
         with zipfile.ZipFile(path) as archive:
             entries = archive.infolist()
@@ -111,6 +117,12 @@ def _members(path: str, size: int, mtime_ns: int) -> dict[str, zipfile.ZipInfo]:
 
 
 def _check(entry: zipfile.ZipInfo) -> None:
+    """Refuses a member of a zip archive that this package does not unpack.
+
+    Raises:
+        RefusedContentError: the member is encrypted, packed by a method that is not in `METHODS`, or so much larger
+            than its packed form as only a bomb is.
+    """
     if entry.flag_bits & ENCRYPTED:
         raise RefusedContentError(f"its member {entry.filename} is encrypted: unpack it with the password")
     if entry.compress_type not in METHODS:

@@ -282,7 +282,9 @@ def is_notebook(name: str) -> bool:
 
 
 def _notebook(content: bytes) -> tuple[str, str, str]:
-    """Returns the text of a notebook, its language and an empty reason, or broken_notebook as the reason."""
+    """Returns (text, language, reason) of a notebook: an empty reason, or no text and the reason `broken_notebook`. A
+    kernel of an unknown language gives plain text.
+    """
     # JSON takes many times its size in memory, so it is parsed with limits.
     try:
         text, kernel = limited.call(notebook.notebook_text, content)

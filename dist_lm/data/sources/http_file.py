@@ -153,7 +153,12 @@ class HttpFile(io.RawIOBase):
         return content
 
     def _attempt(self, most: int) -> bytes:
-        """Reads from the open answer, or requests one at the position first; a failed answer is closed."""
+        """Reads up to `most` bytes from the open answer, or requests one at the position first; empty at the end of the
+        file. The position stays. A failed answer is closed.
+
+        Raises:
+            ChangedInputError, OSError: as `_request`; or the server sends a part without a byte.
+        """
         try:
             if self._answer is not None and self._answer_position == self._position:
                 content = self._read_answer(most)
@@ -181,7 +186,13 @@ class HttpFile(io.RawIOBase):
         return size is not None and self._position >= size
 
     def _request(self, most: int) -> None:
-        """Opens an answer whose next byte is that of the position; none if the file ends there."""
+        """Opens an answer whose next byte is that of the position; none if the file ends there.
+
+        Raises:
+            ChangedInputError: the file is not the one that was opened.
+            OSError: the server answers with another place; aiohttp's own errors pass.
+            TimeoutError: nothing came for `SILENCE_S`.
+        """
         first = self._position
         last = first + (most if self._random_access else BLOCK) - 1
         headers = IDENTITY | {"Range": f"bytes={first}-{last}"}
@@ -279,11 +290,14 @@ class WholeFilesError(OSError):
 
 
 def _awaited(coroutine: Coroutine[Any, Any, Result], url: str, position: int = 0) -> Result:
-    """Runs a request in fsspec's thread and returns its result.
+    """Runs a request in fsspec's thread and returns its result; a warning is logged when nothing has come for
+    `QUIET_S`.
+
+    The request is cancelled when this function is left by an error.
 
     Args:
         url: for the line about silence.
-        position: of the byte that is waited for.
+        position: offset of the byte that is waited for.
 
     Raises:
         TimeoutError: nothing came for `SILENCE_S`. What the request raises passes.

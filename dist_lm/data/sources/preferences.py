@@ -212,7 +212,8 @@ def ranked_ranking(row: Row) -> Ranking | str:
 
 
 def labelled_ranking(row: Row) -> Ranking:
-    """Reads one completion with a label: true, false, 1, 0, or text of these.
+    """Returns a ranking of one completion with a label, which the row gives as true, false, 1, 0, or text of these in
+    any case.
 
     Raises:
         ChatError: the prompt, the completion or the label is missing or not well formed.
@@ -285,7 +286,12 @@ def answer_of(value: Any, where: str) -> tuple[list[Message], str]:
 
 
 def _turns(value: Any, where: str) -> list[Message]:
-    """Returns turns, or the one turn of the user that a text stands for; `Human: ... Assistant:` is split."""
+    """Returns turns, or the one turn of the user that a text stands for; `Human: ... Assistant:` is split, and its
+    empty turns are left out.
+
+    Raises:
+        ChatError: a list holds no well-formed turns; the message begins with `where`.
+    """
     if isinstance(value, str) and not is_turns(value):
         if HH_TURN.match(value):
             return [turn for turn in hh_turns(value) if turn.content]
@@ -303,9 +309,13 @@ def _without_mark(text: str) -> str:
 
 
 def _judged(row: Row, values: Sequence[Any], names: Sequence[str], sign: float) -> list[float | None] | None:
-    """Returns a number for each completion, from a column of the row or a key of each completion; None: there are none.
+    """Returns a number for each completion, times `sign`, from the first of `names` that is a column of the row or a
+    key of the completions; None: there are none.
 
     A null stays None: nobody judged that completion.
+
+    Raises:
+        ChatError: a value is no number.
     """
     for name in names:
         if isinstance(row.get(name), list | tuple):
@@ -345,7 +355,9 @@ def _number(value: Any, where: str) -> float:
 
 
 def _known(read: Callable[[Row], Ranking | None]) -> Callable[[Row], Ranking | str]:
-    """Returns a function of `BY_ROW` that returns and raises as those here do."""
+    """Wraps a function of `BY_ROW`: the new one returns `no_ranking` where that returns None, and raises ChatError for
+    a missing column or a value of another kind.
+    """
 
     def ranking_of(row: Row) -> Ranking | str:
         try:

@@ -273,8 +273,10 @@ def row_documents(
 
 
 def kept_columns(row: Row, without: Collection[str] = ()) -> str:
-    """Returns the columns of a row as JSON, for reward functions: without those named, and without columns that hold
-    bytes or text that is not UTF-8. What JSON has no form for, such as a date, becomes text."""
+    """Returns the columns of a row as the text of a JSON object, for reward functions: without those named, and without
+    columns that hold bytes, NaN or text that is not UTF-8. What JSON has no form for, such as a date, becomes text.
+    Nothing is raised.
+    """
     columns: dict[str, Any] = {}
     for name, cell in row.items():
         if name in without:
@@ -418,7 +420,7 @@ def _text(cell: object) -> str:
 def _candidate(
     source_row: SourceRow, source: SourceConfig, column: str, content_of: ContentOf, form: Form
 ) -> Candidate:
-    """Returns the document of a row, or `Rejected` with the reason why it gives none.
+    """Returns the document of a row, or `Rejected` with the reason why it gives none; raises nothing for a bad row.
 
     Reasons with an error are those of broken rows, missing columns, other types, no_language, invalid_utf8, bad_stars
     and bad_time; without an error other_language (not in `source.only`, counted under the language `others`) and empty.
