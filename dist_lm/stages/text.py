@@ -169,7 +169,14 @@ class TextStage(TrainingStage):
         return phases_over(config.stage, self._sequences_of_corpora(config, exact=True))
 
     def _sequences_of_corpora(self, config: Config, exact: bool) -> list[int]:
-        """Returns the sequences in an epoch of each corpus of the stage; for `exact`, see `passes`."""
+        """Returns the sequences in an epoch of each corpus of the stage, in the order of `corpus_names`; for `exact`,
+        see `passes`.
+
+        Raises:
+            ArtefactError: a corpus is missing or damaged.
+            ConfigError: a source is invalid.
+            OSError: a file cannot be read.
+        """
         stage, work = config.stage, run_of(config).work
         # Phases are compared with those of the ranks, so their numbers are exact.
         exact = exact or bool(stage.phases)

@@ -93,8 +93,9 @@ class Tools(Sft):
         print_calls(result, console)
 
     def print_samples(self, run: RunDirectory, console: "Console") -> None:
-        """Prints the first question of each kind, with the model's answer and whether it is right; nothing without
-        samples."""
+        """Prints the first question of each kind, whether the model's answer is right, and the answer; nothing without
+        samples.
+        """
         from dist_lm.chat.template import last_request
         from dist_lm.tokenizer.symbols import END
 

@@ -94,8 +94,11 @@ def reward_scores(
 
 
 def _laid(record: Record, question: str, tokenizer: Tokenizer, context: int) -> list[int] | str:
-    """Returns the tokens of a prompt and its answer, or the outcome of an answer that has no score: refused, no turn
-    (the template does not take it) or too long for the context.
+    """Returns the tokens of a prompt and its answer, or the outcome of an answer that has no score: `refused`, `no
+    turn` (the template does not take it) or `too long` for the context (tokens).
+
+    Raises:
+        UserError: the tokenizer lacks the mark that ends a turn.
     """
     if "error" in record:
         return "refused"

@@ -250,7 +250,17 @@ class Evaluation(PoolWork):
             self._write(number_of_part)
 
     def _write(self, number: int) -> None:
-        """Writes a file if all its questions are answered; waits for their judgements."""
+        """Writes the file of a part, one JSON record a line, once all of its questions are answered; does nothing
+        before.
+
+        It waits for the judgements of the answers, which are forgotten afterwards.
+
+        Args:
+            number: number of the part.
+
+        Raises:
+            OSError: the file cannot be written.
+        """
         part = self._parts[number]
         numbers = range(part.first, part.first + len(part.items))
         if any(question not in self._judged for question in numbers):
@@ -280,6 +290,12 @@ class Evaluation(PoolWork):
         return [record for part in self._parts if part.task == task for record in json_lines(part.path)]
 
     def _figures(self, task: str) -> dict[str, Any]:
+        """Returns the figures of a task, from the records that were written for it; those of our own tasks with version
+        and seed of their drawn tests.
+
+        Raises:
+            OSError: a file of records cannot be read.
+        """
         if task == BITS:
             return bits_figures(list(json_lines(self._measured(BITS))))
         if task == REWARD:

@@ -88,7 +88,7 @@ class Export(ArtefactStage):
 
     def inspect(self, config: Config) -> Artefact:
         """Compares the folder with the checkpoint: ready if it was written from this checkpoint in stage.dtype, is
-        whole, has the GGUF file and was pushed, where these are asked for.
+        whole, has the GGUF file and was pushed, where these are asked for. Files are compared by their sizes.
 
         Raises:
             ArtefactError: the run has no checkpoint, or the record in the folder is damaged.

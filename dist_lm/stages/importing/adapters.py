@@ -105,12 +105,17 @@ def _base(
     """Returns the checkpoint of the base, which is imported if it is no run of ours, and the architecture of
     transformers whose names the adapters have.
 
+    An import writes a run beside that of the adapters; an earlier import of the same model is used again.
+
     Args:
         folder, source, run: of the adapters.
+        base: folder of a run or of a model, or a model of the hub.
         replaced: tensors of transformers that replace those of the base.
 
     Raises:
-        ArtefactError: there is no such base, or a run with its name is of another one.
+        ArtefactError: there is no such base, no architecture holds it, or a run with its name is of another one.
+        UserError: the hub cannot be asked, or a package is not installed.
+        OSError: a file cannot be read or written.
     """
     path = Path(base).expanduser()
     if path.is_dir() and not (path / "config.json").exists() and (own_checkpoint := _own_checkpoint(path)):

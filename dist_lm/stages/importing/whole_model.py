@@ -318,11 +318,15 @@ def _check_tensors(
 def with_rows(
     theirs: Mapping[str, StoredTensor], conversions: list[Converted], rows: int
 ) -> dict[str, StoredTensor | ComputedTensor]:
-    """Returns the tensors with embedding and head of `rows` rows, in fp32. The rows there stay; each new one is their
-    mean, so that the model finds a new token as likely as an average one.
+    """Returns the tensors with embedding and head of `rows` rows, in fp32; the others, and the mapping given, stay as
+    they are. The rows there stay; each new one is their mean, so that the model finds a new token as likely as an
+    average one.
+
+    The new tensors are computed when they are read.
 
     Args:
         conversions: those of the model as it is stored.
+        rows: at least as many as there are.
     """
 
     def grown(tensor: StoredTensor, name: str) -> torch.Tensor:
@@ -342,7 +346,9 @@ def with_rows(
 def _ours(
     theirs: Mapping[str, StoredTensor | ComputedTensor], conversions: list[Converted], model: ModelConfig
 ) -> dict[str, ComputedTensor]:
-    """Returns our parameters in fp32, computed when they are written. A score of theirs has no bias: ours is 0."""
+    """Returns our parameters in fp32 by name, in the order of the model; they are computed when they are written, and a
+    tensor of theirs that is damaged raises its ArtefactError then. A score of theirs has no bias: ours is 0.
+    """
 
     def read(conversion: Converted, index: int) -> torch.Tensor:
         return conversion.to_ours(as_torch(theirs[conversion.name], conversion.name), index)

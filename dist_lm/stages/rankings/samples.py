@@ -165,8 +165,14 @@ def sample(
 def requests_of(
     number: int, beginning: Beginning, settings: RankingSamplesConfig, seed: int, tokenizer: Tokenizer
 ) -> list[Request]:
-    """Returns two requests for a beginning: continuations as text, and answers as a turn, together `fewest` to `most`
-    samples.
+    """Returns two requests for a beginning: continuations as text (`NUMBER:text`), and answers as a turn
+    (`NUMBER:turn`).
+
+    Together they ask for `fewest` to `most` samples, a number that follows from the seed; half of them each, an odd one
+    as text.
+
+    Args:
+        number: number of the beginning; it and the seed determine all draws.
 
     Raises:
         UserError: the tokenizer lacks the mark that ends a turn.

@@ -278,7 +278,9 @@ def example_batch(config: RewardRunConfig) -> Batch:
 
 
 def example_tree(config: Config) -> dict[str, Any]:
-    """Returns the fields that batches of rankings share: in each sequence a prompt and its completions, as a tree."""
+    """Returns the fields that batches of rankings share, for an example of stage.micro_batch sequences: in each a
+    prompt and its completions, as a tree. All are int64 on the CPU, (B, T) except `sequence_B`; the tokens are random.
+    """
     rows, seq_len = config.stage.micro_batch, config.stage.seq_len
     n_completions = min(EXAMPLE_COMPLETIONS, seq_len - 1)
     # Prompt and completions have equal lengths.

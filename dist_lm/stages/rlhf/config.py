@@ -119,10 +119,10 @@ class RlhfRunGroup(RlhfConfig):
         check_shares("rlhf.pretrain_mix", self.pretrain_mix, own="rlhf.pretrain_corpus")
 
     def _check_environment(self) -> None:
-        """Refuses keys that do not go with rlhf.environment, or not without.
+        """Refuses keys that do not go with rlhf.environment, and those that need it without it.
 
         Raises:
-            ConfigError: names the key.
+            ConfigError: names the key, its value and what is accepted.
         """
         kinds = [part.kind for part in self.rewards.values()]
         accepted = "false without rlhf.environment"

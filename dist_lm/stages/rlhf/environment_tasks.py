@@ -36,8 +36,9 @@ def check_environment(settings: RlhfRunGroup) -> None:
 
 
 def read_tasks(settings: RlhfRunGroup) -> tuple[list[Task], list[Task]]:
-    """Returns (tasks, held-out tasks) of rlhf.prompts_from and rlhf.held_out_from; without the latter, a hash holds out
-    one task in `HELD_OUT_OF`. Of the held-out ones, the first `held_out_prompts` are returned.
+    """Returns (tasks, held-out tasks) of rlhf.prompts_from and rlhf.held_out_from, in the order of their rows; without
+    the latter, a hash holds out one task in `HELD_OUT_OF`, which is then not among the tasks. Of the held-out ones, the
+    first `held_out_prompts` are returned, perhaps none.
 
     Raises:
         ConfigError: there is no such file.

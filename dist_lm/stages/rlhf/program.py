@@ -399,7 +399,14 @@ class Saving:
     is_first: bool
 
     def __call__(self, state: RlhfState) -> None:
-        """Saves `state` with the current models."""
+        """Saves `state` with the current models (collective), and notes how long training waited (checkpoint/stall_s).
+
+        The first rank removes conversations that no checkpoint needs, unless rlhf.keep_conversations.
+
+        Raises:
+            CheckpointWriteError: a checkpoint could not be written.
+            OSError: a file of conversations cannot be removed.
+        """
         self.reporter.alive(Phase.SAVING)
         # A checkpoint may not be newer than the metrics: a resumed run writes only the later lines.
         if self.reporter.metrics:

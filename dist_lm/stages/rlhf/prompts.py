@@ -334,10 +334,13 @@ def _parsed(token_ids: Sequence[int], tokenizer: Tokenizer) -> Conversation:
 
 def _row_of(kept_row: str, token_ids: Sequence[int], tokenizer: Tokenizer) -> PromptRow:
     """Returns what a corpus knows about a prompt: its row; or the turns alone, read from the tokens. The layout of an
-    imported model cannot be read back; of that it is the user's last turn.
+    imported model cannot be read back; for such a model there is the user's last turn alone.
 
     Args:
         kept_row: empty: a corpus of an older release, or of generated conversations.
+
+    Raises:
+        ChatError: the row or the tokens hold no well-formed turns.
     """
     from dist_lm.chat.jinja_text import messages_of  # imports jinja2, which the launcher does without
 

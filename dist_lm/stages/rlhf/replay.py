@@ -226,7 +226,15 @@ class Drawing:
         return outcomes
 
     def _drawn(self, checkpoints: Mapping[int, Path], episodes: Sequence[Episode]) -> list[Outcome]:
-        """Returns the outcomes with the present number of threads."""
+        """Returns the outcomes of the episodes, in their order, drawn with the present number of threads.
+
+        Args:
+            checkpoints: checkpoint of each version of the weights that the episodes need.
+
+        Raises:
+            ArtefactError: a record does not hold what a replay needs.
+            RequestError, UserError, PoolFailure: as `hold_together`.
+        """
         oldest = min(checkpoints)
         source = self._loaded(checkpoints[oldest], oldest)
         source.checkpoints = checkpoints

@@ -80,7 +80,12 @@ def require_extensible(config: Config, name: str, list_inputs: ListInputs = inpu
 
 def _differences_from_first(config: Config, name: str, directory: Path) -> list[str]:
     """Returns how the settings of a finished corpus differ from those of as many first sources of the configuration, in
-    words; empty if they do not."""
+    words, NAMED_DIFFERENCES at most; empty if they do not.
+
+    Raises:
+        ArtefactError: a file of the corpus is damaged.
+        OSError: its manifest cannot be read.
+    """
     manifest = read_manifest(directory)
     first_sources = corpus_sources(config.corpus, name)[: n_sources_of(directory)]
     corpora = {**config.corpus.corpora, name: first_sources}
@@ -99,7 +104,13 @@ def _differences_from_first(config: Config, name: str, directory: Path) -> list[
 
 
 def extension_note(config: Config, name: str, list_inputs: ListInputs) -> list[str]:
-    """Returns a note on a finished corpus that a missing one differs from by added sources alone; none without it."""
+    """Returns a list with one note on a finished corpus that a missing one differs from by added sources alone; an
+    empty list if there is none. Sources that cannot be listed give no note.
+
+    Raises:
+        ArtefactError: a file of a finished corpus is damaged.
+        OSError: a file cannot be read.
+    """
     if form_of(config.corpus, name) != "text" or name in config.corpus.extends:
         return []
     if config.corpus.cleaning.across_corpora:

@@ -237,7 +237,9 @@ def begun_folders(config: Config, readers: Sequence[Config]) -> Config:
 
 
 def listing_once() -> ListInputs:
-    """Returns a function that lists the inputs of a source once, and gives the same listing to later calls."""
+    """Returns a function that lists the inputs of a source once, and gives the same listing to later calls, also if the
+    files have changed. It raises what `inputs_of` does.
+    """
     listings: dict[str, Inputs] = {}
 
     def list_once(source: SourceConfig) -> Inputs:
@@ -316,7 +318,13 @@ def has_other_licences(config: Config, name: str, directory: Path) -> bool:
 
 
 def changes_of(config: Config, name: str, directory: Path, list_inputs: ListInputs) -> tuple[list[str], str]:
-    """(how settings or inputs of a whole corpus differ from the configured ones, why inputs are not known)."""
+    """Returns how settings or inputs of a whole corpus differ from the configured ones (empty: not at all), and why the
+    inputs are not known (empty: they are). Inputs are compared only if the settings are the same.
+
+    Raises:
+        ArtefactError: the manifest is damaged.
+        OSError: a file cannot be read.
+    """
     manifest = read_manifest(directory)
     if not is_of_settings(config, name, manifest.recipe):
         words = in_brief(manifest.settings, corpus_fingerprint(config, name))

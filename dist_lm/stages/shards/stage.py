@@ -323,7 +323,12 @@ def train_tokens(counts: Counts) -> str:
 
 
 def _beside(config: Config, name: str, directory: Path, list_inputs: ListInputs) -> list[str]:
-    """Returns a note on why a corpus is built beside the folder of its name; none if it is not."""
+    """Returns a list with one note on why a corpus is built beside the folder of its name; an empty list if it is not.
+
+    Raises:
+        ArtefactError: the manifest of that folder is damaged.
+        OSError: a file cannot be read.
+    """
     named = directory.with_name(name)
     if named == directory or not manifest_path(named).is_file():
         return []
