@@ -161,7 +161,9 @@ class ChatAnswer:
         return {"id": f"chatcmpl-{self.number}", "object": kind, "created": created, "model": self.request.model}
 
     def rewritten(self, request: ChatRequest) -> str:
-        """Returns how the next request changes what was said and heard so far; empty: it goes on from there."""
+        """Returns how the next request changes what was said and heard so far, in words: its tools, the first turn that
+        differs, or missing turns; empty: it goes on from there.
+        """
         if request.tools != self.request.tools:
             return "the tools differ from those of the request before"
 

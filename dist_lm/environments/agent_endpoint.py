@@ -280,6 +280,13 @@ class Endpoint:
         self._by_reward_key.pop(exchange.reward_key, None)
 
     async def _chat(self, http: web.Request) -> web.StreamResponse:
+        """Answers a chat request by the model's next turn: as one JSON object, or with `stream` as server-sent events.
+
+        A stream begins only when the turn is complete, and ends with `data: [DONE]`.
+
+        Raises:
+            ProtocolError: the key is of no exchange, or the request is refused.
+        """
         exchange = _with_key(http, self._by_key)
         request = chat_request(await _body(http))
         answer = await exchange.ask(request)
@@ -319,6 +326,9 @@ async def _body(http: web.Request, is_reward: bool = False) -> Mapping[str, Json
 
     Args:
         is_reward: whether NaN and Infinity are read, so that they can be named.
+
+    Raises:
+        ProtocolError: the body is too long (status 413), no JSON in UTF-8, or no object (400).
     """
     try:
         text = (await http.read()).decode()

@@ -175,7 +175,9 @@ class Episode:
         await self._leave(is_usable=self._last is None)
 
     async def _answer(self, call: Callable[[], Awaitable[Step]]) -> Step:
-        """Returns the environment's answer, a second one's if its process ends; or the final step, if that failed."""
+        """Returns the environment's answer, a second one's if its process ends; or the final step, if that failed. What
+        the environment raises is in the final step; only a cancelled task raises.
+        """
         try:
             try:
                 return await call()

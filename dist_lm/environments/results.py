@@ -50,7 +50,9 @@ async def executed(
 
 
 def fitting(result: Json, most_bytes: int) -> Json:
-    """Returns a result, or an error in its place if it has more bytes as JSON or JSON cannot hold it."""
+    """Returns a result unchanged, or `{"error": why}` in its place if it has more than `most_bytes` as JSON or JSON
+    cannot hold it.
+    """
     try:
         size = len(json_text.write(result, "the result").encode())
     except ChatError as error:

@@ -88,8 +88,15 @@ async def _serve(environment_class: type, requests: Any, send: Any, most_bytes: 
 
 
 async def _answer(environment: Any, request: Mapping[str, Any], most_bytes: int) -> dict[str, Json]:
-    """Calls the method that the request is for and returns the message about what it returned. Methods may be plain
-    functions, too."""
+    """Calls the method that the request is for and returns the message about what it returned: `{"observation": ...}`,
+    `{"step": ...}` or `{"closed": True}`. Methods may be plain functions, too.
+
+    Args:
+        most_bytes: most bytes of an observation as JSON.
+
+    Raises:
+        EnvironmentFailedError: the value that the method returned is not well formed. What the method raises passes.
+    """
     if "task" in request:
         observation = await _awaited(environment.reset(Task(**request["task"])))
         return {"observation": observation_value(checked_observation(observation, most_bytes))}

@@ -253,6 +253,11 @@ class UserEnvironments(Environments):
         self._all, self._idle = set(), []
 
     async def _started(self) -> EnvironmentProcess:
+        """Returns a new process that has started, which is among `_all`.
+
+        Raises:
+            UserError, EnvironmentDiedError: as `EnvironmentProcess.start`; the process is not among `_all` then.
+        """
         process = EnvironmentProcess(self._name, self._limits)
         self._all.add(process)
         try:

@@ -85,7 +85,11 @@ def checked_step(step: Any, action: Action, most_bytes: int) -> Step:
 
 
 def _check_goes_on(observation: Observation, action: Action) -> None:
-    """Refuses turns after which the model cannot draw its next one."""
+    """Refuses turns after which the model cannot draw its next one.
+
+    Raises:
+        EnvironmentFailedError: `bad_observation`, with what is wrong in the turns or in `begins_anew`.
+    """
     if type(observation.begins_anew) is not bool:
         named = _named(observation.begins_anew)
         raise EnvironmentFailedError("bad_observation", f"begins_anew is {named}; expected True or False")
@@ -103,7 +107,12 @@ def _check_opening(observation: Observation, source: str) -> None:
 
 
 def _check_follows(observation: Observation, action: Action) -> None:
-    """Refuses turns that cannot follow an action: results for each call, and no turn of the system or the model."""
+    """Refuses turns that cannot follow an action; accepted are results for each call, or a turn of the user.
+
+    Raises:
+        EnvironmentFailedError: `bad_observation`: there are no turns, a turn is of another role, or they do not answer
+            the calls.
+    """
     for message in observation.messages if type(observation.messages) is tuple else ():
         if not isinstance(message, Message) or message.role not in ("user", "tool"):
             raise EnvironmentFailedError("bad_observation", "a step has a turn that is not of user or tool")

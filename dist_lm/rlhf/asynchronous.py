@@ -206,7 +206,7 @@ class AsynchronousSchedule:
 
     def _go_on(self, version: int) -> None:
         """Refuses what is too old for this version of the policy, and lets new tasks begin. The first call after the
-        recorded schedule starts the threads.
+        recorded schedule starts the threads; inside that schedule, and after the last iteration, nothing begins.
         """
         with self._changed:
             self._version = version
@@ -372,7 +372,13 @@ class AsynchronousSchedule:
                 self._todo.put_nowait((group, sample))
 
     async def _work(self) -> None:
-        """Holds one conversation after the other."""
+        """Holds one conversation after the other, until it is cancelled; conversations of a refused group are left out,
+        or cancelled without an error.
+
+        Raises:
+            AbortedError: the engines have failed.
+            OSError: the conversation cannot be written.
+        """
         while True:
             group, sample = await self._todo.get()
             if group.is_refused:

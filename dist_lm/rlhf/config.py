@@ -153,6 +153,11 @@ class RlhfConfig(_KeysOfAlgorithms, IterationConfig):
     """An iteration with the keys of its algorithm (`AlgorithmKeys`), those of other algorithms being null."""
 
     def __post_init__(self) -> None:
+        """Reads the keys of the algorithm into its own dataclass, and refuses values and combinations that do not fit.
+
+        Raises:
+            ConfigError: names the key, its value and what is accepted.
+        """
         require(self.algorithm in ALGORITHMS, "rlhf.algorithm", self.algorithm, ", ".join(ALGORITHMS))
         self._read_keys_of_algorithm()
         self._check_bounds()

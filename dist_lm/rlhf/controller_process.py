@@ -274,7 +274,15 @@ class ControllerProcess:
         return answers.read(ScoredRollouts)
 
     def evaluate(self, tasks: Sequence[str], version: int, weights: WeightStream | None) -> Callable[[], Records]:
-        """Queues the questions of tasks, see `Controller.evaluate`."""
+        """Queues the questions of tasks, see `Controller.evaluate`.
+
+        Args:
+            version: version of the weights that answer.
+            weights: the weights of that version, if they are not pushed; read to the end.
+
+        Returns:
+            A function that waits for the answers and returns their records; later calls return the same.
+        """
         own_weights = SharedWeights.of(weights) if weights is not None else None
         evaluation = self._evaluations[version] = Evaluation(tuple(tasks), own_weights)
         self._ask(Call("evaluate", version, tasks=evaluation.tasks), own_weights)
@@ -380,7 +388,11 @@ class ControllerProcess:
         return reply, large
 
     def _error_of(self, failed: Failed) -> Exception:
-        """Returns the error that the controller has raised."""
+        """Returns the error that the controller has raised, for the caller to raise.
+
+        It is of the first of its classes that `errors` holds, with the same message, and its traceback is logged; any
+        other error becomes a RuntimeError whose message has the traceback.
+        """
         for name in failed.classes:
             if error_class := self._errors.get(name):
                 log.info("the controller's process: %s", failed.traceback)
@@ -445,7 +457,9 @@ def serve_controller(connection: socket.socket, open_controller: OpenController)
 
 
 def _calls(connection: socket.socket) -> Iterator[tuple[Call, NodeMemory | None]]:
-    """Yields calls with what comes along, until the other end closes."""
+    """Yields calls, each with the memory that comes along or None, until the other end closes its connection, which
+    raises nothing.
+    """
     while True:
         try:
             received = _receive(connection)

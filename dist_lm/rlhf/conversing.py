@@ -117,10 +117,14 @@ class _Held:
     constraint: Constraint | None = None
 
     async def converse(self) -> Verdict:
-        """Returns the verdict of the environment after turns of both sides.
+        """Returns the verdict of the environment after turns of both sides; a conversation without one has failed with
+        `no_verdict`.
+
+        If no room is left for another turn, the environment gets an empty one with the reason of the cut (`context` or
+        `tokens`). Finished samples are in `samples` after each turn.
 
         Raises:
-            _UnfitTurnsError: turns of the environment fit no conversation.
+            _UnfitTurnsError: turns of the environment fit no conversation, or the task leaves no room for an answer.
             AbortedError: the engines have failed.
             UserError: the tokenizer lacks the mark that ends a turn, see `stop_tokens`.
         """

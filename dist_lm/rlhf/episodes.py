@@ -149,7 +149,9 @@ class EpisodeFile:
         self._file.flush()
 
     def _episode_of(self, line: str, number: int) -> Episode | None:
-        """Returns the conversation of a line; None if it is not to be used."""
+        """Returns the conversation of a line; None if it is not to be used, because the line is damaged (a warning is
+        logged) or is of other settings or weights.
+        """
         try:
             settings, episode = _parsed(line)
         except DAMAGES as error:

@@ -406,12 +406,17 @@ class Updater:
 def policy_objective(
     algorithm: Algorithm, prepared: Prepared, config: RlhfConfig, text_weight: float = 0.0
 ) -> Objective:
-    """Returns the policy loss on rollouts, and the next-token loss on text (PPO-ptx: Ouyang et al. 2022, eq. 2).
+    """Returns the objective of a policy: the algorithm's loss on rollouts, and the next-token loss on text (PPO-ptx:
+    Ouyang et al. 2022, eq. 2).
+
+    Its sums for text have a count of 0, and a metric `pretrain_loss` with a count of its own; for rollouts the count is
+    the divisor of those that begin in the micro-batch.
 
     Args:
         prepared: columns and divisors of all rollouts of the iteration.
-        text_weight: factor of the text loss: divisor of the policy loss / number of text tokens of the update. The step
-            divides by that divisor, so the text loss becomes a mean over its tokens. It may exceed 1.
+        text_weight: factor of the text loss, beside rlhf.pretrain_coefficient: divisor of the policy loss / number of
+            text tokens of the update. The step divides by that divisor, so the text loss becomes a mean over its
+            tokens. It may exceed 1.
     """
     # `column_N` of a batch are indices in the flattened (B, T) columns.
     flat_columns = {name: column.flatten() for name, column in prepared.tokens.items()}
@@ -551,11 +556,12 @@ def iteration_metrics(
 
 
 def score_metrics(version: int, rollouts: Rollouts, score_B: torch.Tensor, prompt_B: torch.Tensor) -> dict[str, float]:
-    """Returns what follows from the rollouts of an iteration and their scores, without a model.
+    """Returns metrics that follow from the rollouts of an iteration and their scores, without a model, by registered
+    name; those of groups only if some prompt has several rollouts.
 
     Args:
         version: of the policy, before the iteration.
-        rollouts: those with a score.
+        rollouts: those with a score; at least one.
         score_B: the weighted sum of all parts, penalty included.
         prompt_B: equal for rollouts of one prompt.
     """

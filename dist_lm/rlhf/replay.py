@@ -197,7 +197,17 @@ class _RecordedEnvironment:
         return self._recorded.turns[self._turn]
 
     def _compare(self, recorded: RecordedTurn, answer: Answer, number: int) -> None:
-        """Compares the tokens of a turn with the record, and what they were drawn with."""
+        """Compares the tokens of a turn with the record, and what they were drawn with: log-probabilities, and the sets
+        of allowed tokens.
+
+        Log-probabilities must be equal only if the replay is exact; `largest_gap` (nats) and `n_equal` are updated.
+
+        Args:
+            number: number of the turn, from 1.
+
+        Raises:
+            DifferenceError: at the first token that differs, or if one of the two has more tokens or sets.
+        """
         tokenizer, sets = self._how.tokenizer, recorded.sets
         pairs = zip(recorded.tokens, recorded.logprobs, answer.tokens, answer.logprobs, strict=False)
         for index, (token, logprob, token_now, logprob_now) in enumerate(pairs):
@@ -258,6 +268,9 @@ def compare_ends(recorded: Episode, now: Episode) -> None:
 
 async def executed_again(host: EpisodeHost, recorded: Episode, task: Task) -> Outcome:
     """Executes the recorded turns in an environment, and compares its answers with the record.
+
+    The outcome has the first difference, or None; it is not complete if the record ends with a failure of the machine,
+    which nothing can repeat. The episode is closed in any case.
 
     Raises:
         ArtefactError: the record does not hold turns of a model.

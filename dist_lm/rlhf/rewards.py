@@ -145,11 +145,14 @@ class Judge:
             rule.begin(self._judged(list(request.prompt), list(answer.tokens), is_ended, int(request.id), answer.index))
 
     def __call__(self, rollouts: Rollouts, expected: int = 0) -> ScoredRollouts:
-        """Returns the rollouts with their score under every rule; NaN where the rule failed, 0 and a mark in `skipped`
-        where it does not apply.
+        """Returns the rollouts with their score under every rule, float64 in the order of `rollouts`: NaN where the
+        rule failed, 0 and a mark in `skipped` where it does not apply. Without rules there are no scores.
+
+        Each failure is logged as a warning.
 
         Args:
-            expected: rollouts of the iteration, if these are only some of them.
+            expected: rollouts of the iteration, if these are only some of them; `max_failed_fraction` is a share of
+                these.
 
         Raises:
             RewardError: rules failed on more of them than `max_failed_fraction` allows.
