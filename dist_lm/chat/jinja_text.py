@@ -290,7 +290,15 @@ def render_page(
 
 
 def _rendered(template: KeptTemplate, messages: Any, tools: Any, opening: bool, most_steps: int) -> str:
-    """Does what `rendered` says, in this process."""
+    """Does what `rendered` says, in this process.
+
+    Args:
+        most_steps: steps that the template may take.
+
+    Raises:
+        ChatError: the template cannot be read, or refuses the conversation.
+        TemplateLimitError: the template takes too much memory.
+    """
     try:
         return _compiled(template).render(
             messages=messages,
@@ -350,6 +358,11 @@ class _Bounded(ImmutableSandboxedEnvironment):
     intercepted_binops = frozenset(("*", "**"))
 
     def call_binop(self, context: Context, operator: str, left: Any, right: Any) -> Any:
+        """Computes an operation between two values of a template.
+
+        Raises:
+            SecurityError: the result may be too large; the operation is not executed.
+        """
         # Such an operation takes memory and time without a loop that could be counted.
         size = _size(left) * _size(right)
         largest = LARGEST

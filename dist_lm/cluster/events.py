@@ -58,6 +58,9 @@ class GangFailure(RuntimeError):  # noqa: N818 - a noun of the architecture
     gpu: int | None = None  # index of the rank's GPU on its node
 
     def __str__(self) -> str:
+        """Returns one line: `rank R (GPU G) on node N (HOST): TYPE: MESSAGE (log: LOG)`; parts that are not known are
+        left out, and without a node it is `all nodes`.
+        """
         who = "all nodes"
         if self.node is not None:
             who = f"node {self.node}"

@@ -40,7 +40,8 @@ class Probes:
     """The processes of one node, one a GPU."""
 
     def __init__(self, device: str, count: int, address: str) -> None:
-        """
+        """Starts the processes, without waiting for them; `close` ends them.
+
         Args:
             device: cpu or cuda.
             count: number of processes, one for each GPU.

@@ -241,7 +241,9 @@ class UsageMeter:
         return self._usage
 
     def _gpus(self) -> tuple[GpuUsage, ...]:
-        """Returns the usage of each GPU; empty without NVML. GPUs that cannot be read are left out."""
+        """Returns the usage of each GPU: its index, the share of time it was busy (per cent) and its memory in use
+        (GiB); empty without NVML. GPUs that cannot be read are left out.
+        """
         if isinstance(self._nvml, str):
             return ()
         usages = []

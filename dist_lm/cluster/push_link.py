@@ -139,7 +139,12 @@ class SharedBucket:
 
     @classmethod
     def create(cls, size: int, device: torch.device) -> "SharedBucket":
-        """Returns a bucket of `size` bytes: memory of the GPU, or an anonymous file."""
+        """Returns a bucket of `size` bytes, for other processes of the node to open: memory of the GPU, or an anonymous
+        file in host memory.
+
+        On a GPU, expandable segments are turned off for the allocation; a user who has set none finds them off
+        afterwards.
+        """
         if device.type == "cuda":
             # handles of expandable segments need rights over the other process that containers withhold
             settings = os.environ.get("PYTORCH_ALLOC_CONF") or os.environ.get("PYTORCH_CUDA_ALLOC_CONF")
@@ -246,12 +251,17 @@ class Group:
         patience_s: float,
         store: Callable[[str], dist.Store] = RayStore,
     ) -> None:
-        """
+        """Joins the group `name`, and waits until all its ranks have.
+
         Args:
-            device: holds the tensors to broadcast.
+            device: holds the tensors to broadcast; a GPU uses NCCL, the CPU gloo.
             address: this node's in the network of the group.
-            patience_s: longest wait for the others, to join and in each broadcast.
+            patience_s: longest wait for the others in seconds, to join and in each broadcast.
             store: makes the store of the group from `name`.
+
+        Raises:
+            RuntimeError: the others did not join in time.
+            StrangerError: another user has connected to a port of this rank (gloo).
         """
         # Kept here, as torch holds only the store's C++ half.
         self._store = store(name)

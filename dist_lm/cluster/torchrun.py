@@ -126,7 +126,8 @@ def complete_environment(environ: Mapping[str, str]) -> dict[str, str] | None:
 
 
 def interface_towards(address: str) -> str | None:
-    """Returns the network interface by which this node reaches another one; None to let gloo and NCCL choose.
+    """Returns the network interface by which this node reaches another one; None to let gloo and NCCL choose, also if
+    the name cannot be resolved. Nothing is sent to the other node.
 
     Args:
         address: host name or IP address of the first node, which may be this one.

@@ -617,7 +617,8 @@ class Engine:
         It adds one to `cached` of each.
 
         Returns:
-            These sequences with the logits of their next tokens; None if there are none.
+            These sequences, ordered by adapter, with the logits of their next tokens (sequences, V); None if there are
+            none.
         """
         sequences = [sequence for sequence in self._running if sequence.n_to_compute == 1 and not sequence.finish]
         if not sequences:

@@ -193,10 +193,11 @@ def _attend(
     has_window: bool,
     scale: float,
 ) -> torch.Tensor:
-    """Returns the attention (tokens of the tree, H, K): the context is causal, continuations see what `bias_TS` says.
+    """Returns the attention of the tokens of one tree, (tokens of the tree, H, K): the context is causal, continuations
+    see what `bias_TS` says.
 
     Args:
-        q_NHK, k_NGK, v_NGK: of all packed tokens.
+        q_NHK, k_NGK, v_NGK: queries, keys and values of all packed tokens, those of other trees included.
         has_window: whether the layer has a window.
         scale: factor of attention scores.
     """

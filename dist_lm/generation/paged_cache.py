@@ -426,6 +426,10 @@ class PlainPages(PagedCache):
     token_dim = 2
 
     def __init__(self, share: Share, n_pages: int, page_tokens: int, dtype: torch.dtype, device: torch.device) -> None:
+        """Allocates keys and values of `share` for `n_pages` pages of `page_tokens` tokens, at least MIN_SLOTS pages.
+
+        Heads are padded to a multiple of ALIGNED channels.
+        """
         self._padding = -share.d_head % ALIGNED
         pages = (max(n_pages, MIN_SLOTS), share.kv_heads, page_tokens, share.d_head + self._padding)
         super().__init__((share.n_layers, *pages), page_tokens, dtype, device)

@@ -332,7 +332,7 @@ class AnswerSequence:
 
     @property
     def next_version(self) -> int | None:
-        """The weights that its next token must be read by; None: any."""
+        """The version of the weights that must read its next token; None if the request does not say, so any may."""
         required_versions = self.request.versions
         n_reached = len(self.versions)
         if not required_versions:

@@ -251,7 +251,8 @@ def _check_argument(option: str, text: str) -> None:
 def _continue_text(
     session: Session, prompt: list[int], settings: Settings, n: int, output: TextIO, errors: Console
 ) -> int:
-    """Writes the answer unchanged while it is generated; several answers at the end, each after a numbered line.
+    """Writes the answer to `output` unchanged while it is generated; several answers at the end, each after a line `===
+    NUMBER of N ===`.
 
     On a terminal, control characters are replaced by symbols and the last line ends with a newline. A line of facts
     goes to `errors`. Returns the exit code: 0, or STOPPED after Ctrl-C.

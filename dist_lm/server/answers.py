@@ -37,7 +37,14 @@ def response_of(job: Job, answers: Sequence[Sequence[Answer]], created: int) -> 
 
 
 def _choice(answer: Answer, index: int, job: Job) -> dict[str, Json]:
-    """Returns one answer in OpenAI's form; `index`: its place in the response."""
+    """Returns one answer in OpenAI's form, with a message for the endpoint `chat`, else with a text.
+
+    Args:
+        index: place of the answer in the response.
+
+    Raises:
+        UserError: as `turn_of`.
+    """
     turn = turn_of(answer, job)
     choice: dict[str, Json] = {"index": index, "finish_reason": turn.finish}
     if job.endpoint == "chat":

@@ -41,7 +41,9 @@ GONE = 499  # status of a request whose client has gone, for the counts alone
 
 
 def build_app(serving: Serving, rules: DoorRules) -> App:
-    """Returns the application with its door. The engines' threads run from its start to its end."""
+    """Returns the application with its door, which checks every request by `rules`. The engines' threads run from its
+    start to its end, and have `stop_s` seconds for answers under way.
+    """
 
     @asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
@@ -291,7 +293,12 @@ async def _complete(run: Run, job: Job, api: Api) -> Response:
 
 
 async def _lines(run: Run, job: Job, api: Api, first: Event) -> AsyncIterator[str]:
-    """Yields the server-sent events of a stream, which ends with its last answer or with an error."""
+    """Yields the server-sent events of a stream, which ends with its last answer or with an error; nothing is raised
+    for an answer that has failed.
+
+    Args:
+        first: the event that has come already; the others are awaited from `run`.
+    """
     stream = api.stream(job, int(time.time()))
     event: Event | None = first
     while event is not None:

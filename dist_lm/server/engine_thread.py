@@ -273,7 +273,9 @@ class EngineThread:
         self.figures.running = sum(len(order.open) for order in self._running.values())
 
     def _fail_all(self, reason: str) -> None:
-        """Fails all requests, also those that still arrive, until the thread is told to stop."""
+        """Fails all requests with status 503, also those that still arrive, until the thread is told to stop; weights
+        that wait to be loaded are answered with `reason` too.
+        """
         while True:
             for order in (*self._running.values(), *self._waiting, *self._embedding):
                 self._fail(order, reason, 503)
@@ -320,6 +322,10 @@ class EngineThread:
             self._take(self._inbox.get())
 
     def _take(self, message: _Message) -> None:
+        """Puts a message of another thread where it is looked for: orders and embeddings are queued, a cancelled
+        request is dropped, new weights take the place of those that are not loaded yet, whose sender learns so. Any
+        other message stops the thread.
+        """
         if isinstance(message, _Order):
             self._waiting.append(message)
         elif isinstance(message, _Embedding):

@@ -38,11 +38,11 @@ OF_MODELS: Sequence[tuple[str, str, str, Callable[[Backend], float]]] = (
 
 
 def metrics_text(threads: Mapping[str, Backend], counts: Mapping[tuple[str, int], int], open_requests: int) -> str:
-    """Returns the answer of /metrics.
+    """Returns the answer of /metrics, in the text format of Prometheus; names begin with `dist_lm_`.
 
     Args:
         threads: by the name of their model.
-        counts: responses by path and status.
+        counts: number of responses by path and status.
         open_requests: requests under way, with those whose body is still read.
     """
     lines = _heading("http_responses_total", "counter", "Responses by path and status.")

@@ -64,7 +64,9 @@ class Follower:
                 self._load(checkpoint)
 
     def _load(self, checkpoint: Path) -> None:
-        """Reads a checkpoint beside the requests under way, and gives it to the engine."""
+        """Reads a checkpoint beside the requests under way, and gives it to the engine. Nothing is raised: that it is
+        served, or why it is not, goes to `report`.
+        """
         try:
             loaded = load_model(checkpoint, self._tokenizer)
         except (UserError, OSError) as error:  # also of a checkpoint that was deleted meanwhile

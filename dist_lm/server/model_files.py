@@ -112,7 +112,12 @@ def by_base(models: Sequence[ModelFiles]) -> list[list[ModelFiles]]:
 
 
 def _base_key(model: ModelFiles) -> tuple[str, ...] | None:
-    """Returns what models that share a base have in common; None: the model shares none."""
+    """Returns what models that share a base have in common (hash of the base, tokenizer, shape as JSON); None: the
+    model shares none, because of its head, its tokenizer, trained tokens or weights in 4 bits.
+
+    Raises:
+        ArtefactError: the checkpoint is damaged.
+    """
     tokenizer = files.read_state(model.checkpoint)[0].tokenizer
     if model.config.head != "tokens" or not tokenizer:
         return None

@@ -237,6 +237,9 @@ def load_reward(model: ModelFiles, tokenizer: Path | None, options: ModelOptions
 
 
 def _served(model: ModelFiles, tokenizer: Tokenizer, options: ModelOptions) -> Served:
+    """Returns the model as the server lists it, created now; `embedding_width` is 0, so that embeddings are refused, if
+    it runs on several devices.
+    """
     return Served(
         name=model.name,
         tokenizer=tokenizer,

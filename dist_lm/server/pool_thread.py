@@ -176,7 +176,11 @@ class PoolThread:
         self._inbox.put(_Cancel(request))
 
     def load_weights(self, weights: Mapping[str, torch.Tensor], version: int, loaded: Callable[[str], None]) -> None:
-        """See `Backend`; `loaded` is called when all actors that are up have the weights."""
+        """Hands new weights to the pool, see `Backend`. Returns at once; `loaded` is called with an empty text when all
+        actors that are up have the weights.
+
+        Weights that do not fit the model raise nothing: `loaded` is called with the reason, in this thread.
+        """
         # An actor that rejects weights counts as lost, so weights are checked before any actor gets them.
         config = self._spec.model
         try:

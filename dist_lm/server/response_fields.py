@@ -131,10 +131,14 @@ def _add_call(messages: list[dict[str, Json]], item: Mapping[str, Json]) -> None
 
 
 def _text(content: Json, where: str) -> str:
-    """Returns the text of a content: a text, or a list of parts that are texts.
+    """Returns the text of a content: the text itself, or the texts of a list of parts, joined without a separator;
+    empty for an empty list.
+
+    Args:
+        where: the field, for the message.
 
     Raises:
-        ProtocolError: it is none.
+        ProtocolError: the content has another form.
     """
     if isinstance(content, str):
         return content

@@ -19,6 +19,7 @@ class Run:
     """The requests of a job in the engine, and their events. It counts as an open request from its beginning."""
 
     def __init__(self, serving: Serving) -> None:
+        """Counts as an open request of `serving` from here on, until `end`."""
         self._serving = serving
         self._thread: Backend | None = None
         self._events: asyncio.Queue[Event] = asyncio.Queue()
@@ -77,7 +78,9 @@ class Run:
         return result
 
     def end(self) -> None:
-        """Cancels what is not complete; a second call does nothing."""
+        """Cancels the requests that are not complete, and is no longer counted in `open_requests`; a second call does
+        nothing.
+        """
         if not self._is_open:
             return
         self._is_open = False

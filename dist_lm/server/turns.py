@@ -74,7 +74,9 @@ def remember(answer: Answer, job: Job) -> None:
 
 
 def _text_before_calls(answer: Answer, tokenizer: Tokenizer) -> str:
-    """Returns the text of a turn up to its first call, without the line break before that."""
+    """Returns the text of a turn up to its first call, without the line break before that; the whole text if there is
+    no call. Broken UTF-8 before a call is replaced.
+    """
     call_id = tokenizer.special_ids.get(CALL)
     if call_id is None:
         before, mark, _ = answer.text.partition(CALL)

@@ -46,7 +46,10 @@ def conversation_of(
 
 
 def turns_in(value: Json) -> list | None:
-    """Returns a list of turns, or that of its JSON text; None if the value is no such list."""
+    """Returns a list of turns, or the list that a JSON text holds; None for any other value, an empty list included.
+
+    A list is one of turns if its first entry is an object with `role` or `from`; the others are not looked at.
+    """
     if isinstance(value, str):
         if not JSON_TURNS.match(value):
             return None
