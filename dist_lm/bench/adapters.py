@@ -101,7 +101,9 @@ def build(variant: str, config: Config, world: World) -> Trial:
 
 
 def _engines(variant: str, config: Config, world: World) -> dict[str, Engine]:
-    """Returns the engines of a variant by the adapter they hold merged; an empty name: the base, or all adapters."""
+    """Returns the engines of a variant by the adapter they hold merged; an empty name: the base, or all adapters. ALONE
+    has the first adapter alone merged, under an empty name.
+    """
     model = initial_model(config).requires_grad_(requires_grad=False)
     base = dict(model.named_parameters())
     adapters = {name: _adapter(config, name, seed) for seed, name in enumerate(NAMES)}

@@ -44,8 +44,8 @@ ROUNDS = 5
 
 
 def cases(overrides: Sequence[str], quick: bool) -> list[Case]:
-    """Returns one case: stage.global_batch requests at once with stage.seq_len new tokens each. Overrides choose other
-    sizes; `quick` changes nothing.
+    """Returns one case: stage.global_batch requests at once with stage.seq_len new tokens each, with and without a
+    constraint. Overrides choose other sizes; `quick` changes nothing.
 
     Raises:
         ConfigError, ArtefactError, UserError: as `compose_config`.

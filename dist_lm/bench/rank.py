@@ -53,8 +53,9 @@ class Trial:
 
 
 def made_up_batch(config: Config, rows: slice, device: torch.device) -> Batch:
-    """Returns the sequences `rows` of a global batch of random tokens, on `device`, the same at every call; all targets
-    count, and each row is one document."""
+    """Returns the sequences `rows` of a global batch of random tokens, on `device`: (rows, stage.seq_len), the same at
+    every call; all targets count, and each row is one document.
+    """
     stage = config.stage
     # The seed is the same in all ranks and variants: they take their rows from one batch.
     generator = torch.Generator().manual_seed(config.seed)

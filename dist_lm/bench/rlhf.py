@@ -133,7 +133,9 @@ def staleness_case(config: Config) -> Case:
 
 
 def push_case(config: Config) -> Case:
-    """Returns a case of a push of one rank in fp32, until all weights are stored, in MiB a second."""
+    """Returns a case of a push of one rank in fp32, until all weights are stored, against a copy and `ray.put` of as
+    many bytes, in MiB a second.
+    """
     size, model = GroupSize(1, THREADS), replace(config.model, vocab_size=VOCABULARY)
     mib = 4 * parameter_count(model) >> 20
     return Case(

@@ -240,8 +240,13 @@ class _Alone:
 
 
 def _checkpoint(config: Config, folder: Path, world: World) -> tuple[Path, Path | None]:
-    """Returns the checkpoint to serve and its tokenizer (None: that of its run): stage.init_from, or initial values and
-    a tokenizer trained on the sources of this package, in `folder`."""
+    """Returns the checkpoint to serve and its tokenizer (None: that of its run): stage.init_from as it is given, or
+    initial values and a tokenizer trained on the sources of this package, both written to `folder`.
+
+    Raises:
+        UserError: a vocabulary of this size cannot be learned from these texts.
+        CheckpointWriteError: the checkpoint cannot be written.
+    """
     if config.stage.init_from != "none":
         return Path(config.stage.init_from), None
 

@@ -40,6 +40,9 @@ def _run_ours(port: int, model: str) -> None:
 
 
 def _run_llama(port: int, model: str) -> None:
+    """Serves the GGUF file `model` by llama.cpp on `port`, with SLOTS slots of 1024 tokens and one thread; returns
+    after a signal.
+    """
     xllamacpp = import_module("xllamacpp")
     params = xllamacpp.CommonParams()
     params.model.path = model

@@ -38,6 +38,12 @@ class CleaningConfig:
     emails: bool = True  # addresses become <EMAIL>
 
     def __post_init__(self) -> None:
+        """Refuses values out of their range, empty names, and `near_duplicates_by=repository` without
+        `near_duplicates`.
+
+        Raises:
+            ConfigError: names the key, its value and what is accepted.
+        """
         require(
             self.min_document_bytes >= 0,
             "corpus.cleaning.min_document_bytes",

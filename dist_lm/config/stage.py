@@ -73,7 +73,7 @@ class SamplingConfig:
 
 def check_shares(key: str, shares: Mapping[str, float], own: str) -> None:
     """Refuses shares of mixed corpora that are no whole per cents between 0 and 1 (both excluded), or sum up to 1 or
-    more, so that nothing is left to the corpus of the stage.
+    more, so that nothing is left to the corpus of the stage; returns nothing.
 
     Args:
         key: the key of `shares` for messages.
@@ -81,7 +81,7 @@ def check_shares(key: str, shares: Mapping[str, float], own: str) -> None:
         own: the key of the corpus that gets the rest.
 
     Raises:
-        ConfigError: names the corpus and its share.
+        ConfigError: names the corpus and its share, or the sum of all shares.
     """
     for name, share in shares.items():
         accepted = "below 1, in whole per cent, such as 0.15 (0: none of it)"
@@ -132,6 +132,11 @@ class MuonConfig:
         return self.lr is None or self.lr > 0
 
     def __post_init__(self) -> None:
+        """Refuses values out of their range.
+
+        Raises:
+            ConfigError: names the key, its value and what is accepted.
+        """
         require(self.lr is None or 0 <= self.lr < math.inf, "stage.muon.lr", self.lr, "null, or >= 0 (0 is off)")
         require(self.scale in (UNIT, ADAMW), "stage.muon.scale", self.scale, f"{UNIT} or {ADAMW}")
         decay = self.weight_decay
@@ -235,6 +240,11 @@ class TrainingGroup(StageGroup):
     ema_decay: ClassVar[float] = 0.0
 
     def __post_init__(self) -> None:
+        """Refuses counts of steps, checkpoints and evaluations out of their range, and unknown tasks in `eval_tasks`.
+
+        Raises:
+            ConfigError: names the key, its value and what is accepted.
+        """
         for key in ("steps", "keep_checkpoints", "eval_new_tokens", "log_every"):
             # Steps that follow from epochs are not known before the corpus is there.
             if key == "steps" and self.epochs and self.steps == 0:

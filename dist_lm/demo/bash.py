@@ -182,8 +182,9 @@ def _section(name: str) -> list[str]:
 
 
 def _function(function: Function, author: Author, rng: random.Random) -> tuple[str, str, str]:
-    """Returns `(definition, call, comment)` of a function, with all choices made and in the style of the author. The
-    definition may begin with the comment."""
+    """Returns `(definition, call, comment)` of a function, with all choices made by `rng` and in the style of the
+    author. The definition may begin with the comment, a line `# COMMENT`; the comment itself is returned without `#`.
+    """
     # A word is chosen once for the full piece.
     bound: dict[str, str] = {}
     name = rng.choice(function.names.split("¦"))

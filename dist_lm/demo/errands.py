@@ -113,6 +113,11 @@ class Errands:
         return Observation(self._begin(), TOOLS)
 
     async def step(self, action: Action) -> Step:
+        """Executes the calls of an action, or judges its answer and gives the next request.
+
+        The last request, or a cut, ends the episode; its reward is the share of all requests that were served right,
+        from 0 to 1.
+        """
         if action.calls:
             observation = await executed(action.calls, TOOLS, self._result, LIMITS)
             return self._ended(observation) if action.cut else Step(observation, done=False)
@@ -225,7 +230,11 @@ def conversation(task: Mapping[str, Any], haste: float = 0.0, seed: str = "") ->
 
 
 def calls_of(request: Request, house: House) -> list[Call]:
-    """Returns the calls that serve a request, in order; the first `put` fails if the room is locked."""
+    """Returns the calls that serve a request, in order.
+
+    If the room is locked there are `put`, which fails, `open`, and `put` again. A thing whose place must be known is
+    looked for by `find` first. The house is not changed.
+    """
     target = request.target(house.rooms)
     calls = []
     if request.kind != "put":

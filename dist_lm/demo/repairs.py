@@ -77,7 +77,9 @@ class Repair:
         return f"def {self.name}(x): return {self.kind.solution.format(a=number)}"
 
     def conversation(self, wrong_number: int) -> Conversation:
-        """Returns the conversation in which a program with another number fails, and the next one passes."""
+        """Returns the conversation in which a program with another number fails, and the next one passes: four turns.
+        Nothing is executed; all tests of the first program count as failed.
+        """
         wrong = self.program(wrong_number)
         program = task_of(self.fields).program(wrong)
         results = tuple(False for _ in program.tests)

@@ -104,7 +104,9 @@ def gradients_add_up(config: Config, layout: Layout) -> bool:
 
 
 def shapes_of(config: Config, layout: Layout) -> Shapes:
-    """Returns the sizes of `config` on the fullest rank of `layout`."""
+    """Returns the sizes of `config` on the fullest rank of `layout`: numbers of elements, of which only
+    `quantised_bytes` is in bytes, and tokens of one micro-batch.
+    """
     model = config.trained_shape
     size = element_bytes(config)
     block, outside = one_block(model, layout)
@@ -217,8 +219,9 @@ def estimate_memory(config: Config, layout: Layout) -> StepMemory:
 
 
 def _optimizer_state(config: Config, shapes: Shapes) -> int:
-    """Returns the number of optimizer values (fp32) on a rank: AdamW has two moments, Muon one, NorMuon one more value
-    for each neuron; an average of the weights is one more for each weight."""
+    """Returns the number of optimizer values (fp32, not bytes) on a rank: AdamW has two for each trained weight, Muon
+    one for those of matrices, NorMuon one more for each neuron; an average of the weights is one more for each weight.
+    """
     model = config.trained_shape
     muon = config.stage.muon
 
@@ -425,7 +428,8 @@ def _context_share(config: Config, layout: Layout) -> float:
 
 
 def _context_parallel_messages(work: Work, config: Config, layout: Layout, shapes: Shapes, size: int) -> None:
-    """Adds to `work` the exchanges of tokens for heads around attention of one micro-batch; none with cp 1.
+    """Adds to `work` the exchanges of tokens for heads around attention of one micro-batch, and the copies that they
+    need; nothing with cp 1.
 
     Args:
         size: bytes of a number in the forward and backward pass.

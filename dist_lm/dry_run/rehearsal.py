@@ -154,6 +154,9 @@ def as_played(config: Config, sequences: int) -> Config:
     """Returns a copy of the configuration for a fake step on the CPU that does the work of the planned hardware: its
     dtype and its kernels, without compilation and offloading.
 
+    An automatic compute dtype becomes bf16 for a GPU, and `stage.document_mask` false where the hardware has a kernel
+    for packed documents.
+
     Args:
         sequences: sequences of a micro-batch.
     """

@@ -76,6 +76,10 @@ class Watch(TorchDispatchMode):
         self._look_ahead = ShardingPropagator._propagate_tensor_meta_non_cached
 
     def __enter__(self) -> "Watch":
+        """Begins to watch; until the end of the block, resizing storages and the look ahead of DTensor are replaced in
+        the whole process.
+        """
+
         def resize_and_tell(storage: torch.UntypedStorage, size: int) -> None:
             self._resize(storage, size)
             for observer in self._observers:

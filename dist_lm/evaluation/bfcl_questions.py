@@ -72,8 +72,8 @@ def find_data() -> Path:
 
 
 def read_questions(data: Path, limit: int = 0) -> list[BfclQuestion]:
-    """Returns the first `limit` questions (0: all) of each category that exists in the folder `data`, in order of
-    categories.
+    """Returns the first `limit` questions (0: all) of each category that exists in the folder `data`, in the order of
+    `CATEGORIES`; a category without a file is left out.
 
     Raises:
         ArtefactError: no category exists, or a file cannot be read or has an unknown layout.

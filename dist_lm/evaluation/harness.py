@@ -70,7 +70,16 @@ class EngineModel(TemplateLM):
     """A model of the harness that computes with our engine."""
 
     def __init__(self, loaded: LoadedModel, device: torch.device, dtype: torch.dtype | None, seed: int = 1234) -> None:
-        """`dtype` is that of the weights; None: chosen by `build_engine`."""
+        """Builds the engine of a model on `device`, and chooses its chat template: that of an imported model, of its
+        run, or ours.
+
+        Args:
+            dtype: dtype of the weights; None: chosen by `build_engine`.
+            seed: seed of sampled answers.
+
+        Raises:
+            ArtefactError, ConfigError: as `build_engine`.
+        """
         super().__init__()
         self.name = loaded.name
         self._tokenizer = loaded.tokenizer

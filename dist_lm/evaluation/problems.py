@@ -95,7 +95,11 @@ def own_problems(language: Language) -> list[Problem]:
 
 
 def _own(language: Language, line: Mapping[str, Any]) -> Problem:
-    """Returns one of our problems from its line."""
+    """Returns the problem of a line of our own benchmark, a mapping with id (`LANGUAGE/NAME`), prompt, solution, tests
+    and level.
+
+    Its `hidden` is None if no test cases can be drawn for the problem.
+    """
     name = line["id"].partition("/")[2]
     entries = {"python": (f"def {name}(",), "bash": _functions(name), "sql": ("SELECT", "select", "Select")}[language]
     closing = {"python": "", "bash": "\n}\n", "sql": ";\n"}[language]

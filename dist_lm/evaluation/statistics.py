@@ -93,8 +93,9 @@ def _at_most(passed: int, tasks: int, share: float) -> float:
 
 
 def _share_where(is_above: Callable[[float], bool]) -> float:
-    """Returns the share in [0, 1] at which a condition begins to hold, by bisection; it must hold for all larger
-    ones."""
+    """Returns the share in [0, 1] at which a condition begins to hold, by bisection; it must hold for all larger ones.
+    About 0 if it always holds, about 1 if it never does.
+    """
     low, high = 0.0, 1.0
     for _ in range(BISECTIONS):
         middle = (low + high) / 2

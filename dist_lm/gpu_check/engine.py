@@ -114,7 +114,12 @@ def _check_answers(probe: Probe, name: str, engine: Engine, model: Transformer, 
 
 
 def _note_speed(probe: Probe, engine: Engine, prompt: list[int], sequences: int) -> None:
-    """Notes tokens/s and ms/step of `sequences` answers to one prompt at the same time, prefill included."""
+    """Notes tokens/s and ms/step of `sequences` answers to one prompt at the same time, prefill included, warm-up
+    excluded.
+
+    Raises:
+        CheckFailedError: the engine refused a request.
+    """
     num_tokens = probe.sized(96, rehearsal=8)
 
     # Captures the CUDA graph of this size.

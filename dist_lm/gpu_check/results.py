@@ -119,13 +119,14 @@ def _header(results: Results | None) -> str:
 
 
 def rewrite(page: Path, content: str) -> None:
-    """Replaces the text between the lines BEGIN and END of a page, which stay.
+    """Replaces the text between the lines BEGIN and END of a page, which stay, and writes the file.
 
     Args:
         content: whole lines, the last with its line break.
 
     Raises:
-        ArtefactError: the page does not have both markers, in order.
+        ArtefactError: the page is missing, or does not have both markers, in order.
+        OSError: the page cannot be read or written.
     """
     text = page.read_text(encoding="utf-8") if page.is_file() else ""
     before, begin, after_begin = text.partition(BEGIN)

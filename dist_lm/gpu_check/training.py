@@ -40,7 +40,11 @@ class Training:
     """Model, optimizer and trainer of a configuration on the ranks of a check."""
 
     def __init__(self, probe: Probe, config: Config, model: Transformer | None = None) -> None:
-        """Builds model, optimizer and trainer; an existing `model` is used instead of a new one."""
+        """Builds model, optimizer and trainer (collective); an existing `model` is used instead of a new one.
+
+        Raises:
+            ConfigError: the layout does not fit the ranks.
+        """
         self.config = config
         self.device = probe.world.device
         self.layout = resolve_layout(config.parallel, config.model, probe.world.size)

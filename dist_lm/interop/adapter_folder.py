@@ -78,7 +78,8 @@ def with_whole_weights(model: ModelConfig, adapters: AdapterFolder) -> ModelConf
 def described_adapters(
     content: bytes, shapes: Mapping[str, Sequence[int]], folder: str
 ) -> tuple[str, dict[str, float], dict[str, int], dict[str, Sequence[int]]]:
-    """Returns the fields of `AdapterFolder`.
+    """Returns the fields of `AdapterFolder`: the base (empty if none is named), the scale and the rank by weight, and
+    the shapes of the whole weights.
 
     Args:
         content: that of adapter_config.json.

@@ -141,8 +141,14 @@ class WandbCopy:
     def _outcome(self, error: BaseException | None) -> Outcome:
         """Returns how the run ended, and alerts wandb of a finished or failed one.
 
+        The run is `finished` if its result is there, whatever the error; `stopped` without an error or after Ctrl-C;
+        else `failed`.
+
         Args:
             error: the exception that ended the launcher's block; None: it was left without one.
+
+        Raises:
+            ArtefactError: the metrics of a finished run are damaged.
         """
         # An error after the result, such as a full disk of the launcher, leaves a finished run.
         if self._run.result.exists():

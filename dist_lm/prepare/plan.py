@@ -121,7 +121,12 @@ def with_command_file(overrides: Sequence[str]) -> list[str]:
 
 
 def _for_target(overrides: Sequence[str], target: str) -> list[str]:
-    """Returns the overrides of a command file that a command for `target` takes, in its words."""
+    """Returns the overrides of a command file that a command for `target` takes, in their order and in its words:
+    `stages.TARGET.key` becomes `stage.key`, and keys of stages that do not run are left out.
+
+    Raises:
+        ConfigError: there is no stage `target`.
+    """
     own_keys = own_groups(stage_named(target).schema)
     groups_of_others = {group for name in stage_names() for group in own_groups(stage_named(name).schema)} - {*own_keys}
     in_its_words = [text.replace(f"stages.{target}.", "stage.", 1) for text in overrides]
@@ -300,10 +305,11 @@ def untraced(stage: PlannedStage) -> str:
 
 
 def in_order(target: str, needs_of: Callable[[str], Sequence[str]]) -> list[str]:
-    """Returns `target` and every stage it needs, each once, in topological order: `target` is last.
+    """Returns `target` and every stage it needs, also indirectly, each once and after the stages that it needs itself:
+    `target` is last.
 
     Args:
-        needs_of: returns the stages that a stage needs; called more than once per stage.
+        needs_of: returns the stages that a stage needs, without a cycle; called more than once per stage.
     """
     order: list[str] = []
 

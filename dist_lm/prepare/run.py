@@ -36,7 +36,7 @@ class Ranks:
     def started(cls, environ: Mapping[str, str]) -> "Ranks":
         """Returns the ranks that torchrun has started, by the variables that it sets for each of them.
 
-        WORLD_SIZE must be there. Without LOCAL_WORLD_SIZE all ranks are on one node.
+        WORLD_SIZE must be there (KeyError). Without LOCAL_WORLD_SIZE all ranks are on one node.
 
         Raises:
             ConfigError: the nodes do not have the same number of ranks.

@@ -117,7 +117,11 @@ def panels(runs: Sequence[RunFacts]) -> list[Panel]:
 
 
 def _panel(runs: Sequence[RunFacts]) -> Panel:
-    """Returns the panel of runs with one model and one layout, both known; hosts are those of the first."""
+    """Returns the panel of runs with one model and one layout, both known; hosts are those of the first run.
+
+    Args:
+        runs: at least one.
+    """
     model = runs[0].model
     layout = runs[0].layout
     assert model

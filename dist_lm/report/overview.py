@@ -191,7 +191,11 @@ class Scores:
 
 
 def scores_of(run: RunFacts) -> Scores | None:
-    """Returns the scores of each model; None for a run of another stage, or one that is not finished."""
+    """Returns the scores of each model, as texts to show: three decimals, an interval `LOW to HIGH`, empty if there is
+    none.
+
+    None for a run of another stage, or one that is not finished.
+    """
     if run.stage != "evaluate" or not run.result:
         return None
 

@@ -83,6 +83,14 @@ class Hidden:
         return tuple(self._test(case, output) for case, output in zip(cases, outputs, strict=True))
 
     def _test(self, case: Case, output: str) -> Test:
+        """Returns the test of a case whose solution has printed `output`: SQL is compared by its output, bash and
+        Python by code.
+
+        In Python the last line of the output is the literal of the expected value.
+
+        Raises:
+            ReferenceSolutionError: the last line of Python's output is no literal.
+        """
         if self.language == "sql":
             return Test(before=case.before, stdout=output)
         if self.language == "bash":

@@ -104,7 +104,9 @@ def main() -> None:
 
 
 def _own_files() -> bool:
-    """Gives this sandbox files and devices that no other one can lock or watch; returns whether it has the files."""
+    """Gives this sandbox files and devices that no other one can lock or watch; returns whether it has the files.
+    Without root the devices stay those of the host, which does not change the result.
+    """
     try:
         confine.own_files(_trees("/usr", "/bin", "/sbin", "/lib", "/lib64", "/lib32", sys.base_prefix))
     except OSError:

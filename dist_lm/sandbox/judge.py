@@ -310,7 +310,17 @@ def _skips_a_check(error: BaseException, texts: dict[str, str]) -> bool:
 
 
 def _leaves_a_check(tree: Any, line: int, scopes: Any) -> bool:
-    """Whether an error in a line leaves an assertion, or a call that may be a check, unreached in the same scope."""
+    """Returns whether an error in a line leaves an assertion, or a call that may be a check, unreached in the same
+    scope.
+
+    True for a line of an assertion itself; False inside a `raise` statement, or outside all scopes. In a loop the whole
+    loop counts, because a next pass is left out too.
+
+    Args:
+        tree: the parsed module.
+        line: number of the line, from 1.
+        scopes: classes of nodes that open a scope.
+    """
     import ast
 
     nodes: list[Any] = [node for node in ast.walk(tree) if hasattr(node, "lineno")]

@@ -90,7 +90,12 @@ def _python(test: dict[str, str], source: str, judged: bool) -> NoReturn:
 
 
 def _answer(names: dict[str, Any]) -> None:
-    """Answers the judge until it ends; raises what the last call raised, or SystemExit, if it is not satisfied."""
+    """Answers the judge of a program of Python until it ends; returns if the judge is satisfied, else it raises what
+    the last call raised, or SystemExit(1).
+
+    Args:
+        names: the global names of the program.
+    """
     from dist_lm.sandbox.calls import Peer, program_operations
 
     peer = Peer(CHANNEL, program_operations(names))

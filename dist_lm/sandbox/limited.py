@@ -69,7 +69,13 @@ class _Caller:
         self._connection: socket.socket | None = None
 
     def call(self, function: str, arguments: tuple[Any, ...]) -> Any:
-        """Does what the function `call` says; `function` is MODULE:NAME."""
+        """Does what the function `call` says; `function` is MODULE:NAME. Calls of several threads wait for one another,
+        and a call whose process ends is tried again, TRIES times in all.
+
+        Raises:
+            LimitError: JSON cannot express the arguments, or the call takes too much time, CPU time or memory.
+            UserError: the process cannot be started; or as the function raises it.
+        """
         try:
             request = frames_of([function, CPU_S, *arguments])
         except (TypeError, ValueError, RecursionError) as error:

@@ -43,8 +43,8 @@ class RefusedError(Exception):
 
 
 def run(before: str, source: str, writes: str, channel: int) -> NoReturn:
-    """Runs SQLite in memory, prints the rows of the last query that has any columns and ends the process; an error
-    gives exit code 1, and its reason on standard error.
+    """Runs SQLite in memory, prints the rows of the last query that has any columns, with `|` between values, and ends
+    the process with exit code 0; an error gives exit code 1, and its reason on standard error.
 
     Args:
         before: statements that make the database, if there is no judge.

@@ -87,7 +87,14 @@ class Turns:
         return facts, output
 
     def _bash_turn(self, code: bytes, cpu_s: float) -> tuple[tuple, bytes]:
-        """Runs a script in a shell of its own."""
+        """Runs a script in a shell of its own, and waits for its end.
+
+        Args:
+            cpu_s: CPU seconds that the turn may take.
+
+        Returns:
+            As `_facts`: (outcome, exit code, False, CPU seconds, seconds), and the output.
+        """
         pipes = [os.pipe() for _ in range(2)]
         child = self._start(lambda: bash.execute(code + b"\n"), [write for _, write in pipes], -1)
 
@@ -193,8 +200,11 @@ class _Interpreter:
         return is_sent
 
     def has_answered(self) -> bool:
-        """Reads what it has sent; returns whether the turn has come to its end, or the channel is closed. What the code
-        of an earlier turn has written ends no other one."""
+        """Reads what it has sent, without waiting; returns whether the turn has come to its end, or the channel is
+        closed.
+
+        At the end of the turn `status` is set. What the code of an earlier turn has written ends no other one.
+        """
         try:
             data = os.read(self.channel, 4096)
         except BlockingIOError:

@@ -178,7 +178,14 @@ class Recorder:
     """
 
     def __init__(self, run: RunDirectory, init: dict[str, Any]) -> None:
-        """Starts recording; steps that earlier attempts have recorded are skipped."""
+        """Starts an offline run of wandb in the run directory; steps that earlier attempts have recorded are skipped.
+
+        Args:
+            init: arguments of `wandb.init`, with `id`.
+
+        Raises:
+            RuntimeError: a log of an earlier attempt is of an unknown format.
+        """
         # The import takes a second, so only the recorder pays for it.
         import wandb
 

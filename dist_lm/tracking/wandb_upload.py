@@ -124,10 +124,14 @@ class Uploader:
         return False
 
     def _send(self, logs: list[Path], live: bool) -> bool:
-        """Runs wandb's sync once and waits for its end. Returns whether the server accepted any row.
+        """Runs wandb's sync of `logs` once and waits for its end. Returns whether the server accepted any row, which
+        may be so even after an error.
 
         The address of the run is said as a line. After an error the markers of `logs` are removed, so they count as
         unsent.
+
+        Args:
+            live: whether the run still writes its logs.
         """
         command = [
             sys.executable,

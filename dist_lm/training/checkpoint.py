@@ -210,7 +210,12 @@ def load_weights(checkpoint: Path, model: nn.Module, model_config: ModelConfig) 
 
 
 def _load_parameters(checkpoint: Path, model: nn.Module, model_config: ModelConfig) -> None:
-    """Does what `load_weights` says for the parameters of `model`; matrices in four bits are none (collective)."""
+    """Does what `load_weights` says for the parameters of `model`, in place; matrices in four bits are none
+    (collective). A new scalar head keeps its values.
+
+    Raises:
+        ArtefactError: the checkpoint is damaged or does not fit the model.
+    """
     saved_model = files.read_state(checkpoint)[1]
     files.check_start(checkpoint, saved_model, model_config)
     if files.read_adapters(checkpoint) is not None:
@@ -498,7 +503,9 @@ def find_intact(path: Path, world: World) -> Path:
 
 
 def _first_damage(checkpoint: Path, world: World) -> str | None:
-    """Returns the first damage that any rank finds; each rank reads a share of the files (collective)."""
+    """Returns the first damage that any rank finds, in words, the same on every rank; None: there is none. Each rank
+    reads a share of the files (collective). A missing or damaged manifest is such a damage, too.
+    """
     try:
         manifest = on_first_rank(lambda: files.read_manifest(checkpoint), files.Manifest)
     except ArtefactError as error:

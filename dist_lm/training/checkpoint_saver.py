@@ -211,10 +211,15 @@ class CheckpointSaver:
     def __init__(
         self, checkpoints: Path, model_config: ModelConfig, world: World, *, keep: int, asynchronous: bool
     ) -> None:
-        """
+        """Makes the process group and the thread of the saver (collective); memory and the process that writes come
+        with the first save.
+
         Args:
             keep: number of newest checkpoints to keep; 0: all.
             asynchronous: False: `save` returns when the checkpoint is written.
+
+        Raises:
+            StrangerError: another user has connected to a port of this rank.
         """
         self.checkpoints = checkpoints
         self.model_config = model_config
@@ -310,8 +315,12 @@ class CheckpointSaver:
         return in_flight is not None and in_flight.done() and in_flight.exception() is not None
 
     def _writer(self, tensors: dict[str, torch.Tensor]) -> Writer:
-        """Returns what writes the present values of the tensors; if asynchronous, from copies that all ranks make here
-        (collective)."""
+        """Returns what writes the present values of the tensors (collective). If asynchronous, it writes copies that
+        all ranks make here, so training may go on; else the tensors may not change before it has written.
+
+        Raises:
+            UserError: the memory for the copy is not there.
+        """
         # All ranks see the same, so they make new plans together.
         described = [
             (name, tensor.shape, tensor.dtype, tensor.placements if isinstance(tensor, DTensor) else ())
@@ -417,7 +426,13 @@ def _write(
     keep: int,
     attached: Mapping[str, bytes],
 ) -> Path:
-    """Does what `write` says with the files of a writer."""
+    """Does what `write` says with the files of a writer (collective); returns the folder of the checkpoint on every
+    rank.
+
+    Raises:
+        CheckpointWriteError: a rank could not write its files, or the first one not publish them (on every rank);
+            earlier checkpoints are intact.
+    """
     # A folder that starts with a dot is no checkpoint, so a killed save leaves nothing to load.
     target = checkpoints / files.step_name(state.step)
     temporary = checkpoints / f".{target.name}"

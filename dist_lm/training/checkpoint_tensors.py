@@ -152,7 +152,9 @@ def _merged_tensors(directory: Path) -> dict[str, StoredTensor | ComputedTensor]
 
 
 def _rounded(name: str, weight: StoredTensor | ComputedTensor) -> StoredTensor | ComputedTensor:
-    """Returns a parameter of a base as it is in four bits (see `quantised.round_trip`), computed when it is read."""
+    """Returns a parameter of a base as it is in four bits (see `quantised.round_trip`), in fp32 and computed when it is
+    read; a parameter that is no matrix is returned as it is.
+    """
     if not is_matrix(name):
         return weight
 

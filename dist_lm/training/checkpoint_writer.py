@@ -223,7 +223,13 @@ class WriterProcess:
         self._ask({"publish": checkpoint.to_json()})
 
     def _ask(self, request: Mapping[str, Any]) -> Any:
-        """Sends a request and returns the answer; raises the error that the process has met."""
+        """Sends a request, waits for the answer, SAVE_S at most, and returns it.
+
+        Raises:
+            OSError: the process could not write, has ended, or has not answered in time; in the last two cases it is
+                ended.
+            ArtefactError: the process refuses the request.
+        """
         try:
             self._process.send(request, SAVE_S)
             answer = self._process.receive(SAVE_S)

@@ -137,7 +137,11 @@ def _places(
 
 
 def _near_duplicates(directory: Path, sources: Collection[str]) -> dict[str, list[str]]:
-    """Returns the near-duplicates of documents that the build of a corpus dropped: source -> their sources.
+    """Returns the near-duplicates of documents that the build of a corpus dropped: source of a document -> places of
+    the dropped ones, in the order of the list; documents without any have no entry.
+
+    Args:
+        sources: those of the documents that are asked about.
 
     Raises:
         ArtefactError: the list of dropped documents is damaged.

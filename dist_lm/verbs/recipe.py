@@ -265,7 +265,15 @@ def start_of(model: str, name: str) -> Start:
 
 
 def _measure(config_dir: Path, name: str, start: Start, measured: Measured) -> Remedy | None:
-    """Tries stage sft with long sequences on the first rows, and notes the lengths of conversations."""
+    """Tries stage sft with long sequences on the first rows, and notes the lengths of conversations (tokens) in
+    `measured`.
+
+    The configuration folder gets a model file if `start` has one. Returns what would make the command run; None if it
+    runs, or if the corpus file has no conversations.
+
+    Raises:
+        UserError: the command must fail.
+    """
 
     def note_lengths(config: Config) -> None:
         work = WorkDirectory(Path(config.work_dir))
@@ -355,7 +363,15 @@ def batch_of(n_sequences: int) -> int:
 
 def fits(folder: Path, name: str, start: Start, keys: Mapping[str, Any]) -> bool:
     """Returns whether a step of stage sft with these keys fits the memory of this machine, by the estimate of
-    parallel=auto."""
+    parallel=auto. Files are written to a temporary folder only.
+
+    Args:
+        folder: the folder of the recipe's files, called `name`.
+        keys: keys of stage sft that are tried.
+
+    Raises:
+        ConfigError, UserError: the keys cannot be composed.
+    """
     from dist_lm.launch import ranks_here
     from dist_lm.prepare.layout import with_layout
 

@@ -112,10 +112,11 @@ def print_results(
 
 
 def edited_text(edit: str | None, edit_file: Path | None) -> str | None:
-    """Returns the text of an edited turn; None: the model draws it.
+    """Returns the text of an edited turn, that of a file without the line break at its end; None if neither is given:
+    the model draws the turn.
 
     Raises:
-        ConfigError: both are there.
+        ConfigError: both are given.
         ArtefactError: the file is not UTF-8, or cannot be read.
     """
     if edit_file is None:

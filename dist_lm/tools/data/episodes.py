@@ -286,7 +286,9 @@ def _call_and_answer(scene: Scene, tool: Specification, arguments: ArgumentValue
 
 
 def _failing_call(scene: Scene, tool: Specification, arguments: ArgumentValues) -> Turns:
-    """Executes a call that the caller has made fail, and returns its turn and the error as its result."""
+    """Executes a call that the caller has made fail, and returns its turn and the error as its result, `{"error":
+    why}`. A call that succeeds is a mistake of the generator (AssertionError).
+    """
     call = call_of(tool, arguments)
     try:
         scene.world.execute(tool, call)

@@ -255,8 +255,9 @@ def functions_of(module: ModuleType, file: Path) -> list[Function]:
 
 def answer(function: Function, arguments: dict[str, Any], characters: int) -> dict[str, Any]:
     """Calls the function and returns `{"result": JSON}`, or `{"error": why}` if it raises or the arguments do not fit.
+    Nothing is raised but what is neither an Exception nor SystemExit.
 
-    A result of more than `characters` as JSON becomes a text that is cut there; an error is cut too.
+    A result of more than `characters` as JSON becomes a text that is cut there and says so; an error is cut too.
     """
     try:
         readers = adapters(function)
