@@ -79,6 +79,12 @@ def test_rlhf_needs_rankings_and_a_reward_model_only_where_it_asks_them(work):
     other = WorkDirectory(work.path / "other")
     command = (*FUNCTION_ONLY, *given, f"tokenizer={work.tokenizer_model}")
     assert list(actions(plan_of(other, *command, target="rlhf"))) == ["tokenizer", "rlhf"]
+    # A given tokenizer is compared with the one that is here, also when no corpus asks for it.
+    # (An empty message of another field: the same pieces in another file.)
+    other_tokenizer = work.path / "other.model"
+    other_tokenizer.write_bytes(work.tokenizer_model.read_bytes() + b"\x12\x00")
+    with pytest.raises(ArtefactError, match=r"holds tokenizer [0-9a-f]{12}, tokenizer=.*other.model is .*=keep"):
+        plan_of(work, *FUNCTION_ONLY, *given, f"tokenizer={other_tokenizer}", target="rlhf")
     elsewhere = make_run(work, "reward", "stage.seq_len=200", "stage.init_from=none", "run_id=elsewhere", done=True)
     given = plan_of(work, *IN_256, f"rlhf.reward_model={elsewhere.path}", target="rlhf")
     assert "reward" not in actions(given)

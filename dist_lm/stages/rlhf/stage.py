@@ -61,8 +61,9 @@ class Rlhf(TrainingStage):
         # Another reward model, or rules alone, need no run of stage reward; prompts from files need no corpus.
         run_config = rlhf_config(config)
         read = {"rankings" if name in run_config.ranked_corpora else "shards" for name in run_config.corpus_names}
-        # Corpora bring the tokenizer along; prompts from files may be the first that need it here.
-        if not run_of(config).work.tokenizer_model.is_file():
+        # Corpora bring the tokenizer along; prompts from files may be the first that need it here. A given one is
+        # compared with what is here: its pieces, and the layout of conversations that comes with it.
+        if run_config.tokenizer.is_given or not run_of(config).work.tokenizer_model.is_file():
             read.add("tokenizer")
         if run_config.rlhf.asks_reward_model and run_config.rlhf.reward_model == AUTO:
             read.add("reward")
