@@ -180,8 +180,9 @@ def assemble(
         ArtefactError: a tar that the corpus reads from is damaged.
     """
     shape = len(rows), seq_len
-    inputs, targets = np.empty(shape, np.int64), np.empty(shape, np.int64)
-    counts = np.zeros(shape, np.float32)  # whether a target counts; padding never does
+    # Rows are written into one array; inputs and targets are copies of it, shifted by one token.
+    tokens = np.empty((len(rows), seq_len + 1), np.int64)
+    counts = np.ones(shape, np.float32)  # whether a target counts; padding never does
     document_starts: list[tuple[int, int]] = []  # (row, position)
     n_tokens = 0
 
@@ -195,34 +196,39 @@ def assemble(
         for number_in_row, (_, start, stop) in enumerate(row.slices):
             numbers_in_row.append(number_in_row)
             begins.append(begin)
-            sizes.append(min(begin + stop - start, seq_len) - begin)  # the last target is no input
+            sizes.append(stop - start)
             # Only a slice from the beginning of its document has the end-of-text that opens it.
             if start == 0:
                 document_starts.append((b, begin))
             begin += stop - start
 
-        n_inputs = min(begin, seq_len)
-        n_tokens += n_inputs
         n_targets = max(begin - 1, 0)
-        if n_targets < seq_len:
+        if row.slices:
+            tokens[b, :begin] = row.corpus.tokens_of(row.slices)
+            if row.corpus.has_mask or row.without:
+                counts[b, :n_targets] = _counted_targets(row)
+
+        if n_targets == seq_len:
+            sizes[-1] -= 1  # the last target is no input
+            n_tokens += seq_len
+        else:
             numbers_in_row.append(len(row.slices))
             begins.append(0)
-            sizes.append(seq_len - n_inputs)
-            inputs[b, n_inputs:] = targets[b, n_targets:] = pad_id
-
-        if row.slices:
-            # Targets keep the end-of-text that opens a document.
-            tokens = row.corpus.tokens_of(row.slices)
-            inputs[b, :n_inputs] = tokens[:n_inputs]
-            targets[b, :n_targets] = tokens[1:]
-            counts[b, :n_targets] = _counted_targets(row)
+            sizes.append(seq_len - begin)
+            tokens[b, begin:] = pad_id
+            counts[b, n_targets:] = 0
+            n_tokens += begin
 
     # One call for all rows: a call for each slice would cost more than the elements that it writes.
-    document = np.repeat(numbers_in_row, sizes) if document_mask else np.zeros(counts.size, np.int64)
-    position = np.tile(np.arange(seq_len), (len(rows), 1))
+    repeats = np.array(sizes)
+    document = np.repeat(np.array(numbers_in_row), repeats) if document_mask else np.zeros(counts.size, np.int64)
     if reset_positions:
-        position -= np.repeat(begins, sizes).reshape(shape)
+        position = np.arange(seq_len) - np.repeat(np.array(begins), repeats).reshape(shape)
+    else:
+        position = np.tile(np.arange(seq_len), (len(rows), 1))
 
+    # Targets keep the end-of-text that opens a document.
+    inputs, targets = tokens[:, :-1].copy(), tokens[:, 1:].copy()
     if first_token:
         for b, begin in document_starts:
             first_token.put(inputs[b, begin:])
@@ -238,11 +244,8 @@ def assemble(
     )
 
 
-def _counted_targets(row: SequenceContent) -> np.ndarray | int:
-    """Returns whether each target of a row counts, from its second token on: (n - 1,) uint8, or 1 if all do."""
-    if not row.corpus.has_mask and not row.without:
-        return 1
-
+def _counted_targets(row: SequenceContent) -> np.ndarray:
+    """Returns whether each target of a row counts, from its second token on: (n - 1,) uint8."""
     # Without a mask every token counts.
     masks = [
         row.corpus.mask(*part) if row.corpus.has_mask else np.ones(part.stop - part.start, np.uint8)
