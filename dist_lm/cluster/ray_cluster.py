@@ -367,7 +367,7 @@ def _wait_for_port(address: str, timeout_s: float, death: "Future[bytes] | None"
     """Waits until host:port accepts a connection; returns the host.
 
     Args:
-        death: as of `_joined`.
+        death: as in `_joined`.
 
     Raises:
         ClusterError: the address has another form, or nothing answers within `timeout_s` seconds.

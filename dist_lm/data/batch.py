@@ -253,9 +253,8 @@ def _counted_targets(row: SequenceContent) -> np.ndarray:
     ]
     counts = np.concatenate(masks)[1:]
 
-    # The target at position i is token i + 1. So what follows the last token of a document that is left out does not
-    # count either, because it is predicted from the document; the end-of-text that opens the document does, because it
-    # is a target of the document before.
+    # Position i predicts token i + 1. A document that is left out removes the targets predicted *from* its tokens: the
+    # token after its last one too, but not its own first token, which the document before predicts.
     begin = 0
     for document, start, stop in row.slices:
         end = begin + stop - start

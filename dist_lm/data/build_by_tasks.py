@@ -366,9 +366,9 @@ def choose_rule(
     """Merges the comparisons into the complete rule, and numbers tars and documents; writes both.
 
     Args:
-        tasks: as of `choose_val`.
-        built_corpora, earlier: as of `run_passes`.
-        groups, least_val_bytes: as of `choose_val`, for errors.
+        tasks: as in `choose_val`.
+        built_corpora, earlier: as in `run_passes`.
+        groups, least_val_bytes: as in `choose_val`, for errors.
 
     Raises:
         NothingHeldOutError: one of these corpora has no val.

@@ -147,7 +147,7 @@ class NewVal:
 
     keys: list[bytes]  # of the text of each form
     key_of_form: dict[bytes, bytes]  # key of a form -> that of its text
-    excluding: frozenset[bytes]  # as of `Val`
+    excluding: frozenset[bytes]  # as in `Val`
     index: HeldOutIndex  # of the forms
 
 
@@ -156,7 +156,7 @@ def read_new_val(build: Build) -> NewVal:
     """Returns the held-out texts that train of the extended corpus was not compared with: those of the new sources, and
     those of its val that it has not seen.
 
-    A process makes their index once, as of `read_val`.
+    A process makes their index once, as in `read_val`.
     """
     val = read_texts(build)
     new_keys = [*list(val.texts)[: val.n_own], *val.unseen]

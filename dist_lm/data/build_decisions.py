@@ -55,10 +55,10 @@ class Survey:
     positions: np.ndarray  # (D,) float64: hash of the group in [0, 1)
     n_bytes: np.ndarray  # (D,) int64, UTF-8
     is_contaminated: np.ndarray  # (D,) bool: the text has a part of a benchmark
-    precedences: np.ndarray  # (D, 2) float64: as of `precedence_of`; (0, 2) if the source has no column for them
+    precedences: np.ndarray  # (D, 2) float64: as in `precedence_of`; (0, 2) if the source has no column for them
     # (D,) int64: the number of the first document of a unit, which is compared as a whole: a document or a repository
     units: np.ndarray
-    bands: np.ndarray  # (units, bands) uint64: as of `band_hashes`; (0, bands) where near-duplicates are not sought
+    bands: np.ndarray  # (units, bands) uint64: as in `band_hashes`; (0, bands) where near-duplicates are not sought
     val_texts: dict[int, str]  # number of a document -> text, of those that `val_fraction` could hold out
     groups: list[str]  # names of the groups (D), as the reader gave them; empty where they were not read
     rows: RowErrors  # counts of all rows
@@ -355,7 +355,7 @@ def compare(
         fates: of the documents, with an empty rule.
 
     Returns:
-        The keys of the train documents that contain a protected text: (refused, KEY) uint8, as of `sorted_keys`.
+        The keys of the train documents that contain a protected text: (refused, KEY) uint8, as in `sorted_keys`.
     """
     refused: list[bytes] = []
 

@@ -185,7 +185,7 @@ class Build:
 
 
 def class_of(config: CorpusConfig, task: BuildTask) -> tuple[str, bool]:
-    """Returns the class in which copies of the documents of a task are sought, as of `Build.classes`."""
+    """Returns the class in which copies of the documents of a task are sought, as in `Build.classes`."""
     is_held_out = source_of(config, task).held_out
     # A text that a user holds out is compared with those of its own corpus alone.
     if config.cleaning.across_corpora and not is_held_out:

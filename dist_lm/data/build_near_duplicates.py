@@ -136,7 +136,7 @@ def write_windows(build: Build, number: int, result: Path) -> None:
 
 def _windows_of_units(build: Build, number: int, sought: set[int]) -> Iterator[tuple[Document, np.ndarray]]:
     """Yields, for each sought unit of a task in its order, the unit's first document and the windows of all its
-    documents: (W,) uint64, rising, each once, as of `text_windows`.
+    documents: (W,) uint64, rising, each once, as in `text_windows`.
 
     Args:
         sought: numbers of the first documents.

@@ -230,7 +230,7 @@ class _TarsOfTask:
 class _Encoded:
     """A document of a task as it is written."""
 
-    position: float  # of its group, as of `Survey`
+    position: float  # of its group, as in `Survey`
     split: str
     document: TokenizedDocument
     content: bytes  # hash of its text

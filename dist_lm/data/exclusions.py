@@ -74,7 +74,7 @@ def excluded_documents(directory: Path, manifest: Manifest | None = None) -> fro
     """Returns the numbers of the excluded documents of a corpus in train.
 
     Args:
-        manifest: as of `read_exclusions`.
+        manifest: as in `read_exclusions`.
 
     Raises:
         ArtefactError: as `read_exclusions`.

@@ -2,17 +2,17 @@
 
 The hash of a document's group decides between train and val; the document's position and the seed do not. Groups with
 the smallest hashes are held out: a share of `val_fraction`, halved until the held-out texts of the corpus fit
-`val_tokens`. So documents of a corpus that grows stay in their split, until twice as much is held out: then half of val
-moves to train, and nothing ever moves from train to val.
+`val_tokens`. So documents of a corpus that grows stay in their split. Only when val outgrows `val_tokens`, the share is
+halved and half of val moves to train; nothing ever moves from train to val.
 
 Held-out texts are compared with the train texts of all corpora that are built together (`data.containment`): one that
 train texts contain is dropped. Documents of a source with `held_out` are val whatever their hash; train
 documents that contain one are dropped. If a corpus has such a source, its other sources are train. Finished corpora of
 the work directory are compared too, in both directions (`data.earlier`).
 
-Texts are read three times: to choose val, to compare val with train, and by the caller. The first corpus that the
-caller reads is compared during that reading. That is not possible if a source has `held_out` or there are earlier
-corpora: then train documents may be dropped, and which ones must be known before the first is yielded.
+Texts are read three times: to choose val, to compare val with train, and by the caller. Usually the caller's reading of
+the first corpus is also the one that compares it. With `held_out` sources or earlier corpora the comparison drops train
+documents, so it needs a reading of its own before the first document is yielded.
 
 A corpus holds texts, or conversations, or rankings. Conversations share their forms, so shared words say nothing about
 leakage. They are divided by group instead: the tools of a conversation with generated tools, the user's text of any
@@ -427,7 +427,8 @@ class TextSplits:
         share = largest_share(self.config, corpus_name)
         chosen: list[Screened] = []
         size = 0
-        # Group -> bytes, of the groups below the smallest halving of the share that holds any group: about one group.
+        # Group -> bytes, for the groups that the smallest halving of the share with any group in it would hold out:
+        # about one group.
         least: dict[str, int] = {}
         least_share = share
         for record in self.screened(corpus_name):
@@ -534,8 +535,8 @@ def split_documents(
     for record, forbidden in val:
         yield from checked(record, "val", rule, forbidden)
 
-    # Preferences often have the prompts of conversations. Where the train split of these has all that was chosen here,
-    # val becomes the prompts that they hold out.
+    # Preferences often have the prompts of conversations. If a corpus of conversations trains on all prompts that were
+    # chosen for val here, the rankings of the prompts that it holds out become val.
     if held_out_earlier and not splits["val"]:
         for record, forbidden in text_splits.earlier.marked(held_out_earlier, lambda _: "val"):
             yield from checked(record, "val", rule, forbidden)

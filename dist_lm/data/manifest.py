@@ -390,7 +390,7 @@ def changed_inputs(config: CorpusConfig, name: str, directory: Path, list_inputs
     their order; one that was added or removed is no difference either.
 
     Args:
-        list_inputs: as of `listed_inputs`.
+        list_inputs: as in `listed_inputs`.
 
     Raises:
         ConfigError: the corpus or a reader does not exist, or a source has nothing to read.

@@ -84,7 +84,7 @@ def neighbours(records: np.ndarray) -> np.ndarray:
     each text.
 
     Args:
-        records: of `band_records`, of several tasks, sorted.
+        records: as returned by `band_records`, of several tasks, sorted.
     """
     task_and_number = np.stack([records["task"], records["number"]], axis=1)
     is_equal = equals_next(records)

@@ -97,7 +97,7 @@ def search(
 
     Args:
         texts: key of each text, and a function that returns its `text_windows`, which is called if it is needed.
-        similarity: as of `near_duplicates`.
+        similarity: as in `near_duplicates`.
         is_old: for each text, whether it was compared with the other old ones before, and stays beside them.
     """
     holders = _Holders(shared_bands)

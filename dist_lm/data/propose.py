@@ -359,7 +359,7 @@ def _proposal(
     Args:
         kind: the name of a reader.
         notes: remarks that come first.
-        question, answer, pair: as of `propose`.
+        question, answer, pair: as in `propose`.
 
     Raises:
         ConfigError: the rows make no documents, are several texts each, or have a column whose name cannot be written.

@@ -330,8 +330,8 @@ def screened(
     rejected: TextIO | None = None,
     exchanged: Collection[int] = (),
 ) -> Iterator[Screened]:
-    """Yields the documents of a corpus, source by source. Of equal texts only the first one passes, unless another one
-    is to stay in its place.
+    """Yields the documents of a corpus, source by source. Of equal texts only the first one passes, or the one that
+    `exchanged` prefers to it.
 
     A source ends after `source.limit` new texts (0: all). Its broken rows are judged when it ends.
 
@@ -340,7 +340,7 @@ def screened(
             sources with `held_out`. A text of such a source is compared only with other such sources of this corpus.
         report: counts what is dropped; `IngestReport.keep` is left to the caller.
         rejected: gets a line of JSON for each broken row.
-        exchanged: the documents that `precedence.exchanged_copies` returns.
+        exchanged: as returned by `precedence.exchanged_copies`: documents whose verdicts (keep, drop) are swapped.
 
     Raises:
         ConfigError: as `SourceReader.read`, there is no such corpus, or there are more than `LANGUAGES` languages.

@@ -99,7 +99,7 @@ class CorpusWriter:
         """Compares a document of the sources with the one that a kept tar holds in its place.
 
         Args:
-            text: a hash of its text, as of `write`.
+            text: a hash of its text, as in `write`.
 
         Raises:
             ArtefactError: the tar was made of other documents, which is known at its last one.
@@ -136,7 +136,7 @@ class CorpusWriter:
     ) -> Manifest:
         """Writes the last tars and the manifest, which declares the corpus complete, and removes the journal.
 
-        Arguments: as of `Manifest`; None is empty. Returns the manifest, with all kept and new tars.
+        Arguments: as in `Manifest`; None is empty. Returns the manifest, with all kept and new tars.
 
         Raises:
             ArtefactError: a tar on disk differs from what was written; the corpus stays incomplete.
@@ -160,7 +160,7 @@ def complete(
     """Writes the manifest of the finished tars of a journal, which it removes. As `CorpusWriter.finish`.
 
     Args:
-        decisions, excluded: as of `Manifest`.
+        decisions, excluded: as in `Manifest`.
 
     Raises:
         ArtefactError: an index is damaged. OSError: a file cannot be read or written.
@@ -254,7 +254,7 @@ class SplitWriter:
 
         Args:
             document: with tokens of the corpus' dtype, at least one, and a mask of as many (asserted).
-            source, text: as of `CorpusWriter.write`.
+            source, text: as in `CorpusWriter.write`.
 
         Raises:
             OSError: a file cannot be written.

@@ -1,9 +1,9 @@
 """Reads one split of a corpus on disk: maps document numbers to offsets in its tars, and reads tokens from there.
 
 Tars are read with `pread` through a bounded number of descriptors; those of an attached corpus through a cache
-(`data.remote_corpus`). Every KiB is compared with its checksum in the index
-of the split. If a checksum is not known yet, its member is read whole and compared with the CRC-32 in the manifest, and
-its tokens with the vocabulary: once, whatever the number of processes.
+(`data.remote_corpus`). Every KiB that is read is compared with its checksum in the index of the split. Where the index
+has no checksum yet, one process reads the member whole, compares it with the CRC-32 in the manifest and its tokens with
+the vocabulary, and records the checksums for all processes.
 """
 
 import os
@@ -51,7 +51,7 @@ class TokenCorpus:
         """Opens some of the tars of a split; `open` opens all of them.
 
         Args:
-            is_saved: as of `SplitIndex`; False for some of the tars.
+            is_saved: as in `SplitIndex`; False for some of the tars.
             excluded: the documents whose loss never counts (`data.exclusions`).
 
         Raises:
@@ -523,7 +523,7 @@ def _is_whole(content: bytes, checksums: Sequence[int]) -> bool:
 class _Tars:
     """Reads tars by number. At most `OPEN_TARS` are open, those that were read last."""
 
-    waits_for_store = False  # as of `RemoteTars`
+    waits_for_store = False  # as in `RemoteTars`
 
     def stop_waiting(self) -> None:
         """Does nothing, as nothing waits."""

@@ -115,7 +115,7 @@ def message_seconds(work: Work, axis: str, layout: Layout, hardware: HardwareCon
     """Returns the time in seconds of all messages of one axis, one after the other; 0 without messages.
 
     Args:
-        axis: of `layout.AXES`, or WORLD.
+        axis: one of `layout.AXES`, or WORLD.
     """
     if not work.messages[axis]:
         return 0.0

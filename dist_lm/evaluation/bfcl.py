@@ -85,7 +85,7 @@ def answer(
 
     Args:
         progress: shows a bar if it is a terminal.
-        constrain_calls: as of `evaluate`.
+        constrain_calls: as in `evaluate`.
 
     Raises:
         ArtefactError: the weights do not fit the model, or its logits are not numbers.

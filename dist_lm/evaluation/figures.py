@@ -88,7 +88,7 @@ def bits_figures(records: list[Record]) -> dict[str, Any]:
     """Returns bits per byte over all documents, and of each source, with intervals; `values` are per document.
 
     Args:
-        records: of `document_bits`, at least one.
+        records: as returned by `document_bits`, at least one.
     """
 
     def bits_per_byte(part: list[Record]) -> dict[str, Any]:

@@ -152,7 +152,8 @@ class Decoder:
         config, axis = self.config, self.axis
         # Free the old weights first: both may not fit in memory.
         self._layers, self._embed, self._lm_head = [], _absent, _absent
-        # Only graphs need the old tensors. There are none while the weights are away, which new ones replace.
+        # Only CUDA graphs need the old tensors. While the cache and weights sleep there are no graphs, so that stored
+        # tensors may be dropped.
         if self._graphs is None or self._host_copies.n_bytes:
             self._host_copies.forget()
             self._stored.clear()

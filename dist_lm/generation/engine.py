@@ -656,7 +656,7 @@ class Engine:
                     self._preempt(self._running[-1])
                     continue
                 page = self._page_pool.take()
-                # The first page to write to has space but other holders too: the last page of a shared prompt.
+                # Copy on write: the last page of a shared prompt has space, but other sequences hold it too.
                 if self._next_page_is_shared(sequence):
                     n_tokens = sequence.cached % self.options.page_tokens
                     self._decoder.copy_page(sequence.pages[-1], page, n_tokens)
@@ -731,7 +731,7 @@ class Engine:
 
     def _take_forced(self, sequence: AnswerSequence) -> None:
         """Adds the tokens that the constraint leaves no choice about, calls `on_text` for each, and stops where there
-        is one. A sequence that ends so runs on until the model has scored its tokens.
+        is one. An answer that ends in such tokens stays running until `_extend` has scored them.
 
         A request whose constraint allows no token, or whose biases forbid the only one, is refused.
         """

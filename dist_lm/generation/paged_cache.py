@@ -242,9 +242,9 @@ class PagedCache:
 # sequence are added in their order. A sequence therefore gets the same bits in any batch and wherever its pages lie.
 # Rounding also depends on the memory alignment of a row, so heads are padded with zeros to full vector registers.
 #
-# A decode step reads pairs (page, sequence); each pair is a slot. The first read covers every page once, for one of the
-# sequences that hold it. Each further holder of a page needs one more read. For example, sequences A and B hold page 0,
-# and B holds page 1: the first read is (0, A), (1, B), the second (0, B).
+# A decode step reads pairs (page, sequence). For example, sequences A and B hold page 0, and B holds page 1: the first
+# read is (0, A), (1, B), the second (0, B). Each pair is a slot. The first read covers every page once, for one of its
+# holders; each further holder of a page needs one more read.
 
 
 @dataclass(frozen=True)

@@ -26,8 +26,8 @@ OnText = Callable[[str, int, int, str], None]
 
 Versions = tuple[tuple[int, int], ...]
 """(tokens of the answer that the model had read, version of the weights from there on), in their order. The first pair
-has 0 tokens: its version read the prompt and drew the first token. A version that came after n tokens were read has
-drawn the tokens from number n + 1 on, counted from 0."""
+has 0 tokens: its version read the prompt and drew token 0. For example ((0, 7), (2, 8)): version 7 drew tokens 0 to 2;
+version 8 came when tokens 0 and 1 had been read, so it has read token 2 and drawn token 3 and all later ones."""
 
 MOST_TOP_LOGPROBS = 20  # OpenAI's bound
 
@@ -350,7 +350,7 @@ class AnswerSequence:
 
     @property
     def n_to_compute(self) -> int:
-        """Tokens that the model has not computed yet but must: of a finished answer all but the last one."""
+        """Tokens that the model has not read yet but must. The last token of a finished answer is never read."""
         return len(self.tokens) - bool(self.finish) - self.cached
 
     @property

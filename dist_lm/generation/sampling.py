@@ -376,8 +376,7 @@ def _chunks(x_BCW: torch.Tensor, chunk_Bk: torch.Tensor) -> torch.Tensor:
 
 
 def _first_above(cdf: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
-    """Returns the index (B, 1) of the first cumulative sum above the target, but never one behind the last entry with a
-    weight above 0."""
+    """Returns the index (B, 1) of the first cumulative sum above the target, but no entry of weight 0 at the end."""
     # Rounding may lift the target to the last sum, and no sum lies above that.
     last = (cdf < cdf[:, -1:]).sum(dim=-1, keepdim=True)
     return torch.minimum(torch.searchsorted(cdf, target, right=True), last)

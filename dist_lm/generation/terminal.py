@@ -149,7 +149,7 @@ def _load(
     where these are fewer, if `errors` is a terminal. OMP_NUM_THREADS keeps it. With tp > 1, devices share the threads.
 
     Args:
-        opening: as of `Session`.
+        opening: as in `Session`.
         errors: gets the line about threads.
 
     Raises:

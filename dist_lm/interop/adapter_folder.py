@@ -102,7 +102,7 @@ def described_adapters(
             _refuse(f"{folder}/{WEIGHTS}", shown_value(name), shape, f"a name that begins with {PREFIX}")
         elif ending:
             factors.setdefault(f"{module.removesuffix(ending)}.weight", {})[FACTORS[ending]] = shape
-        # Factors of other kinds, as of an embedding, would else count as whole weights.
+        # Factors of other kinds, such as one of an embedding, would else count as whole weights.
         elif "lora_" in module:
             _refuse(f"{folder}/{WEIGHTS}", shown_value(name), shape, "the factors lora_A and lora_B of linear layers")
         else:

@@ -172,7 +172,7 @@ def _converted(theirs: str, ours: tuple[str, ...], shapes: Mapping[str, Shape], 
     """Returns the tensor called `theirs`, with its shape, that holds our tensors `ours`.
 
     Args:
-        shapes: as of `converted`.
+        shapes: as in `converted`.
         interleaves: whether several tensors of ours stand in it head by head.
     """
     our_shapes = tuple(shapes[name] for name in ours)

@@ -55,7 +55,7 @@ def within_documents(
         dtype: dtype of queries and keys.
         branch_BT: int64; 0 in the trunk of a document, 1, 2, ... in the branches after it. A branch sees the trunk and
             itself, not other branches.
-        boundary: `document_boundaries` of `document_BT`; without it a GPU waits for their number.
+        boundary: `document_boundaries` of `document_BT`; computed if None, which makes the host wait for the GPU.
     """
     # No kernel knows trees of tokens, so branches always take a mask.
     if branch_BT is not None:

@@ -335,8 +335,8 @@ class Transformer(nn.Module):
         return slice(0, n_tokens) if self.token_axis is None else self.token_axis.held(n_tokens)
 
     def _index_of_held(self, batch: Batch, index_N: torch.Tensor | None) -> torch.Tensor | None:
-        """Returns where the tokens at `index_N` of the flattened batch that this rank holds are in its flattened
-        tokens; None (all) stays None. If ranks share the tokens, a GPU waits to learn their number."""
+        """Translates indices into the flattened batch to indices into this rank's flattened tokens, and drops those of
+        tokens that other ranks hold; None (all) stays None. If ranks share the tokens, the host waits for the GPU."""
         if self.token_axis is None or index_N is None:
             return index_N
         n_tokens = batch.tokens_BT.shape[1]
@@ -352,8 +352,8 @@ class Transformer(nn.Module):
         return _select(batch.targets_BT[:, held_tokens].flatten(), index_N)
 
     def _scatter(self, x_N: torch.Tensor, index_N: torch.Tensor | None, batch: Batch) -> torch.Tensor:
-        """Returns a (B, T) tensor with `x_N` at `index_N` of the flattened tokens of this rank (None: everywhere), 0
-        elsewhere, and the numbers of other ranks where they hold the tokens (collective if ranks share tokens)."""
+        """Returns a (B, T) tensor of zeros with `x_N` written at `index_N` of this rank's flattened tokens (None:
+        everywhere). If ranks share the tokens, their parts are gathered (collective)."""
         n_sequences, n_tokens = batch.tokens_BT.shape
         held_tokens = self._held(n_tokens)
         shape = (n_sequences, held_tokens.stop - held_tokens.start)

@@ -177,7 +177,7 @@ def arrange_model(
     Args:
         device: the device it will run on.
         exchange: whether FSDP sends its messages by exchange (`gloo`).
-        frozen: as of `build_model`.
+        frozen: as in `build_model`.
 
     Raises:
         ConfigError: bf16 is asked for on a GPU without it.

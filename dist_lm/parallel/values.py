@@ -1,8 +1,7 @@
 """Values of sharded tensors: their logical part, unsharded weights in and out, sums and norms of gradients.
 
-Tensor parallelism pads a dimension of n to `tp * ceil(n / tp)`. A shard is then the shard that `torch.chunk` of the
-unpadded tensor would give, followed by zeros, so the first entries of a padded shard *are* the shard of the logical
-tensor. Checkpoints hold logical tensors.
+Tensor parallelism pads a dimension of n to `tp * ceil(n / tp)`. A padded shard is the shard that `torch.chunk` of the
+unpadded (logical) tensor would give, followed by zeros. Checkpoints hold logical tensors.
 """
 
 import math

@@ -237,7 +237,7 @@ class Controller:
         """Queues the questions of tasks for the engines, see `RolloutSchedule.queue`; returns what waits for answers.
 
         Args:
-            weights: of `version`, if they were not pushed.
+            weights: those of `version`, if they were not pushed.
         """
         assert isinstance(self._schedule, RolloutSchedule), "tasks beside asynchronous sampling"
         assert self.answer_tasks is not None

@@ -43,7 +43,7 @@ ConstraintOf = Callable[[Sequence[Tool]], Constraint]
 
 
 class HostedEpisode(Protocol):
-    """A conversation on the side of the environment, as of `environments.host.Episode`."""
+    """A conversation on the side of the environment, as in `environments.host.Episode`."""
 
     async def reset(self) -> Step: ...
 
@@ -75,7 +75,7 @@ class Conversing:
         """Returns a finished conversation: one with a verdict, or the reason why there is none.
 
         Raises:
-            AbortedError: of `ask`.
+            AbortedError: from `ask`.
         """
         held = _Held(self, host.episode(task), position, sample, ask)
         try:

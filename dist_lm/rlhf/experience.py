@@ -91,9 +91,9 @@ def collect(
     if config.importance_cap:
         importance_BT = truncated_importance(outputs["logprob"], engine_BT, mask_BT, config.importance_cap, ratio_of)
 
-    # The KL is that of the policy, so tokens that older weights drew are weighted as if the policy had drawn them. As a
-    # sum over tokens it needs the weight of each token, whatever unit the algorithm's ratio has. Fresh tokens keep
-    # weight 1: for them importance is rounding alone.
+    # The KL is that of the policy, so tokens that older weights drew are weighted as if the policy had drawn them. It
+    # is a sum over tokens, so it uses a weight for each token even where the algorithm has one ratio for a completion.
+    # Fresh tokens keep weight 1: for them importance is rounding alone.
     kl_weight_BT = None
     is_stale_B = torch.from_numpy(rollouts.version_B < version).to(execution.device)
     if is_stale_B.any():

@@ -93,7 +93,7 @@ async def forked(
     Raises:
         ConfigError: the edit has more tokens than a turn may have there.
         ArtefactError: the record does not hold turns of a model.
-        AbortedError: of `ask`.
+        AbortedError: from `ask`.
     """
     fork = _Fork(host, recorded, ask, turn, edit, edit_option, how.tokenizer)
     try:

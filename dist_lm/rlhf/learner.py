@@ -138,7 +138,7 @@ class Learner:
             RequestError: a prompt cannot be answered.
             ArtefactError: rollouts followed other grammars than `constraints` make.
             UserError, PoolFailure: of the source of rollouts, see `RolloutSource`; on the first rank.
-            CheckpointWriteError: of `save`. `report` and `tasks` may raise others.
+            CheckpointWriteError: from `save`. `report` and `tasks` may raise others.
         """
         # Gathering weights is collective, so every rank reads them, though only the first one sends them to engines.
         if self.controller is None:
@@ -228,8 +228,8 @@ class Learner:
             self.algorithm.ratio_of,
         )
         prepared = self.algorithm.prepare(collected.experience, state.kl.coefficient)
-        # Inputs of the losses that are not finite come from scores, unless the models' own numbers are not finite: of
-        # those `update` skips the gradients.
+        # If the models' own numbers are finite, an input of a loss that is not finite must come from a score: it is
+        # refused. Otherwise `update` skips the gradients.
         inputs = {"scores": collected.experience.score_B}
         if collected.experience.has_finite_models:
             inputs |= prepared.tokens
@@ -409,8 +409,8 @@ def policy_objective(
     """Returns the objective of a policy: the algorithm's loss on rollouts, and the next-token loss on text (PPO-ptx:
     Ouyang et al. 2022, eq. 2).
 
-    Its sums for text have a count of 0, and a metric `pretrain_loss` with a count of its own; for rollouts the count is
-    the divisor of those that begin in the micro-batch.
+    A batch of text has a count of 0 and a metric `pretrain_loss` with a count of its own. The count of a batch of
+    rollouts is the sum of the divisors of the rollouts whose first token is in it.
 
     Args:
         prepared: columns and divisors of all rollouts of the iteration.

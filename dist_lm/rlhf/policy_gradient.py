@@ -41,8 +41,8 @@ ESTIMATES: dict[str, Callable[[torch.Tensor, torch.Tensor], torch.Tensor]] = {"k
 def reference_kl(experience: Experience, estimate: str, largest_weight: float = math.inf) -> torch.Tensor:
     """Returns the estimated KL from the reference at each token, nats, (B, T); 0 on padding and without a reference.
 
-    It is weighted where older weights drew the token. Without weights its mean would be no KL: the policy makes tokens
-    that it has left improbable, and these would count, as log(policy / reference), far below 0.
+    It is weighted where older weights drew the token. Without weights its mean would be no KL: the present policy
+    gives a low probability to tokens that it has moved away from, and their log(policy / reference) is far below 0.
 
     Args:
         largest_weight: truncates the weights. Without it, k1 and k3 have the divergence as their mean, which is never
@@ -282,8 +282,8 @@ def penalised_policy_loss(
 
     Columns: `old_logprob`, `advantage`; where they exist, `importance` (weight of the gain of each token),
     `token_weight` (weight of all terms of a token; 1 without it), `reference` (log-probability, for the KL) and
-    `kl_weight` (importance of tokens that older weights drew, for the KL; 1 without it). Together with the ratio it is
-    at most `tokens.largest_kl_weight`.
+    `kl_weight` (importance of tokens that older weights drew, for the KL; 1 without it). The product of the ratio and
+    `kl_weight` is clamped to `tokens.largest_kl_weight`.
 
     Args:
         clip: as in `clipped_policy_loss`, as are `clip_high` and `ratio_N`.

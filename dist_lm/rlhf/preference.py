@@ -87,7 +87,7 @@ def kto_label_losses(
     Args:
         ratio_L: log-ratios.
         wanted_L: bool.
-        point: as of `kto_losses`.
+        point: as in `kto_losses`.
     """
     lead_L = beta * (ratio_L - point)
     weight_L = torch.full_like(ratio_L, undesirable_weight).masked_fill(wanted_L, desirable_weight)

@@ -84,7 +84,7 @@ async def drawn_again(how: Conversing, recorded: Episode, task: Task, ask: Ask, 
 
     Raises:
         ArtefactError: the record does not hold what an environment returns.
-        AbortedError: of `ask`.
+        AbortedError: from `ask`.
     """
     conversation = _RecordedEnvironment(how, recorded, ask, is_exact)
     try:
@@ -143,7 +143,7 @@ class _RecordedEnvironment:
         self._how, self._recorded, self._ask, self._is_exact = how, recorded, ask, is_exact
         self._turn = 0  # index of the turn that is drawn next
         self._recorded_turns = RecordedTurns(recorded)
-        self.largest_gap, self.n_equal = 0.0, 0  # as of `Outcome`
+        self.largest_gap, self.n_equal = 0.0, 0  # as in `Outcome`
 
     def episode(self, task: Task) -> "_RecordedEnvironment":
         return self

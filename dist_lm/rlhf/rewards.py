@@ -53,7 +53,7 @@ REWARD_MODEL = "reward_model"  # the kind of part that is no rule
 class Tasks:
     """The tests of prompts, for parts of kind `tests`."""
 
-    by_prompt: Mapping[str, Task] = field(default_factory=dict)  # keys: texts of prompts, as of `Decode`
+    by_prompt: Mapping[str, Task] = field(default_factory=dict)  # keys: texts of prompts, as in `Decode`
     trust_me: bool = False  # see `SandboxPool`
     sandboxes: Callable[[int, bool], Sandboxes] = SandboxPool  # see `TestsRule`
     seed: int = 0  # the run's; with position and text of a prompt it determines the inputs of its hidden tests

@@ -91,8 +91,8 @@ def _epoch_order(count: int, seed: int, epoch: int) -> np.ndarray:
 class SignsOfLife:
     """Calls a function regularly, from any thread, while the run waits for engines.
 
-    A hang shows in that no rank gives a sign of life. Engines that work beside the learner would hide its hangs, so
-    their signs pass only while it waits for them (`asynchronous.py`).
+    A run counts as hanging when no rank gives a sign of life. Engines that work beside the learner would hide that the
+    learner hangs, so their signs count only while it waits for them (`asynchronous.py`).
     """
 
     sign: Callable[[], None] = lambda: None

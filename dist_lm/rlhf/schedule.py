@@ -126,7 +126,7 @@ class RolloutSchedule:
             weights: read to the end.
             pending: rollouts with their scores, by iteration.
             position: position of the first prompt of iteration `version + taken`.
-            taken: iterations from number `version` on that nobody asks for: another schedule has drawn them.
+            taken: number of iterations, from number `version` on, that an earlier schedule has already handed out.
 
         Raises:
             RewardError: rules failed on too many of the `pending` rollouts of an old checkpoint. Those are judged here
@@ -162,9 +162,9 @@ class RolloutSchedule:
         weights are raised by the returned function, or here without a queue.
 
         Args:
-            weights: weights of `version`, which the source loads first; None keeps those that were pushed last. Give
-                weights only after the last `push` and, with staleness 0, the last `take`: rollouts that are still to be
-                drawn would come from them.
+            weights: weights of `version`, which the source loads first; None keeps those that were pushed last.
+                Rollouts that are still to be drawn would come from them, so give weights only after the last `push`
+                and, with staleness 0, after the last `take` too.
         """
         if self._thread is None:
             if weights is not None:
@@ -304,7 +304,7 @@ class SamplingAgain:
         """Returns the rollouts of `prompts` prompts, in the order of prompts from `position` on.
 
         Raises:
-            RequestError, RewardError, UserError, PoolFailure: of `draw` and `judge`.
+            RequestError, RewardError, UserError, PoolFailure: from `draw` and `judge`.
         """
         rounds: list[ScoredRollouts] = []
         informative: list[int] = []  # positions of prompts whose group has a signal

@@ -95,7 +95,7 @@ class ScheduleRecord:
     """The schedule and the conversations of a run, in its folder."""
 
     folder: Path | None  # None: nothing is written
-    settings: str  # digest of all that conversations depend on, as of `EpisodeFile`
+    settings: str  # digest of all that conversations depend on, as in `EpisodeFile`
     tasks_a_file: int  # conversations of this many tasks, by position, are in one file
 
     def assignments(self) -> list[Assignment]:

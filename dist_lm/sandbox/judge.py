@@ -69,7 +69,7 @@ class Judge(Peer):
         except (StopIteration, StopAsyncIteration):
             if operation == "next one":
                 raise
-            # In a test it would end a loop that counts what holds, as of `all(map(check, cases))`.
+            # In a test it would end a loop that counts what holds, as in `all(map(check, cases))`.
             raise ProgramError("the program raised StopIteration") from None
         except NotCarriedError as error:
             self.refuse(f"{error} cannot be given to the program")

@@ -63,7 +63,7 @@ class Session:
     Args:
         limits: of each turn; sizes hold for all of them.
         cpu_s: CPU seconds of all turns in sum; then every turn is a `timeout`.
-        trust_me: as of `Sandbox`.
+        trust_me: as in `Sandbox`.
     """
 
     def __init__(
@@ -171,7 +171,7 @@ class SessionPool:
         """Returns a session. Nothing is started before its first turn.
 
         Args:
-            language, limits, cpu_s: as of `Session`; code that is run once more has these CPU seconds again.
+            language, limits, cpu_s: as in `Session`; code that is run once more has these CPU seconds again.
             most_again_s: most seconds for code that is run once more; a turn that begins in time may pass them.
         """
         return PooledSession(self, language, limits, cpu_s, most_again_s)

@@ -496,7 +496,7 @@ class Decoder:
             raise MalformedError("an unknown tag")
         try:
             return read(self, depth)
-        except (ArithmeticError, LookupError, TypeError, ValueError) as error:  # as of a date in month 13
+        except (ArithmeticError, LookupError, TypeError, ValueError) as error:  # such as one from a date in month 13
             raise MalformedError(f"{type(error).__name__}: {error}") from None
 
     def take_count(self) -> int:

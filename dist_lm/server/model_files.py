@@ -138,7 +138,7 @@ def load_group(
     tokenizer of each model. A model alone is loaded whole, with its adapters merged.
 
     Args:
-        group: of `by_base`.
+        group: as returned by `by_base`.
         tokenizer: file or folder of the tokenizer of all; None: that of each run.
 
     Raises:

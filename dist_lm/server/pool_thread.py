@@ -141,12 +141,12 @@ class PoolThread:
 
     @property
     def free_pages(self) -> int:
-        """See `Backend`; as of the actors' last reports."""
+        """See `Backend`; as in the last reports of the actors."""
         return sum(report.free_pages for report in [*self._reports.values()])
 
     @property
     def n_pages(self) -> int:
-        """See `Backend`; as of the actors' last reports."""
+        """See `Backend`; as in the last reports of the actors."""
         return sum(report.n_pages for report in [*self._reports.values()])
 
     @property

@@ -115,11 +115,11 @@ def update(
     waits for the device once, at the end; with parameters in host memory also before the optimizer.
 
     Args:
-        sums: of `accumulate_gradients`, on every rank with the same names of metrics.
+        sums: as returned by `accumulate_gradients`, on every rank with the same names of metrics.
         grad_clip: largest L2 norm of all gradients after division; 0: no clipping.
-        adds_sums: whether this rank adds its sums: True on exactly one of the ranks that see the same data.
-        stop: read after the backward pass, so that a request made during the step still ends the run with it (the first
-            step may compile for minutes).
+        adds_sums: whether this rank adds its sums: True on exactly one of the ranks that see the same data (tp rank 0).
+        stop: read after the backward pass, so that a request made during this step ends the run after it, not after the
+            next one (the first step may compile for minutes).
         tokens: tokens of this rank's micro-batches, for `StepResult.tokens`.
         laps: gets `communication` and `optimizer`; given on every rank or on none.
     """

@@ -64,7 +64,7 @@ class Trainer:
 
     config: Config
     world: World
-    adds_sums: bool  # whether this rank adds its loss sums: True on one of the ranks that see the same data
+    adds_sums: bool  # whether this rank adds its loss sums: True on one of the ranks with equal data, tp rank 0
     model: Transformer
     optimizer: ShardedAdamW
     objective: Objective

@@ -145,7 +145,7 @@ def _build(plan: Plan, all_corpora: bool) -> None:
     """Builds the tokenizer and the first rows of the corpora of a plan, and packs them as its last stage does.
 
     Args:
-        all_corpora: as of `try_command`.
+        all_corpora: as in `try_command`.
 
     Raises:
         UserError: as the stages raise it.

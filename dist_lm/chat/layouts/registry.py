@@ -86,7 +86,7 @@ def read_row(row: Row, column: str = "") -> Conversation | None:
     """Returns the conversation of a row; None if its column of turns is null.
 
     Args:
-        column: as of `layout_of`.
+        column: as in `layout_of`.
 
     Raises:
         ChatError: the row has no layout of a conversation, is one of preferences, or holds images, audio or videos; or

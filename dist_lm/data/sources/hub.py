@@ -117,7 +117,7 @@ def data_set_rows(
     The location of a row of a data set is `NAME@REVISION:NUMBER`, from 0. A broken row of a file is its problem.
 
     Args:
-        columns: those that files are asked for, as of `rows_of_files`; None: all.
+        columns: those that files are asked for, as in `rows_of_files`; None: all.
 
     Raises:
         ConfigError: the source names both, a local path as data set, or files that do not exist or lack a column, or

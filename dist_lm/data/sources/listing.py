@@ -159,7 +159,7 @@ class _Walk:
     rule: OwnRule
     hidden: tuple[str, ...]
     excluded: Callable[[str], bool]  # relative name -> whether `exclude` names it; folders end in /
-    of_rows: bool  # as of `list_files`
+    of_rows: bool  # as in `list_files`
     split_rule: SplitRule = lambda name: ""  # decides on files of folders and globs by their relative names
     matched: str = (
         ""  # the part that a glob matched of the folder that is listed, with a slash at its end: part of these names

@@ -151,7 +151,7 @@ def compressed_without_suffix(content: bytes) -> str:
 
 
 def decompressed(raw: Any, compression: str) -> Any:
-    """Returns the content of an open file as a file. `compression`: of `compression_of`."""
+    """Returns the content of an open file as a file. `compression`: as returned by `compression_of`."""
     if not compression:
         return raw
     # pyarrow knows no xz, and sets no limits.

@@ -92,7 +92,7 @@ def ranking_document(
     """Turns a ranking into a document; rejects one that cannot be written, such as one with a lone surrogate.
 
     Args:
-        row: as of `Document`.
+        row: as in `Document`.
     """
     try:
         text, group = write_ranking(ranking), text_hash(write_prompt(ranking))

@@ -101,7 +101,7 @@ def reader(
 ) -> Callable[[AnyReader], AnyReader]:
     """Returns a decorator that declares the traits of a reader: it sets `traits` of the function, and returns it.
 
-    Arguments: as of `Traits`. A function without this decorator has the defaults.
+    Arguments: as in `Traits`. A function without this decorator has the defaults.
     """
 
     def declare(function: AnyReader) -> AnyReader:

@@ -147,7 +147,7 @@ def read_csv(source: SourceConfig, seed: int, files: Snapshot | None = None) -> 
 
 @reader(keys=TEXT_KEYS, needs=NEEDS, inputs=list_arrow, takes_files=True, advice=ADVICE)
 def read_arrow(source: SourceConfig, seed: int, files: Snapshot | None = None) -> Iterator[Candidate]:
-    """Yields every row of Arrow files, as of `save_to_disk`, as a text or `Rejected`. `seed` is not used.
+    """Yields every row of Arrow files, as written by `save_to_disk`, as a text or `Rejected`. `seed` is not used.
 
     Raises:
         ConfigError, ArtefactError: as `list_files`, `rows_of_files` and `row_documents`.
@@ -218,7 +218,7 @@ def folder_columns(name: str) -> dict[str, str | None]:
 
 
 def _check_columns(name: str, columns: Named, file_columns: Sequence[str]) -> None:
-    """Refuses a file without a column that has a default: all its rows would silently take that.
+    """Refuses a file without a column that has a default: all its rows would silently take the default.
 
     A file without the column of the text needs no check, because each of its rows is broken.
 
@@ -427,7 +427,7 @@ def _candidate(
 
     Args:
         column: that of the content.
-        content_of: as of `row_documents`.
+        content_of: as in `row_documents`.
     """
     row, location = source_row.row, source_row.location
     unknown = source.language or "unknown"

@@ -98,7 +98,7 @@ class FileReading:
         """Returns the file as it is stored, up to the size that was listed.
 
         Args:
-            random_access: as of `opening.open_raw`.
+            random_access: as in `opening.open_raw`.
             may_grow: whether a file that is larger now is read up to its old end.
 
         Raises:
@@ -120,7 +120,7 @@ class FileReading:
         """Returns the file decompressed by suffix; reading a truncated one ends in OSError.
 
         Args:
-            may_grow: as of `open_raw`; a compressed file never may.
+            may_grow: as in `open_raw`; a compressed file never may.
 
         Raises:
             ChangedInputError, OSError: as `open_raw`.

@@ -19,7 +19,7 @@ class CellError(Exception):
 
     def __init__(self, reason: str, words: str) -> None:
         super().__init__(words)
-        self.reason = reason  # one word, as of `Rejected`
+        self.reason = reason  # one word, as in `Rejected`
 
 
 def stars_of(cell: object, column: str) -> float:

@@ -39,7 +39,7 @@ def import_model(
         source: a folder with config.json, weights and tokenizer, a folder of adapters that peft saved, a GGUF file, or
             the id of one on the Hugging Face hub.
         base: folder, hub id, or a run of ours, that adapters are put over; by default what they name.
-        add_marks: as of `import_snapshot`.
+        add_marks: as in `import_snapshot`.
         say: gets a line for people, about a base that the adapters name.
 
     Raises:

@@ -53,7 +53,7 @@ def start_controller(
     Args:
         weights: of any version of the policy; read to the end.
         alive: called regularly while this process waits for it.
-        staleness: as of `ControllerProcess`.
+        staleness: as in `ControllerProcess`.
 
     Raises:
         ClusterError, ArtefactError, ConfigError, UserError, PoolFailure: as `open_controller`, in the child.

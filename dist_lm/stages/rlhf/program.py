@@ -107,7 +107,8 @@ def run_rank(run: RunDirectory, stop: StopRequest, heartbeat: Heartbeat) -> None
             pool = stack.enter_context(pool_starter(config, world.device))
         tasks = loop_tasks(config, run, tokenizer) if config.stage.eval_tasks else None
         controller = None
-        # Reading the weights is collective, although only the first rank has a controller.
+        # Reading the weights is collective, although only the first rank has a controller. The engines start with them;
+        # `Learner.run` sends them once more, then with their version.
         weights = sent_weights(loaded.models.policy.model, config.parallel, world)
         generating = partial(reporter.alive, Phase.GENERATING)
         if world.is_first and in_process:

@@ -157,7 +157,7 @@ def build_by_tasks(
     of tasks of an interrupted build are used again.
 
     Args:
-        config: of `with_folders`.
+        config: as returned by `with_folders`.
         names: corpora to build.
         missing: all corpora that are missing.
         text_splits: holds the corpora that are compared; it reads none.
@@ -233,7 +233,7 @@ def tell_of_tokenizer(config: Config, missing: Sequence[str], console: "Console"
     since it wrote other corpora of these names.
 
     Args:
-        config: of `with_folders`.
+        config: as returned by `with_folders`.
         missing: corpora to build.
 
     Raises:

@@ -46,7 +46,7 @@ def require_extensible(config: Config, name: str, list_inputs: ListInputs = inpu
     returns nothing.
 
     Args:
-        list_inputs: as of `listed_inputs`.
+        list_inputs: as in `listed_inputs`.
 
     Raises:
         ConfigError: names the key, what differs, and the way out.

@@ -65,7 +65,7 @@ def with_folders(config: Config, names: Sequence[str], list_inputs: ListInputs =
     `folder_of`.
 
     Args:
-        list_inputs: as of `listed_inputs`.
+        list_inputs: as in `listed_inputs`.
 
     Raises:
         ConfigError: as `folder_of`, or `corpus.folders` names a folder that holds no finished corpus.
@@ -92,7 +92,7 @@ def folder_of(config: Config, name: str, list_inputs: ListInputs = inputs_of) ->
     taken. A build that was begun with these settings is continued, whatever its inputs were.
 
     Args:
-        list_inputs: as of `listed_inputs`.
+        list_inputs: as in `listed_inputs`.
 
     Raises:
         ConfigError: a source is invalid.

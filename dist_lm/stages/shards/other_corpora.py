@@ -29,9 +29,9 @@ def corpora_together(config: Config, missing: Sequence[str], list_inputs: ListIn
     yet, and finished ones whose val was compared with the same sources of `missing`.
 
     Args:
-        config: of `with_folders`, for all corpora of texts.
+        config: as returned by `with_folders`, for all corpora of texts.
         missing: corpora of texts.
-        list_inputs: as of `listed_inputs`.
+        list_inputs: as in `listed_inputs`.
 
     Raises:
         ArtefactError: a manifest is damaged.

@@ -196,8 +196,8 @@ def missing_corpora(config: Config, names: Sequence[str], list_inputs: ListInput
     """Returns those of `names` whose tars must be built: missing or damaged.
 
     Args:
-        config: of `with_folders`.
-        list_inputs: as of `listed_inputs`.
+        config: as returned by `with_folders`.
+        list_inputs: as in `listed_inputs`.
 
     Raises:
         ArtefactError: see `is_whole`; or a damaged corpus was made from other sources than those of the configuration.
@@ -237,7 +237,7 @@ def correct_corpora(config: Config, names: Sequence[str]) -> None:
     A folder that was chosen although its sources are others keeps its licences.
 
     Args:
-        config: of `with_folders`.
+        config: as returned by `with_folders`.
 
     Raises:
         ArtefactError: a manifest is missing or damaged.
@@ -259,7 +259,7 @@ def inspect_corpora(
 
     Args:
         amount: says how much there is to train on.
-        list_inputs: as of `listed_inputs`.
+        list_inputs: as in `listed_inputs`.
 
     Raises:
         ArtefactError: a corpus was made with another tokenizer, which may be missing, or its folder holds files of

@@ -138,7 +138,7 @@ def answer(specification: Specification, record_id: str | None, result: Json, rn
 
     Args:
         record_id: the record that the call is about; None if it is about none.
-        result: of `World.execute`, no error.
+        result: as returned by `World.execute`, no error.
     """
     subject = specification.subject
 
