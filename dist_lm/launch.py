@@ -291,7 +291,7 @@ def carry_out(plan: Plan, console: Console, verb: Sequence[str] = ()) -> int:
     missing nodes and signals become exit codes; other errors are recorded and pass.
 
     Args:
-        verb: words of the `dist-lm` verb that has made the plan; empty: it is that of a launch, with sys.argv.
+        verb: words of the `dist-lm` verb that has made the plan; empty: a launch has, with the settings of sys.argv.
 
     Raises:
         ArtefactError: the same command is already running, files do not fit or are damaged, or the disk is full.

@@ -39,9 +39,9 @@ def read_conversation(text: str) -> Conversation:
 def samples(conversation: Conversation, tokenizer: Tokenizer) -> list[Conversation]:
     """Returns the conversations that are laid out for one: itself, or one for each learned answer.
 
-    The latter if the template of an imported model leaves out the thinking of earlier answers when others follow, as
-    that of Qwen3 does: each answer is then the last of a conversation of its own, where its thinking is shown, and the
-    answers before it are not learned again.
+    It is one for each learned answer if the template of an imported model leaves out the thinking of earlier answers
+    when others follow, as that of Qwen3 does: each answer is then the last of a conversation of its own, where its
+    thinking is shown, and the answers before it are not learned again.
 
     Raises:
         ChatError: the template exceeds a limit.

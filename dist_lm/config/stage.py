@@ -336,7 +336,7 @@ class StageConfig(TrainerGroup):
     label_smoothing: float = 0.0
     z_loss: float = 0.0  # weight of the squared log-normaliser of the logits; 0: off
     document_mask: bool = True  # attention stays inside a document
-    reset_positions: bool = True  # positions start at 0 in each document
+    reset_positions: bool = True  # positions start at 0 in each document of a sequence
     # conversations longer than seq_len: drop (left out) | truncate (their beginning) | split (pieces, which do not see
     # one another)
     too_long: str = "drop"

@@ -51,11 +51,11 @@ class Batch:
     tokens_BT: torch.Tensor  # int64
     targets_BT: torch.Tensor  # int64; the next token
     loss_mask_BT: torch.Tensor  # float32; 1 where the target counts
-    document_BT: torch.Tensor  # int64; 0, 1, ... in a sequence; attention stays inside one document
-    position_BT: torch.Tensor  # int64; for RoPE; starts at 0 in each document
+    document_BT: torch.Tensor  # int64; number of the slice in its sequence: 0, 1, ...; attention stays inside a slice
+    position_BT: torch.Tensor  # int64; for RoPE; starts at 0 in each slice of a document
     sequence_B: torch.Tensor  # int64; global sequence number, the key of dropout
-    # int64; indices in the flattened batch for which logits are computed: all targets in the loss and some more; None:
-    # all
+    # int64; indices in the flattened batch for which logits are computed: all targets in the loss, filled up to a round
+    # number; None: all positions
     logit_index_N: torch.Tensor | None = None
     branch_BT: torch.Tensor | None = None  # int64; 0 in the trunk of a tree of tokens, 1, 2, ... in its branches
     ranked: RankedPositions | None = None  # only for rankings

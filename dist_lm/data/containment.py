@@ -136,7 +136,17 @@ class HeldOutIndex:
         return contained
 
     def most_contained(self, text: bytes) -> int:
-        """Returns the number of the protected text of which a train text in UTF-8 has the largest share of windows."""
+        """Returns the index of the protected held-out text that has the largest share of its windows in a train text.
+
+        The first of several equal ones is returned, and so is the first protected text if none has a window in the
+        train text. Without a protected text the index is 0.
+
+        Args:
+            text: a train text in UTF-8.
+
+        Raises:
+            ValueError: there are no held-out texts.
+        """
         raw = b" " + text + BORDER + MARGIN
         windows = window_hashes(word_hashes(np.frombuffer(raw, np.uint8))[1], set(self._tables))
         shares = np.zeros(len(self._protected))

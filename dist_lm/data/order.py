@@ -6,8 +6,9 @@ the order depends on no library's generator or sorting algorithm. The first word
 shuffles of one seed are the same.
 
 An epoch of text is a function of (seed, epoch, document lengths, sequence length). Documents are shuffled, laid end to
-end, and cut into sequences wherever a sequence is full, so no token is lost. The sequences are then visited in a
-second shuffled order, so that the parts of one long document do not meet in a batch.
+end, and cut into sequences wherever a sequence is full; only the rest at the end of the epoch, which fills none, is
+left out. The sequences are then visited in a second shuffled order, so that the parts of one long document do not meet
+in a batch.
 """
 
 import hashlib

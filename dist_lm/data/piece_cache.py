@@ -135,7 +135,7 @@ class PieceCache:
                 continue
             # What a killed process left is not locked.
             if entry.name.endswith(PART):
-                total += 0 if _is_removed_part(entry.path) else size
+                total += 0 if _remove_abandoned_part(entry.path) else size
                 continue
             with suppress(FileNotFoundError):
                 status = entry.stat()
@@ -180,8 +180,13 @@ def _is_named(descriptor: int, path: Path) -> bool:
         return False
 
 
-def _is_removed_part(path: str) -> bool:
-    """Removes a piece that nobody fetches any more; returns whether it is gone."""
+def _remove_abandoned_part(path: str) -> bool:
+    """Removes the file of a piece, unless a process still fetches the piece. Returns whether the file is gone, which
+    it is, too, if another process has removed it.
+
+    Raises:
+        OSError: the file cannot be opened, locked or removed.
+    """
     try:
         descriptor = os.open(path, os.O_RDWR)
     except FileNotFoundError:

@@ -106,7 +106,7 @@ def prompt_column(columns: Mapping[str, Any]) -> str:
     """Returns the column that holds the prompt: `prompt`, else the only one of `OTHER_COLUMNS`.
 
     Raises:
-        ChatError: there is none, or several; names the columns.
+        ChatError: no column, or more than one of the others, can be the prompt; the message names the columns.
     """
     if PROMPT in columns:
         return PROMPT

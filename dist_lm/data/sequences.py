@@ -84,8 +84,8 @@ def numbers_with(
 class CorpusSequences:
     """The sequences of one corpus, numbered 0, 1, 2, ... over all epochs.
 
-    Text is laid end to end and cut, and no token is lost. Conversations (a corpus with a loss mask) stay whole, as long
-    as they fit into a sequence.
+    Text is laid end to end and cut, so only the rest at the end of an epoch is left out. Conversations (a corpus with a
+    loss mask) stay whole, as long as they fit into a sequence.
     """
 
     def __init__(

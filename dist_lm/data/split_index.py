@@ -19,8 +19,8 @@ Columns, each an array in the file:
 
 Columns of members and units are compared with their CRC-32 when the file is opened, those of documents when they are
 first used as a whole; the lengths of one unit have a checksum of their own. Checksums of blocks are filled in when a
-member was compared with the manifest, by whichever process does that first. A wrong one costs such a comparison, and
-passes no damage.
+member was compared with the manifest, by whichever process does that first. Where one differs, the member is compared
+with the manifest once more, so a wrong checksum costs time and hides no damage.
 
 Layout of the file: magic (8 bytes), columns, header (JSON), CRC-32 and length of the header (two uint32).
 """

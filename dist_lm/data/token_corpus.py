@@ -130,7 +130,7 @@ class TokenCorpus:
 
     @cached_property
     def units(self) -> Units:
-        """The units of documents, which an order of units shuffles."""
+        """The units: up to 64 consecutive documents, which `stage.order=units` moves as one."""
         index = self._index
         documents = index.columns["unit_document"]
         has_repositories = index.has_repositories
@@ -481,7 +481,7 @@ class _Span(NamedTuple):
 
 
 class LocatedSlices(NamedTuple):
-    """A corpus as one sequence reads it: it was looked up where its slices lie."""
+    """The slices of one sequence with the bytes of the tars where their tokens lie, looked up before they are read."""
 
     corpus: TokenCorpus
     spans: list[_Span]

@@ -34,7 +34,11 @@ METHODS = ("reset", "step", "close")
 
 
 def main() -> None:
-    """Imports the class and executes conversations until the parent ends."""
+    """Limits the memory of the process, imports the class and executes conversations until the parent ends.
+
+    The arguments are those of the command in `sys.argv`: MEMORY is in bytes, and BYTES is the most bytes of an
+    observation as JSON. If the class cannot be imported, the process sends `{"refused": reason}` and ends.
+    """
     name, memory_bytes, most_bytes = sys.argv[2], int(sys.argv[3]), int(sys.argv[4])
     with serve_requests() as (requests, send):
         # The parent sets no limits, because a process that is about to be replaced by another one may not fail.

@@ -163,7 +163,7 @@ class Decoder:
         self._embed = build_embedding(embedding, self.share.vocab, axis)
         for number in range(config.n_layers):
             self._layers.append(_layer(config, self.share, axis, look_up, self._in_place, number, self.weight_scale))
-        # A tied head reads the embedding, so the divisor of logits is in the norm before it.
+        # A tied head shares the weight of the embedding, so the divisor of logits is folded into the norm before it.
         self._final_norm = _norm(config, look_up, self._in_place, "final_norm", 1 / config.logit_divisor)
 
         head_weight = embedding
@@ -263,7 +263,7 @@ class Decoder:
         """Does the same as `prefill` for pieces of answers whose tokens are known (collective with several ranks).
 
         Args:
-            next_tokens: behind each token of the concatenated pieces, the one that follows it.
+            next_tokens: (N,), the token that follows each token of the concatenated pieces.
 
         Returns:
             (log-probability of each of `next_tokens` under the model, fp32 (N,), nats; fp32 logits (P, V) after the
@@ -385,7 +385,7 @@ class Decoder:
             else:
                 x_ND = layer.output(o_NHK.flatten(1), x_ND)
 
-            # Feed-forward network. The linear layer applies GELU without a gate itself.
+            # Feed-forward network. Without a gate, the activation is a part of the linear layer `up`.
             if not config.parallel_residual:
                 input_ND = x_ND
             h_NF = layer.up(input_ND if self._norm_after else layer.feed_forward_norm(input_ND))
@@ -573,7 +573,8 @@ def _layer(
             bias = in_place(f"{prefix}{name}.bias", bias)
         return build_linear(weight, bias, activation)
 
-    # The last step of a branch has the scale of the residual stream: a norm behind it would take it out again.
+    # `residual_scale` multiplies what ends a branch: the norm where it comes last (it would undo a scale of its input),
+    # else the output weight.
     norm_scale, residual_scale = 1.0, config.residual_scale
     if config.norm_place == "after":
         norm_scale, residual_scale = residual_scale, 1.0

@@ -508,7 +508,7 @@ class Engine:
             return None
         logits_PV = self._decoder.prefill([piece for _, piece in pieces])
 
-        # Read only if the request is cancelled: the host need not wait for it here.
+        # Read only if the request is cancelled or its weights are exchanged: the host need not wait for it here.
         has_nan_P = logits_PV.isnan().any(dim=-1)
 
         rows: list[int] = []
@@ -558,8 +558,8 @@ class Engine:
         return pieces
 
     def _extend(self) -> _LogitRows | None:
-        """Runs the model on tokens that were taken without it: up to `piece_tokens` of a sequence, and together
-        `step_tokens`, unless the first sequence has more.
+        """Runs the model on tokens that a constraint forced, which it has not read: up to `piece_tokens` of a sequence,
+        and together `step_tokens`, unless the first sequence has more.
 
         It sets their log-probabilities, and finishes sequences that end with them. A request whose logits are nan is
         refused.

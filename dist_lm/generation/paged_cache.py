@@ -267,7 +267,7 @@ class PlainDecodePlan:
     row_n: torch.Tensor  # sequence that reads each slot of the first read; arbitrary if none does
     shared: list[SharedRead]  # the slots after those of the first read, in this order
     slot_X: torch.Tensor  # (B * P,), slot of each page of a sequence; arbitrary if it has no such page
-    summed_slot_X: torch.Tensor  # slot_X with P rounded up to SUM_MULTIPLE; n (zeros) if there is no such page
+    summed_slot_X: torch.Tensor  # slot_X with P rounded up to SUM_MULTIPLE; without such a page: n, a slot of zeros
     index_n: torch.Tensor  # index in `slot_X` of each slot of all reads
     bias_B1S: torch.Tensor  # fp32, 0 for visible keys, -inf for others
     window: int | None  # width of the window of layers that have one; None: no layer has

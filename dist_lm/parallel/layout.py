@@ -431,8 +431,12 @@ def _gathered_block(model: ModelConfig, layout: Layout) -> int:
 
 
 def partial_gradients(model: ModelConfig, layout: Layout, sp: bool) -> list[str]:
-    """Returns the names of the replicated parameters whose gradients must be summed over tp, because each rank has a
-    part of them; empty without tensor parallelism."""
+    """Returns the names of the replicated trained parameters whose gradients must be summed over tp, because each rank
+    has a part of them; empty without tensor parallelism.
+
+    Args:
+        sp: whether sequence parallelism is on; it makes the gradients of norms and most biases partial, too.
+    """
     return [
         name
         for name, placement in placements(model, layout).items()

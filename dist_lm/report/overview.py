@@ -170,8 +170,11 @@ def _facts(row: Mapping[str, Any]) -> list[tuple[str, str]]:
 
 
 def _cut(text: str, tail: bool = False) -> str:
-    """Returns a text of at most LONGEST characters, control characters as symbols; of a longer one the beginning, or
-    with `tail` the end, and a line with the number of missing characters."""
+    """Returns `text` with symbols for control characters.
+
+    A text of more than LONGEST characters is cut to its first LONGEST ones, or with `tail` to its last; a further line
+    says how many are missing.
+    """
     text = visible(text)
     if len(text) <= LONGEST:
         return text

@@ -103,7 +103,7 @@ class Experience:
     reference_logprob_BT: torch.Tensor | None  # None: there is no reference model
     value_BT: torch.Tensor | None  # the critic's value before each token; None: there is no critic
     importance_BT: torch.Tensor | None  # weight of each token, see `policy_gradient.truncated_importance`; None: 1
-    # importance of each token that older weights drew, not truncated, and 1 for others; None: 1
+    # importance of each token that older weights drew, not truncated; 1 for other tokens; None: 1 for all
     kl_weight_BT: torch.Tensor | None = None
 
     @property

@@ -1,10 +1,10 @@
 """The controller of RLHF: prompts, environments, rewards and the order of drawing, apart from the ranks.
 
     learner      begin(state, weights) | take 0 | push(1, weights) | take 1 | push(2, weights) | ...
-    controller                         | draw, judge, pack         | draw, judge, pack
+    controller                         | draw, judge               | draw, judge
 
-It lives on the first rank and knows no process group: given a state and the weights of its version, it returns the
-rollouts of an iteration with their scores as a few arrays. `on_every_rank` hands them to all ranks.
+It lives on the first rank, or in its child, and knows no process group: given a state and the weights of its version,
+it returns the rollouts of an iteration with their scores as a few arrays. `on_every_rank` hands them to all ranks.
 """
 
 from collections.abc import Callable, Mapping, Sequence

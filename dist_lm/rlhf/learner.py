@@ -415,8 +415,8 @@ def policy_objective(
     Args:
         prepared: columns and divisors of all rollouts of the iteration.
         text_weight: factor of the text loss, beside rlhf.pretrain_coefficient: divisor of the policy loss / number of
-            text tokens of the update. The step divides by that divisor, so the text loss becomes a mean over its
-            tokens. It may exceed 1.
+            text tokens of the update. As the step divides all sums by the policy's divisor, the text loss becomes a
+            mean over its own tokens. It may exceed 1.
     """
     # `column_N` of a batch are indices in the flattened (B, T) columns.
     flat_columns = {name: column.flatten() for name, column in prepared.tokens.items()}

@@ -113,8 +113,8 @@ def sent_weights(model: Transformer, parallel: ParallelConfig, world: World) -> 
     """Returns a stream of a model's whole weights in the engine's dtype, by name; tensors arrive on the first rank only
     (collective).
 
-    Every rank must read the stream to its end. Before that, all parameters are sharded again, and on a GPU cached
-    memory is freed.
+    This call shards all parameters again, and frees cached memory of a GPU. The stream gathers a parameter when it is
+    read, so every rank must read it to its end.
 
     Raises:
         ConfigError: bf16 is asked for on a GPU without it.

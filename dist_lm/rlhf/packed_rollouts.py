@@ -283,8 +283,8 @@ class _Rows:
         )
 
     def scoring_batch(self, begin_row: int, end_row: int) -> ScoringBatch:
-        """Returns rows `begin_row` to `end_row` - 1 as a batch on the host, with the places of last tokens; targets are
-        0."""
+        """Returns rows `begin_row` to `end_row` - 1 as a batch on the host, with the places of last tokens; targets and
+        loss mask are 0."""
         begin = begin_row * self.width
         is_inside = (self.end >= begin) & (self.end < end_row * self.width)
         tokens = self._tokens(begin_row, end_row)

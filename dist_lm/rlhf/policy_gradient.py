@@ -304,8 +304,8 @@ def penalised_policy_loss(
     )
 
     total, metrics = loss.total, dict(loss.metrics)
-    # KL and entropy belong to the policy now. The ratio leads there from the policy at the start of the iteration, and
-    # `kl_weight` to that one from the weights that drew the token.
+    # KL and entropy are expectations under the policy now. A token is reweighted to it in two factors: `kl_weight` from
+    # the weights that drew it to the policy at the start of the iteration, and the ratio from there to now.
     if tokens.kl_coefficient:
         kl_ratio_N = ratio_N
         if "kl_weight" in columns:

@@ -1,8 +1,8 @@
 """The reward of a completion: scores of rules, a reward model's score, and their weighted sum.
 
-Rules run on the first rank, which holds the rollouts. A rollout on which a rule fails has no score: it leaves the
-iteration before any model sees it, so it takes no part in groups, losses, statistics or counts. `usable_of` returns
-the remaining rollouts with their scores.
+Rules run where the controller does, on the first rank or in its child. A rollout on which a rule fails has no score: it
+leaves the iteration before any model sees it, so it takes no part in groups, losses, statistics or counts. `usable_of`
+returns the remaining rollouts with their scores.
 
 Dimensions: D rollouts drawn, B of these that have a score.
 """

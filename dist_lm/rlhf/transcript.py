@@ -34,8 +34,8 @@ class ReadTurn:
 
 
 def read_turn(token_ids: Sequence[int], tokenizer: Tokenizer) -> ReadTurn:
-    """Returns the text and calls of a turn, without its thinking. One that cannot be read has its text with marks, and
-    no calls.
+    """Returns the text and calls of a turn, without its thinking. A turn that cannot be read keeps its text with marks,
+    and has no calls.
 
     Args:
         token_ids: as drawn, perhaps with the token that ended the turn.

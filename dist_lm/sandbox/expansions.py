@@ -69,13 +69,14 @@ def harm(places: Places, words: Sequence[bytes], text: bytes) -> str:
 
 
 def places_of(code: bytes, functions: Collection[bytes]) -> Places:
-    """Returns the places of a test where the shell reads texts as code, by the source of the text.
+    """Returns the places of a test where the shell reads texts as code, by the `Source` of the text.
 
-    A variable that the test fills from a function stands for this function, too.
+    The places are keys of `HARMLESS`, and the sources are decoded as Latin-1. A variable that the test fills from a
+    function stands for this function, too.
 
     Args:
-        code: of the test.
-        functions: names that the program defines and the test has.
+        code: the test.
+        functions: names of the functions of the program for which the test has stubs.
     """
     import re
 

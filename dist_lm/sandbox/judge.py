@@ -357,7 +357,11 @@ class _TestModule(type(sys)):
 
 
 def _heed_unittest(judge: Judge) -> None:
-    """Lets test cases that fail under unittest fail the test: unittest itself may only print that they did."""
+    """Makes the test fail if a test case of unittest fails, or none runs: unittest itself may only print that.
+
+    Patches `unittest.TestResult`, which then sets `judge.failure`; replaces `__main__`, where unittest looks for test
+    cases, by the names of the test; and lets `unittest.main` return instead of exiting.
+    """
     import unittest
     from functools import partial
 

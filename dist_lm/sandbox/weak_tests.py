@@ -18,13 +18,13 @@ _BASH_TEST = re.compile(r"""\[\[? "?\$\([^()]*\)"? (?:==?|-eq) (\$?'[^']*'|"[^"$
 
 
 def note_of_weak(tasks: Mapping[str, tuple[str, Sequence[Test]]]) -> str:
-    """Returns a sentence on the weak tasks of a file, which names some of them; empty: there are none.
+    """Returns a sentence that names some of the weak tasks of a file; empty: there are none.
 
     Args:
-        tasks: name -> language and tests, which can be read (`task.refuse_broken`).
+        tasks: name -> language and tests.
 
     Raises:
-        SyntaxError: a test is no Python.
+        SyntaxError: a Python test cannot be parsed; one that `task.refuse_broken` accepts always can.
     """
     same = [name for name, (language, tests) in tasks.items() if language == "python" and compares_itself(tests)]
     changed = [name for name, (language, tests) in tasks.items() if language == "python" and expects_argument(tests)]

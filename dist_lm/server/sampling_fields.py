@@ -31,7 +31,7 @@ def sampling_params(
         n_alternatives: number of the likeliest tokens that are told in the place of each token.
 
     Raises:
-        ProtocolError: names the field.
+        ProtocolError: a field has another type or is out of bounds; the message names it.
     """
     key = "max_completion_tokens" if body.get("max_completion_tokens") is not None else "max_tokens"
     # llama.cpp's clients send -1 where they name no number.

@@ -26,7 +26,7 @@ class LossSum:
     total: torch.Tensor  # scalar fp32, with gradient
     count: torch.Tensor  # scalar fp32
     metrics: Mapping[str, torch.Tensor] = field(default_factory=dict)  # sums without gradient
-    # The counts of metrics that are not averaged over `count`.
+    # Divisors of metrics that have their own; the others are divided by `count`.
     metric_counts: Mapping[str, torch.Tensor] = field(default_factory=dict)
 
 

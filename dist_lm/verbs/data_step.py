@@ -187,10 +187,13 @@ def _sequences_of_step(config: Config, run: RunDirectory, step: int) -> range:
 
 
 def origins_of(corpus: TokenCorpus, documents: Iterable[int]) -> dict[int, Origin]:
-    """Returns the sources and licences of documents of a corpus, by their numbers.
+    """Returns the source and licence of each document, by its number in the split of `corpus`; a number that the split
+    does not have is left out.
 
     Raises:
-        ArtefactError: the manifest or the file beside a tar is missing or damaged; names the tar.
+        ArtefactError: the manifest is missing or damaged; or the file of origins beside a tar is, and the message names
+            the tar.
+        OSError: the manifest cannot be read.
     """
     numbers = sorted(documents)
     origins: dict[int, Origin] = {}

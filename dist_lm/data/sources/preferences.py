@@ -115,10 +115,11 @@ def with_usual_names(row: Row, source: SourceConfig) -> Row:
 
 
 def kind_of(row: Row) -> str:
-    """Returns the kind of a row, by its columns that have a value.
+    """Returns the kind of preferences in a row, which the columns with a value decide: pairs, hh-rlhf, helpsteer3,
+    labelled, ultrafeedback or ranked.
 
     Raises:
-        ChatError: it is none; names the columns.
+        ChatError: the row has the columns of no kind; the message names its columns.
     """
     columns = {name for name, cell in row.items() if cell is not None}
     if {"chosen", "rejected"} <= columns:

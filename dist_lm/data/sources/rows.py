@@ -422,12 +422,12 @@ def _candidate(
 ) -> Candidate:
     """Returns the document of a row, or `Rejected` with the reason why it gives none; raises nothing for a bad row.
 
-    Reasons with an error are those of broken rows, missing columns, other types, no_language, invalid_utf8, bad_stars
-    and bad_time; without an error other_language (not in `source.only`, counted under the language `others`) and empty.
+    `Rejected` has an error for a broken row, a missing column, another type, no_language, invalid_utf8, bad_stars and
+    bad_time. It has none for other_language (not in `source.only`, counted under the language `others`) and empty.
 
     Args:
-        column: that of the content.
-        content_of: as in `row_documents`.
+        column: the column of the content.
+        content_of: see `row_documents`.
     """
     row, location = source_row.row, source_row.location
     unknown = source.language or "unknown"

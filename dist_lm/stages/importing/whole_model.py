@@ -208,13 +208,14 @@ def write_checkpoint(
     state: TrainState,
     adapters: Mapping[str, Any] | None = None,
 ) -> None:
-    """Writes parameters by name as a checkpoint of the step in `state`, without a process group; LATEST names it then.
+    """Writes parameters as a checkpoint of the step in `state`, without a process group; LATEST then names it.
 
     Args:
-        tensors: one is in memory at a time.
+        tensors: by the name of the parameter; one is in memory at a time.
         adapters: see `checkpoint_files.write_state`.
 
     Raises:
+        FileExistsError: the folder of the step exists, even an incomplete one.
         OSError: a file cannot be written; an incomplete folder may stay.
     """
     checkpoint = checkpoints / files.step_name(state.step)

@@ -226,7 +226,14 @@ def rollout_source(
 
 
 def _sender(config: RlhfRunConfig, spec: "EngineSpec", device: torch.device) -> "Sender | None":
-    """Returns the sender of weights straight to actors; None if rlhf.pool.push leaves that to Ray."""
+    """Returns the sender that hands weights to the actors directly; None: Ray's object store carries them.
+
+    Ray's store carries them with rlhf.pool.push=ray, with auto on a CPU, in asynchronous sampling, and if the
+    controller is a process of its own.
+
+    Args:
+        device: where this process holds the weights.
+    """
     push = config.pool.push
     # A sender waits for idle actors, which asynchronous sampling never has, and reads the memory of a rank's GPU, which
     # a controller in a process of its own does not have.

@@ -142,13 +142,12 @@ class TasksOfIterations:
     _open: dict[int, Callable[[], Records]] = field(default_factory=dict)  # iteration -> records, in their order
 
     def reached(self, iteration: int, controller: RolloutController | None) -> None:
-        """Has the tasks answered that are due after so many iterations (collective); with staleness 0 it waits for the
-        figures and writes them.
-
-        With staleness 0 it raises, on the first rank, what the evaluation has raised; else `before_checkpoint` does.
+        """Lets the engines answer the tasks that are due after `iteration` iterations (collective). With staleness 0 it
+        waits for the figures and writes them, and on the first rank it raises what the evaluation has raised.
+        Otherwise `before_checkpoint` does all of this later.
 
         Args:
-            controller: on the first rank.
+            controller: the controller on the first rank; None on the others.
         """
         parts, due = self.parts, self.parts.tasks.due(iteration)
         if not due:

@@ -1,7 +1,8 @@
 """The program of a rank in stage `rlhf`: builds the parts of the learner, runs it, reports and saves.
 
 All ranks hold the models and their share of pretraining text. The first rank holds the prompts, the rules and the
-source of rollouts (`controller.py`): a pool of actors on the gang's Ray cluster, or an engine in this process.
+source of rollouts (`controller.py`), or starts a child that does: a pool of actors on the gang's Ray cluster, or an
+engine in this process.
 """
 
 import json
@@ -128,7 +129,8 @@ def run_rank(run: RunDirectory, stop: StopRequest, heartbeat: Heartbeat) -> None
         if tasks:
             parts = Evaluated(config, run, world, tokenizer, loaded.models.policy.model, tasks, metrics, heartbeat)
             evaluations = TasksOfIterations(parts, config.rlhf.max_staleness)
-        # Before the first iteration policy and reference are equal, so this win rate measures only noise.
+        # Before the first iteration policy and reference are equal: this win rate shows how large the noise of later
+        # ones is.
         evaluating = partial(reporter.alive, Phase.EVALUATING)
         drawing = while_engines_draw(config, loaded.models, world)
         held_out = HeldOut(config, start, loaded.models, controller, prompts.held_out, evaluating, drawing)

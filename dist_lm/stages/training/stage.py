@@ -446,7 +446,12 @@ class TrainingStage(Stage):
     packed: ClassVar[str] = "conversations"  # kind of documents that are packed whole
 
     def packing_text(self, packing: Mapping[str, Any]) -> str:
-        """Returns a sentence on how documents that are packed whole fill their sequences."""
+        """Returns a sentence on how documents that are packed whole fill their sequences.
+
+        Args:
+            packing: as `Packing.report` returns it: numbers of documents and sequences, and the share of padding in
+                [0, 1].
+        """
         left_out = ""
         n_documents = packing["documents"] + packing["left_out"]
         if packing["left_out"]:
