@@ -24,6 +24,7 @@ from dist_lm.cluster.agent import RankExit
 from dist_lm.cluster.heartbeat import Pulse
 from dist_lm.errors import ArtefactError
 from dist_lm.storage import durable
+from dist_lm.storage.process import signal_name
 from dist_lm.storage.run_directory import RunDirectory
 from dist_lm.training.heartbeat import PHASE_WORDS
 
@@ -174,7 +175,7 @@ def describe_exit(exit_code: int) -> tuple[str, str]:
     """Returns (type, message) of a process that left only an exit code; a negative one is the signal that killed it."""
     if exit_code >= 0:
         return "exit", f"left with exit code {exit_code}"
-    message = f"killed by {signal.Signals(-exit_code).name}"
+    message = f"killed by {signal_name(-exit_code)}"
     if -exit_code == signal.SIGKILL:
         message += "; the usual reason is lack of memory"
     return "killed", message

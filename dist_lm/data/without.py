@@ -20,8 +20,10 @@ def read_ids(path: Path) -> dict[str, frozenset[int]]:
     """Reads a file of ids.
 
     Raises:
-        ArtefactError: the file cannot be read, has no id, or a line is none; names the line.
+        ArtefactError: the file is a device or cannot be read, has no id, or a line is none; names the line.
     """
+    if path.is_char_device() or path.is_block_device():  # reading /dev/zero would not end
+        raise ArtefactError(f"{path}: expected a file of ids, not a device")
     try:
         lines = path.read_text(encoding="utf-8").splitlines()
     except (OSError, UnicodeDecodeError) as error:

@@ -7,7 +7,6 @@ this process dies. When a follower dies, its siblings are killed and this proces
 
 import json
 import os
-import signal
 import socket
 import subprocess
 import sys
@@ -21,6 +20,7 @@ from pathlib import Path
 from typing import IO
 
 import dist_lm
+from dist_lm.storage.process import signal_name
 
 READY_S = 180.0  # for all followers to start (they import torch and initialise CUDA)
 END_S = 10.0  # for a follower to end by itself
@@ -150,7 +150,7 @@ class Followers:
                 return
             end = f"ended with exit code {code}"
             if code < 0:
-                end = f"was killed by {signal.Signals(-code).name}"
+                end = f"was killed by {signal_name(-code)}"
             output = follower.last_output() or "no output"
             # The last line comes at the end: some callers show only the last line of an error.
             full_output = f"{output}\n" if "\n" in output else ""

@@ -246,7 +246,7 @@ def _failure(folder: Path, code: int) -> str:
     if reason_file.is_file() and (reason := reason_file.read_text().strip()):
         return reason
 
-    ending = f"killed by {signal.Signals(-code).name}" if code < 0 else f"exit code {code}"
+    ending = f"killed by {process.signal_name(-code)}" if code < 0 else f"exit code {code}"
 
     lines = [line.strip() for line in (folder / LOG).read_text(errors="replace").splitlines() if line.strip()]
     if lines:

@@ -92,6 +92,14 @@ def catches(process: psutil.Process, number: signal.Signals) -> bool:
     return bool(int(caught.split()[1], 16) >> (number - 1) & 1)
 
 
+def signal_name(number: int) -> str:
+    """Returns the name of a signal, such as SIGKILL; a real-time signal has only its number."""
+    try:
+        return signal.Signals(number).name
+    except ValueError:
+        return f"signal {number}"
+
+
 def send(process: psutil.Process, number: signal.Signals) -> None:
     """Sends a signal to a process, which may have ended."""
     try:

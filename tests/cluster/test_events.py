@@ -43,6 +43,12 @@ def test_a_killed_rank_comes_before_those_that_only_lost_it(run):
     assert (found.rank, found.node, found.type) == (5, 2, "killed")
 
 
+def test_a_real_time_signal_is_named_by_its_number(run):
+    """Finds a traceback in place of the failure: `signal.Signals` knows no name for most real-time signals."""
+    number = signal.SIGRTMIN + 3
+    assert f"killed by signal {int(number)}" in str(cause(run, (RankExit(5, -number, 2.0),)))
+
+
 @pytest.mark.parametrize("left", ["an echo", "an abort of NCCL's watchdog"])
 def test_a_lost_node_is_the_cause_of_what_healthy_ranks_then_do(run, left):
     exits = ()

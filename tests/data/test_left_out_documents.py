@@ -148,3 +148,5 @@ def test_a_line_that_is_no_id_is_refused(tmp_path: Path, line: str):
     path.write_bytes(b"\xff\xfe")
     with pytest.raises(ArtefactError, match="cannot be read"):
         read_ids(path)
+    with pytest.raises(ArtefactError, match="/dev/zero: expected a file of ids, not a device"):
+        read_ids(Path("/dev/zero"))
