@@ -199,11 +199,11 @@ def seconds_per_step(
     round_s: float = ROUND_S,
     say: Callable[[str], None] = lambda text: None,
 ) -> dict[str, list[float]]:
-    """Returns the seconds of a step of each variant, one value per round.
+    """Returns the seconds of a step of each variant, one value per round, after one step of each that is not returned.
 
     Args:
-        time_steps: function of (variant, steps) that returns the seconds of those steps.
-        round_s: seconds that a variant should take in a round; they set its number of steps.
+        time_steps: function of (variant, steps) that returns the seconds that those steps take in total.
+        round_s: seconds that a variant should take in a round; they set its number of steps, at most LONGEST_ROUND.
         say: gets the number of each round when it begins.
     """
     # One timed step of each variant gives the number that fills a round.

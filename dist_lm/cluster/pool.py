@@ -196,10 +196,10 @@ class Pool:
     def _sent(
         self, weights: "Mapping[str, np.ndarray] | WeightStream | Stored | Held", version: int
     ) -> "Stored | Held":
-        """Reads weights to the end and returns them for later actors. Actors that the sender reaches have begun to load
-        them.
+        """Returns weights in a form that later actors can load: reads a stream to its end, and returns `Stored` ones as
+        they are. Actors that the sender reaches have then begun to load the weights.
 
-        With a sender it first waits until no actor loads an earlier version.
+        With a sender it first waits until no actor loads an earlier version; only a pool with a sender takes `Held`.
 
         Raises:
             UserError: the weights do not fit the model.

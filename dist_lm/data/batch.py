@@ -178,6 +178,7 @@ def assemble(
 
     Raises:
         ArtefactError: a tar that the corpus reads from is damaged.
+        OSError: a tar cannot be read.
     """
     shape = len(rows), seq_len
     # Rows are written into one array; inputs and targets are copies of it, shifted by one token.

@@ -150,7 +150,10 @@ def _texts(name: str, content: bytes) -> Iterator[str]:
 
 
 def _strings(value: Any) -> Iterator[str]:
-    """Yields the strings of a JSON value; a list of strings, such as tests, is one text."""
+    """Yields the strings of a JSON value; a list of strings, such as tests, is one text, joined by line breaks.
+
+    The keys of objects and values of other types are passed over.
+    """
     if isinstance(value, str):
         yield value
     elif isinstance(value, Mapping):

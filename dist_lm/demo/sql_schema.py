@@ -36,7 +36,7 @@ class Table:
 
 
 def singular(name: str) -> str:
-    """Returns the singular of a name: `order_items` -> `order_item`."""
+    """Returns the singular of a name with a regular plural: `order_items` -> `order_item`; other names stay."""
     for plural, ending in (
         ("ies", "y"),
         ("sses", "ss"),

@@ -85,7 +85,8 @@ class ProgramEnvironment:
         return Step(arrival, done=False, turn_reward=turn_reward)
 
     async def close(self) -> None:
-        """Ends the program, with all that it has started. One that has posted its reward may end by itself."""
+        """Ends the program, with all that it has started. A program that has posted its reward first has CLOSING_S
+        seconds to end by itself."""
         self._has_started()
         self._endpoint.remove(self._exchange)
         self._exchange.close()

@@ -102,11 +102,13 @@ class Asking:
 
 
 def hidden_seed_of(version: int, seed: int, run: Path) -> int | None:
-    """Returns the seed of the hidden tests of our own problems, for `Asking`.
+    """Returns the seed of the hidden tests of our own problems, for `Asking`: `seed`, or None for a run that began with
+    the fixed tests alone (`FIXED_TESTS`).
 
     Args:
-        version: of the tests that the run began with.
-        seed: of the run.
+        version: the version of the tests that the run began with.
+        seed: the seed of the run.
+        run: the folder of the run, for the message.
 
     Raises:
         ArtefactError: this release has no tests of that version.

@@ -269,7 +269,10 @@ def architecture_of(model: ModelConfig) -> Architecture | str:
 
 
 def _misfits(model: ModelConfig, family: Family) -> Iterator[tuple[str, Any]]:
-    """Yields the options of a model that a family lacks, each with a value that the family has."""
+    """Yields (option, accepted) for each option of `model` whose value `family` lacks.
+
+    `accepted` is a value that the family has or, for `n_heads`, words for its values: it is meant for a message.
+    """
     if model.value_residual:
         yield "value_residual", False
     if model.logit_cap:

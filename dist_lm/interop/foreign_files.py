@@ -291,15 +291,16 @@ def _with_first_token_of(settings: Mapping[str, Any], content: bytes, vocabulary
 
 
 def _added_tokens(added: Mapping[str, Any], settings: Mapping[str, Any], folder: str) -> dict[int, str]:
-    """Returns the tokens that transformers adds to the file of a tokenizer, by id.
+    """Returns the texts of tokens that transformers adds to the file of a tokenizer, by id; empty texts are left out.
 
     Args:
-        added: added_tokens.json.
-        settings: tokenizer_config.json.
+        added: added_tokens.json, text -> id.
+        settings: tokenizer_config.json, whose `added_tokens_decoder` replaces tokens of `added` with the same id.
         folder: path, for messages.
 
     Raises:
-        ArtefactError: an id is no number, or a token has no text; names file and field.
+        ArtefactError: an id is no number, `added_tokens_decoder` is no object, or a token in it has no string as its
+            content; the message names file and field.
     """
     names: dict[int, str] = {}
     for name, token_id in added.items():

@@ -31,8 +31,8 @@ def save_hf_tokenizer(model_path: Path, folder: Path, chat_template: str) -> Non
     An existing SentencePiece model is written as `tokenizer.model` instead of `tokenizer.json`.
 
     Args:
-        chat_template: that of `chat.template`, in which the first token of the tokenizer replaces our end-of-text; for
-            a tokenizer with a kept template that one, which is written as it is.
+        chat_template: the template of `chat.template`, in which the first token of the tokenizer replaces our
+            end-of-text; or, for a tokenizer with a kept template, the kept one, which is written as it is.
 
     Raises:
         ArtefactError: `model_path` is missing or is no tokenizer.

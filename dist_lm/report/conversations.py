@@ -277,7 +277,8 @@ def group_advantages(group: Sequence[Any], config: "RlhfRunConfig") -> list[floa
     no groups.
 
     Args:
-        group: at least one; values with `reward`, `cut` and `new_tokens`. Those without a verdict are not among them.
+        group: at least one conversation with a verdict, as objects with `reward`, `cut` and `new_tokens`.
+        config: has one part of the reward.
     """
     import torch
 

@@ -130,8 +130,9 @@ def _trees(*paths: str) -> list[str]:
 def _wait_for(channel: int, unloaded: list[str], is_first: bool) -> bool:
     """Waits for a request and returns whether one came, without reading it; False once the other side has gone.
 
-    Meanwhile it imports the modules `unloaded`, and removes them from the list: at least one before every run but the
-    first, which may be the only one.
+    Meanwhile it imports modules of `unloaded` and removes them from the list. It imports at least one, except before
+    the first run, which may be the only one. After the last module it freezes the objects of this process
+    (`gc.freeze`).
     """
     poller = select.poll()
     poller.register(channel, select.POLLIN)

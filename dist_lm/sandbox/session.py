@@ -83,6 +83,9 @@ class Session:
     def run(self, code: str) -> Turn:
         """Runs the code of a turn, waits for it and returns what it did. The first turn begins the session.
 
+        Code with a NUL, or of more than MOST_CODE bytes, is not run: its turn has `ended` with exit code 1, and the
+        output gives the reason. If the code ends the sandbox, the turn is `lost`, and the next one begins a session.
+
         Raises:
             SessionFailedError: the machine has no core for it, or the sandbox failed, and a control program shows that
                 the code is not the cause.

@@ -99,8 +99,9 @@ def new_recipe(
         pair: columns of `preferences`; None or false: they are recognised.
 
     Raises:
-        ConfigError: `out` is no path for an experiment, the data holds no conversations, or the model does not fit this
-            machine.
+        ConfigError: `out` is no path for an experiment, or a file to write exists and `force` is false; prompts stand
+            beside preferences, or without `reward`, or `pair` is given without preferences; the data holds no
+            conversations, or the model does not fit this machine.
         ArtefactError: model or data cannot be read.
         UserError: the command must fail; no experiment is written.
     """

@@ -60,7 +60,8 @@ def read_local_rankings(source: SourceConfig, seed: int, files: Snapshot | None 
 
     Raises:
         ConfigError: there is no such file.
-        ArtefactError: a line is no ranking, or is not UTF-8; the message names the file.
+        ArtefactError: a line is no ranking, or is not UTF-8, or a file has changed since it was listed; the message
+            names the file.
         OSError: a file cannot be read.
     """
     files = files or Snapshot.of(source)

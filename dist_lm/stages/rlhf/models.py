@@ -178,10 +178,15 @@ def frozen_models(directory: Path) -> Bases | None:
 
 
 def check_critic(resume_from: Path, base: Mapping[str, str]) -> None:
-    """Refuses adapters of a critic for another base; returns nothing.
+    """Refuses to continue from a checkpoint whose adapters of a critic belong to another base; returns nothing.
+
+    Args:
+        resume_from: a checkpoint with adapters of a critic.
+        base: `base` and `base_sha256` of the critic that this run starts with.
 
     Raises:
-        ArtefactError: names the checkpoint and both bases; or the checkpoint has no record of the base.
+        ArtefactError: the bases differ, and the message names the checkpoint and both; or the checkpoint has no record
+            of the base.
     """
     saved = json.loads(checkpoint_files.read_attached(resume_from, CRITIC))
     # Added to other weights, the adapters would be another critic.

@@ -256,7 +256,11 @@ def values_of(specification: Specification, arguments: dict[str, Json]) -> dict[
 
 def _record_parameters(topic: Topic, action: Action, style: str, rng: random.Random) -> tuple[Parameter, ...]:
     """Draws the arguments of a record tool: the record's id if the action takes one, the action's own arguments, fields
-    of the domain, and sometimes an optional argument more. No two have the same name in words."""
+    of the domain, and sometimes one more optional argument. No two arguments have the same name in words.
+
+    Args:
+        style: the style of the arguments' names, as in `argument_name`.
+    """
     parameters = []
 
     if action.takes_id:
