@@ -3,9 +3,10 @@
 The first case is made up of lengths alone: 200 M documents in the index of a split, with tars that have a size and no
 content. It measures what a node holds, how long one process and eight at once take to open it, and an epoch's order.
 
-The second case is a corpus on disk, read by a stream in the order of units and in that of documents, against a crop at
-a random place of one mapped array that fills the same fields of a batch. Its facts count what the ranks of an epoch ask
-the file system for.
+The other cases are a corpus on disk, in sequences of 2,048 and of 512 tokens. A stream reads it in the order of units
+and in that of documents, against a crop at a random place of one mapped array that fills the same fields of a batch,
+and against other libraries that fill fewer (`loader_peers`). Time is CPU time of the process. Facts count what the
+ranks of an epoch ask the file system for.
 """
 
 import multiprocessing
@@ -24,6 +25,7 @@ import numpy as np
 import psutil
 import torch
 
+from dist_lm.bench import loader_peers
 from dist_lm.bench.case import TOKENS_A_SECOND, Case, Comparison, GroupSize
 from dist_lm.bench.rank import Trial
 from dist_lm.config.root import Config
@@ -54,20 +56,27 @@ MANY, QUICK_MANY = 200_000_000, 2_000_000  # documents without content
 MEAN_TOKENS = 1000  # mean length of a document
 TAR_DOCUMENTS, MEMBER_DOCUMENTS = 100_000, 256
 RANKS, EOT, VOCABULARY = 8, 1, 60_000
-SEQ_LEN, SEQUENCES, STEPS = 2048, 8, 32  # a step of the bench is `STEPS` batches of `SEQUENCES` sequences
+SEQ_LEN = 2048
+READ_SEQ_LENS = (SEQ_LEN, 512)  # of the cases on disk
+SEQUENCES, STEPS = loader_peers.BATCH, 32  # a step of the bench is `STEPS` batches of `SEQUENCES` sequences
+# Threads of some libraries poll while their iterator waits. Another size of the group means another process, so that
+# their CPU time does not count as that of the streams.
+OURS_GROUP, PEERS_GROUP = GroupSize(1), GroupSize(1, threads=2)
 READ_TOKENS, QUICK_READ_TOKENS = 32_000_000, 4_000_000
 
 
 def cases(overrides: Sequence[str], quick: bool) -> list[Case]:
-    """Returns the case without content, and the one on disk.
+    """Returns the case without content, and those on disk; `quick`: less work, and the first of those on disk.
 
     Raises:
         ConfigError, ArtefactError, UserError: as `compose_config`.
     """
 
     # The amounts of work go to `build` in keys that mean as much.
-    def config_of(steps: int) -> Config:
-        return compose_config(["stage=language", "model=nano", "tracking=none", f"stage.steps={steps}", *overrides])
+    def config_of(steps: int, seq_len: int = SEQ_LEN) -> Config:
+        settings = ["stage=language", "model=nano", "tracking=none", f"stage.steps={steps}"]
+        settings += [f"stage.seq_len={seq_len}", f"model.max_seq_len={SEQ_LEN}"]
+        return compose_config([*settings, *overrides])
 
     num_documents, tokens = (QUICK_MANY, QUICK_READ_TOKENS) if quick else (MANY, READ_TOKENS)
     facts = (NODE, OPEN, OPEN_TOGETHER, EPOCH)
@@ -84,20 +93,37 @@ def cases(overrides: Sequence[str], quick: bool) -> list[Case]:
         unit="documents/s",
     )
 
-    # A step takes milliseconds, so more rounds are needed than of an order of 200 M documents.
-    on_disk = Case(
-        name=f"{tokens / 1e6:.0f} M tokens, {SEQUENCES}x{SEQ_LEN}",
-        config=config_of(tokens),
-        variants=dict.fromkeys((*STREAMS, CROP), GroupSize(1)),
-        comparisons=[
-            *(Comparison(variant=variant, peer=CROP) for variant in STREAMS),
-            *(Comparison(variant=variant, fact=READ) for variant in STREAMS),
-        ],
+    seq_lens = READ_SEQ_LENS[:1] if quick else READ_SEQ_LENS
+    return [without_content, *(_on_disk(config_of(tokens, seq_len)) for seq_len in seq_lens)]
+
+
+def _on_disk(config: Config) -> Case:
+    """Returns the case of a corpus with stage.steps tokens, read in sequences of stage.seq_len."""
+    seq_len = config.stage.seq_len
+    reasons = {name: loader_peers.why_not(name) for name in loader_peers.PEERS}
+    available = [name for name, reason in reasons.items() if reason is None]
+
+    comparisons = [
+        *(Comparison(variant=variant, peer=CROP) for variant in STREAMS),
+        *(Comparison(variant=variant, fact=READ) for variant in STREAMS),
+        *(Comparison(variant=name, peer=CROP) for name in available),
+    ]
+    for name, reason in reasons.items():
+        if reason:
+            comparisons.append(Comparison(variant=UNITS_STREAM, peer_name=f"{name}: {reason}"))
+        else:
+            comparisons.append(Comparison(variant=UNITS_STREAM, peer=name))
+
+    return Case(
+        name=f"{config.stage.steps / 1e6:.0f} M tokens, {SEQUENCES}x{seq_len}",
+        config=config,
+        variants=dict.fromkeys((*STREAMS, CROP), OURS_GROUP) | dict.fromkeys(available, PEERS_GROUP),
+        comparisons=comparisons,
+        # A step takes milliseconds, so more rounds are needed than of an order of 200 M documents.
         rounds=7,
-        amount=STEPS * SEQUENCES * SEQ_LEN,
+        amount=STEPS * SEQUENCES * seq_len,
         unit=TOKENS_A_SECOND,
     )
-    return [without_content, on_disk]
 
 
 def build(variant: str, config: Config, world: World) -> Trial:
@@ -111,7 +137,7 @@ def build(variant: str, config: Config, world: World) -> Trial:
     if variant in (ORDER, SORT):
         trial = order_trial(variant, directory, amount)
     else:
-        trial = reading_trial(variant, directory, amount)
+        trial = reading_trial(variant, directory, amount, config.stage.seq_len)
 
     def step() -> float:
         # The closure keeps the temporary folder as long as this function lives.
@@ -243,25 +269,30 @@ def _open(directory: Path, ready: Barrier, answers: SimpleQueue) -> None:
 # --- a corpus on disk ---
 
 
-def reading_trial(variant: str, directory: Path, n_tokens: int) -> Trial:
-    """Returns the trial of reading batches: a step reads `STEPS` of them, of `SEQUENCES` sequences each, and its fact
-    is READ.
+def reading_trial(variant: str, directory: Path, n_tokens: int, seq_len: int = SEQ_LEN) -> Trial:
+    """Returns the trial of reading batches: a step reads `STEPS` of them, of `SEQUENCES` sequences each, timed by the
+    CPU time of the process. Its fact is READ, for a stream.
 
     Args:
-        variant: CROP, or one of `STREAMS`.
+        variant: CROP, one of `STREAMS`, or one of `loader_peers.PEERS`.
         directory: gets the corpus.
         n_tokens: tokens of the corpus.
 
     Raises:
+        ImportError: a package that a peer imports is not installed.
         OSError: the corpus cannot be written or read.
     """
     corpus = write_tokens(directory, n_tokens)
-    crop = RandomCrop(corpus, directory)
     # Every process of a run finds the checksums that the first epoch has left.
     corpus.check()
-    order = STREAMS.get(variant, DOCUMENTS)
+    if variant in loader_peers.PEERS:
+        return Trial(peer_step(variant, corpus, directory, seq_len), clock=time.process_time, losses=list)
+
     batches_of: Callable[[list[list[int]]], Iterable[Batch]]
-    batches_of = partial(map, crop.batch) if variant == CROP else stream_of(corpus, order)
+    if variant == CROP:
+        batches_of = partial(map, RandomCrop(corpus, directory, seq_len).batch)
+    else:
+        batches_of = stream_of(corpus, STREAMS[variant], seq_len)
     number = 0
 
     def step() -> float:
@@ -273,20 +304,34 @@ def reading_trial(variant: str, directory: Path, n_tokens: int) -> Trial:
         return 0.0
 
     def facts() -> dict[str, float]:
-        return {READ: bytes_of_epoch(directory, order) / (2 * corpus.n_tokens)}
+        return {READ: bytes_of_epoch(directory, STREAMS[variant], seq_len) / (2 * corpus.n_tokens)}
 
-    return Trial(step, dict if variant == CROP else facts, losses=list)
+    return Trial(step, dict if variant == CROP else facts, clock=time.process_time, losses=list)
 
 
-def stream_of(corpus: TokenCorpus, order: str) -> Callable[[list[list[int]]], Iterable[Batch]]:
+def peer_step(name: str, corpus: TokenCorpus, directory: Path, seq_len: int) -> Callable[[], float]:
+    """Writes the tokens of a corpus in the format of a peer; returns the step that reads `STEPS` batches from there."""
+    tokens = np.concatenate([tokens for _, tokens in corpus.members()])
+    epoch = loader_peers.rows_of(name, directory / "peer", loader_peers.samples_of(tokens, seq_len))
+    batches = loader_peers.batches_of(loader_peers.epochs(epoch))
+
+    def step() -> float:
+        for _ in islice(batches, STEPS):
+            pass
+        return 0.0
+
+    return step
+
+
+def stream_of(corpus: TokenCorpus, order: str, seq_len: int) -> Callable[[list[list[int]]], Iterable[Batch]]:
     """Returns the function from sequence numbers of a step to its batches, as a stream of training has it."""
-    sequences = CorpusSequences(corpus, 0, SEQ_LEN, order=order)
+    sequences = CorpusSequences(corpus, 0, seq_len, order=order)
 
     def batches_of(numbers: list[list[int]]) -> Iterable[Batch]:
         contents = iter(sequences.contents([number for batch in numbers for number in batch]))
         for batch in numbers:
             rows = list(islice(contents, len(batch)))
-            yield assemble(rows, batch, seq_len=SEQ_LEN, document_mask=True, reset_positions=True)
+            yield assemble(rows, batch, seq_len=seq_len, document_mask=True, reset_positions=True)
 
     return batches_of
 
@@ -294,34 +339,36 @@ def stream_of(corpus: TokenCorpus, order: str) -> Callable[[list[list[int]]], It
 class RandomCrop:
     """All tokens of a corpus in one mapped array. A sequence begins at a random place."""
 
-    def __init__(self, corpus: TokenCorpus, directory: Path) -> None:
+    def __init__(self, corpus: TokenCorpus, directory: Path, seq_len: int) -> None:
         path = directory / "tokens.bin"
         with path.open("wb") as file:
             for _, tokens in corpus.members():
                 file.write(tokens.tobytes())
         self._tokens = np.memmap(path, np.uint16, "r")
+        self._seq_len = seq_len
         self._random = np.random.default_rng(0)
 
     def batch(self, numbers: list[int]) -> Batch:
         """Returns the fields that `assemble` fills, of crops at random places."""
-        begins = self._random.integers(0, len(self._tokens) - SEQ_LEN - 1, len(numbers))
-        tokens = np.stack([self._tokens[begin : begin + SEQ_LEN + 1] for begin in begins.tolist()]).astype(np.int64)
+        seq_len = self._seq_len
+        begins = self._random.integers(0, len(self._tokens) - seq_len - 1, len(numbers))
+        tokens = np.stack([self._tokens[begin : begin + seq_len + 1] for begin in begins.tolist()]).astype(np.int64)
 
         # A crop has no index of documents: it finds them by their end-of-text.
         is_start = tokens == EOT
         is_start[:, 0] = True
         document = np.cumsum(is_start, 1) - 1
-        offsets = np.arange(SEQ_LEN + 1)
+        offsets = np.arange(seq_len + 1)
         position = offsets - np.maximum.accumulate(np.where(is_start, offsets, 0), 1)
 
         return Batch(
             tokens_BT=torch.from_numpy(np.ascontiguousarray(tokens[:, :-1])),
             targets_BT=torch.from_numpy(np.ascontiguousarray(tokens[:, 1:])),
-            loss_mask_BT=torch.ones(len(numbers), SEQ_LEN),
+            loss_mask_BT=torch.ones(len(numbers), seq_len),
             document_BT=torch.from_numpy(np.ascontiguousarray(document[:, :-1])),
             position_BT=torch.from_numpy(np.ascontiguousarray(position[:, :-1])),
             sequence_B=torch.tensor(numbers),
-            n_tokens=len(numbers) * SEQ_LEN,
+            n_tokens=len(numbers) * seq_len,
         )
 
 
@@ -344,10 +391,10 @@ def write_tokens(directory: Path, n_tokens: int) -> TokenCorpus:
     return TokenCorpus.open(corpus_directory, "train")
 
 
-def bytes_of_epoch(directory: Path, order: str) -> int:
+def bytes_of_epoch(directory: Path, order: str, seq_len: int) -> int:
     """Returns the bytes that eight ranks ask the file system for in an epoch, each with a corpus of its own."""
     ranks = [
-        CorpusSequences(TokenCorpus.open(directory / "corpus", "train"), 0, SEQ_LEN, order=order) for _ in range(RANKS)
+        CorpusSequences(TokenCorpus.open(directory / "corpus", "train"), 0, seq_len, order=order) for _ in range(RANKS)
     ]
     before = _bytes_asked_for()
     for rank, sequences in enumerate(ranks):
