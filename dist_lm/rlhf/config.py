@@ -18,7 +18,8 @@ from dist_lm.rlhf.algorithms.registry import ALGORITHMS
 ENVIRONMENT = "environment"  # the kind of part that is the verdict of an environment
 REWARD_KINDS = ("reward_model", "length", "parses", "function", "tests", ENVIRONMENT)
 TEST_SCORES = ("share", "all")
-CALLS = "calls"  # value of `constraint`: no file, but the tools of each prompt
+CALLS, REQUIRED_CALLS = "calls", "required_calls"  # values of `constraint`: no file, but the tools of each prompt
+CALL_CONSTRAINTS = (CALLS, REQUIRED_CALLS)
 PARSED_LANGUAGES = ("python", "bash", "sql")
 LARGEST_REWARD = (2 - 2**-23) * 2.0**127  # largest number of fp32: rewards are computed with in that
 Value = TypeVar("Value")
@@ -89,8 +90,9 @@ class IterationConfig(OptimizerConfig, SamplingConfig):
     sampling_rounds: int | None = None
     ignore_eot: bool = False  # no token ends a completion: all have max_new_tokens
     # what completions must be (`generation/constraint.py`); log-probabilities, entropy and KL are those of the
-    # distribution over the allowed tokens. calls: each call fits a tool of the prompt; or a file of JSON, an object
-    # with one of json_schema, regex, lark and choice; empty: anything
+    # distribution over the allowed tokens. calls: each call fits a tool of the prompt; required_calls: and there is
+    # nothing but calls, one or more, wherever there are tools; or a file of JSON, an object with one of json_schema,
+    # regex, lark and choice; empty: anything
     constraint: str = ""
     # sampling goes on while the learner updates, and an iteration takes the groups that finish first; weights change
     # in the middle of answers (`asynchronous.py`). Only with rlhf.environment

@@ -9,7 +9,7 @@ import torch
 
 from dist_lm.chat.messages import Tool
 from dist_lm.errors import ArtefactError, ConfigError, UserError
-from dist_lm.generation.call_grammar import call_constraint
+from dist_lm.generation.call_grammar import ToolChoice, call_constraint
 from dist_lm.generation.constraint import Constraint
 from dist_lm.parallel.mesh import World
 from dist_lm.prepare.compose import compose_config
@@ -17,6 +17,7 @@ from dist_lm.rlhf.learner import IterationReport
 from dist_lm.stages.rlhf.config import RlhfRunConfig
 from dist_lm.stages.rlhf.constraint import check_constraint, constraint_of_index
 from dist_lm.stages.rlhf.controller import rollout_constraints
+from dist_lm.stages.rlhf.environment import turn_constraint
 from dist_lm.stages.rlhf.program import Reporter
 from dist_lm.stages.rlhf.prompts import Prompts, read_all
 from dist_lm.storage.run_directory import RunDirectory, WorkDirectory
@@ -67,7 +68,7 @@ def test_a_file_that_holds_no_constraint_is_refused_by_its_key(tmp_path, content
 
 
 def test_a_file_that_is_not_there_is_refused_by_its_key(tmp_path):
-    with pytest.raises(ConfigError, match=r"^rlhf\.constraint=call: expected calls, or a file of JSON"):
+    with pytest.raises(ConfigError, match=r"^rlhf\.constraint=call: expected calls, required_calls, or a file of JSON"):
         check_constraint(settings_of("rlhf.constraint=call").rlhf)
 
 
@@ -146,6 +147,19 @@ def test_calls_that_nobody_could_read_are_refused(tiny_work):
     prompts = Prompts([[0]], tools=[(Tool("to", "d", {"type": "object"}),)])
     with pytest.raises(UserError, match=r"^rlhf\.constraint=calls: the chat template of the model shows no calls"):
         constraint_of_index(settings_of(CALLS).rlhf, prompts, tokenizer)
+
+
+@pytest.mark.parametrize("constraint", ["calls", "required_calls"])
+def test_calls_may_or_must_be_made_wherever_there_are_tools(tiny_work, constraint):
+    """Finds turns that must call where there is nothing to call, and a choice that environments or prompts ignore."""
+    settings = settings_of(f"rlhf.constraint={constraint}").rlhf
+    tokenizer = Tokenizer.load(tiny_work.tokenizer_model)
+    choice = ToolChoice("required" if constraint == "required_calls" else "auto")
+    of_turn = turn_constraint(settings, tokenizer)
+    assert of_turn is not None
+    of_prompt = constraint_of_index(settings, Prompts([[0], [0]], tools=[(TOOL,), ()]), tokenizer)
+    assert of_turn([TOOL]) == of_prompt(0) == call_constraint([TOOL], tokenizer, choice, strict=False)
+    assert of_turn([]) == of_prompt(1) == call_constraint([], tokenizer)
 
 
 # --- what a constraint may earn by itself ---

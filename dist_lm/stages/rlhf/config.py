@@ -25,7 +25,7 @@ from dist_lm.environments.program_command import PROGRAM, files_of
 from dist_lm.environments.protocol import Limits
 from dist_lm.errors import ArtefactError, require
 from dist_lm.rlhf.algorithms.registry import ALGORITHMS
-from dist_lm.rlhf.config import CALLS, ENVIRONMENT, RewardPartConfig, RlhfConfig
+from dist_lm.rlhf.config import CALL_CONSTRAINTS, ENVIRONMENT, RewardPartConfig, RlhfConfig
 from dist_lm.stages.corpus_forms import CorpusFormsConfig
 from dist_lm.storage.run_directory import WorkDirectory
 
@@ -215,13 +215,17 @@ class RlhfRunGroup(RlhfConfig):
         Raises:
             ConfigError: there is no such file.
         """
-        if self.constraint in ("", CALLS):
+        if not self.constraint or self.constrains_calls:
             return None
         path = Path(self.constraint).expanduser()
-        require(
-            path.is_file(), "rlhf.constraint", self.constraint, f"{CALLS}, or a file of JSON; there is no such file"
-        )
+        accepted = f"{', '.join(CALL_CONSTRAINTS)}, or a file of JSON; there is no such file"
+        require(path.is_file(), "rlhf.constraint", self.constraint, accepted)
         return path
+
+    @property
+    def constrains_calls(self) -> bool:
+        """Whether the tools of each prompt say what its completions must be."""
+        return self.constraint in CALL_CONSTRAINTS
 
     @property
     def pretrain_corpus_names(self) -> tuple[str, ...]:
@@ -289,7 +293,7 @@ class RlhfRunConfig(CorpusFormsConfig):
 
         # Reward functions and constraints of calls see the rows of a corpus, which its tokens do not tell.
         has_function = any(part.kind == "function" for part in self.rlhf.rewards.values())
-        if not self.rlhf.prompts_from and (has_function or self.rlhf.constraint == CALLS):
+        if not self.rlhf.prompts_from and (has_function or self.rlhf.constrains_calls):
             corpus = self.corpus_in(WorkDirectory(Path(self.work_dir)), self.stage.corpus)
             if rows := sorted(corpus.glob(f"*{ROWS}")):
                 noted[f"rows of stage.corpus={self.stage.corpus}"] = rows

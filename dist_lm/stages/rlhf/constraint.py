@@ -10,16 +10,23 @@ from pathlib import Path
 from dist_lm.chat.messages import Tool
 from dist_lm.chat.parse import writes_hermes_calls
 from dist_lm.errors import ArtefactError, ConfigError, UserError
-from dist_lm.generation.call_grammar import call_constraint
+from dist_lm.generation.call_grammar import ToolChoice, call_constraint
 from dist_lm.generation.constraint import Constraint
 from dist_lm.generation.grammar import try_constraint
-from dist_lm.rlhf.config import CALLS
+from dist_lm.rlhf.config import REQUIRED_CALLS
 from dist_lm.stages.rlhf.config import RlhfRunGroup
 from dist_lm.stages.rlhf.prompts import Prompts, tools_of_files
 from dist_lm.tokenizer.tokenizer import Tokenizer
 
 BYTES = 257  # tokens of the vocabulary with which a constraint is tried: bytes, and one that ends a text
-NO_TOOLS = f"rlhf.constraint={CALLS}: no prompt has tools, so there are no calls to constrain: give prompts with tools"
+
+
+def no_tools(settings: RlhfRunGroup) -> ArtefactError:
+    """Returns the error for a run that constrains calls although no prompt has tools."""
+    return ArtefactError(
+        f"rlhf.constraint={settings.constraint}: no prompt has tools, so there are no calls to constrain: give prompts "
+        "with tools"
+    )
 
 
 def check_constraint(settings: RlhfRunGroup) -> None:
@@ -38,7 +45,7 @@ def check_constraint(settings: RlhfRunGroup) -> None:
         if settings.environment:
             return
         if settings.prompts_from and not any(tools_of_files(settings)):
-            raise ArtefactError(NO_TOOLS)
+            raise no_tools(settings)
         return
 
     constraint = read_constraint(path, settings.constraint)
@@ -72,33 +79,40 @@ def read_constraint(path: Path, shown_path: str) -> Constraint:
 def constraint_of_index(settings: RlhfRunGroup, prompts: Prompts, tokenizer: Tokenizer) -> Callable[[int], Constraint]:
     """Returns a function that gives the constraint of the prompt at an index of `prompts`.
 
-    A turn without tools may have no calls. Keywords of their schemas that no grammar holds to are left out, as in the
-    other commands that constrain calls.
-
     Raises:
         ConfigError: the file of rlhf.constraint holds no constraint.
-        UserError: the chat template of an imported model writes calls in another form than ours.
+        UserError: as `constraint_of_tools`.
     """
     path = settings.constraint_file
     if path is not None:
         constraint = read_constraint(path, settings.constraint)
         return lambda index: constraint
 
+    constraint_of = constraint_of_tools(settings, tokenizer)
+    return lambda index: constraint_of(prompts.tools[index])
+
+
+def constraint_of_tools(settings: RlhfRunGroup, tokenizer: Tokenizer) -> Callable[[Sequence[Tool]], Constraint]:
+    """Returns a function that gives the constraint of a turn that may, or must, call these tools.
+
+    A turn without tools may have no calls. Keywords of their schemas that no grammar holds to are left out, as in the
+    other commands that constrain calls.
+
+    Raises:
+        UserError: the chat template of an imported model writes calls in another form than ours.
+    """
     if tokenizer.kept_template and not writes_hermes_calls(tokenizer):
         raise UserError(
-            f"rlhf.constraint={CALLS}: the chat template of the model shows no calls in the form "
+            f"rlhf.constraint={settings.constraint}: the chat template of the model shows no calls in the form "
             "<tool_call>JSON</tool_call>, which rewards could read: leave it out"
         )
 
     # Many prompts offer the same tools, whose schemas take milliseconds to check.
     @lru_cache(maxsize=256)
-    def constraint_of_tools(tools_json: str) -> Constraint:
+    def constraint_of_json(tools_json: str) -> Constraint:
         tools = [Tool(**tool) for tool in json.loads(tools_json)]
-        return call_constraint(tools, tokenizer, strict=False)
+        requires_calls = tools and settings.constraint == REQUIRED_CALLS
+        choice = ToolChoice("required" if requires_calls else "auto")
+        return call_constraint(tools, tokenizer, choice, strict=False)
 
-    return lambda index: constraint_of_tools(as_json(prompts.tools[index]))
-
-
-def as_json(tools: Sequence[Tool]) -> str:
-    """Returns tools as JSON, for a cache."""
-    return json.dumps([asdict(tool) for tool in tools])
+    return lambda tools: constraint_of_json(json.dumps([asdict(tool) for tool in tools]))

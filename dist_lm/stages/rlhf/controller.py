@@ -14,12 +14,10 @@ from dist_lm.cluster.sandboxes import sandboxes_of
 from dist_lm.config.pool import PUSH_AUTO, PUSH_RAY
 from dist_lm.config.root import TRUST_ME
 from dist_lm.environments.protocol import Task
-from dist_lm.errors import ArtefactError
 from dist_lm.evaluation.in_loop import LoopTasks
 from dist_lm.generation.decoder import WeightStream
 from dist_lm.generation.grammar import Grammars
 from dist_lm.parallel.sharding import compute_dtype
-from dist_lm.rlhf.config import CALLS
 from dist_lm.rlhf.constrained_rollouts import RolloutConstraints
 from dist_lm.rlhf.controller import Controller, Records, RolloutSupply
 from dist_lm.rlhf.rewards import Judge, Tasks
@@ -27,7 +25,7 @@ from dist_lm.rlhf.rollouts import EngineRollouts, RolloutSource, ShuffledPrompts
 from dist_lm.sandbox.pool import Sandboxes
 from dist_lm.stages.pool_start import PoolStarter
 from dist_lm.stages.rlhf.config import PROCESS, RlhfRunConfig
-from dist_lm.stages.rlhf.constraint import NO_TOOLS, constraint_of_index
+from dist_lm.stages.rlhf.constraint import constraint_of_index, no_tools
 from dist_lm.stages.rlhf.engine import local_engine, rollout_spec
 from dist_lm.stages.rlhf.environment_tasks import read_tasks
 from dist_lm.stages.rlhf.prompts import Prompts, check_columns, forms_of, read_all, request_reader, tasks_of
@@ -77,8 +75,8 @@ def rollout_constraints(config: RlhfRunConfig, prompts: Prompts, tokenizer: Toke
         ArtefactError: calls are constrained, and no prompt has tools.
         UserError: a constraint cannot be followed (GrammarError, SchemaError), or as `constraint_of_index`.
     """
-    if config.rlhf.constraint == CALLS and not any(prompts.tools):
-        raise ArtefactError(NO_TOOLS)
+    if config.rlhf.constrains_calls and not any(prompts.tools):
+        raise no_tools(config.rlhf)
 
     constraint_of = constraint_of_index(config.rlhf, prompts, tokenizer)
     order = ShuffledPrompts(prompts, config.seed)

@@ -1,23 +1,18 @@
 """The supply of conversations with the environment of stage `rlhf`, on the first rank."""
 
-import json
 from collections.abc import Sequence
 from contextlib import ExitStack
-from functools import lru_cache, partial
+from functools import partial
 
-from dist_lm.chat.messages import Tool
 from dist_lm.config.root import TRUST_ME
 from dist_lm.environments.host import Host
 from dist_lm.environments.protocol import Task
-from dist_lm.generation.call_grammar import call_constraint
-from dist_lm.generation.constraint import Constraint
-from dist_lm.rlhf.config import CALLS
 from dist_lm.rlhf.conversation_loop import ConversationLoop
 from dist_lm.rlhf.conversing import ConstraintOf
 from dist_lm.rlhf.environment_rollouts import EnvironmentJudge, EnvironmentSupply, VersionedSource
 from dist_lm.rlhf.rollouts import RolloutSource, ShuffledPrompts, SignsOfLife
 from dist_lm.stages.rlhf.config import RlhfRunConfig, RlhfRunGroup
-from dist_lm.stages.rlhf.constraint import as_json, read_constraint
+from dist_lm.stages.rlhf.constraint import constraint_of_tools, read_constraint
 from dist_lm.storage.run_directory import RunDirectory
 from dist_lm.tokenizer.tokenizer import Tokenizer
 
@@ -69,18 +64,11 @@ def turn_constraint(settings: RlhfRunGroup, tokenizer: Tokenizer) -> ConstraintO
 
     Raises:
         ConfigError: the file of rlhf.constraint cannot be read, or holds no constraint.
+        UserError: as `constraint_of_tools`.
     """
     if not settings.constraint:
         return None
     if path := settings.constraint_file:
         constraint = read_constraint(path, settings.constraint)
         return lambda tools: constraint
-    assert settings.constraint == CALLS
-
-    # Many tasks offer the same tools, whose schemas take milliseconds to check.
-    @lru_cache(maxsize=256)
-    def constraint_of_tools(tools_json: str) -> Constraint:
-        tools = [Tool(**tool) for tool in json.loads(tools_json)]
-        return call_constraint(tools, tokenizer, strict=False)
-
-    return lambda tools: constraint_of_tools(as_json(tools))
+    return constraint_of_tools(settings, tokenizer)

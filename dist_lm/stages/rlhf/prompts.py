@@ -21,7 +21,6 @@ from dist_lm.data.prompt_rows import PROMPT, FileRow, find_rows, prompt_of, read
 from dist_lm.data.shard_writer import read_kept_rows
 from dist_lm.data.token_corpus import TokenCorpus
 from dist_lm.errors import ArtefactError, ConfigError, UserError
-from dist_lm.rlhf.config import CALLS
 from dist_lm.rlhf.reward_forms import Form, Judged, form_of
 from dist_lm.rlhf.rules import PromptRow
 from dist_lm.sandbox.program import Test
@@ -44,7 +43,7 @@ class Prompts(Sequence[Sequence[int]]):
 
     tokens: list[Sequence[int]] = field(default_factory=list)
     rows: list[PromptRow] = field(default_factory=list)  # the row of each; empty if no reward function reads rows
-    # the tools that each one offers; empty unless rlhf.constraint=calls
+    # the tools that each one offers; empty unless rlhf.constraint takes calls from them
     tools: list[Sequence[Tool]] = field(default_factory=list)
 
     def row_of(self, index: int) -> PromptRow:
@@ -86,7 +85,7 @@ def read_all(
     """
     settings = config.rlhf
     with_rows = judges and any(part.kind == "function" for part in settings.rewards.values())
-    with_tools = settings.constraint == CALLS
+    with_tools = settings.constrains_calls
     if settings.prompts_from:
         prompts = _of_files(settings.prompts_from, PROMPTS_FROM, tokenizer, with_rows, with_tools)
         train, held_out = _split(prompts, all_for_training=bool(settings.held_out_from))
@@ -320,7 +319,7 @@ def _tools_of(kept_row: str, token_ids: Sequence[int], tokenizer: Tokenizer, dir
         return read_kept_row(kept_row)[0].tools
     if tokenizer.kept_template:
         raise ArtefactError(
-            f"corpus {directory}: keeps no rows, which would tell the tools of its prompts (rlhf.constraint={CALLS}): "
+            f"corpus {directory}: keeps no rows, which would tell the tools of its prompts (rlhf.constraint): "
             "build it again, or give rlhf.prompts_from=FILE"
         )
     return _parsed(token_ids, tokenizer).tools
