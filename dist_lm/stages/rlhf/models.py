@@ -186,9 +186,14 @@ def check_critic(resume_from: Path, base: Mapping[str, str]) -> None:
 
     Raises:
         ArtefactError: the bases differ, and the message names the checkpoint and both; or the checkpoint has no record
-            of the base.
+            of the base, or a damaged one.
     """
-    saved = json.loads(checkpoint_files.read_attached(resume_from, CRITIC))
+    try:
+        record = json.loads(checkpoint_files.read_attached(resume_from, CRITIC))
+        saved = {"base": str(record["base"]), "base_sha256": str(record["base_sha256"])}
+    except (ValueError, KeyError, TypeError) as error:
+        raise ArtefactError(f"checkpoint {resume_from}: {CRITIC} is not what stage rlhf writes ({error})") from error
+
     # Added to other weights, the adapters would be another critic.
     if saved["base_sha256"] != base["base_sha256"]:
         raise ArtefactError(
