@@ -12,12 +12,13 @@ from dist_lm.parallel.mesh import build_mesh, leave_groups
 
 
 @pytest.mark.parametrize(("rank", "rows"), [(0, [0, 1]), (1, [0, 1]), (2, [2, 3]), (3, [2, 3]), (7, [6, 7])])
-def test_places_of_data_share_the_batch(rank: int, rows: list[int]) -> None:
+@pytest.mark.parametrize("layout", [Layout(2, 2, 2), Layout(1, 4, 2)])
+def test_places_of_data_share_the_batch(layout: Layout, rank: int, rows: list[int]) -> None:
     """Finds places whose rows overlap or are left out, and ranks of one tensor group with different rows."""
     (config,) = configurations((), ["model=nano", "stage.global_batch=8", "stage.seq_len=16"], quick=True)
     dist.init_process_group("fake", rank=rank, world_size=8, store=FakeStore())
     try:
-        own = own_rows(config, build_mesh(Layout(2, 2, 2), torch.device("cpu")))
+        own = own_rows(config, build_mesh(layout, torch.device("cpu")))
     finally:
         leave_groups()
     batch = made_up_batch(config, own, torch.device("cpu"))
