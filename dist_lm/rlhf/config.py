@@ -18,8 +18,9 @@ from dist_lm.rlhf.algorithms.registry import ALGORITHMS
 ENVIRONMENT = "environment"  # the kind of part that is the verdict of an environment
 REWARD_KINDS = ("reward_model", "length", "parses", "function", "tests", ENVIRONMENT)
 TEST_SCORES = ("share", "all")
-CALLS, REQUIRED_CALLS = "calls", "required_calls"  # values of `constraint`: no file, but the tools of each prompt
-CALL_CONSTRAINTS = (CALLS, REQUIRED_CALLS)
+# Values of `constraint` that name no file: the tools of each prompt say what its calls must be.
+CALLS, REQUIRED_CALLS, ONE_CALL = "calls", "required_calls", "one_call"
+CALL_CONSTRAINTS = (CALLS, REQUIRED_CALLS, ONE_CALL)
 PARSED_LANGUAGES = ("python", "bash", "sql")
 LARGEST_REWARD = (2 - 2**-23) * 2.0**127  # largest number of fp32: rewards are computed with in that
 Value = TypeVar("Value")
@@ -90,9 +91,9 @@ class IterationConfig(OptimizerConfig, SamplingConfig):
     sampling_rounds: int | None = None
     ignore_eot: bool = False  # no token ends a completion: all have max_new_tokens
     # what completions must be (`generation/constraint.py`); log-probabilities, entropy and KL are those of the
-    # distribution over the allowed tokens. calls: each call fits a tool of the prompt; required_calls: and there is
-    # nothing but calls, one or more, wherever there are tools; or a file of JSON, an object with one of json_schema,
-    # regex, lark and choice; empty: anything
+    # distribution over the allowed tokens. calls: each call fits a tool of the prompt; required_calls: and
+    # wherever there are tools, there is nothing but calls, one or more; one_call: exactly one; or a file of JSON, an
+    # object with one of json_schema, regex, lark and choice; empty: anything
     constraint: str = ""
     # sampling goes on while the learner updates, and an iteration takes the groups that finish first; weights change
     # in the middle of answers (`asynchronous.py`). Only with rlhf.environment

@@ -68,7 +68,9 @@ def test_a_file_that_holds_no_constraint_is_refused_by_its_key(tmp_path, content
 
 
 def test_a_file_that_is_not_there_is_refused_by_its_key(tmp_path):
-    with pytest.raises(ConfigError, match=r"^rlhf\.constraint=call: expected calls, required_calls, or a file of JSON"):
+    with pytest.raises(
+        ConfigError, match=r"^rlhf\.constraint=call: expected calls, required_calls, one_call, or a file of JSON"
+    ):
         check_constraint(settings_of("rlhf.constraint=call").rlhf)
 
 
@@ -149,12 +151,18 @@ def test_calls_that_nobody_could_read_are_refused(tiny_work):
         constraint_of_index(settings_of(CALLS).rlhf, prompts, tokenizer)
 
 
-@pytest.mark.parametrize("constraint", ["calls", "required_calls"])
-def test_calls_may_or_must_be_made_wherever_there_are_tools(tiny_work, constraint):
+@pytest.mark.parametrize(
+    ("constraint", "choice"),
+    [
+        ("calls", ToolChoice("auto")),
+        ("required_calls", ToolChoice("required")),
+        ("one_call", ToolChoice("required", parallel=False)),
+    ],
+)
+def test_calls_may_or_must_be_made_wherever_there_are_tools(tiny_work, constraint, choice):
     """Finds turns that must call where there is nothing to call, and a choice that environments or prompts ignore."""
     settings = settings_of(f"rlhf.constraint={constraint}").rlhf
     tokenizer = Tokenizer.load(tiny_work.tokenizer_model)
-    choice = ToolChoice("required" if constraint == "required_calls" else "auto")
     of_turn = turn_constraint(settings, tokenizer)
     assert of_turn is not None
     of_prompt = constraint_of_index(settings, Prompts([[0], [0]], tools=[(TOOL,), ()]), tokenizer)

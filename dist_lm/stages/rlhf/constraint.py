@@ -13,11 +13,17 @@ from dist_lm.errors import ArtefactError, ConfigError, UserError
 from dist_lm.generation.call_grammar import ToolChoice, call_constraint
 from dist_lm.generation.constraint import Constraint
 from dist_lm.generation.grammar import try_constraint
-from dist_lm.rlhf.config import REQUIRED_CALLS
+from dist_lm.rlhf.config import CALLS, ONE_CALL, REQUIRED_CALLS
 from dist_lm.stages.rlhf.config import RlhfRunGroup
 from dist_lm.stages.rlhf.prompts import Prompts, tools_of_files
 from dist_lm.tokenizer.tokenizer import Tokenizer
 
+# What a turn with tools may be, by value of rlhf.constraint.
+CHOICES = {
+    CALLS: ToolChoice("auto"),
+    REQUIRED_CALLS: ToolChoice("required"),
+    ONE_CALL: ToolChoice("required", parallel=False),
+}
 BYTES = 257  # tokens of the vocabulary with which a constraint is tried: bytes, and one that ends a text
 
 
@@ -111,8 +117,7 @@ def constraint_of_tools(settings: RlhfRunGroup, tokenizer: Tokenizer) -> Callabl
     @lru_cache(maxsize=256)
     def constraint_of_json(tools_json: str) -> Constraint:
         tools = [Tool(**tool) for tool in json.loads(tools_json)]
-        requires_calls = tools and settings.constraint == REQUIRED_CALLS
-        choice = ToolChoice("required" if requires_calls else "auto")
+        choice = CHOICES[settings.constraint] if tools else None
         return call_constraint(tools, tokenizer, choice, strict=False)
 
     return lambda tools: constraint_of_json(json.dumps([asdict(tool) for tool in tools]))
