@@ -37,10 +37,11 @@ AS_USED = "parallel.compute_dtype=auto"  # overrides BASE: a user's arithmetic, 
 
 @dataclass(frozen=True)
 class GroupSize:
-    """Size of a group of rank processes. Ways of the same size share the same processes."""
+    """Size of a group of rank processes. Variants of the same size and label share the same processes."""
 
     ranks: int
     threads: int = 1  # threads of each rank, on the CPU
+    label: str = ""  # sets variants apart that would disturb each other in one process
 
 
 @dataclass(frozen=True)

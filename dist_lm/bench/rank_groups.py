@@ -36,7 +36,8 @@ class RankGroup:
         store = Path(self._folder.name) / "store"
 
         self.ranks: list[subprocess.Popen[bytes]] = []
-        self.logs = [logs / f"{size.ranks}x{size.threads}_rank_{rank}.log" for rank in range(size.ranks)]
+        prefix = f"{size.ranks}x{size.threads}{size.label}"
+        self.logs = [logs / f"{prefix}_rank_{rank}.log" for rank in range(size.ranks)]
         for rank, path in enumerate(self.logs):
             with path.open("wb") as log:
                 self.ranks.append(
