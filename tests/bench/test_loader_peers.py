@@ -25,6 +25,8 @@ def test_a_peer_that_is_not_installed_is_named_with_its_command(monkeypatch: pyt
 
     case = loader.cases([], quick=True)[1]
     assert set(PEERS) - set(case.variants) == {"mosaicml-streaming"}
+    groups = [case.variants[name] for name in (loader.CROP, *PEERS) if name in case.variants]
+    assert len(set(groups)) == len(PEERS), "the threads of a peer count as time of another variant"
     absent = [comparison.peer_name for comparison in case.comparisons if comparison.peer_name]
     assert absent == ["mosaicml-streaming: not installed: pip install mosaicml-streaming"]
 
