@@ -68,7 +68,7 @@ def check_conversation(conversation: Conversation) -> None:
     """
     check_tools(conversation.tools)
     if type(conversation.messages) is not tuple:
-        raise ChatError(f"messages: a {type(conversation.messages).__name__}; expected a tuple")
+        raise ChatError(f"messages: a {type(conversation.messages).__name__}; expected a tuple of {__name__}.Message")
 
     previous: Message | None = None  # the last turn that is none of the system
     for number, message in enumerate(conversation.messages):
@@ -108,12 +108,12 @@ def check_tools(tools: tuple[Tool, ...]) -> None:
         ChatError: the message names the tool.
     """
     if type(tools) is not tuple:
-        raise ChatError(f"tools: a {type(tools).__name__}; expected a tuple")
+        raise ChatError(f"tools: a {type(tools).__name__}; expected a tuple of {__name__}.Tool")
 
     names = set()
     for number, tool in enumerate(tools):
         if not isinstance(tool, Tool):
-            raise ChatError(f"tool {number}: a {type(tool).__name__}; expected a Tool")
+            raise ChatError(f"tool {number}: a {type(tool).__name__}; expected a {__name__}.Tool")
         # Calls name their tool, so names must be there and differ.
         if type(tool.name) is not str or not tool.name:
             raise ChatError(f"tool {number}: no name")

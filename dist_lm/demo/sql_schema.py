@@ -36,7 +36,7 @@ class Table:
 
 
 def singular(name: str) -> str:
-    """Returns the singular of a name with a regular plural: `order_items` -> `order_item`; other names stay."""
+    """Returns the singular of a regular plural: `order_items` -> `order_item`. A name that does not end in s stays."""
     for plural, ending in (
         ("ies", "y"),
         ("sses", "ss"),

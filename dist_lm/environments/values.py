@@ -127,7 +127,9 @@ def _check_follows(observation: Observation, action: Action) -> None:
 def _check_turns(messages: Any, tools: Any, following: Any = ()) -> None:
     try:
         if type(messages) is not tuple or type(following) is not tuple:
-            raise ChatError(f"messages: {_named(following or messages)}; expected a tuple")
+            raise ChatError(
+                f"messages: {_named(following or messages)}; expected a tuple of {Message.__module__}.Message"
+            )
         check_conversation(Conversation((*messages, *following), tools))
     except ChatError as error:
         raise EnvironmentFailedError("bad_observation", str(error)) from None

@@ -156,6 +156,7 @@ class _Held:
         reward = episode.reward
         if reward is not None and abs(reward) > self.how.largest_reward:
             detail = f"rewards add up to {reward:g}, which leaves the range of fp32"
+            log.warning("task %s has no reward: bad_reward: %s", task.key, detail)
             return replace(episode, verdict=Verdict.failed("bad_reward", detail))
         if reward is None:
             return episode

@@ -117,7 +117,8 @@ def update(
     Args:
         sums: as returned by `accumulate_gradients`, on every rank with the same names of metrics.
         grad_clip: largest L2 norm of all gradients after division; 0: no clipping.
-        adds_sums: whether this rank adds its sums: True on exactly one of the ranks that see the same data (tp rank 0).
+        adds_sums: whether this rank adds its sums: True on exactly one of the ranks that see the same data, rank 0 of
+            tp and cp.
         stop: read after the backward pass, so that a request made during this step ends the run after it, not after the
             next one (the first step may compile for minutes).
         tokens: tokens of this rank's micro-batches, for `StepResult.tokens`.

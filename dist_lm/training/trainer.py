@@ -64,7 +64,7 @@ class Trainer:
 
     config: Config
     world: World
-    adds_sums: bool  # whether this rank adds its loss sums: True on one of the ranks with equal data, tp rank 0
+    adds_sums: bool  # whether this rank adds its loss sums: True on rank 0 of tp and cp
     model: Transformer
     optimizer: ShardedAdamW
     objective: Objective

@@ -167,6 +167,31 @@ def test_failures_leave_their_group_and_are_counted_by_reason(tokenizer, stack, 
     assert metrics["rollout/invalid_timeout"] == metrics["rollout/invalid_crashed"] == 1
 
 
+def test_rewards_that_leave_fp32_are_no_number_and_are_told(tokenizer, stack, one_rank, caplog):
+    """Finds a sum of rewards that is learned from as infinity, or a conversation that is left out without a word."""
+
+    class Generous(GameHost):
+        def episode(self, task):
+            episode = super().episode(task)
+            self.n_opened = getattr(self, "n_opened", 0) + 1
+            if self.n_opened == 2:
+                inner = episode.step
+
+                async def step(action):
+                    return replace(await inner(action), turn_reward=1e300)
+
+                episode.step = step
+            return episode
+
+    run = game(config_of(max_failed_fraction=0.25), 1, tokenizer, stack, host=Generous())
+    run.run()
+    (report,) = run.reports
+    assert report.metrics["rollout/invalid_bad_reward"] == 1
+    assert np.isfinite(report.rollouts.reward_B).all()
+    (warning,) = (record.getMessage() for record in caplog.records if "bad_reward" in record.getMessage())
+    assert "rewards add up to" in warning
+
+
 def test_a_run_stops_above_the_share_of_failures(tokenizer, stack, one_rank):
     """Finds a run that goes on while its environment is broken."""
     host = GameHost(failure_of=lambda task: "infrastructure")

@@ -147,8 +147,13 @@ def test_calls_that_nobody_could_read_are_refused(tiny_work):
     kept = KeptTemplate(TRIMS, (("bos_token", "<|endoftext|>"), ("eos_token", "<|im_end|>")), "2026-01-31")
     tokenizer = Tokenizer(tiny_work.tokenizer_model.read_bytes(), "tokenizer", kept)
     prompts = Prompts([[0]], tools=[(Tool("to", "d", {"type": "object"}),)])
-    with pytest.raises(UserError, match=r"^rlhf\.constraint=calls: the chat template of the model shows no calls"):
-        constraint_of_index(settings_of(CALLS).rlhf, prompts, tokenizer)
+    settings = settings_of(CALLS).rlhf
+    for begin in (
+        lambda: constraint_of_index(settings, prompts, tokenizer),
+        lambda: turn_constraint(settings, tokenizer),
+    ):
+        with pytest.raises(UserError, match=r"^rlhf\.constraint=calls: the chat template of the model shows no calls"):
+            begin()
 
 
 @pytest.mark.parametrize(
