@@ -72,11 +72,17 @@ def tokens_of(config: Config) -> tuple[int, int, int]:
 
 
 def batch_of(variant: str, config: Config) -> Batch:
-    """Returns the same prompts and completions at every call, on the CPU, in the layout of `variant`: TREE and PLAIN
-    have a row (T tokens) for each prompt, ROWS one for each completion, PACKED one for each prompt with its completions
-    apart.
+    """Returns random prompts with K completions each, on the CPU; the same ones at every call, as config.seed decides.
 
-    Completion k of a prompt has rank k. No target counts: the loss is that of the ranks.
+    `variant` decides on the rows:
+
+    - TREE: a row of T = stage.seq_len tokens for each prompt, with the completions as branches.
+    - PLAIN: the same rows as plain text, without branches.
+    - ROWS: a row for each completion, which holds a copy of the prompt and the completion.
+    - PACKED: a row for each prompt, which holds the K rows of ROWS one after the other as documents.
+
+    Completion k (from 0) of a prompt has rank k; 0 is the best. The loss mask is 0 everywhere, because the loss is that
+    of the ranks.
     """
     n_prompts, t = config.stage.global_batch, config.stage.seq_len
     generator = torch.Generator().manual_seed(config.seed)

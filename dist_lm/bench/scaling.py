@@ -191,17 +191,21 @@ def run_scaling(
     seeds: int,
     json_file: Path | None,
 ) -> list[Record]:
-    """Trains the rungs, prints them and what their law expects of the configured run, and writes records.
+    """Trains models of several widths and predicts the held-out loss of the configured run, in bits per byte.
 
-    As a check, it also prints what the law of all other rungs expects of the largest one.
+    A rung is one width with one number of tokens, trained with several seeds. The function prints the rungs and the
+    value that a scaling law fitted to them expects of the configured run. As a check it also prints what the law of the
+    other rungs expects of the largest rung.
 
     Args:
-        widths, tokens: see `numbers_of`.
+        widths, tokens: numbers with commas, see `numbers_of`: values of model.d_model, and training tokens of a run.
         seeds: runs of each rung; at least 2.
-        json_file: a file for the records, as JSON lines, written anew after each number of steps; its folder is made.
+        json_file: gets the records as JSON lines. It is rewritten after each number of steps, so that a later failure
+            keeps the finished rungs; its folder is made. None: no file.
 
     Returns:
-        The records of the rungs, then those of the expected value and its interval.
+        A record for each rung (mean over its seeds), then three for the configured run: the expected value, the lower
+        and the upper end of its interval. All values are bits per byte.
 
     Raises:
         ConfigError: see `numbers_of`, `steps_of`, `narrowed`, and `learn_recipes.recipes_of`; fewer than two seeds.

@@ -211,13 +211,21 @@ def rounds(nodes: int) -> list[Sequence[tuple[int, int]]]:
 def _try_gpus(
     agents: Sequence[Any], addresses: Sequence[str], hosts: Sequence[str], nodes: Sequence[int], demands: Demands
 ) -> tuple[dict[int, str], dict[int, str], tuple[str, ...]]:
-    """Returns (nodes with a faulty GPU, nodes with a throttled one, what could not be read), with reasons that name the
-    GPU.
+    """Tries the GPUs of `nodes`: each alone, then all GPUs of a node in an all-reduce, then all healthy nodes in one.
 
-    The processes of the trials have ended afterwards.
+    With `demands.burn_s` = 0 nothing is computed: only the health is read. The processes of the trials end before it
+    returns or raises.
+
+    Args:
+        agents, addresses, hosts: of all nodes, by their numbers.
+        nodes: numbers of the nodes to try.
+
+    Returns:
+        Number of a node -> why it is faulty; number of a node -> why it is throttled; notes on nodes whose health could
+        not be read. The reasons name the GPU. A node may be both faulty and throttled.
 
     Raises:
-        ClusterError: an all-reduce over all nodes does not end, though each node's own does.
+        ClusterError: an all-reduce over several nodes has no result on any rank, although the nodes passed alone.
     """
     count, burn_s = demands.tried, demands.burn_s
     faults: dict[int, str] = {}

@@ -137,10 +137,11 @@ def tokenizer_note(manifest: Manifest, work: WorkDirectory) -> str:
 
 
 def _check_url(url: str) -> None:
-    """Refuses a URL that is not remote, or that may hold credentials; returns nothing.
+    """Checks that a URL names a folder behind http, https, s3 or gs and cannot hold credentials; returns nothing.
 
     Raises:
-        ConfigError: says what is accepted; it does not repeat an address with credentials.
+        ConfigError: the URL has a user, a query or a fragment; the message leaves the URL out, because these may be
+            credentials. Or it has another scheme or nothing behind the scheme; the message then repeats the URL.
     """
     accepted = f"a folder behind {', '.join(REMOTE)}"
     scheme, separator, rest = url.partition("://")

@@ -142,13 +142,18 @@ class EarlierCorpora:
     def marked(
         self, records: Iterable[Screened], split_of: Callable[[Screened], str]
     ) -> Iterator[tuple[Screened, str]]:
-        """Yields conversations or rankings with the reason why earlier corpora forbid them; empty if they do not.
+        """Yields every conversation or ranking with a reason why earlier corpora forbid it; the reason is empty if they
+        do not.
 
-        Val of the earlier corpora is read before the first record is yielded, and train before the first one of val.
-        Every record is laid out as for the tars to be compared, which doubles the time to tokenize.
+        Openings are compared: the tokens before the first learned one. A record of train is `contains_val` if it has
+        the opening of a val record of an earlier corpus, or contains a val text of one. A record of val is
+        `overlapping` if it has the opening of an earlier train record.
+
+        Val of the earlier corpora is read before the first record is yielded, and their train before the first record
+        of val. Every record is tokenized here to be compared, and once more when it is written.
 
         Args:
-            split_of: the split of a record.
+            split_of: returns the split of a record, train or val.
 
         Raises:
             ArtefactError, UserError: as `documents`; ChatError, one of these, as `encode_document`.

@@ -382,14 +382,16 @@ def inputs_hash(listings: Iterable[Inputs]) -> str:
 
 
 def changed_inputs(config: CorpusConfig, name: str, directory: Path, list_inputs: ListInputs = inputs_of) -> list[str]:
-    """Returns how the inputs of a corpus differ from those that it was built from, in words for people; empty if they
-    do not.
+    """Returns how the inputs of a corpus differ now from those that it was built from, as texts for people (see
+    `changes`); the list is empty if they are the same.
 
-    The inputs are listed now, which asks servers of URLs. A data set of the hub that has a newer commit is no
-    difference: nobody here changed it. A corpus without recorded inputs has no difference. Sources are compared in
-    their order; one that was added or removed is no difference either.
+    Recorded and configured sources are compared pair by pair, in their order, so a source that was added or removed at
+    the end counts as no difference. Sources of the hub are not compared: a newer commit there is nobody's change here.
+    All other sources are listed anew, which sends requests for URLs. If the manifest records no inputs, nothing is
+    listed and the list is empty.
 
     Args:
+        directory: the folder of the corpus, with its manifest.
         list_inputs: as in `listed_inputs`.
 
     Raises:

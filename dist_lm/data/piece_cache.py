@@ -81,7 +81,14 @@ class PieceCache:
         (self.directory / name).unlink(missing_ok=True)
 
     def _stored(self, path: Path, size: int, begin: int, end: int) -> bytes | None:
-        """Returns bytes of a piece and notes that it was read; None if it is missing, or cut and now removed."""
+        """Returns bytes [begin, end) of a piece, or None if the folder does not have the whole piece.
+
+        A file of another length than `size` was cut, and it is removed. A read sets the file's times to now, by which
+        the pieces that were read last stay in the cache.
+
+        Raises:
+            OSError: the file cannot be opened, read or removed.
+        """
         try:
             descriptor = os.open(path, os.O_RDONLY)
         except FileNotFoundError:

@@ -112,7 +112,10 @@ def _candidates_with(config: Config, world_size: int, cp: int) -> list[Candidate
 
 
 def _as_step(config: Config) -> Config:
-    """Returns `config` with a stage that describes a step; in stage rlhf this is an update, which has other keys."""
+    """Returns a configuration whose group `stage` gives the batch of a step: global_batch, micro_batch and seq_len.
+
+    This is `config` itself, except in stage rlhf. There it is a copy whose step is one update, see `update_of`.
+    """
     if config.takes_sequences:
         return config
 

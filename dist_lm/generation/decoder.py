@@ -404,8 +404,16 @@ class Decoder:
         return x_ND
 
     def _normalise(self, qk_NHK: torch.Tensor, weight_HK: torch.Tensor) -> torch.Tensor:
-        """Returns queries and keys after the norm that `model.qk_norm_span` names (with several ranks collective, if it
-        is over all heads)."""
+        """Returns queries and keys after the RMSNorm that `model.qk_norm_span` names, (N, H, K), in their dtype.
+
+        With the span `head` the mean square is taken over the K entries of each head. With `all` it is taken over all
+        query heads of a token, and separately over all its key heads; ranks that share the model then add their sums,
+        so the call is collective.
+
+        Args:
+            qk_NHK: the query heads of this rank and behind them its key heads, for N tokens.
+            weight_HK: the weights of the norms, of the same heads.
+        """
         config, share = self.config, self.share
         if config.qk_norm_span == "head":
             return normalise_heads(qk_NHK, weight_HK, config.norm_eps)

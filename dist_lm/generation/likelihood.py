@@ -79,8 +79,14 @@ def likelihoods(decoder: Decoder, trees: Sequence[Tree], device: torch.device) -
 
 
 def _likelihoods_of_pack(decoder: Decoder, pack: Sequence[Tree], device: torch.device) -> list[list[Likelihood]]:
-    """Returns, by tree, the likelihoods of its continuations in their order, from one forward pass over all trees; the
-    host waits for the device once for each block of LOGIT_ROWS rows."""
+    """Returns a list for each tree, in order, with the likelihoods of its continuations, in order.
+
+    One forward pass computes all trees, without the cache. The logits are computed in blocks of LOGIT_ROWS rows, and
+    the host waits for the device in each block.
+
+    Args:
+        pack: at least one tree with a continuation.
+    """
     # Concatenate the trees. The first token of each continuation is predicted by the last token of the context.
     tokens, positions, rows, targets = list[int](), list[int](), list[int](), list[int]()
     packed_trees = list[PackedTree]()

@@ -25,18 +25,20 @@ from dist_lm.tokenizer.tokenizer import USER_DEFINED, Tokenizer, sentencepiece_p
 
 
 def save_hf_tokenizer(model_path: Path, folder: Path, chat_template: str) -> None:
-    """Writes `tokenizer.json`, `tokenizer_config.json`, `special_tokens_map.json` and `chat_template.jinja` into
-    `folder`, for `transformers.AutoTokenizer.from_pretrained(folder)`; makes the folder and replaces existing files.
+    """Writes a tokenizer into `folder`, for `transformers.AutoTokenizer.from_pretrained(folder)`.
 
-    An existing SentencePiece model is written as `tokenizer.model` instead of `tokenizer.json`.
+    A tokenizer that stage tokenizer trained is converted to `tokenizer.json`. The file of an imported tokenizer is
+    copied under its own name: `tokenizer.json`, or `tokenizer.model` for a SentencePiece model. Beside it are written
+    `tokenizer_config.json`, `special_tokens_map.json` and `chat_template.jinja`. The folder is made if it is missing,
+    and files of these names are replaced.
 
     Args:
-        chat_template: the template of `chat.template`, in which the first token of the tokenizer replaces our
-            end-of-text; or, for a tokenizer with a kept template, the kept one, which is written as it is.
+        chat_template: Jinja text. If the tokenizer has kept the template of an imported model, this text is written
+            unchanged. Otherwise the tokenizer's first token is written wherever the text has our end-of-text.
 
     Raises:
         ArtefactError: `model_path` is missing or is no tokenizer.
-        UserError: the package `tokenizers` is not installed.
+        UserError: the package `tokenizers` is needed and not installed.
         OSError: a file cannot be written.
     """
     tokenizer = Tokenizer.load(model_path)

@@ -134,9 +134,11 @@ def _masked(visible_BTS: torch.Tensor, dtype: torch.dtype) -> Visibility:
 
 
 def attend(q_BTHK: torch.Tensor, k_BSGK: torch.Tensor, v_BSGK: torch.Tensor, visibility: Visibility) -> torch.Tensor:
-    """Returns softmax(q k^T / sqrt(K)) v over the visible keys, (B, T, H, K); head h reads key head h * G // H.
+    """Returns softmax(q k^T / sqrt(K)) v over the visible keys: (B, T, H, K), in the dtype of the queries.
 
-    It computes in the dtype of the queries, but per document on a CPU in fp32; the result has the dtype of the queries.
+    There are B sequences of T queries and S keys with values. G key/value heads divide the H query heads: query head h
+    reads the keys and values of head h * G // H. It computes in the dtype of the queries, with one exception: where
+    `visibility` has boundaries and the tensors are on a CPU, it computes in fp32 and converts the result back.
     """
     if visibility.boundary is not None:
         kernel = PER_DOCUMENT if q_BTHK.device.type == "cpu" else variable_length

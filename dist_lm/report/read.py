@@ -311,12 +311,14 @@ def _state(run: RunDirectory) -> State:
 def _checkpoints(
     run: RunDirectory, stall_of: Mapping[int, float], time_of: Mapping[int, float]
 ) -> Iterator[Checkpoint]:
-    """Yields the existing checkpoints, and the deleted ones that the metrics mention, by step; a deleted one without a
-    time is left out.
+    """Yields the checkpoints of a run by rising step: those on disk, and deleted ones whose steps are in `stall_of`.
+
+    A checkpoint on disk whose step is not in `time_of` has the time of its folder. A deleted one without a time is left
+    out.
 
     Args:
-        stall_of: step -> seconds that training waited for its checkpoint.
-        time_of: step -> its time.
+        stall_of: step -> seconds that training waited for the checkpoint of this step.
+        time_of: step -> seconds since 1970.
     """
     marks: dict[str, list[str]] = {}
     for pointer, mark in ((checkpoint_files.LATEST, "newest"), (checkpoint_files.BEST, "best")):

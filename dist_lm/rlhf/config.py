@@ -258,10 +258,10 @@ class RlhfConfig(_KeysOfAlgorithms, IterationConfig):
         self._algorithm_keys = keys
 
     def _check_bounds(self) -> None:
-        """Refuses values out of bounds of the keys that all algorithms read.
+        """Checks the keys that all algorithms read, each against its own bounds.
 
         Raises:
-            ConfigError: names the key, the value and what is accepted.
+            ConfigError: a value is out of bounds; names the first such key, its value and what is accepted.
         """
         for key in ("prompts", "max_new_tokens", "minibatches", "micro_batch_tokens"):
             require(getattr(self, key) > 0, f"rlhf.{key}", getattr(self, key), "a positive integer")

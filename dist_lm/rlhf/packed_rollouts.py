@@ -164,6 +164,7 @@ class _Sequences:
 
     @classmethod
     def of(cls, rollouts: Rollouts) -> "_Sequences":
+        """Returns a sequence for each rollout, or of conversations one for each sample, in the order of `rollouts`."""
         if rollouts.are_conversations:
             length_S = rollouts.sample_tokens_S
             rollout_S = np.repeat(np.arange(len(rollouts)), rollouts.samples_B)

@@ -151,14 +151,19 @@ class Peer:
     # --- answering ---
 
     def serve(self, names: dict[str, Any]) -> bool:
-        """Answers questions until the other side ends, and returns whether it said that it is satisfied.
+        """Answers questions of the other side until it ends; blocks meanwhile.
+
+        Exceptions of an operation, and results that cannot travel, are sent to the other side as answers.
 
         Args:
-            names: objects that the other side is told of at once, because it will ask for some of them.
+            names: name -> object; sent first, because the other side will ask for some of these objects.
+
+        Returns:
+            True if the other side called `end` (all is well); False if the socket closed or another frame came.
 
         Raises:
-            GoneError: the other side has ended while it was told or answered.
-            NotCarriedError: a name cannot travel.
+            GoneError: the other side ended while `names` or an answer was sent.
+            NotCarriedError: an object in `names` cannot travel.
         """
         encoder = Encoder(self._refer)
         encoder.put(tuple(names.items()))

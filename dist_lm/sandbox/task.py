@@ -77,13 +77,18 @@ def task_of(values: Mapping[str, Any], readable: bool = False) -> Task:
 
 
 def refuse_broken(language: str, tests: Sequence[Test]) -> None:
-    """Refuses tests that cannot be read in their language, which no program could pass, and those that check nothing,
-    which every program passes. Nothing is executed.
+    """Refuses tests whose code does not parse, because no program passes them. In Python it also refuses a test without
+    `stdout` whose code only defines functions or classes, because every program passes it.
 
-    Tests of a language on which this machine gives no verdict are accepted.
+    The code is parsed, never executed. Other tests that check nothing are accepted, such as an empty one. If the parser
+    gives no verdict on this machine, no code is refused as unreadable.
+
+    Args:
+        language: one of `LANGUAGES`.
 
     Raises:
-        UserError: says which test, and why.
+        UserError: for the first bad test; it quotes the code and says why.
+        SyntaxError: Python code does not parse, and the parser gave no verdict.
     """
     for test in tests:
         for part, error_of in ((test.before, BEFORE_ERRORS[language]), (test.code, TEST_ERRORS[language])):

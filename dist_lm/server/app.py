@@ -66,6 +66,12 @@ def build_app(serving: Serving, rules: DoorRules) -> App:
 
 
 def _add_error_handlers(app: FastAPI) -> None:
+    """Makes the application answer exceptions of its routes with OpenAI's error object, see `error_value`.
+
+    A ProtocolError is answered with its own status (429 and 503 with `Retry-After`), and an HTTPException, such as an
+    unknown path, with its status. Every other exception is answered with 500 and a text that tells no details.
+    """
+
     @app.exception_handler(ProtocolError)
     async def refused(request: Request, error: ProtocolError) -> Response:
         # OpenAI's clients try again by themselves, after so many seconds.

@@ -129,8 +129,10 @@ def load_served(group: Sequence[ModelFiles], tokenizer: Path | None, options: Mo
 def load_over_pool(
     group: Sequence[ModelFiles], tokenizer: Path | None, options: ModelOptions, cluster: RayCluster, actors: int
 ) -> list[ServedModel]:
-    """Returns models that the actors of one pool compute; at least one is up. Each actor has a cache of
-    `options.cache_tokens` for each model.
+    """Starts one pool of actors for all models of `group` and returns these models, in order.
+
+    It returns when at least one actor is up; the others may follow. An actor computes all models, and its KV cache
+    holds `options.cache_tokens` tokens for each of them. The thread that serves requests does not run yet.
 
     Args:
         group: as for `load_served`.

@@ -162,14 +162,16 @@ class ServingMember(Member):
         self._actor.take_orders.options(concurrency_group=ORDERS).remote(orders, cancelled)
 
     def take_report(self, patience_s: float) -> Report | None:
-        """Returns the report of the engine if one has come, else None; does not wait.
+        """Returns the report that the actor has sent, and asks for the next one; None if there is none yet. It does not
+        wait.
 
         Args:
-            patience_s: longest time without a report, and for a step of the engine.
+            patience_s: seconds. A report may take so long after it was asked for, and so may a step of the engine.
 
         Raises:
-            MemberLostError: the actor is gone, its engine has failed, or it has been silent for longer.
-            UserError: an actor that starts rejected the weights.
+            MemberLostError: the actor has ended, its engine has failed, or one of the two times was longer. Also if an
+                actor that was up cannot load new weights.
+            UserError: the actor rejected the weights that it was to start with.
         """
         if self._loading:
             self._take_loading(self._loading)

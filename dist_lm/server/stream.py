@@ -59,6 +59,12 @@ class Chunks:
             yield self._head() | {"choices": [], "usage": usage}
 
     def _grown(self, event: Grown) -> Iterator[dict[str, Json]]:
+        """Yields the chunks of new tokens of an answer: first the opening chunk, unless it was yielded before, then a
+        chunk with the new text.
+
+        The second chunk is left out while there is nothing to send: no visible text, and neither log-probabilities nor
+        token ids were asked for. Calls of tools are not text; `_done` sends them.
+        """
         index, choice = self._choice(event.request, event.index)
         yield from self._opening(index, choice)
         texts = []

@@ -198,7 +198,12 @@ def requests_of(questions: "Sequence[Asked]", ends: tuple[int, ...], max_new_tok
 
 
 def shown_answer(posed: "Asked", answer: "Answer", verdict: "Verdict", tokenizer: "Tokenizer") -> dict[str, Any]:
-    """Returns a question and its answer as an object of `samples/step_N.jsonl`; tokens as text with marks."""
+    """Returns a question with its answer and score, as a line of `samples/step_N.jsonl` holds them.
+
+    The keys `prompt`, `expected` and `found` are tokens as text, with the names of special tokens. `kind` is that of
+    the question and `finish` says why the answer ended. The other keys come from the verdict: `right` is its `exact`,
+    `right_calls` its `right` and `valid_call` its `valid`; `parses` and `names` keep their names.
+    """
     from dist_lm.tokenizer.tokenizer import text_with_marks
 
     return {

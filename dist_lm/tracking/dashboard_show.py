@@ -52,11 +52,13 @@ def leet_command(run: RunDirectory) -> list[str]:
 
 
 def open_in_leet(run: RunDirectory) -> None:
-    """Replaces this process by `wandb leet` on the newest offline run; does not return. WANDB_DIR becomes the folder of
-    `run`.
+    """Replaces this process by `wandb leet`, which shows the newest offline wandb run of a run directory.
+
+    The function does not return. In the new process, the environment variable WANDB_DIR is the run directory.
 
     Raises:
-        ArtefactError: the run has no offline run, or standard input or output is no terminal.
+        ArtefactError: the run directory has no offline wandb run (see `newest_offline`), or standard input or output is
+            no terminal.
     """
     command = leet_command(run)
     if not (sys.stdin.isatty() and sys.stdout.isatty()):

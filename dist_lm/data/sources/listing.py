@@ -429,10 +429,17 @@ def _name_a_split(inputs: Sequence[Input]) -> str:
 
 
 def _require_one_split(source: SourceConfig, path: str, inputs: Sequence[Input]) -> None:
-    """Refuses shards of several splits of train (`train_sft`, `train_gen`), which hold other things; returns nothing.
+    """Refuses inputs whose shards belong to several splits of train, such as `train_sft` and `train_gen`, or `train`
+    and `train_sft`: these splits hold different data. Returns nothing.
+
+    The split is read from the names of shards. Files that are left out, are no shards, or belong to validation or test
+    do not count.
+
+    Args:
+        path: the path of the source, for the message.
 
     Raises:
-        ConfigError: names the splits.
+        ConfigError: names the splits and how to choose one.
     """
     files = [file for file in inputs if not file.left_out and SHARD.fullmatch(PurePosixPath(file.name).name)]
     splits = sorted({split_of(PurePosixPath(file.name).name) for file in files})

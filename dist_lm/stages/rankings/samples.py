@@ -119,16 +119,18 @@ def beginnings(corpus: TokenCorpus, tokenizer: Tokenizer, limit: int, seed: int)
 def sample(
     loaded: LoadedModel, chosen: Sequence[Beginning], config: RankingsConfig, advance: Callable[[], None]
 ) -> Iterator[tuple[int, list[Sample]]]:
-    """Yields (number of a beginning, its samples), in the order of the beginnings; equal on all machines of a kind.
+    """Yields (index in `chosen`, samples of this beginning), with rising indices.
 
-    A beginning that leaves no room for a sample is left out. All samples are generated before the first is yielded.
+    The number of samples differs between beginnings and follows from the seed (see `requests_of`); continuations come
+    before answers. The samples are the same on all machines of one kind. A beginning is skipped if its prompt and the
+    longest sample exceed the context of the model. All samples are generated before the first pair is yielded.
 
     Args:
-        advance: called for each sample.
+        advance: called once for each sample, when it is complete.
 
     Raises:
         ArtefactError: the model's logits are not numbers.
-        UserError: the tokenizer lacks the mark that ends a turn.
+        UserError: the tokenizer lacks the mark that ends a turn; ChatError, one of these, as `requests_of`.
     """
     device = torch.device("cuda" if config.device != "cpu" and torch.cuda.is_available() else "cpu")
     # One engine for all beginnings: their samples share its batches.

@@ -176,10 +176,13 @@ def own(config: Config) -> CorporaStageConfig:
 
 
 def wanted_corpora(config: Config, rankings: bool = False) -> list[str]:
-    """Returns the corpora in `stage.corpora`, else all configured ones: those of rankings, or all others.
+    """Returns the names of the corpora to build, in the order of `corpus.corpora`.
+
+    With `rankings` these are the corpora of rankings, without it all others. If `stage.corpora` is not null, only the
+    corpora named there are among them. The list may be empty.
 
     Raises:
-        ConfigError: no corpus is configured.
+        ConfigError: `stage.corpora` is null and `corpus.corpora` is empty.
     """
     chosen = own(config).corpora
     # A file of corpora with a wrong indentation has none; without this, the stage would build nothing.
