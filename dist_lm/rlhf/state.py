@@ -1,4 +1,8 @@
-"""State of an RLHF run: with both models and their optimizers, the complete content of a checkpoint."""
+"""State of an RLHF run: counters, the KL coefficient, the reward scale, and rollouts drawn ahead.
+
+With the policy, the critic if there is one, and their optimizers, it is the complete content of a checkpoint. The
+learner replaces the state after every update and iteration.
+"""
 
 import math
 from collections.abc import Mapping
@@ -19,7 +23,10 @@ REPLACED = "left_out"  # the name in checkpoints
 
 @dataclass(frozen=True)
 class KlController:
-    """The weight of the KL in the reward, fixed or adaptive (Ziegler et al. 2019, section 2.2). Immutable."""
+    """The weight of the KL from the reference, fixed or adaptive (Ziegler et al. 2019, section 2.2). Immutable.
+
+    The algorithm of a run puts the KL into its token rewards, or into its policy loss (`Prepared.kl_coefficient`).
+    """
 
     coefficient: float
     target: float | None = None  # nats per sequence; None: the coefficient is fixed
@@ -49,7 +56,10 @@ class RlhfState:
     policy_updates: int = 0  # optimizer steps, including those skipped for NaN/inf gradients
     value_updates: int = 0
     nonfinite_updates: int = 0  # consecutive skipped updates
-    reward_scale: RewardScale | None = None  # None: not measured yet
+    # Of the reward model's scores. Stage rlhf reads it from the finished run of stage reward and never changes it.
+    # None: no reward model, or rlhf.normalise_reward=false; a learner apart from the stage then has to measure it
+    # (`experience.collect`).
+    reward_scale: RewardScale | None = None
     best_reward: float | None = None  # largest rlhf/reward_mean of an iteration
     best_iteration: int = 0
     pending: Mapping[int, ScoredRollouts] = field(default_factory=dict)  # keys: iterations not trained on yet
