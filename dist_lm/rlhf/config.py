@@ -215,9 +215,11 @@ class RlhfConfig(_KeysOfAlgorithms, IterationConfig):
 
     @property
     def drawing_staleness(self) -> int:
-        """Versions between the weights that draw an iteration and the policy, once the run has so many: `max_staleness`.
-        Asynchronous sampling goes on by whatever weights there are, so with it 0; there, `max_staleness` only bounds
-        the age of a group."""
+        """Versions between the weights that draw an iteration and the policy, once the run has so many.
+
+        It is `max_staleness`. Asynchronous sampling goes on by whatever weights there are, so with it 0; there,
+        `max_staleness` only bounds the age of a group.
+        """
         return 0 if self.asynchronous else self.max_staleness
 
     @property

@@ -422,7 +422,7 @@ def policy_objective(
             text tokens of the update. As the step divides all sums by the policy's divisor, the text loss becomes a
             mean over its own tokens. It may exceed 1.
     """
-    # `column_N` of a batch are indices in the flattened (B, T) columns: number of the rollout * T + number of the token.
+    # `column_N` of a batch are indices in the flattened (B, T) columns: rollout * T + number of the token.
     flat_columns = {name: column.flatten() for name, column in prepared.tokens.items()}
     longest = next(iter(prepared.tokens.values())).shape[1]
     text_objective = next_token()

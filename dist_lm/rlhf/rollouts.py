@@ -116,7 +116,7 @@ class SignsOfLife:
 
 
 class RolloutSource(Protocol):
-    """Draws completions, in the process of the controller: one engine (`EngineRollouts`), or a pool of actors, each with
+    """Draws completions for the controller: an engine in its process (`EngineRollouts`), or a pool of actors, each with
     such an engine (`cluster.pool.PoolRollouts`). Whoever opens a source closes it."""
 
     def load_weights(self, weights: Any, version: int) -> None:
@@ -143,8 +143,9 @@ class RolloutSource(Protocol):
     def generate(self, requests: Sequence[Request], finished: Finished = ignore_answer) -> list[Answer]:
         """Returns all answers, in the order of the requests, then of the answer's index.
 
-        An answer is a function of its request and the weights that draw it. So a pool returns what one engine would (on the CPU in
-        fp32 to the last bit), whichever actor gets a request, and also if an actor dies and another one computes it.
+        An answer is a function of its request and the weights that draw it. So a pool returns what one engine would (on
+        the CPU in fp32 to the last bit), whichever actor gets a request, and also if an actor dies and another one
+        computes it.
 
         Args:
             finished: called with each answer as soon as it is there.

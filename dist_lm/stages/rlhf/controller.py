@@ -48,7 +48,7 @@ class PromptsOfRun:
 
     train: Prompts | Sequence[Task]
     held_out: Prompts | Sequence[Task]
-    # of the completions of `train`; None: no rlhf.constraint, or an environment, whose rollouts carry the sets of tokens
+    # of the completions of `train`; None: no rlhf.constraint, or an environment, whose rollouts carry their sets
     constraints: RolloutConstraints | None
 
 
