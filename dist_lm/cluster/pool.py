@@ -5,7 +5,8 @@
 
 The pool deals requests to actors and collects their answers; it draws nothing itself. Each actor has an engine
 (`dist_lm/generation/engine.py`). Requests are read as engines can take them, so there may be any number. An answer is a
-function of its request and the weights: if it is computed again on another actor, it is the same.
+function of its request and the weights, so it does not matter which actor computes it, nor if one has to begin anew
+(the last bits are those of any other actor only on the CPU in fp32).
 """
 
 import logging

@@ -124,6 +124,7 @@ class Engine:
         self._tp = tp
 
         options = (options or EngineOptions()).for_device(self.device)
+        # 256 where the flash kernel runs, otherwise 64
         page_tokens = options.page_tokens or best_page_tokens(config, dtype, self.device)
         self.options = replace(options, page_tokens=page_tokens)
         self.prefix_counts = PrefixCounts()

@@ -74,7 +74,7 @@ class IterationReport:
 
 
 class IterationTasks(Protocol):
-    """Measurements after iterations, with the engines that draw rollouts (collective)."""
+    """Benchmarks of stage.eval_tasks after iterations, asked by the engines that draw rollouts (collective)."""
 
     def reached(self, iteration: int, controller: RolloutController | None) -> None:
         """Called after each iteration; `controller`: on the first rank."""

@@ -3,6 +3,10 @@
 `experience.py` runs the reward model, scales its scores, and calls `total_score`, which adds them to those of rules.
 The reward of `conf/stage/rlhf.yaml` is a reward model alone; then the judge has no rules and gives no scores.
 
+    rules.py              the kinds of rules; reward_forms.py and reward_function.py: how a user's function is called
+    reward_model.py       the training and the scale of a reward model
+    experience.py         its scores of rollouts, and the sum
+
 Rules run where the controller does, on the first rank or in its child. A rollout on which a rule fails has no score: it
 leaves the iteration before any model sees it, so it takes no part in groups, losses, statistics or counts. `usable_of`
 returns the remaining rollouts with their scores.

@@ -143,9 +143,9 @@ class RolloutSource(Protocol):
     def generate(self, requests: Sequence[Request], finished: Finished = ignore_answer) -> list[Answer]:
         """Returns all answers, in the order of the requests, then of the answer's index.
 
-        An answer is a function of its request and the weights that draw it. So a pool returns what one engine would (on
-        the CPU in fp32 to the last bit), whichever actor gets a request, and also if an actor dies and another one
-        computes it.
+        An answer is a function of its request and the weights that draw it: to the last bit on the CPU in fp32, else up
+        to rounding, which may depend on other requests. So a pool returns what one engine would, whichever actor gets a
+        request, and also if an actor dies and another one computes it.
 
         Args:
             finished: called with each answer as soon as it is there.

@@ -18,14 +18,15 @@ from dist_lm.rlhf.rollouts import Rollouts, ScoredRollouts
 SCORE = "score."  # prefix of the names of scores
 MARK = "mark."  # prefix of the names of marks
 SKIPPED = "skipped."  # prefix of the names of parts that do not apply to all
-REPLACED = "left_out"  # the name in checkpoints
+# the name of `ScoredRollouts.replaced` in checkpoints; the metric rlhf/left_out is another thing: rollouts without a score
+REPLACED = "left_out"
 
 
 @dataclass(frozen=True)
 class KlController:
     """The weight of the KL from the reference, fixed or adaptive (Ziegler et al. 2019, section 2.2). Immutable.
 
-    The algorithm of a run puts the KL into its token rewards, or into its policy loss (`Prepared.kl_coefficient`).
+    The algorithm of a run puts the KL into its rewards, or into its policy loss (`Prepared.kl_coefficient`).
     """
 
     coefficient: float
