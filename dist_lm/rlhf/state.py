@@ -18,7 +18,7 @@ from dist_lm.rlhf.rollouts import Rollouts, ScoredRollouts
 SCORE = "score."  # prefix of the names of scores
 MARK = "mark."  # prefix of the names of marks
 SKIPPED = "skipped."  # prefix of the names of parts that do not apply to all
-# the name of `ScoredRollouts.replaced` in checkpoints; the metric rlhf/left_out is another thing: rollouts without a score
+# Name of `ScoredRollouts.replaced` in checkpoints. The metric rlhf/left_out is another thing: rollouts without a score.
 REPLACED = "left_out"
 
 
