@@ -3,8 +3,10 @@
     with Pool.start(cluster, spec, weights, version=1) as pool:
         for result in pool.generate(requests): ...
 
-Requests are read as engines can take them, so there may be any number. An answer is a function of prompt, params, seed
-and weights: if it is computed again on another actor, it is the same.
+The pool deals requests to actors and collects their answers; it draws nothing itself. Each actor has an engine
+(`dist_lm/generation/engine.py`). Requests are read as engines can take them, so there may be any number. An answer is a
+function of its request and the weights, so it does not matter which actor computes it, nor if one has to begin anew
+(the last bits are those of any other actor only on the CPU in fp32).
 """
 
 import logging
@@ -223,7 +225,7 @@ class Pool:
         """Returns weights for a later `load_weights`, read to the end; allowed during `generate`, from any thread.
 
         Raises:
-            ArtefactError: the weights do not fit the model.
+            UserError: the weights do not fit the model.
         """
         return self._sender.hold(weights) if self._sender else _stored(self._spec, weights)
 
@@ -417,7 +419,10 @@ class Pool:
 
 
 class PoolRollouts:
-    """A `rlhf.rollouts.RolloutSource` over a pool that others close. One call at a time, `hold` excepted."""
+    """A `rlhf.rollouts.RolloutSource` over a pool that others close: `generate` returns what one engine would.
+
+    One call at a time, `hold` and `swap_weights` excepted.
+    """
 
     def __init__(self, pool: Pool, sleeps: bool = False) -> None:
         """`sleeps`: free the caches between two calls of `generate`."""
@@ -437,7 +442,8 @@ class PoolRollouts:
         self.pool.swap_weights(weights, version)
 
     def generate(self, requests: Sequence[Request], finished: Finished = ignore_answer) -> list[Answer]:
-        """All answers, in the order of the requests, then of their index. `finished` gets each as soon as it is there.
+        """Returns all answers, in the order of the requests, then of their index. `finished` gets each as soon as it is
+        there.
 
         Raises:
             RequestError: a request was refused.

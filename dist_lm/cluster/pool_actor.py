@@ -1,4 +1,5 @@
-"""One actor of a pool: `PoolActor` runs an engine in slices of work, `Member` drives it from the pool's process.
+"""One actor of a pool: `PoolActor` runs an engine in slices of work, `Member` drives it from the pool's process. How
+answers are drawn is the engine's (`dist_lm/generation/engine.py`).
 
 `PoolActor` is a plain class that `Member` makes a Ray actor. One call brings new requests and returns finished answers,
 so a message carries many tokens. The actor opens no port and dies with its node's Ray.

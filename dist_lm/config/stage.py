@@ -335,8 +335,8 @@ class StageConfig(TrainerGroup):
     max_epochs: dict[str, float] = field(default_factory=dict)  # most passes over a corpus in all phases, by name
     label_smoothing: float = 0.0
     z_loss: float = 0.0  # weight of the squared log-normaliser of the logits; 0: off
-    document_mask: bool = True  # attention stays inside a document
-    reset_positions: bool = True  # positions start at 0 in each document of a sequence
+    document_mask: bool = True  # attention stays inside a slice: the part of a document that a sequence holds
+    reset_positions: bool = True  # positions start at 0 in each slice, also in one that continues a document
     # conversations longer than seq_len: drop (left out) | truncate (their beginning) | split (pieces, which do not see
     # one another)
     too_long: str = "drop"

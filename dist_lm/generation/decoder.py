@@ -3,8 +3,9 @@
 Weights are laid out once for their device, and a step is a short loop over plain tensors. Tests compare it with the
 model.
 
-Dimensions: N tokens, P pieces of prompts, B sequences, D d_model, V vocabulary, H query heads, G key/value heads, K
-d_head, T positions, F hidden units (twice as many before a gate).
+Dimensions: N tokens, P pieces (of prompts, or of answers with forced tokens), n some tokens, B sequences, D d_model, V
+vocabulary, H query heads, G key/value heads, K d_head, T positions, R entries of a head that RoPE rotates, F hidden
+units (twice as many before a gate), X the dimension that an index of the cache flattens.
 """
 
 import math
@@ -57,6 +58,7 @@ class _Layer:
     qk_norm: torch.Tensor | None  # (H + G, K); weights of the norms of queries and keys
     value_mix: torch.Tensor | None  # (2,), see `mix_values`
     is_rotated: bool  # whether RoPE turns queries and keys
+    # A `Linear` adds its second argument to the product: `output` and `down` add the residual stream.
     output: Linear
     feed_forward_norm: Norm
     up: Linear  # with its activation; in a gated network: gate and up concatenated, without activation
@@ -246,6 +248,7 @@ class Decoder:
         plan = self.cache.plan_prefill(pieces)
         index_X = self.cache.write_index(plan.cell_N)
 
+        # `hidden` knows no cache: this writes keys and values to it, then attends to it.
         def attend(layer: int, q_NHK: torch.Tensor, k_NGK: torch.Tensor, v_NGK: torch.Tensor) -> torch.Tensor:
             self.cache.write(layer, index_X, k_NGK, v_NGK)
             return self.cache.prefill(layer, q_NHK, k_NGK, v_NGK, plan)
@@ -346,8 +349,11 @@ class Decoder:
         attend: Callable[..., torch.Tensor],
         runs: Sequence[Run] = (),
     ) -> torch.Tensor:
-        """Returns hidden states (N, D), in the decoder's dtype, of tokens at their positions, before the final norm
+        """Runs all layers. Returns the residual stream (N, D), in the decoder's dtype, of tokens at their positions
         (collective with several ranks).
+
+        It is not normalised yet, unlike the output of `Transformer.hidden`: `logits` and `normalised` apply the final
+        norm.
 
         Args:
             token_N: int64, as is position_N.
@@ -383,7 +389,7 @@ class Decoder:
             if self._norm_after:
                 x_ND = x_ND + layer.attention_norm(layer.output(o_NHK.flatten(1)))
             else:
-                x_ND = layer.output(o_NHK.flatten(1), x_ND)
+                x_ND = layer.output(o_NHK.flatten(1), x_ND)  # adds the residual stream
 
             # Feed-forward network. Without a gate, the activation is a part of the linear layer `up`.
             if not config.parallel_residual:
@@ -400,7 +406,7 @@ class Decoder:
             if self._norm_after:
                 x_ND = x_ND + layer.feed_forward_norm(layer.down(h_NF))
             else:
-                x_ND = layer.down(h_NF, x_ND)
+                x_ND = layer.down(h_NF, x_ND)  # adds the residual stream
         return x_ND
 
     def _normalise(self, qk_NHK: torch.Tensor, weight_HK: torch.Tensor) -> torch.Tensor:
@@ -436,17 +442,18 @@ class Decoder:
         return qk_NHK * scale_NH[..., None] * weight_HK
 
     def logits(self, x_ND: torch.Tensor) -> torch.Tensor:
-        """Returns fp32 logits (N, V) of hidden states."""
+        """Returns fp32 logits (N, V) of the output of `hidden`."""
         return capped(self._lm_head(self._final_norm(x_ND)).float(), self.config.logit_cap)
 
     def normalised(self, x_ND: torch.Tensor) -> torch.Tensor:
-        """Returns hidden states (N, D) after the final norm, in the decoder's dtype, as `Transformer.hidden` does."""
+        """Returns the output of `hidden` after the final norm, (N, D), in the decoder's dtype, as `Transformer.hidden`
+        does."""
         return self._final_norm(x_ND)
 
 
 def scales_of(config: ModelConfig, dtype: torch.dtype) -> tuple[float, float]:
-    """Returns the factors of queries, which their weights take in, and of attention scores, which is left to kernels;
-    their product is the scale of scores.
+    """Splits the scale of attention scores into two factors: the first is multiplied into the weights of queries, the
+    second is left to the kernels of attention.
 
     Half-precision weights take in powers of two alone: any other factor would round every weight again, which the
     trainer does not do.
@@ -563,8 +570,10 @@ def _layer(
     number: int,
     query_scale: float,
 ) -> _Layer:
-    """Returns one block with its weights, this rank's share of them, laid out for the device. The scale of the residual
-    stream is multiplied into them. The order of look-ups is part of the protocol between ranks.
+    """Returns one block with its weights, this rank's share of them, laid out for the device.
+
+    `model.residual_scale`, the factor of what a branch adds to the residual stream, is multiplied into the weights that
+    end a branch. The order of look-ups is part of the protocol between ranks.
 
     Args:
         number: index of the block, from 0.

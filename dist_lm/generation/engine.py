@@ -1,6 +1,7 @@
 """The continuous-batching engine: requests join and leave at any step, with one model and one cache of fixed size.
 
-A step computes some pieces of new prompts and one token for every running sequence. A sequence holds only the pages it
+A step reads some pieces of new prompts, and draws one token for every running sequence, and the first one for every
+prompt that is complete. A sequence holds only the pages it
 needs now. When no page is free, the youngest sequence is preempted: the content of its pages moves to host memory until
 pages are free again. So the cache never overflows, and an answer does not depend on other requests (on the CPU in fp32
 to the last bit: see `linear.py`, `paged_cache.py` and `sampling.py`). With `prefix_cache`, a prompt begins on the pages
@@ -9,14 +10,16 @@ of an earlier one, as far as they have the same tokens (`prefix_cache.py`).
 Adapters can share the weights (`add_adapter`): a step then mixes requests of the base and of all adapters.
 
 Where a constraint allows exactly one token, the engine takes it without asking the model, and goes on until there is a
-choice again. One pass then computes all these tokens at once, with their log-probabilities.
+choice again (`_take_forced`, after a draw). In the next step, or in several if there are many, the model reads these
+tokens in one pass, which also gives their log-probabilities (`_extend`); then the sequence draws again.
 
     waiting -> prefilling -> running -> finished
                                ^  |
                                |  v
                             preempted
 
-Dimensions: P pieces of prompts, B sequences that get a token, V vocabulary.
+Dimensions: P pieces (of prompts, or of answers with forced tokens), N their tokens, n the tokens of one piece, B
+sequences that get a token, V vocabulary, U bytes with one bit for each token of the vocabulary.
 """
 
 import math
@@ -121,6 +124,7 @@ class Engine:
         self._tp = tp
 
         options = (options or EngineOptions()).for_device(self.device)
+        # 256 where the flash kernel runs, otherwise 64
         page_tokens = options.page_tokens or best_page_tokens(config, dtype, self.device)
         self.options = replace(options, page_tokens=page_tokens)
         self.prefix_counts = PrefixCounts()
@@ -316,7 +320,8 @@ class Engine:
         return answers
 
     def _matcher(self, request: Request) -> Matcher | None:
-        """Returns the tokens that the request's constraint allows; None without one.
+        """Returns the object that follows a request's constraint and says which tokens it allows next; None without a
+        constraint.
 
         Raises:
             RequestError: the constraint cannot be read, or this engine takes none.
@@ -355,8 +360,9 @@ class Engine:
 
     @torch.inference_mode()
     def step(self) -> list[Answer | Refusal]:
-        """Runs one step: pieces of new prompts, and one token for every running sequence. Returns the answers and
-        refusals that ended in it, or by `cancel` since the last step; empty if none did.
+        """Runs one step: reads pieces of new prompts, and draws one token for every running sequence, and the first one
+        for every prompt that is complete. Returns the answers and refusals that ended in it, or by `cancel` since the
+        last step; empty if none did.
 
         A request whose logits are nan is refused with all its unfinished answers, and the others go on. What a caller's
         `on_text` raises passes.
@@ -378,8 +384,8 @@ class Engine:
         # A prompt that is complete has logits for its first token already, and decodes from the next step on.
         if prefilled:
             self._running += prefilled.sequences
-        if rows := [rows for rows in (decoded, extended, prefilled) if rows]:
-            self._draw_tokens(rows)
+        if parts := [part for part in (decoded, extended, prefilled) if part]:
+            self._draw_tokens(parts)
 
         # Check before answers are returned: if a rank of the model has died, the logits may be wrong.
         self._decoder.check()
@@ -558,7 +564,7 @@ class Engine:
         return pieces
 
     def _extend(self) -> _LogitRows | None:
-        """Runs the model on tokens that a constraint forced, which it has not read: up to `piece_tokens` of a sequence,
+        """Lets the model read tokens that a constraint forced (in `_take_forced`): up to `piece_tokens` of a sequence,
         and together `step_tokens`, unless the first sequence has more.
 
         It sets their log-probabilities, and finishes sequences that end with them. A request whose logits are nan is
@@ -585,7 +591,7 @@ class Engine:
             return None
         self._plan = None  # it would move these sequences by one position
         logprob_N, logits_PV = self._decoder.extend(pieces, next_tokens)
-        (logprob_N,) = download(logprob_N)
+        (logprob_N,) = download(logprob_N)  # here the host waits for the device
 
         ready: list[int] = []
         for row, (sequence, logprob_n) in enumerate(
@@ -688,8 +694,9 @@ class Engine:
         """Draws a token for each sequence, adds it, calls the sequence's `on_text`, and finishes the sequences that
         end.
 
-        A request whose logits are nan is refused, and one whose constraint allows no token. Unless preempted sequences
-        move between device and host memory, this is the only place in a step where the host waits for the device.
+        A request whose logits are nan is refused, and one whose constraint allows no token. Here the host waits for the
+        device. Elsewhere in a step it waits only if `_extend` scores forced tokens, or if preempted sequences move
+        between device and host memory.
         """
         sequences = [sequence for part in rows for sequence in part.sequences]
         logits_BV = concatenated([part.logits_BV for part in rows])
@@ -761,7 +768,7 @@ class Engine:
     def _allowed(self, sequences: Sequence[AnswerSequence]) -> dict[int, np.ndarray]:
         """Returns the tokens that each sequence with a constraint may draw, by its row, as `Matcher.allowed`.
 
-        A request whose constraint allows none is refused, with a row of its own no more.
+        A request whose constraint cannot be followed any further (GrammarError) is refused, and has no entry.
         """
         allowed: dict[int, np.ndarray] = {}
         for row, sequence in enumerate(sequences):
@@ -781,6 +788,9 @@ class Engine:
         allowed: Mapping[int, np.ndarray],
     ) -> Choice:
         """Returns one token for each sequence, on the host; it changes no sequence.
+
+        Logits pass through penalties and bias, then through the constraint, then through temperature and filters. The
+        draw is keyed by the answer's seed (of the request and its index) and the position.
 
         Args:
             logits_BV: fp32.

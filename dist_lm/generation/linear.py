@@ -25,6 +25,8 @@ _NO_ACTIVATION = ("none", [], "")
 
 
 class Linear(Protocol):
+    """A linear layer that also adds a second argument, mostly the residual stream."""
+
     def __call__(self, x_MD: torch.Tensor, added_MN: torch.Tensor | None = None) -> torch.Tensor:
         """Returns `x @ weight^T + bias + added_MN`, (M, N); a layer with an activation applies it to that, and callers
         give it nothing to add."""

@@ -8,7 +8,8 @@ page * page_tokens + offset.
 
 Dimensions: L layers, N tokens, T tokens of a piece, B sequences, H query heads, G key/value heads, K d_head, W
 page_tokens, P pages of the longest sequence or of a piece, S keys that a query may see (P * W in a decode step), n
-slots of a read or of all reads of a `PlainDecodePlan`, X the dimension that an index flattens.
+slots, of one read or of all reads of a `PlainDecodePlan` (a slot is a page and a sequence that reads it: see above
+`SharedRead`), X the dimension that an index flattens.
 """
 
 import heapq
@@ -28,7 +29,7 @@ PLAIN_PAGE_TOKENS = 64  # tokens of a page of `PlainPages`, unless an engine's o
 ALIGNED = 16  # fp32 numbers in 64 bytes
 MIN_SLOTS = 2  # a batched product of one matrix takes another kernel, which rounds differently
 SUM_MULTIPLE = 4  # `sum` over a multiple of this many numbers gives the same bits with and without trailing zeros
-# Queries of a prompt attend in blocks that begin at multiples of this many tokens. Rounding depends on the size of a
+# Queries of a piece attend in blocks that begin at multiples of this many tokens. Rounding depends on the size of a
 # block, so the keys and values of a complete one are a function of the tokens up to its end alone.
 BLOCK = 32
 MAX_WASTE = 2  # read pages 0 to n in place, without a copy, if n is at most this many times the number of pages in use
@@ -124,7 +125,7 @@ def pages_for(n_tokens: int, page_tokens: int) -> int:
 
 @dataclass(frozen=True)
 class Piece:
-    """Consecutive tokens of one prompt, computed and cached in one step.
+    """Consecutive tokens of one sequence, computed and cached in one step: of its prompt, or forced by a constraint.
 
     Piece boundaries depend on the sequence alone, so that its logits do not depend on other requests.
     """
@@ -266,9 +267,11 @@ class PlainDecodePlan:
     page_n: torch.Tensor  # page of each slot of the first read
     row_n: torch.Tensor  # sequence that reads each slot of the first read; arbitrary if none does
     shared: list[SharedRead]  # the slots after those of the first read, in this order
-    slot_X: torch.Tensor  # (B * P,), slot of each page of a sequence; arbitrary if it has no such page
-    summed_slot_X: torch.Tensor  # slot_X with P rounded up to SUM_MULTIPLE; without such a page: n, a slot of zeros
-    index_n: torch.Tensor  # index in `slot_X` of each slot of all reads
+    # (B * P,): at b * P + p the slot, among those of all reads, of page p of sequence b; arbitrary if b has no page p
+    slot_X: torch.Tensor
+    # the same with P rounded up to SUM_MULTIPLE; if b has no page p, the number of one more slot, which holds zeros
+    summed_slot_X: torch.Tensor
+    index_n: torch.Tensor  # the inverse of `slot_X`: for each slot its b * P + p; arbitrary if no sequence reads it
     bias_B1S: torch.Tensor  # fp32, 0 for visible keys, -inf for others
     window: int | None  # width of the window of layers that have one; None: no layer has
     window_bias_B1S: torch.Tensor  # the mask of those layers; without any, `bias_B1S`
@@ -297,7 +300,7 @@ class PlainPrefillPlan:
 
 @dataclass(frozen=True)
 class Block:
-    """Consecutive queries of a piece that attend together."""
+    """Consecutive queries of a piece that attend together; not a layer (`model.transformer.Block`)."""
 
     queries: slice  # among the tokens of the piece
     bias_TS: torch.Tensor | None  # 0 for visible keys, -inf for others; None: the block begins a sequence

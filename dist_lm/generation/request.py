@@ -26,8 +26,8 @@ OnText = Callable[[str, int, int, str], None]
 
 Versions = tuple[tuple[int, int], ...]
 """(tokens of the answer that the model had read, version of the weights from there on), in their order. The first pair
-has 0 tokens: its version read the prompt and drew token 0. For example ((0, 7), (2, 8)): version 7 drew tokens 0 to 2;
-version 8 came when tokens 0 and 1 had been read, so it has read token 2 and drawn token 3 and all later ones."""
+has 0 tokens: its version read the prompt and drew token 0. For example ((0, 7), (2, 8)): version 7 drew tokens 0 to 2
+and read tokens 0 and 1. Then came version 8: it read token 2, and drew token 3 and all later ones."""
 
 MOST_TOP_LOGPROBS = 20  # OpenAI's bound
 
@@ -41,8 +41,8 @@ FinishReason = Literal["eot", "stop", "length", "context", "cancelled"]
 class SamplingParams:
     """Says how tokens are drawn, and how many.
 
-    Applied in this order: repetition, presence and frequency penalty, logit bias, temperature, then top-k, top-p and
-    min-p. A token must pass all three filters.
+    Applied in this order: repetition, presence and frequency penalty, logit bias, the request's constraint,
+    temperature, then top-k, top-p and min-p. A token must pass all three filters.
     """
 
     max_new_tokens: int = 128
@@ -102,9 +102,10 @@ class Request:
     """A prompt and how to continue it."""
 
     id: str
-    prompt: Sequence[int]  # token ids; the first is end-of-text if the prompt begins a document
+    # token ids; the first is `Tokenizer.first_token.id` (usually end-of-text) if the prompt begins a document
+    prompt: Sequence[int]
     params: SamplingParams = field(default_factory=SamplingParams)
-    seed: int = 0  # answers are a function of prompt, params and seed
+    seed: int = 0  # answers are a function of prompt, params, constraint, seed and the weights (with the adapter)
     n: int = 1  # number of answers; they share the prompt's pages in the cache
     truncate: Literal["refuse", "left"] = "refuse"  # if a prompt fills the context: refuse it, or drop its beginning
     keep_sets: bool = False  # answers say from which tokens each token was drawn
@@ -307,7 +308,7 @@ class AnswerSequence:
     sets: list[bytes] = field(default_factory=list)
     top_logprobs: list[TopLogprobs] = field(default_factory=list)
     saved: Any = None  # content of the pages while the sequence is preempted
-    matcher: "Matcher | None" = None  # the tokens that the constraint allows next
+    matcher: "Matcher | None" = None  # follows the constraint and says which tokens it allows next; None: no constraint
     allowed: "np.ndarray | None" = None  # the answer of `matcher.allowed`; None: it was not asked
     finish: FinishReason | None = None
     versions: list[tuple[int, int]] = field(default_factory=list)  # as `Answer.versions`; empty before it is admitted
@@ -374,7 +375,7 @@ class AnswerSequence:
 
         Args:
             logprob: nats, under the distribution the token was drawn from.
-            raw_logprob: nats, under the model's distribution; None: it follows by `raw_logprobs`.
+            raw_logprob: nats, under the model's distribution; None: the engine appends it to `raw_logprobs` later.
             context: most tokens of prompt and answer.
             token_set: the packed set of tokens among which it was drawn; kept if the request asks for sets.
             top_logprobs: the most likely tokens; kept if the request asks for some.

@@ -8,7 +8,8 @@ determine which tokens pass the filters, more are extracted; at worst all tokens
 
 Filters compute in fp64: fp32 sums over a large vocabulary err by more than the probability of a token at the border.
 
-Dimensions: B rows, n some of the rows, V vocabulary, M candidates, C chunks of W tokens, k largest values.
+Dimensions: B rows, n some of the rows, V vocabulary, M candidates, C chunks of W tokens, k largest values, U bytes with
+one bit for each token of the vocabulary. In `adjusted`, n and m are the logits that change, X all B * V logits.
 """
 
 import math

@@ -1,4 +1,7 @@
-"""A session with one model: one request at a time, its text passed on while it is generated."""
+"""A session with one model: one request at a time, its text passed on while it is generated.
+
+It is one caller of an engine among others; how an engine draws tokens is in `engine.py`.
+"""
 
 import time
 from collections import Counter

@@ -17,8 +17,8 @@ DROPPED = -1e30
 -inf would become nan."""
 
 LossFn = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
-"""(logits (N, V), targets (N, ...) int64) -> losses or other numbers of each row, fp32 (N, ...); each row depends on
-its own logits alone."""
+"""(logits (N, V), targets (N, ...) int64) -> losses or other numbers of each row, fp32 (N, ...), for example (N, 2) of
+log-probability and entropy; each row depends on its own logits alone."""
 
 
 Product = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
@@ -139,7 +139,8 @@ def losses_in_chunks(
     product: Product = F.linear,
 ) -> torch.Tensor:
     """Returns `loss_fn(product(x, weight), targets)`, with a row for each row of x and with at most `chunk_bytes` of
-    fp32 logits at once (0: no limit). `loss_fn` gets the logits in the dtype of the product.
+    fp32 logits at once (0: no limit). `loss_fn` gets the logits in the dtype of the product; it need not be a loss:
+    `Transformer.logprobs` takes log-probabilities and entropies.
 
     With more than one chunk, the backward pass computes the logits of each chunk again and adds up the gradients of the
     weight in fp32. A chunk has at least one row, even if that is larger.

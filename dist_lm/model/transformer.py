@@ -7,7 +7,8 @@
 
 A new model has no values: build it on the meta device if it is large, and fill it with `keyed_random.initialise`.
 
-Dimensions: B sequences, T tokens, D d_model, V vocabulary.
+Dimensions: B sequences, T tokens (t those of this rank), N some tokens of a batch, n a chunk of these, D d_model, V
+vocabulary, S keys, G key/value heads, K d_head.
 """
 
 import math
@@ -172,8 +173,8 @@ class Transformer(nn.Module):
         dropout: DropoutKey | None = None,
         index_N: torch.Tensor | None = None,
     ) -> torch.Tensor:
-        """Returns the normalised residual stream (B, T, D), the input of `head`, in the dtype of the parameters; with a
-        token head it is divided by `model.logit_divisor`. Other arguments as in `forward`.
+        """Returns the residual stream after the final norm, (B, T, D), the input of `head`, in the dtype of the
+        parameters; with a token head it is divided by `model.logit_divisor`. Other arguments as in `forward`.
 
         If ranks share the tokens, T counts those of this rank in the result, and all of them in the arguments.
 
@@ -191,7 +192,7 @@ class Transformer(nn.Module):
         if position_BT is None:
             position_BT = torch.arange(tokens_BT.shape[1], device=tokens_BT.device)[None]
         rope = rope_tables(position_BT[:, held_tokens], self.config, x_BTD.dtype)
-        visibility = CAUSAL
+        visibility = CAUSAL  # of layers without a window
         if document_BT is not None:
             visibility = within_documents(document_BT, x_BTD.dtype, self.config.d_head, branch_BT, boundary)
         visibility_of: dict[int | None, Visibility] = {None: visibility}
@@ -252,6 +253,9 @@ class Transformer(nn.Module):
     ) -> Logprobs:
         """Returns log-probability and entropy, in nats, of every target if it is sampled at `temperature`; 0 for tokens
         that are not in `batch.logit_index_N`.
+
+        Both are of softmax(logits / temperature), renormalised over the set of each token: the distribution that an
+        engine draws from with the same settings.
 
         Args:
             entropy_gradient: whether the entropy has a gradient.

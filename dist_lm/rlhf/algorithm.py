@@ -93,7 +93,8 @@ class GroupKeys(AlgorithmKeys):
 class Experience:
     """The rollouts of an iteration as seen before its first update, the same on every rank.
 
-    Completions are left-aligned and every tensor but the two weights is 0 on padding. All are fp32 except `prompt_B`.
+    Completions are left-aligned, and every tensor is 0 on padding but `importance_BT` and `kl_weight_BT`. All are fp32
+    except `prompt_B`.
     """
 
     mask_BT: torch.Tensor  # 1 on the tokens of a completion
@@ -117,7 +118,7 @@ class Experience:
 class Prepared:
     """Inputs of the losses of an iteration."""
 
-    tokens: Mapping[str, torch.Tensor]  # columns (B, T) by name
+    tokens: Mapping[str, torch.Tensor]  # what the losses need at each token: columns (B, T) by name, not token ids
     divisor_B: torch.Tensor  # fp32; each rollout's part of the divisor of a minibatch's policy loss (PPO: its tokens)
     kl_coefficient: float = 0.0  # weight of the KL in the policy loss; 0: the algorithm has it in its rewards
     metrics: Mapping[str, float] = field(default_factory=dict)  # names lack the prefix `rlhf/`
@@ -141,8 +142,8 @@ class DrawnTokens:
 class Algorithm(ABC):
     """Advantages and losses. All losses are sums over tokens.
 
-    The learner divides the policy loss by the sum of `divisor_B` over the minibatch's rollouts, and the value loss and
-    all metrics but `policy_loss` by their completion tokens.
+    The learner divides the policy loss by the sum of `Prepared.divisor_B` over the minibatch's rollouts, and the value
+    loss and all metrics but `policy_loss` by their completion tokens.
     """
 
     Keys: ClassVar[type[AlgorithmKeys]] = AlgorithmKeys
@@ -162,11 +163,17 @@ class Algorithm(ABC):
 
     @abstractmethod
     def prepare(self, experience: Experience, kl_coefficient: float) -> Prepared:
-        """Computes the inputs of the losses from scores and per-token quantities."""
+        """Computes the inputs of the losses, such as advantages and the returns that a critic learns, from scores and
+        per-token quantities.
+
+        Args:
+            kl_coefficient: of this iteration (`state.KlController`).
+        """
 
     @abstractmethod
     def policy_loss(self, tokens: DrawnTokens) -> LossSum:
-        """Returns the loss of the policy; its count is the number of tokens.
+        """Returns the loss of the policy. Its count is the number of tokens, by which the learner divides the metrics;
+        it divides the loss by `Prepared.divisor_B`.
 
         Its metrics are sums over tokens: `policy_loss`, the total without bonuses, and `approx_kl`, nats between the
         policy at the start of the iteration and now, which the learner compares with rlhf.stop_kl.

@@ -1,8 +1,9 @@
 """The conf group `rlhf`: rollouts, rewards and updates of an iteration, whatever the algorithm.
 
 The keys that only some algorithms read are declared beside their losses (`dist_lm/rlhf/algorithms`); `RlhfConfig` has
-them too, as null. The keys of a whole run are in `dist_lm/stages/rlhf/config.py`, those of the engines in
-`dist_lm/config/pool.py`. No torch: the launcher reads this file.
+them too, as null. Defaults are those here and there, unless `conf/stage/rlhf.yaml` or a recipe sets another value. The
+keys of a whole run are in `dist_lm/stages/rlhf/config.py`, those of the engines in `dist_lm/config/pool.py`. No torch:
+the launcher reads this file.
 """
 
 import math
@@ -22,7 +23,7 @@ TEST_SCORES = ("share", "all")
 CALLS, REQUIRED_CALLS, ONE_CALL = "calls", "required_calls", "one_call"
 CALL_CONSTRAINTS = (CALLS, REQUIRED_CALLS, ONE_CALL)
 PARSED_LANGUAGES = ("python", "bash", "sql")
-LARGEST_REWARD = (2 - 2**-23) * 2.0**127  # largest number of fp32: rewards are computed with in that
+LARGEST_REWARD = (2 - 2**-23) * 2.0**127  # the largest number of fp32, in which rewards are computed
 Value = TypeVar("Value")
 
 
@@ -126,7 +127,8 @@ class IterationConfig(OptimizerConfig, SamplingConfig):
     # largest share of an iteration's rollouts whose function (or other rule) may fail; they are left out
     max_failed_fraction: float = 0.05
     missing_eos_penalty: float | None = None  # subtracted from the score of a completion that was cut off
-    normalise_reward: bool = True  # scale the reward model's scores to mean 0, std 1 on samples of the reference
+    # scale the reward model's scores to mean 0, std 1 on samples of the reference policy, as stage reward measured them
+    normalise_reward: bool = True
 
 
 DEFAULTS: Mapping[str, Mapping[str, Any]] = {
@@ -213,8 +215,11 @@ class RlhfConfig(_KeysOfAlgorithms, IterationConfig):
 
     @property
     def drawing_staleness(self) -> int:
-        """Versions between the weights that draw an iteration and the policy, once the run has so many; asynchronous
-        sampling goes on by whatever weights there are, so 0."""
+        """Versions between the weights that draw an iteration and the policy, once the run has so many.
+
+        It is `max_staleness`. Asynchronous sampling goes on by whatever weights there are, so with it 0; there,
+        `max_staleness` only bounds the age of a group.
+        """
         return 0 if self.asynchronous else self.max_staleness
 
     @property

@@ -1,7 +1,11 @@
 """The controller of RLHF: prompts, environments, rewards and the order of drawing, apart from the ranks.
 
-    learner      begin(state, weights) | take 0 | push(1, weights) | take 1 | push(2, weights) | ...
-    controller                         | draw, judge               | draw, judge
+    learner      begin(state, weights) | take 0      | update | push(1, weights) | take 1      | update | ...
+    controller                         | draw, judge |        |                  | draw, judge |        | ...
+
+This is rlhf.max_staleness=0, the default. With staleness, rollouts are drawn in a thread, beside the updates
+(`schedule.py`). A controller holds a schedule (when to draw), a supply (prompts and rules) and in it a source (an
+engine, or a pool of actors with one each).
 
 It lives on the first rank, or in its child, and knows no process group: given a state and the weights of its version,
 it returns the rollouts of an iteration with their scores as a few arrays. `on_every_rank` hands them to all ranks.
@@ -42,7 +46,7 @@ class ControllerState:
     version: int  # of the weights
     position: int  # position of the next prompt in the order of prompts
     pending: Mapping[int, ScoredRollouts]  # rollouts drawn ahead by older weights, by iteration
-    taken: int = 0  # iterations from number `version` on whose rollouts the ranks have
+    taken: int = 0  # iterations, beginning with number `version`, whose rollouts the ranks have taken already
 
 
 class RolloutController(Protocol):
@@ -98,7 +102,7 @@ def on_every_rank(taken: Drawn | NodeMemory | None, world: World) -> Drawn:
 
 @dataclass(frozen=True)
 class RolloutSupply:
-    """The part of the loop that only the first rank has: prompts, the source of completions, and the rules."""
+    """The part of the loop that only the controller has: prompts, the source of completions, and the rules."""
 
     source: RolloutSource
     prompts: PromptOrder
@@ -111,7 +115,7 @@ class RolloutSupply:
     ) -> Rollouts:
         """Returns `samples` completions of each prompt, drawn by the weights that the source has.
 
-        Rules that run programs start on each answer as soon as it is there.
+        Rules that run programs start on each answer as soon as it is there, while the engines draw the others.
 
         Args:
             position: position of the first prompt in the order of prompts.
@@ -131,7 +135,6 @@ class RolloutSupply:
             ignore_eot=config.ignore_eot,
         )
         requests = requests_of(prompts, position, samples, params, seed, self.constraint_at)
-        # Rules that run programs start on each answer as soon as it is there, while the engines draw the others.
         return rollouts_of(requests, self.source.generate(requests, self.judge.begin))
 
     def times(self) -> dict[str, float]:
@@ -163,7 +166,8 @@ class Supply(Protocol):
 
 @dataclass
 class Controller:
-    """Gives the first rank the rollouts of each iteration. Methods are called one after the other.
+    """Gives the first rank the rollouts of each iteration. Methods are called one after the other. A run's controller
+    is put together in `dist_lm/stages/rlhf/controller.py`.
 
     They raise RequestError, RewardError, ArtefactError, UserError and PoolFailure as the methods of `Schedule` do.
     """
@@ -258,10 +262,11 @@ class Controller:
                 supply.prompts(position, prompts), position, config.rollouts_per_prompt, config, self.seed
             )
 
-        draw_again = None
+        # Groups without a signal are replaced by the next prompts, so scores decide what is drawn next.
+        draw_scored = None
         if config.sampling_rounds:
             judge = partial(supply.judge, expected=config.rollouts_per_iteration)
-            draw_again = SamplingAgain(draw, judge, config.rewards, config.prompts, config.sampling_rounds)
+            draw_scored = SamplingAgain(draw, judge, config.rewards, config.prompts, config.sampling_rounds)
         return RolloutSchedule(
             supply.source,
             partial(draw, prompts=config.prompts),
@@ -269,5 +274,5 @@ class Controller:
             staleness=config.max_staleness,
             iterations=self.iterations,
             prompts=config.prompts,
-            draw_scored=draw_again,
+            draw_scored=draw_scored,
         )

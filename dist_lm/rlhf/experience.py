@@ -37,7 +37,7 @@ class Collected:
     entropy_BT: torch.Tensor  # nats, of the policy before the first update
     engine_logprob_BT: torch.Tensor  # nats, by the engine that drew the rollouts
     part_B: Mapping[str, torch.Tensor]  # score of each reward part, by name
-    reward_scale: RewardScale | None
+    reward_scale: RewardScale | None  # the one given to `collect`, or else the one measured there
 
 
 def collect(
@@ -58,8 +58,9 @@ def collect(
         rule_score_B: scores of the parts that are rules.
         batches: this rank's share of all rollouts, as micro-batches. If the first update uses the same micro-batches,
             it rounds as the passes here do, and every ratio of that update is exactly 1.
-        reward_scale: None: with rlhf.normalise_reward it is measured on these rollouts, which must come from the
-            reference policy; without it, scores of the reward model stay as they are.
+        reward_scale: normalises scores of the reward model. Stage rlhf gives the scale that stage reward has measured,
+            from the first iteration on. None: without rlhf.normalise_reward, scores stay as they are; with it, a caller
+            apart from the stage has the scale measured on these rollouts, which must come from the reference policy.
         version: of the policy.
         ratio_of: see `Algorithm`.
     """
@@ -91,13 +92,13 @@ def collect(
     if config.importance_cap:
         importance_BT = truncated_importance(outputs["logprob"], engine_BT, mask_BT, config.importance_cap, ratio_of)
 
-    # The KL is that of the policy, so tokens that older weights drew are weighted as if the policy had drawn them. It
-    # is a sum over tokens, so it uses a weight for each token even where the algorithm has one ratio for a completion.
-    # Fresh tokens keep weight 1: for them importance is rounding alone.
+    # The KL is that of the policy, so tokens that older weights drew are weighted as if the policy had drawn them.
     kl_weight_BT = None
     is_stale_B = torch.from_numpy(rollouts.version_B < version).to(execution.device)
     if is_stale_B.any():
+        # The KL is a sum over tokens, so each token has a weight of its own, whatever `ratio_of` is.
         weight_BT = truncated_importance(outputs["logprob"], engine_BT, mask_BT, largest=math.inf)
+        # Fresh tokens keep weight 1: for them importance is rounding alone.
         kl_weight_BT = torch.where(is_stale_B[:, None], weight_BT, 1.0)
 
     experience = Experience(
@@ -124,7 +125,7 @@ def _forward_passes(
     Returns:
         Tensors by name, the same on every rank. `logprob` and `entropy` of the policy: (B, T), nats. `reference`, the
         log-probabilities of the reference, if there is one: (B, T), nats. `value`, with a critic: (B, T). `score`, with
-        a reward model: (B,).
+        a reward model: (B,), as the model gives it.
     """
     models, temperature = execution.models, execution.config.temperature
     n_models = sum(model is not None for model in (models.policy, models.reference, models.critic, models.reward))
@@ -180,7 +181,8 @@ def token_logprobs(
 
     Args:
         shape: (B, T).
-        temperature: divides the logits.
+        temperature: divides the logits, as in the engine; with the sets of a batch, the distribution is that over the
+            tokens that could be drawn.
     """
     device = model.embedding.weight.device
     logprob_BT = torch.zeros(shape, device=device)
@@ -235,7 +237,7 @@ def add_up(parts: Sequence[torch.Tensor], adds_sums: bool) -> list[torch.Tensor]
     """Returns the sums of the parts over all ranks, bit-identical on every rank (collective, one all-reduce).
 
     Args:
-        adds_sums: whether this rank adds its parts; exactly one of the ranks of a tp group does.
+        adds_sums: whether this rank adds its parts; exactly one of the ranks that see the same rollouts does.
     """
     # One message for all parts: small ones cost their latency.
     flat = torch.cat([part.flatten() for part in parts])

@@ -74,7 +74,7 @@ class IterationReport:
 
 
 class IterationTasks(Protocol):
-    """Measurements after iterations, with the engines that draw rollouts (collective)."""
+    """Benchmarks of stage.eval_tasks after iterations, asked by the engines that draw rollouts (collective)."""
 
     def reached(self, iteration: int, controller: RolloutController | None) -> None:
         """Called after each iteration; `controller`: on the first rank."""
@@ -105,7 +105,7 @@ class Learner:
     alive: Callable[[], None] = lambda: None  # called on progress, from any thread
     # called with the share of the forward passes that is done, in [0, 1]
     scoring: Callable[[float], None] = lambda done: None
-    run_both: RunBoth = one_after_other  # runs the work of policy and critic
+    run_both: RunBoth = one_after_other  # runs the work of policy and critic, in turns or at the same time
     drawing: Callable[[], AbstractContextManager[None]] = nullcontext  # entered while engines draw rollouts
     stop: StopRequest = field(default_factory=StopRequest)
 
@@ -199,7 +199,8 @@ class Learner:
         clock = WallLaps()
         self.alive()
 
-        # Sample and score: rules have judged on the first rank; all ranks go on with the same rollouts.
+        # Sample and score: the controller has drawn them, and its rules have judged (the reward model scores in
+        # `collect`). All ranks go on with the same rollouts.
         with self.drawing():
             drawn = on_every_rank(self.controller.take(state.iteration) if self.controller else None, self.world)
         usable = usable_of(drawn.scored, has_reward_model=self.models.reward is not None)
@@ -227,12 +228,13 @@ class Learner:
             state.version,
             self.algorithm.ratio_of,
         )
+        # The weight of the KL: fixed, or moved after each iteration towards rlhf.kl_target (`state.KlController`).
         prepared = self.algorithm.prepare(collected.experience, state.kl.coefficient)
         # If the models' own numbers are finite, an input of a loss that is not finite must come from a score: it is
         # refused. Otherwise `update` skips the gradients.
         inputs = {"scores": collected.experience.score_B}
         if collected.experience.has_finite_models:
-            inputs |= prepared.tokens
+            inputs |= prepared.tokens  # columns (B, T), such as advantages
         refuse_void(self.config.rewards, collected.part_B, inputs)
         clock.lap("forward")
 
@@ -245,6 +247,8 @@ class Learner:
         # Metrics describe the policy that drew the rollouts, so they come before the state moves on.
         metrics = iteration_metrics(state, usable, collected, prepared, updates, drawn if self.controller else None)
         state = _after_iteration(updates.state, usable.prompts, collected, metrics)
+        # The last versions draw nothing, so they are not sent. `drawing_staleness` is rlhf.max_staleness, but 0 with
+        # rlhf.asynchronous, where any weights that are there go on drawing.
         if draws_rollouts(state.version, self.config.drawing_staleness, self.iterations):
             if self.controller:
                 self.controller.push(state.version, self._weights())
@@ -418,7 +422,7 @@ def policy_objective(
             text tokens of the update. As the step divides all sums by the policy's divisor, the text loss becomes a
             mean over its own tokens. It may exceed 1.
     """
-    # `column_N` of a batch are indices in the flattened (B, T) columns.
+    # `column_N` of a batch are indices in the flattened (B, T) columns: rollout * T + number of the token.
     flat_columns = {name: column.flatten() for name, column in prepared.tokens.items()}
     longest = next(iter(prepared.tokens.values())).shape[1]
     text_objective = next_token()

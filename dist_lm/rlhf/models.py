@@ -1,4 +1,4 @@
-"""The four models of RLHF, and how one rank runs them.
+"""The four models of RLHF, and how one rank runs them. `dist_lm/stages/rlhf/models.py` loads them.
 
 The rank program builds all of them with `parallel.sharding.build_model` on one mesh and loads their weights. None has
 dropout: nothing here gives a forward pass a dropout key.
@@ -156,8 +156,8 @@ def one_after_other(first: Callable[[], First], second: Callable[[], Second]) ->
 
 @contextmanager
 def own_threads(world: World) -> Iterator[RunBoth]:
-    """Yields what runs the work of policy and critic: at the same time, each on half of the threads, if this is the
-    only rank, on a CPU; otherwise one after the other.
+    """Yields a function that runs the work of policy and critic. On a single rank on a CPU both run at the same time,
+    each on half of the threads; otherwise one after the other.
 
     Two small models on one thread each are faster than each of them in turn on two threads. With several ranks, or on a
     GPU, they run one after the other: both models would communicate at the same time, and a GPU serialises them anyway.

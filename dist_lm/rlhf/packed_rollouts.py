@@ -6,8 +6,9 @@ drawn. Every rank gets the same number of micro-batches with the same shapes; a 
 Log-probabilities and values are read at the token before each completion token, so rows for them omit the last token of
 each rollout. Scores are read at the last token, so rows for them hold whole rollouts.
 
-Of conversations, the completion tokens are those that the model drew, one turn after the other, and each sample stands
-in a row of its own. A minibatch holds all samples of its conversations.
+Of conversations, the completion tokens are those that the model drew, one turn after the other. A conversation is one
+sequence of tokens (a sample), or several if its template writes earlier turns otherwise. Each sample is placed by
+itself, as a rollout is. A minibatch holds all samples of its conversations.
 
 Dimensions: B rollouts in all, T tokens of the longest completion, S some of the rollouts (of conversations: samples), N
 completion tokens of a micro-batch, M completion tokens of all rollouts. Fields of other files keep their own letters:
@@ -38,7 +39,9 @@ class RolloutBatch(Batch):
     `logit_index_N` are indices in the flattened batch of the tokens that predict a completion token.
     """
 
-    column_N: torch.Tensor = field(kw_only=True)  # int64; index of each completion token in flattened (B, T) columns
+    # int64; where each completion token stands in a flattened (B, T) tensor such as `Experience.logprob_BT`: number of
+    # its rollout * T + its number in the completion
+    column_N: torch.Tensor = field(kw_only=True)
     # the tokens among which each completion token was drawn; None: the whole vocabulary
     sets: TokenSets | None = field(kw_only=True, default=None)
 
@@ -153,7 +156,8 @@ def scoring_batches(rollouts: Rollouts, dealing: Dealing) -> list[ScoringBatch]:
 
 @dataclass(frozen=True)
 class _Sequences:
-    """Content of rows: rollouts, or the samples of conversations. S counts all of them."""
+    """Content of rows: rollouts, or the samples of conversations. Here S counts all of them, also those of other
+    minibatches."""
 
     rollout_S: np.ndarray  # int64; the rollout of each
     begin_S: np.ndarray  # int64; index of its first token in `Rollouts.tokens_N`
@@ -187,21 +191,21 @@ def _dealt(
     """Returns this rank's rows, and (begin row, end row) of each micro-batch; every rank has equally many of each.
 
     Args:
-        chosen_S: numbers of the rollouts.
+        chosen_S: numbers of the rollouts. Below, S counts sequences, of which a conversation has several: its samples.
         n_omitted: tokens at the end of each rollout, or sample, that are not placed.
     """
     sequences = _Sequences.of(rollouts)
     placed_S = sequences.length_S - n_omitted
     # The width depends on all rollouts, not on the chosen ones: compiled kernels see few different shapes.
     width = -(-int(placed_S.max()) // dealing.multiple) * dealing.multiple
-    chosen_S = longest_first(np.flatnonzero(np.isin(sequences.rollout_S, chosen_S)), placed_S)
-    row_S = best_fit_decreasing(placed_S[chosen_S], width)
+    number_S = longest_first(np.flatnonzero(np.isin(sequences.rollout_S, chosen_S)), placed_S)
+    row_S = best_fit_decreasing(placed_S[number_S], width)
 
     # Rows go to the ranks in turns. Every rank gets the same number, so that all ranks take part in every pass.
     rows_per_rank = -(-(int(row_S.max()) + 1) // dealing.dp_size)
     is_own_S = row_S % dealing.dp_size == dealing.dp_rank
     own_row_S = row_S[is_own_S] // dealing.dp_size
-    rows = _Rows(rollouts, sequences, chosen_S[is_own_S], own_row_S, width, rows_per_rank, n_omitted)
+    rows = _Rows(rollouts, sequences, number_S[is_own_S], own_row_S, width, rows_per_rank, n_omitted)
 
     rows_per_batch = max(1, dealing.micro_batch_tokens // width)
     starts = range(0, rows_per_rank, rows_per_batch)

@@ -1,8 +1,9 @@
 """The reward model: its objective on rankings, its evaluation on held-out rankings, and the scores of texts.
 
 Scores have no zero and no unit, because a likelihood of rankings sees only differences. So stage reward measures mean
-and standard deviation of the scores of the reference policy's samples, and users of the scores normalise by them
-(Stiennon et al. 2020).
+and standard deviation of the scores of the reference policy's samples, and writes them into its result. Users of the
+scores normalise by them (Stiennon et al. 2020): stage rlhf reads them before its first iteration
+(`stages.rlhf.models.first_state`) and applies the same ones in every iteration (`experience.collect`).
 
 Dimensions: B sequences, T tokens, P rankings, K completions of a ranking, N judgements between two completions.
 """
@@ -36,7 +37,7 @@ SMALLEST_STD = 1e-6  # avoids a division by 0 where all scores are equal
 def choices_of_people(model: Transformer, batch: Batch) -> LossSum:
     """Returns the negative log-likelihood of all choices of a batch of rankings, in nats, and their number.
 
-    It is an `Objective`.
+    It is an `Objective`. The choices may be those of people or of rules, as the corpus of rankings has them.
 
     A ranking of K completions is K - 1 choices (Plackett and Luce), a judgement is one (Bradley and Terry). The trainer
     divides by the global count, so every choice has the same weight, whatever ranking it belongs to. `train/accuracy`:
@@ -64,7 +65,8 @@ def choices_of_people(model: Transformer, batch: Batch) -> LossSum:
 
 @dataclass(frozen=True)
 class RewardScale:
-    """Maps scores of the reference policy's samples to mean 0 and standard deviation 1."""
+    """Shifts and divides scores, so that those of the reference policy's samples have mean 0 and standard deviation
+    1."""
 
     mean: float
     std: float

@@ -1,4 +1,11 @@
-"""The reward of a completion: scores of rules, a reward model's score, and their weighted sum.
+"""The reward of a completion: the scores of rules, and the weighted sum of all parts.
+
+`experience.py` runs the reward model, scales its scores, and calls `total_score`, which adds them to those of rules.
+The reward of `conf/stage/rlhf.yaml` is a reward model alone; then the judge has no rules and gives no scores.
+
+    rules.py              the kinds of rules; reward_forms.py and reward_function.py: how a user's function is called
+    reward_model.py       the training and the scale of a reward model
+    experience.py         its scores of rollouts, and the sum
 
 Rules run where the controller does, on the first rank or in its child. A rollout on which a rule fails has no score: it
 leaves the iteration before any model sees it, so it takes no part in groups, losses, statistics or counts. `usable_of`
@@ -51,7 +58,7 @@ REWARD_MODEL = "reward_model"  # the kind of part that is no rule
 
 @dataclass(frozen=True)
 class Tasks:
-    """The tests of prompts, for parts of kind `tests`."""
+    """The tests of prompts, for parts of kind `tests`; neither benchmarks nor the tasks of an environment."""
 
     by_prompt: Mapping[str, Task] = field(default_factory=dict)  # keys: texts of prompts, as in `Decode`
     trust_me: bool = False  # see `SandboxPool`
@@ -96,7 +103,7 @@ def title_of(name: str, part: RewardPartConfig) -> str:
 
 
 class Judge:
-    """Scores rollouts under rules, on the first rank. A context manager; leaving it closes the rules."""
+    """Scores rollouts under rules, where the controller runs. A context manager; leaving it closes the rules."""
 
     def __init__(
         self,
@@ -346,15 +353,12 @@ class UsableRollouts:
 
 
 def share_usable(judged: ScoredRollouts | None, some: bool = True, has_reward_model: bool = False) -> UsableRollouts:
-    """Returns the first rank's rollouts with a score under every rule, on every rank, in host memory (collective).
-
-    A score that is NaN or out of the range of fp32 counts as none. A rollout to which no part applies has no score
-    either.
+    """Sends the first rank's rollouts to every rank, and returns what `usable_of` makes of them, in host memory
+    (collective). The learner's loop calls `usable_of` itself, because `controller.on_every_rank` has sent them.
 
     Args:
         judged: None on all other ranks.
-        some: whether to raise an error if no rollout has a score.
-        has_reward_model: whether a part of the reward is a reward model, which applies to all rollouts.
+        some, has_reward_model: see `usable_of`.
 
     Raises:
         RewardError: on every rank, if `some` and no rollout has a score.
@@ -363,7 +367,15 @@ def share_usable(judged: ScoredRollouts | None, some: bool = True, has_reward_mo
 
 
 def usable_of(judged: ScoredRollouts, some: bool = True, has_reward_model: bool = False) -> UsableRollouts:
-    """Returns the rollouts with a score under every rule, as `share_usable` does, from rollouts that this rank has.
+    """Returns those of a rank's rollouts that have a score under every rule; no communication.
+
+    A score that is NaN or out of the range of fp32 counts as none. A rollout to which no part applies has no score
+    either.
+
+    Args:
+        judged: the rollouts drawn, the same on every rank.
+        some: whether at least one must have a score.
+        has_reward_model: whether a part of the reward is a reward model, which applies to all rollouts.
 
     Raises:
         RewardError: if `some` and no rollout has a score.

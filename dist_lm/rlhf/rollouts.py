@@ -5,7 +5,8 @@ environment's between them (`environment_rollouts.py`). A conversation is one sa
 writes earlier turns otherwise (`transcript.py`); its completion tokens are those that the model drew, of all samples.
 
 Dimensions: B rollouts, N their tokens (prompts and completions) concatenated, M the tokens of completions concatenated,
-S samples, X bytes of their sets, G bytes that identify a grammar.
+S samples of conversations, X bytes of the sets of tokens that completion tokens were drawn from, G bytes that identify
+a grammar. The completions of one prompt are numbered by `sample`, from 0, which has nothing to do with S.
 """
 
 from collections import deque
@@ -62,9 +63,11 @@ ConstraintOrder = Callable[[int], Constraint]
 
 @dataclass(frozen=True)
 class ShuffledPrompts(Generic[Prompt]):
-    """Prompts of all iterations, reshuffled every epoch: a pure function of seed and position. A `PromptOrder`."""
+    """Prompts of all iterations, reshuffled every epoch: a pure function of seed and position. A `PromptOrder` if they
+    are token ids."""
 
-    # token ids, where a prompt that begins a document begins with end-of-text; or the tasks of an environment
+    # token ids as the model reads them: a prompt that begins a document begins with the id of `Tokenizer.first_token`;
+    # or the tasks of an environment
     prompts: Sequence[Prompt]
     seed: int
 
@@ -113,7 +116,8 @@ class SignsOfLife:
 
 
 class RolloutSource(Protocol):
-    """Draws completions, on the first rank. Whoever opens a source closes it."""
+    """Draws completions for the controller: an engine in its process (`EngineRollouts`), or a pool of actors, each with
+    such an engine (`cluster.pool.PoolRollouts`). Whoever opens a source closes it."""
 
     def load_weights(self, weights: Any, version: int) -> None:
         """Continues with other weights.
@@ -138,6 +142,10 @@ class RolloutSource(Protocol):
 
     def generate(self, requests: Sequence[Request], finished: Finished = ignore_answer) -> list[Answer]:
         """Returns all answers, in the order of the requests, then of the answer's index.
+
+        An answer is a function of its request and the weights that draw it: to the last bit on the CPU in fp32, else up
+        to rounding, which may depend on other requests. So a pool returns what one engine would, whichever actor gets a
+        request, and also if an actor dies and another one computes it.
 
         Args:
             finished: called with each answer as soon as it is there.
@@ -239,7 +247,7 @@ class Rollout:
 
     prompt: np.ndarray  # int64 tokens
     completion: np.ndarray  # int64 tokens, the stop token included; of a conversation all behind its first prompt
-    logprobs: np.ndarray  # fp32, nats; each token that the model drew under the distribution it was drawn from
+    logprobs: np.ndarray  # fp32, nats; of each token that the model drew, under the distribution it was drawn from
     finish: FinishReason
     version: int  # version of the weights that drew it
     position: int  # position of its prompt in the order of prompts
@@ -366,7 +374,7 @@ class ScoredRollouts:
 
     rollouts: Rollouts
     scores: Mapping[str, np.ndarray]  # by part, fp64 (B,); NaN: the rule failed on this rollout
-    replaced: int = 0  # prompts that were drawn and replaced by others (`schedule.SamplingAgain`)
+    replaced: int = 0  # prompts that were drawn, had no signal and were replaced by others (`schedule.SamplingAgain`)
     # Whether answers look forged or looked up, bool (B,), by name; empty without a reward of kind `tests`.
     marks: Mapping[str, np.ndarray] = field(default_factory=dict)
     # Where a rule does not apply, bool (B,), by part; its score is 0 there. Parts that apply to all are left out.

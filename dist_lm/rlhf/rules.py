@@ -1,5 +1,7 @@
 """Rules: the parts of a reward that need no model. A rule judges a batch of completions and may fail on some.
 
+A reward that is a reward model alone (the default of `conf/stage/rlhf.yaml`) has no rule, and nothing here runs.
+
 | kind of part | score | where it runs |
 | --- | --- | --- |
 | length | closeness to a number of tokens | here |
@@ -64,7 +66,7 @@ class RuleInput:
     ended: bool  # it ended by a stop token and was not cut off
     position: int = 0  # position of its prompt in the order of prompts
     sample: int = 0  # number among the completions of its prompt
-    request: str = ""  # text of the user's last turn in the prompt
+    request: str = ""  # text of the user's last turn in the prompt; not a `Request` of the engine
     tokens: Sequence[int] = field(default=(), compare=False)  # ids of the completion
     row: PromptRow = field(default=PromptRow(), compare=False)  # the prompt's
 
@@ -333,8 +335,9 @@ def _score_of_answer(answer: dict[str, Any]) -> Score:
 class TestsRule:
     """A `Rule` that runs the answer to a task with the task's tests, in the sandbox.
 
-    Programs run beside generation, with actors on cores of all nodes: each starts as soon as its completion is there
-    (`begin`), and its verdict is read when the iteration's rollouts are judged. A program that fails, hangs or takes
+    Programs run while the engines draw other completions; with a pool of actors they run on the cores of all nodes. A
+    program starts as soon as its completion is there (`begin`), and its verdict is read when the iteration's rollouts
+    are judged. A program that fails, hangs or takes
     too much has a score; an error of the sandbox gives none, so that completion leaves the iteration.
 
     Hidden tests of a task depend on (seed, position of the prompt, its text): all completions of a prompt have the

@@ -1,4 +1,4 @@
-"""Which weights draw which rollouts, and which prompts are drawn again.
+"""Which weights draw which rollouts, and which prompts replace those whose rollouts have no signal.
 
 Generation may run ahead of training by `staleness` iterations. Version v of the weights is the policy after v
 iterations. The rollouts of iteration i are drawn by version max(0, i - staleness), however long anything takes, so they
@@ -32,7 +32,8 @@ Draw = Callable[[int], Rollouts]
 Judging = Callable[[Rollouts], ScoredRollouts]
 """The rollouts of an iteration with their scores under the rules."""
 DrawScored = Callable[[int], ScoredRollouts]
-"""Draws and scores in one call: `SamplingAgain` needs this, because scores decide which prompts it draws next."""
+"""(position of the first prompt) -> the rollouts of an iteration with their scores, by the weights that the source has.
+`SamplingAgain` draws and scores in one call, because scores decide which prompts it draws next."""
 DrawPrompts = Callable[[int, int], Rollouts]
 """(position of the first prompt, number of prompts) -> their rollouts, by the weights that the source has."""
 
@@ -146,8 +147,8 @@ class RolloutSchedule:
         self._submit(version, weights, [iteration for iteration in ahead if iteration not in pending])
 
     def push(self, version: int, weights: WeightStream) -> None:
-        """Reads new weights to the end; they draw the rollouts of iteration `version + staleness`: with staleness in
-        the thread, else when the rollouts are taken.
+        """Reads new weights to the end. They draw the rollouts of iteration `version + staleness`. With staleness the
+        thread draws these as soon as it is free; without, `take` draws them.
 
         Raises:
             UserError, PoolFailure: as `begin`.
@@ -236,8 +237,8 @@ class RolloutSchedule:
                 self._drawn[iteration] = _started(self._thread, partial(self._draw_and_score, self._draw_scored, load))
             else:
                 # Scoring waits for drawing in a thread of its own, so the next rollouts are drawn meanwhile.
-                draw = _started(self._thread, partial(self._draw_timed, load))
-                self._drawn[iteration] = _started(self._judging_thread, partial(self._judge_timed, draw))
+                wait_for_rollouts = _started(self._thread, partial(self._draw_timed, load))
+                self._drawn[iteration] = _started(self._judging_thread, partial(self._judge_timed, wait_for_rollouts))
             load = None
 
     def _draw_timed(self, load: Callable[[], None] | None) -> tuple[Rollouts, float]:
@@ -254,9 +255,9 @@ class RolloutSchedule:
         self._position += self._prompts
         return rollouts, time.perf_counter() - started
 
-    def _judge_timed(self, draw: Callable[[], tuple[Rollouts, float]]) -> Drawn:
-        """Returns the rollouts of `draw` with their scores and the seconds of both."""
-        rollouts, drawing_s = draw()
+    def _judge_timed(self, wait_for_rollouts: Callable[[], tuple[Rollouts, float]]) -> Drawn:
+        """Waits for rollouts and judges them. Returns them with their scores and the seconds of drawing and judging."""
+        rollouts, drawing_s = wait_for_rollouts()
         started = time.perf_counter()
         scored = self._judge(rollouts)
         return Drawn(scored, drawing_s, time.perf_counter() - started)
@@ -275,12 +276,13 @@ def _started(threads: ThreadPoolExecutor | None, work: Callable[[], Work]) -> Ca
     return threads.submit(work).result if threads else work
 
 
-# --- sampling again ---
+# --- prompts that replace others ---
 
 
 @dataclass(frozen=True)
 class SamplingAgain:
-    """Replaces prompts whose rollouts all score alike by the next ones (Yu et al. 2025, section 3.2).
+    """Replaces prompts whose rollouts all score alike by the next ones in the order of prompts (dynamic sampling: Yu et
+    al. 2025, section 3.2). No prompt is drawn twice for one iteration.
 
     An advantage relative to the group is 0 in such a group, so it gives no gradient. Which prompts are drawn depends
     only on the weights and on the position in the order of prompts, and their number is saved with the rollouts, so a
@@ -298,7 +300,7 @@ class SamplingAgain:
     judge: Callable[[Rollouts], ScoredRollouts]
     parts: Mapping[str, RewardPartConfig]
     prompts: int  # prompts of an iteration
-    rounds: int  # largest number of draws
+    rounds: int  # largest number of draws, rlhf.sampling_rounds
 
     def __call__(self, position: int) -> ScoredRollouts:
         """Returns the rollouts of `prompts` prompts, in the order of prompts from `position` on.

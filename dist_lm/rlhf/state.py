@@ -1,4 +1,8 @@
-"""State of an RLHF run: with both models and their optimizers, the complete content of a checkpoint."""
+"""State of an RLHF run: counters, the KL coefficient, the reward scale, and rollouts drawn ahead.
+
+With the policy, the critic if there is one, and their optimizers, it is the complete content of a checkpoint. The
+learner replaces the state after every update and iteration.
+"""
 
 import math
 from collections.abc import Mapping
@@ -14,12 +18,16 @@ from dist_lm.rlhf.rollouts import Rollouts, ScoredRollouts
 SCORE = "score."  # prefix of the names of scores
 MARK = "mark."  # prefix of the names of marks
 SKIPPED = "skipped."  # prefix of the names of parts that do not apply to all
-REPLACED = "left_out"  # the name in checkpoints
+# Name of `ScoredRollouts.replaced` in checkpoints. The metric rlhf/left_out is another thing: rollouts without a score.
+REPLACED = "left_out"
 
 
 @dataclass(frozen=True)
 class KlController:
-    """The weight of the KL in the reward, fixed or adaptive (Ziegler et al. 2019, section 2.2). Immutable."""
+    """The weight of the KL from the reference, fixed or adaptive (Ziegler et al. 2019, section 2.2). Immutable.
+
+    The algorithm of a run puts the KL into its rewards, or into its policy loss (`Prepared.kl_coefficient`).
+    """
 
     coefficient: float
     target: float | None = None  # nats per sequence; None: the coefficient is fixed
@@ -49,7 +57,10 @@ class RlhfState:
     policy_updates: int = 0  # optimizer steps, including those skipped for NaN/inf gradients
     value_updates: int = 0
     nonfinite_updates: int = 0  # consecutive skipped updates
-    reward_scale: RewardScale | None = None  # None: not measured yet
+    # Of the reward model's scores. Stage rlhf reads it from the finished run of stage reward and never changes it.
+    # None: no reward model, or rlhf.normalise_reward=false; a learner apart from the stage then has to measure it
+    # (`experience.collect`).
+    reward_scale: RewardScale | None = None
     best_reward: float | None = None  # largest rlhf/reward_mean of an iteration
     best_iteration: int = 0
     pending: Mapping[int, ScoredRollouts] = field(default_factory=dict)  # keys: iterations not trained on yet

@@ -1,4 +1,7 @@
-"""The controller of stage `rlhf`, on the first rank: prompts, rules or environments, source of rollouts."""
+"""Puts together the controller of a run of stage `rlhf`: prompts, rules or environments, source of rollouts.
+
+What it then does in an iteration is in `dist_lm/rlhf/controller.py`.
+"""
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager, nullcontext
@@ -45,7 +48,8 @@ class PromptsOfRun:
 
     train: Prompts | Sequence[Task]
     held_out: Prompts | Sequence[Task]
-    constraints: RolloutConstraints | None  # of training; of conversations their rollouts carry the sets
+    # of the completions of `train`; None: no rlhf.constraint, or an environment, whose rollouts carry their sets
+    constraints: RolloutConstraints | None
 
 
 def read_prompts(config: RlhfRunConfig, run: RunDirectory, tokenizer: Tokenizer, judges: bool) -> PromptsOfRun:
@@ -140,7 +144,8 @@ def open_controller(
         compared = replace(environments, folder=None, waiting=WaitingTimes())
         return to_controller(environments, held_out=compared, answer_tasks=answering(source))
 
-    # Programs of a reward of kind tests run on the cores of all nodes of the pool's cluster.
+    # The tests of prompts, not the benchmarks of `tasks`. Programs of a reward of kind tests run on the cores of all
+    # nodes of the pool's cluster.
     tests = Tasks(tasks_of(settings, tokenizer), trust_me, on_nodes, config.seed)
     order = ShuffledPrompts(train, config.seed)
     judge = Judge(

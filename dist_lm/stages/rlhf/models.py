@@ -1,4 +1,7 @@
-"""The models of a run of stage `rlhf`, loaded from its own or its initial checkpoints."""
+"""The models of a run of stage `rlhf`, loaded from its own or its initial checkpoints.
+
+Their types, and how a rank runs them, are in `dist_lm/rlhf/models.py`.
+"""
 
 import json
 import logging
@@ -211,7 +214,8 @@ def first_state(settings: RlhfRunGroup) -> RlhfState:
         OSError: a file cannot be read.
     """
     scale = None
-    # The scale is fixed for the whole run; measured anew, it would move with the policy.
+    # Stage reward has measured the scale on samples of the reference policy. It is fixed for the whole run; measured
+    # anew in each iteration, it would move with the policy.
     if settings.asks_reward_model and settings.normalise_reward:
         scale = read_reward_scale(RunDirectory(Path(settings.reward_model)))
     return RlhfState(KlController.of(settings), reward_scale=scale)

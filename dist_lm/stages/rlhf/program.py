@@ -1,4 +1,5 @@
-"""The program of a rank in stage `rlhf`: builds the parts of the learner, runs it, reports and saves.
+"""The program of a rank in stage `rlhf`: builds the parts of the learner, runs it, reports and saves. An iteration
+itself is `Learner._iteration` (`dist_lm/rlhf/learner.py`).
 
 All ranks hold the models and their share of pretraining text. The first rank holds the prompts, the rules and the
 source of rollouts (`controller.py`), or starts a child that does: a pool of actors on the gang's Ray cluster, or an
@@ -108,8 +109,9 @@ def run_rank(run: RunDirectory, stop: StopRequest, heartbeat: Heartbeat) -> None
             pool = stack.enter_context(pool_starter(config, world.device))
         tasks = loop_tasks(config, run, tokenizer) if config.stage.eval_tasks else None
         controller = None
-        # Reading the weights is collective, although only the first rank has a controller. The engines start with them;
-        # `Learner.run` sends them once more, then with their version.
+        # Reading the weights is collective, although only the first rank has a controller. An engine is built with
+        # weights, so it gets these; no rollout is drawn by them, because `Learner.run` begins by sending them once
+        # more, with their version.
         weights = sent_weights(loaded.models.policy.model, config.parallel, world)
         generating = partial(reporter.alive, Phase.GENERATING)
         if world.is_first and in_process:

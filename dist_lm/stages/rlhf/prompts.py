@@ -265,7 +265,8 @@ def _task(row: FileRow, key: str, readable: bool) -> Task:
 
 
 def _of_corpus(directory: Path, split: str, tokenizer: Tokenizer, with_rows: bool, with_tools: bool) -> Prompts:
-    """Returns the tokens of each document before the first learned one: before the assistant's turn or the completions.
+    """Returns the tokens of each document before its first learned token: before the assistant's turn or the
+    completions.
 
     Each prompt occurs once, though several rankings may have the same one. Empty prompts are left out.
 
