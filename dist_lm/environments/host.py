@@ -271,7 +271,7 @@ class Episode:
 
     def _note(self, failure: EnvironmentFailedError) -> None:
         self._host.failures[failure.reason] += 1
-        log.warning("task %s has no reward: %s", self.task.key, failure)
+        log.info("task %s has no reward: %s", self.task.key, failure)
 
     async def _leave(self, is_usable: bool) -> None:
         environment, self._environment = self._environment, None

@@ -13,13 +13,13 @@ from typing import Any, Literal, Protocol, Self, get_args
 
 from dist_lm.chat import json_text
 from dist_lm.chat.messages import Call, Json, Message, Tool
-from dist_lm.errors import UserError, require
+from dist_lm.errors import UserError, one_line, require
 
 Failure = Literal[
     "timeout",  # `reset` or `step` exceeded its seconds, or the whole episode did
     "crashed",  # the environment raised, or its process ended
     "memory",  # its process exceeded the limit of memory
-    "bad_reward",  # a reward is no finite number
+    "bad_reward",  # a reward is no finite number of fp32
     "bad_observation",  # the observation is no list of turns that a conversation can hold
     "bad_step",  # `step` returned something else than a Step, or `reset` something else than an Observation
     "bad_message",  # something else than an answer came from the environment's process
@@ -35,6 +35,7 @@ Failure = Literal[
 FAILURES: tuple[Failure, ...] = get_args(Failure)
 LAST_TURN = "turns"  # why the last turn that the limits allow is cut: it is whole, and none follows
 MOST_DETAIL = 500  # characters of the text that says what failed
+LARGEST_REWARD = (2 - 2**-23) * 2.0**127  # largest number of fp32: rewards are computed with in that
 
 
 class RefusedTaskError(UserError):
@@ -42,7 +43,7 @@ class RefusedTaskError(UserError):
 
 
 class BadRewardError(ValueError):
-    """Raised for a reward that is no finite number."""
+    """Raised for a reward that is no finite number, or one that leaves the range of fp32."""
 
 
 class EnvironmentFailedError(Exception):
@@ -50,13 +51,13 @@ class EnvironmentFailedError(Exception):
 
     Args:
         reason: for the counts.
-        detail: for people; kept as one line.
+        detail: for people; kept as one line, in which a character that a terminal would obey stands as its escape.
     """
 
     def __init__(self, reason: Failure, detail: str = "") -> None:
         self.reason: Failure = reason
-        self.detail = " ".join(detail.split())[:MOST_DETAIL]
-        super().__init__(f"{reason}: {self.detail}")
+        self.detail = one_line(detail)[:MOST_DETAIL]
+        super().__init__(f"{reason}: {self.detail}" if self.detail else reason)
 
 
 class EnvironmentDiedError(EnvironmentFailedError):
@@ -154,7 +155,7 @@ class Verdict:
         """Returns the valid verdict with this reward.
 
         Raises:
-            BadRewardError: the reward is no finite number.
+            BadRewardError: the reward is no finite number of fp32.
         """
         return cls(finite(reward), True, None)
 
@@ -223,11 +224,13 @@ def finite(reward: Any) -> float:
     """Returns a reward as a float.
 
     Raises:
-        BadRewardError: it is no finite number.
+        BadRewardError: it is no number, or none that fp32 can hold: NaN, an infinity, 1e39.
     """
-    if isinstance(reward, numbers.Real) and not isinstance(reward, bool) and math.isfinite(reward):
+    is_number = isinstance(reward, numbers.Real) and not isinstance(reward, bool)
+    # Other kinds of numbers, such as fractions, are compared as they are; NaN compares with nothing.
+    if is_number and -LARGEST_REWARD <= reward <= LARGEST_REWARD:
         return float(reward)
-    raise BadRewardError(f"reward {reward!r:.100}: expected a finite number")
+    raise BadRewardError(f"reward {reward!r:.100}: expected a finite number of fp32")
 
 
 def _sorted(value: Json) -> Json:

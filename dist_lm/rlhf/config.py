@@ -12,6 +12,7 @@ from dataclasses import dataclass, field, fields, make_dataclass
 from typing import Any, TypeVar, get_type_hints
 
 from dist_lm.config.stage import OptimizerConfig, SamplingConfig
+from dist_lm.environments.protocol import LARGEST_REWARD
 from dist_lm.errors import require
 from dist_lm.rlhf.algorithm import AlgorithmKeys
 from dist_lm.rlhf.algorithms.registry import ALGORITHMS
@@ -23,7 +24,6 @@ TEST_SCORES = ("share", "all")
 CALLS, REQUIRED_CALLS, ONE_CALL = "calls", "required_calls", "one_call"
 CALL_CONSTRAINTS = (CALLS, REQUIRED_CALLS, ONE_CALL)
 PARSED_LANGUAGES = ("python", "bash", "sql")
-LARGEST_REWARD = (2 - 2**-23) * 2.0**127  # the largest number of fp32, in which rewards are computed
 Value = TypeVar("Value")
 
 

@@ -4,7 +4,6 @@ Answers depend only on the weights and on (seed, position of the task, sample, t
 number.
 """
 
-import logging
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
@@ -12,6 +11,7 @@ from typing import Protocol
 
 from dist_lm.chat.messages import ChatError, Conversation, Json, Tool
 from dist_lm.environments.protocol import (
+    LARGEST_REWARD,
     LAST_TURN,
     Action,
     Failure,
@@ -29,13 +29,11 @@ from dist_lm.generation.request import (
     Versions,
 )
 from dist_lm.model.keyed_random import hash_words, signed
-from dist_lm.rlhf.config import LARGEST_REWARD
 from dist_lm.rlhf.episodes import Episode, Turn
+from dist_lm.rlhf.failure_notes import FailureNotes
 from dist_lm.rlhf.request_feed import Ask
 from dist_lm.rlhf.transcript import ReadTurn, Sample, Transcript
 from dist_lm.tokenizer.tokenizer import Tokenizer
-
-log = logging.getLogger(__name__)
 
 _SEED = 0x656E7669  # salt of sampling seeds: keeps them apart from other hashes of seed and position
 ConstraintOf = Callable[[Sequence[Tool]], Constraint]
@@ -70,6 +68,7 @@ class Conversing:
     largest_reward: float = LARGEST_REWARD
     constraint_of: ConstraintOf | None = None  # None: turns may be anything
     swaps_weights: bool = False  # whether weights may change in a conversation; turns then note their versions
+    failures: FailureNotes = field(default_factory=FailureNotes)
 
     async def hold(self, host: EpisodeHost, task: Task, position: int, sample: int, ask: Ask) -> Episode:
         """Returns a finished conversation: one with a verdict, or the reason why there is none.
@@ -81,12 +80,12 @@ class Conversing:
         try:
             verdict = await held.converse()
         except _UnfitTurnsError as error:
-            # The host logs failures of the environment itself.
-            log.warning("task %s has no reward: %s: %s", task.key, error.reason, error)
             verdict = Verdict.failed(error.reason, str(error))
         finally:
             await held.hosted.close()
-        return held.finished(task, verdict)
+        episode = held.finished(task, verdict)
+        self.failures.note(task, sample, episode.verdict)
+        return episode
 
 
 class _UnfitTurnsError(Exception):
@@ -156,7 +155,6 @@ class _Held:
         reward = episode.reward
         if reward is not None and abs(reward) > self.how.largest_reward:
             detail = f"rewards add up to {reward:g}, which leaves the range of fp32"
-            log.warning("task %s has no reward: bad_reward: %s", task.key, detail)
             return replace(episode, verdict=Verdict.failed("bad_reward", detail))
         if reward is None:
             return episode

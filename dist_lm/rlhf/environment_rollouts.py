@@ -25,6 +25,7 @@ from typing import Any
 from dist_lm.chat.template import stop_tokens
 from dist_lm.environments.protocol import (
     FAILURES,
+    LARGEST_REWARD,
     Limits,
     Task,
 )
@@ -38,7 +39,7 @@ from dist_lm.generation.request import (
     SamplingParams,
     ignore_answer,
 )
-from dist_lm.rlhf.config import LARGEST_REWARD, RlhfConfig
+from dist_lm.rlhf.config import RlhfConfig
 from dist_lm.rlhf.conversation_loop import ConversationLoop
 from dist_lm.rlhf.conversing import ConstraintOf, Conversing, EpisodeHost
 from dist_lm.rlhf.episodes import Episode, EpisodeFile, rollouts_of_episodes
@@ -184,6 +185,7 @@ class EnvironmentSupply:
         hold_together(
             self.source, self.conversations, [partial(hold, *pair) for pair in todo], self.at_once, self.alive
         )
+        how.failures.summarise(len(todo))
         return [episodes[key] for key in sorted(episodes)]
 
 

@@ -24,10 +24,11 @@ from typing import Self, cast
 import numpy as np
 import torch
 
+from dist_lm.environments.protocol import LARGEST_REWARD
 from dist_lm.errors import ConfigError
 from dist_lm.generation.request import Answer, Request
 from dist_lm.parallel.messages import broadcast
-from dist_lm.rlhf.config import ENVIRONMENT, LARGEST_REWARD, RewardPartConfig
+from dist_lm.rlhf.config import ENVIRONMENT, RewardPartConfig
 from dist_lm.rlhf.rollouts import ENDED, Rollouts, ScoredRollouts
 from dist_lm.rlhf.rules import (
     Alive,

@@ -22,8 +22,9 @@ from itertools import groupby
 from typing import Any, Protocol
 
 from dist_lm.data import order
+from dist_lm.environments.protocol import LARGEST_REWARD
 from dist_lm.errors import UserError
-from dist_lm.rlhf.config import LARGEST_REWARD, RewardPartConfig
+from dist_lm.rlhf.config import RewardPartConfig
 from dist_lm.sandbox.hidden import References, ReferenceSolutionError
 from dist_lm.sandbox.pool import Sandboxes, SandboxPool
 from dist_lm.sandbox.program import Limits, Verdict

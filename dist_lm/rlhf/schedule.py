@@ -22,8 +22,9 @@ from typing import Protocol, Self, TypeVar
 
 import numpy as np
 
+from dist_lm.environments.protocol import LARGEST_REWARD
 from dist_lm.generation.decoder import WeightStream
-from dist_lm.rlhf.config import LARGEST_REWARD, RewardPartConfig
+from dist_lm.rlhf.config import RewardPartConfig
 from dist_lm.rlhf.rollouts import Rollouts, RolloutSource, ScoredRollouts, concatenated, read_to_end
 
 Work = TypeVar("Work")

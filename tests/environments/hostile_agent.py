@@ -102,6 +102,12 @@ def is_nan_for_a_turn() -> None:
     assert reward({"reward": 1.0}) in (400, 401)
 
 
+def is_no_fp32() -> None:
+    begun()
+    assert reward({"reward": 1e300}) == 400
+    assert reward({"reward": 1.0}) in (400, 401)
+
+
 def is_text() -> None:
     begun()
     reward({"reward": "high"})

@@ -40,6 +40,7 @@ FAILING = {
     "is_nan": "bad_reward",
     "is_nan_for_a_turn": "bad_reward",
     "is_text": "bad_reward",
+    "is_no_fp32": "bad_reward",
     "refuses": "refused",
     "gives_up": "infrastructure",
     "forges": "no_verdict",

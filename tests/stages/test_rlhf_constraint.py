@@ -28,6 +28,7 @@ from tests.conftest import TINY_MODEL, TOOL
 from tests.rlhf.toy import rollouts_with
 
 CALLS = "rlhf.constraint=calls"
+NO_TOKENIZER = Path("not", "there")
 TOOL_ROW = {"type": "function", "function": {"name": "to", "description": "d", "parameters": TOOL.parameters}}
 
 
@@ -64,20 +65,60 @@ def test_a_file_that_holds_no_constraint_is_refused_by_its_key(tmp_path, content
     """Finds a run that starts all its ranks for a constraint that no answer can follow."""
     override = written(tmp_path / "form.json", content)
     with pytest.raises(ConfigError, match=rf"^rlhf\.constraint={tmp_path}/form\.json: .*{words}"):
-        check_constraint(settings_of(override).rlhf)
+        check_constraint(settings_of(override).rlhf, NO_TOKENIZER)
+
+
+@pytest.mark.parametrize(
+    "described",
+    [
+        {"regex": r"<tool_call>\n\{\"name\": \"to\"\}\n</tool_call>"},
+        {"lark": 'start: <tool_call> "a"'},
+        {"choice": ["yes", "<tool_call>to</tool_call>"]},
+        {"lark": 'start: "<tool_call>" /[a-z]+/'},
+        {"lark": r"start: <[0]> /a<\/tool_call>/"},
+    ],
+)
+def test_a_constraint_that_spells_the_mark_of_a_call_is_refused_before_the_start(tmp_path, tiny_work, described):
+    """Finds a run whose turns look like calls and are text, so that no tool is ever executed."""
+    override = written(tmp_path / "form.json", json.dumps(described))
+    with pytest.raises(
+        ConfigError,
+        match=r"form\.json: </?tool_call> is text in it.* set calls, required_calls or one_call; .* <\[\d+\]>$",
+    ):
+        check_constraint(settings_of(override).rlhf, tiny_work.tokenizer_model)
+
+
+@pytest.mark.parametrize(
+    "described",
+    [
+        {"regex": "a tool_call"},
+        {"json_schema": {"const": "<tool_call>"}},
+    ],
+)
+def test_a_constraint_that_spells_no_call_is_taken(tmp_path, tiny_work, described):
+    override = written(tmp_path / "form.json", json.dumps(described))
+    check_constraint(settings_of(override).rlhf, tiny_work.tokenizer_model)
+
+
+def test_a_grammar_that_names_no_token_of_the_tokenizer_is_refused_before_the_start(tmp_path, tiny_work):
+    """Finds a start of all ranks for a grammar that only they could refuse, though the tokenizer is there."""
+    override = written(tmp_path / "form.json", json.dumps({"lark": "start: <think> /a/"}))
+    with pytest.raises(ConfigError, match=r"form\.json: constraint\.lark: "):
+        check_constraint(settings_of(override).rlhf, tiny_work.tokenizer_model)
+    check_constraint(settings_of(override).rlhf, NO_TOKENIZER)
 
 
 def test_a_file_that_is_not_there_is_refused_by_its_key(tmp_path):
     with pytest.raises(
         ConfigError, match=r"^rlhf\.constraint=call: expected calls, required_calls, one_call, or a file of JSON"
     ):
-        check_constraint(settings_of("rlhf.constraint=call").rlhf)
+        check_constraint(settings_of("rlhf.constraint=call").rlhf, NO_TOKENIZER)
 
 
 def test_the_file_is_noted_so_that_a_resumed_run_refuses_another(tmp_path):
     """Finds a run that goes on under another grammar."""
     config = settings_of(written(tmp_path / "form.json", '{"choice": ["yes", "no"]}'))
-    check_constraint(config.rlhf)
+    check_constraint(config.rlhf, NO_TOKENIZER)
     assert config.noted_files == {f"rlhf.constraint={tmp_path}/form.json": [tmp_path / "form.json"]}
     assert not settings_of().noted_files
 
@@ -90,13 +131,13 @@ def test_calls_without_tools_are_refused_before_the_run_and_by_the_ranks(tiny_wo
     file.write_text("".join(json.dumps(row) + "\n" for row in rows))
     override = f"rlhf.prompts_from={file}"
     with pytest.raises(ArtefactError, match=r"^rlhf\.constraint=calls: no prompt has tools"):
-        check_constraint(settings_of(CALLS, override).rlhf)
+        check_constraint(settings_of(CALLS, override).rlhf, NO_TOKENIZER)
     config, train, _, tokenizer = prompts_of(tiny_work, CALLS, override)
     with pytest.raises(ArtefactError, match=r"^rlhf\.constraint=calls: no prompt has tools"):
         rollout_constraints(config, train, tokenizer)
 
     file.write_text(json.dumps({"prompt": "Say", "tools": [TOOL_ROW]}) + "\n" + file.read_text())
-    check_constraint(settings_of(CALLS, override).rlhf)
+    check_constraint(settings_of(CALLS, override).rlhf, NO_TOKENIZER)
 
 
 # --- the constraint of each prompt ---

@@ -12,10 +12,11 @@ from dist_lm.chat.parse import writes_hermes_calls
 from dist_lm.errors import ArtefactError, ConfigError, UserError
 from dist_lm.generation.call_grammar import ToolChoice, call_constraint
 from dist_lm.generation.constraint import Constraint
-from dist_lm.generation.grammar import try_constraint
+from dist_lm.generation.grammar import Grammars, try_constraint
 from dist_lm.rlhf.config import CALLS, ONE_CALL, REQUIRED_CALLS
 from dist_lm.stages.rlhf.config import RlhfRunGroup
 from dist_lm.stages.rlhf.prompts import Prompts, tools_of_files
+from dist_lm.tokenizer.symbols import CALL, END_CALL
 from dist_lm.tokenizer.tokenizer import Tokenizer
 
 # What a turn with tools may be, by value of rlhf.constraint.
@@ -35,13 +36,16 @@ def no_tools(settings: RlhfRunGroup) -> ArtefactError:
     )
 
 
-def check_constraint(settings: RlhfRunGroup) -> None:
+def check_constraint(settings: RlhfRunGroup, tokenizer_model: Path) -> None:
     """Refuses a constraint that cannot be followed, before the run starts; returns nothing.
 
-    A Lark grammar is only compiled by the ranks, because it may name tokens.
+    Args:
+        tokenizer_model: file of the tokenizer. While it is not there, a Lark grammar, which may name tokens, is left
+            to the ranks.
 
     Raises:
-        ConfigError: the file of rlhf.constraint is missing, or holds no constraint, or one that cannot be followed.
+        ConfigError: the file of rlhf.constraint is missing, or holds no constraint, one that cannot be followed, or one
+            that spells a call of a tool as text.
         ArtefactError: calls are constrained, and no row of rlhf.prompts_from has tools.
         UserError: the package llguidance is not installed.
     """
@@ -55,11 +59,33 @@ def check_constraint(settings: RlhfRunGroup) -> None:
         return
 
     constraint = read_constraint(path, settings.constraint)
-    if constraint.kind != "lark":
-        try:
+    tokenizer = Tokenizer.load(tokenizer_model) if tokenizer_model.is_file() else None
+    try:
+        if tokenizer:
+            _refuse_spelled_calls(constraint, tokenizer)
+            Grammars(lambda: tokenizer).prepare(constraint)
+        elif constraint.kind != "lark":
             try_constraint(constraint.kind, constraint.text, BYTES)
-        except UserError as error:
-            raise ConfigError(f"rlhf.constraint={settings.constraint}: {error}") from error
+    except UserError as error:
+        raise ConfigError(f"rlhf.constraint={settings.constraint}: {error}") from error
+
+
+def _refuse_spelled_calls(constraint: Constraint, tokenizer: Tokenizer) -> None:
+    """Refuses a constraint that spells the mark of a call: the model would write it as text, which is no call.
+
+    Raises:
+        ConfigError: it spells one that the tokenizer has as a token.
+    """
+    if constraint.kind == "json_schema":
+        return  # JSON holds no call, whatever its texts are
+
+    text = constraint.text.replace("\\", "")
+    for mark in (CALL, END_CALL):
+        if mark in tokenizer.special_ids and mark in text:
+            raise ConfigError(
+                f"{mark} is text in it, which is no call: for calls of the tools set {CALLS}, {REQUIRED_CALLS} or "
+                f"{ONE_CALL}; in a Lark grammar of your own the token is <[{tokenizer.special_ids[mark]}]>"
+            )
 
 
 def read_constraint(path: Path, shown_path: str) -> Constraint:

@@ -60,11 +60,13 @@ def read_tasks(settings: RlhfRunGroup) -> tuple[list[Task], list[Task]]:
 
 
 def _tasks_of(pattern: str, key: str) -> Iterator[Task]:
+    # Rows of the two files have equal numbers; neither an environment nor a reader of the log may confuse them.
+    mark = "held_out " if key == HELD_OUT_FROM else ""
     for number, row in enumerate(read_rows(find_rows(pattern, key))):
         if row.error:
             raise ArtefactError(f"{key}: {row.place}: {row.error}")
         try:
-            yield Task.of(str(number), row.columns)
+            yield Task.of(f"{mark}{number}", row.columns)
         except ChatError as error:
             raise ArtefactError(f"{key}: {row.place}: {error}") from error
 

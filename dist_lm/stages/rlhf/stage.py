@@ -34,6 +34,7 @@ ROWS = {  # metric -> its row in the summary
     "rlhf/truncated_rate": "share of truncated rollouts",
     "rollout/tokens_per_s": "sampled tokens per second",
 }
+WITHOUT_REWARD = "rollout/invalid_"  # begins the name of a metric, which ends with the reason
 PRINTED_ROLLOUTS = 3  # in the summary
 WIDTH = 160  # characters printed of a rollout
 
@@ -86,7 +87,8 @@ class Rlhf(TrainingStage):
         return with_reward_run(run_config)
 
     def print_figures(self, config: Config, result: Mapping[str, Any], console: "Console") -> None:
-        """Prints a table of figures of the first and the last iteration; a figure without both is left out."""
+        """Prints a table of figures of the first and the last iteration; a figure without both is left out, but not
+        conversations that had no reward."""
         first, last = result["first"], result["metrics"]
         names = [*ROWS, *sorted(name for name in last if name.startswith("rlhf/part_"))]
         rows = []
@@ -95,6 +97,10 @@ class Rlhf(TrainingStage):
             if first.get(name) is not None and last.get(name) is not None:
                 label = ROWS.get(name) or name.removeprefix("rlhf/part_")
                 rows.append((label, f"{first[name]:.3f}", f"{last[name]:.3f}"))
+        # A reason is a figure of the iterations alone in which it occurred.
+        for name in sorted(name for name in {*first, *last} if name.startswith(WITHOUT_REWARD)):
+            label = f"conversations without a reward: {name.removeprefix(WITHOUT_REWARD)}"
+            rows.append((label, f"{first.get(name) or 0:.0f}", f"{last.get(name) or 0:.0f}"))
         console.table("iterations", ("", "first", "last"), rows)
 
     def print_samples(self, run: RunDirectory, console: "Console") -> None:
@@ -158,7 +164,7 @@ def check_inputs(config: RlhfRunConfig) -> None:
     else:
         check_prompts(settings)
     if settings.constraint:
-        check_constraint(settings)
+        check_constraint(settings, WorkDirectory(Path(config.work_dir)).tokenizer_model)
     if not settings.asks_reward_model or settings.reward_model == AUTO:
         return
 
