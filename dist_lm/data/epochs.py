@@ -112,8 +112,14 @@ def in_words(passes: Iterable[CorpusPass], sequences: int) -> str:
 def repetition_warning(stage: str, passes: Sequence[CorpusPass], steps: int, global_batch: int) -> str:
     """Returns a warning about corpora that are read more than `MANY` times; empty if there are none.
 
+    The warning names at most `NAMED` corpora with their numbers of passes. If the stage's own corpus is one of them, it
+    also says how many steps `stage.epochs=3` would take, unless the stream has phases.
+
     Args:
-        stage: its name, for the command that it names.
+        stage: name of the stage, which begins the warning.
+        passes: corpora of the training stream, the stage's own first.
+        steps: steps of the run.
+        global_batch: sequences of a step.
     """
     epochs_of_corpus = {corpus.corpus: corpus.epochs(steps * global_batch) for corpus in passes}
     repeated = {name: epochs for name, epochs in epochs_of_corpus.items() if epochs > MANY}

@@ -42,14 +42,20 @@ class PieceCache:
             raise ArtefactError(f"{directory}: this cache belongs to another user: attach with another --cache")
 
     def read(self, name: str, size: int, begin: int, end: int, fetch: Callable[[], bytes]) -> bytes:
-        """Returns bytes [begin, end) of a piece.
+        """Returns bytes [begin, end) of a piece, which are read from the folder, or fetched and stored in it.
+
+        Of several callers that need the piece at once, in any thread or process, one fetches it and the others wait. If
+        the folder would pass its limit, the pieces that were not read for the longest time are removed. Nothing is
+        flushed to disk: after a loss of power a file may be cut, which is noticed, or hold anything, which is not.
 
         Args:
-            size: of the whole piece.
-            fetch: returns the whole piece; called if the folder does not have it.
+            name: name of the file.
+            size: bytes of the whole piece. A file of another length is removed and fetched again.
+            fetch: returns the whole piece, of `size` bytes; called if the folder does not have it.
 
         Raises:
-            ArtefactError: the folder cannot be used. What `fetch` raises passes.
+            ArtefactError: the folder cannot be used. What `fetch` raises passes, except an OSError, which becomes this.
+            AssertionError: `fetch` returned another number of bytes; nothing is stored.
         """
         path = self.directory / name
         while True:

@@ -79,7 +79,9 @@ def exchanged_copies(config: CorpusConfig, corpus_name: str, reader: SourceReade
 
 
 def _exchanged(text_classes: np.ndarray, is_new: np.ndarray, order: np.ndarray) -> frozenset[int]:
-    """Returns the numbers of `exchanged_copies`.
+    """Returns the numbers of the texts that change places: of each class of copies the best one and the first one.
+
+    A class is left out if its first text is its best one, or is not new. Without texts the result is empty.
 
     Args:
         text_classes: (n, T): texts with equal columns are copies.

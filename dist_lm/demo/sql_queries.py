@@ -11,7 +11,12 @@ from dist_lm.demo.sql_schema import TEXTS, Column, Table, singular
 
 
 def plain(scene: Scene) -> Statement:
-    """Returns description and SQL of a statement that selects the rows of one table that meet some conditions."""
+    """Returns description and SQL of a statement that selects the rows of one table that meet one to three conditions.
+
+    The conditions are joined by AND. The statement selects all columns, the key and some others, or some; it always
+    orders the rows by a column, and every second one on average has a LIMIT. The description says only which table and
+    which conditions.
+    """
     table = scene.rng.choice(scene.tables)
     conditions = [scene.predicate(table) for _ in range(scene.rng.randint(1, 3))]
     order = scene.rng.choice(table.columns).name

@@ -149,6 +149,15 @@ def tasks(seed: int, count: int, is_held_out: bool) -> Iterator[dict[str, Json]]
 
 
 def main() -> None:
+    """Writes generated tasks to FOLDER/train.jsonl and FOLDER/held_out.jsonl, as the arguments of the command say.
+
+    The folder is made, and existing files are replaced. A line is one task as JSON, with `prompt`, `kind`, `seed` and
+    `number`. Equal arguments give equal files.
+
+    Raises:
+        SystemExit: the arguments are wrong.
+        OSError: a file cannot be written.
+    """
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("folder", type=Path)
     parser.add_argument("--seed", type=int, default=0)

@@ -71,8 +71,18 @@ def _packs(weight: torch.Tensor) -> bool:
 
 
 def _packed(weight_ND: torch.Tensor, bias_N: torch.Tensor | None, activation: str) -> Linear:
-    """Returns a layer with a packed copy of the weights, for fp32 on a CPU with oneDNN; on the first call for a shape
-    it measures which parts round alike."""
+    """Returns a layer with a packed copy of the weights, for fp32 on a CPU with oneDNN: a row gets the same bits in any
+    batch.
+
+    If oneDNN rounds a single row otherwise than a batch, the D inputs are split into equal slices, whose products are
+    added. The first call for a shape measures how many slices that takes, and the number is cached. If no number helps,
+    the layer computes a single row as a batch of two.
+
+    Args:
+        weight_ND: fp32.
+        bias_N: fp32; None: none.
+        activation: key of `GELUS`; empty: none.
+    """
     n_outputs, width = weight_ND.shape
     n_parts = _parts_that_round_alike(n_outputs, width, bias_N is not None, activation, torch.get_num_threads())
     if n_parts:

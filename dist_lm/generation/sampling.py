@@ -74,10 +74,14 @@ class DrawGroup:
 
 def group_rows(params: Sequence[SamplingParams], device: torch.device) -> list[DrawGroup]:
     """Returns the rows of a batch, grouped by the method of drawing: by their number of candidates, see `DrawGroup`.
-    Their parameters are on `device`, after one copy.
+
+    Groups are in the order of their first rows, and the rows of a group ascend. Without rows there are no groups. For
+    n rows of a group the parameters are (n, 1) on `device`, after one copy: int64 for top-k, fp64 for the others, and
+    the logarithm of min-p.
 
     Args:
-        params: of each row; a top-k of 0 becomes ALL, and the temperature is at least COLDEST.
+        params: of each row; a top-k of 0 becomes ALL, a min-p of 0 becomes NO_MIN_P, and the temperature is at least
+            COLDEST.
     """
     rows_by_candidates: dict[int, list[int]] = {}
     for row, row_params in enumerate(params):

@@ -199,19 +199,23 @@ def pieces_in(content: bytes, where: str) -> int:
 def fitted_tokenizer(
     folder: str, rows: int, tokenizers: list[str], settings: bytes | None, added_tokens: bytes | None, *contents: bytes
 ) -> tuple[bytes, str]:
-    """Returns the content of the tokenizer, opening texts as transformers does, and its file name.
+    """Returns the content of a tokenizer with exactly `rows` pieces, and the name of the file to store it in.
+
+    The tokenizer opens texts as transformers does: `add_bos_token` of `settings` decides, else the file.
 
     Args:
         folder: path, for messages.
         rows: rows of the embedding. Rows without a piece get special tokens, which no text becomes: with the names
-            that transformers adds to a SentencePiece model, else <|unused_N|>.
-        tokenizers: names of the files with `contents`; the first one that is readable is taken.
-        settings: content of tokenizer_config.json.
-        added_tokens: content of added_tokens.json.
+            that transformers adds to a SentencePiece model, else <|unused_N|>, where N is the token's id.
+        tokenizers: names of the files with `contents`, at least one; the first one that is readable is taken.
+        settings: content of tokenizer_config.json; None: there is no such file.
+        added_tokens: content of added_tokens.json; None: there is no such file.
+        contents: content of each file of `tokenizers`, in the same order.
 
     Raises:
-        ArtefactError: no tokenizer is readable, `settings` or `added_tokens` is no JSON, or the tokenizer has more
-            pieces than the embedding has rows (one of ours: another number).
+        ArtefactError: no tokenizer is readable, `settings` or `added_tokens` is no JSON object or has a broken token,
+            or the tokenizer has more pieces than the embedding has rows. A tokenizer that this project trained is
+            refused if it has fewer, too.
         UserError: the package `tokenizers` is needed and not installed.
     """
     settings_path = f"{folder}/tokenizer_config.json"

@@ -75,12 +75,15 @@ def _hardware_of_this_machine() -> DictConfig | ListConfig:
 def compose_config(overrides: Sequence[str]) -> Config:
     """Composes the configuration of `overrides` (`group=choice`, `key=value`) and validates it; later overrides win.
 
-    Without `stage=`, the default of conf/config.yaml applies. `model.vocab_size` follows an existing tokenizer. Nothing
-    is written; `hf:SOURCE` of a model or tokenizer may download, and Hydra's registers of the process change.
+    Without `stage=`, the default of conf/config.yaml applies. `model.vocab_size` becomes that of the tokenizer which
+    `tokenizer=` names: a file, `hf:SOURCE`, or with `keep` the one of the work directory. With `tokenizer=train` it
+    stays as configured, even if the work directory has a tokenizer. Nothing is written; `hf:SOURCE` of a model or
+    tokenizer may download, and Hydra's registers of the process change.
 
     Raises:
         ConfigError: unknown key, wrong type, value out of bounds, a secret, a folder of the user that cannot be used,
-            a file that is no YAML, an experiment that holds a command, or an invalid combination. The message is one
+            a file that is no YAML, an experiment that holds a command, no tokenizer at its path, or an invalid
+            combination, such as a `model.vocab_size` in the command that is not the tokenizer's. The message is one
             line.
         ArtefactError: the snapshot of `model=hf:SOURCE` or an existing tokenizer cannot be read.
         UserError: a package that is needed to read a model or tokenizer is not installed.

@@ -371,7 +371,15 @@ class Numbers:
 
 
 def as_data(stages: Sequence[StageCharts], runs: Sequence[RunFacts]) -> dict[str, Any]:
-    """Returns the data of the page's script, ready for JSON: `charts`, `steps` (shared lists), `runs` (their axes)."""
+    """Returns the data of the page's script, ready for JSON, under three keys; without stages and runs all are empty.
+
+    - `charts`: the charts of all stages in one list, each with `name`, `unit`, `positive` (whether all values are) and
+      `lines`, see `_line`.
+    - `steps`: lists of steps, which lines name by their index.
+    - `runs`: for each of `runs`, in this order, the maps of its axes, `tokens` and `hours`, see `_axes`.
+
+    A value that is not finite is None.
+    """
     numbers = Numbers()
     charts = [
         {
@@ -404,7 +412,10 @@ def _line(line: Line, numbers: Numbers) -> dict[str, Any]:
 
 
 def _axes(run: RunFacts) -> dict[str, Any]:
-    """Returns the knots of the maps from step to tokens, and to hours since the run began."""
+    """Returns the knots of the maps from step to `tokens`, and to `hours` since the run began.
+
+    Each is `{"x": steps, "y": values}`, or None if it has fewer than two points.
+    """
     # Time must not run backwards on an axis: a resumed run repeats steps.
     hours = Series(run.clock.steps, np.maximum.accumulate(run.clock.values - run.clock.values[:1]) / 3600)
     return {"tokens": _knots(run.series.get(TOKENS)), "hours": _knots(hours)}

@@ -230,7 +230,12 @@ class AsynchronousSchedule:
         self._thread.start()
 
     def _take_over(self) -> None:
-        """Makes groups of recorded conversations that no iteration has taken; what they lack begins first."""
+        """Makes groups of recorded conversations that no iteration has taken or refused; the caller holds `_changed`.
+
+        A group that is complete counts as finished. The conversations that another one lacks are queued before those of
+        new tasks. Conversations of another task than the one now at their position, or of a sample beyond
+        `rollouts_per_prompt`, are dropped. No conversation starts here, and the next position stays.
+        """
         for (position, sample), episode in sorted(self._recorded_episodes.items()):
             if position in self._over or sample not in self._samples:
                 continue

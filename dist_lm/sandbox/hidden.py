@@ -83,13 +83,14 @@ class Hidden:
         return tuple(self._test(case, output) for case, output in zip(cases, outputs, strict=True))
 
     def _test(self, case: Case, output: str) -> Test:
-        """Returns the test of a case whose solution has printed `output`: SQL is compared by its output, bash and
-        Python by code.
+        """Returns the test that expects of an answer what the solution has printed for a case. Nothing is drawn.
 
-        In Python the last line of the output is the literal of the expected value.
+        The test of SQL expects `output` as its `stdout`. Those of Bash and Python compare in their `code`: in Bash the
+        output of the case with `output`, newlines at the end left out, and in Python the value of the case with the
+        literal in the last line of `output`.
 
         Raises:
-            ReferenceSolutionError: the last line of Python's output is no literal.
+            ReferenceSolutionError: the last line of Python's output is no literal, or is empty.
         """
         if self.language == "sql":
             return Test(before=case.before, stdout=output)

@@ -18,7 +18,12 @@ _BASH_TEST = re.compile(r"""\[\[? "?\$\([^()]*\)"? (?:==?|-eq) (\$?'[^']*'|"[^"$
 
 
 def note_of_weak(tasks: Mapping[str, tuple[str, Sequence[Test]]]) -> str:
-    """Returns a sentence that names some of the weak tasks of a file; empty: there are none.
+    """Returns a note that names some of the weak tasks of a file; empty: there are none.
+
+    A task is weak if a test in Python compares the answer with itself (`compares_itself`) or with an argument that the
+    answer may have changed (`expects_argument`), or if a constant answer passes, in any language (`constant_answer`).
+    The note has a clause for each of these kinds that occurs, in this order and joined by semicolons, each with the
+    first `NAMED` tasks and the number of the others. A task may be in several clauses.
 
     Args:
         tasks: name -> language and tests.
@@ -111,7 +116,16 @@ def constant_answer(language: str, tests: Sequence[Test]) -> str | None:
 
 
 def _expected(language: str, test: Test) -> list[str | None]:
-    """Returns the values that a test compares the answer with; None among them: some other comparison."""
+    """Returns the values that a test compares the answer with, in the order of the test.
+
+    A value of Python is written as `repr` does, one of Bash without its quotes. None stands for each statement whose
+    form is not known; Python's imports do not count. The list is empty if a test in Python or Bash has no such
+    statement. An expected output is the only value of its test, without blanks around it, and code beside it counts as
+    one None. Python's `assert f(x)` expects `True`, `assert not f(x)` expects `False`. Code of SQL is one None.
+
+    Raises:
+        SyntaxError: the code of a test in Python cannot be parsed.
+    """
     if test.stdout is not None:
         return [test.stdout.strip(), *([None] if test.code else [])]
     if language == "python":

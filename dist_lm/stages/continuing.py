@@ -80,9 +80,10 @@ BRANCH_KEYS = ("run_id", "stage.eval_", "stage.sampling.", "stage.without")
 def require_same_settings(
     stage: "TrainingStage", run: RunDirectory, config: Config, *, finished: bool, is_target: bool
 ) -> None:
-    """Refuses to continue a run of a training stage with other settings than it records; a run without output passes.
+    """Refuses to continue a run of a training stage with other settings than it records; returns nothing.
 
-    Keys in `free_keys` of the stage may differ, and those of the schedule if all steps so far keep their rates. Of a
+    A run without a checkpoint and without a result passes. Keys in `free_keys` of the stage may differ, and those of
+    the schedule if all steps so far keep their learning rates and momenta and there are more steps to take. Of a
     finished run that the command builds on the way only `model` is compared.
 
     Args:
@@ -91,7 +92,7 @@ def require_same_settings(
 
     Raises:
         ConfigError: names the run and each key as the command gives it (`stage.KEY` or `stages.NAME.KEY`), or a phase
-            that has begun and would change.
+            that has begun and would change; or this version cannot read what the run records.
         ArtefactError: the phases differ, and the newest checkpoint or a corpus is damaged.
     """
     # Without output there is nothing that other settings would contradict.

@@ -221,7 +221,15 @@ def shown_answer(posed: "Asked", answer: "Answer", verdict: "Verdict", tokenizer
 
 
 def print_calls(result: Mapping[str, Any], console: "Console") -> None:
-    """Prints a row for each kind of conversation, `before -> after` in per cent; nothing without questions."""
+    """Prints a table of the figures in `COLUMNS`: a row `all`, then one for each kind of conversation, in alphabetical
+    order. If `metrics` has no figure of a kind, as without questions, it prints nothing.
+
+    A cell is `12 -> 80`, whole per cent before the first and after the last step. It is `80` if there is no figure from
+    before, and empty if there is none from after.
+
+    Args:
+        result: result.json of the run, which has shares (0 to 1) in `metrics` and perhaps in `before`.
+    """
     before, after = result.get("before", {}), result["metrics"]
     kinds = sorted({kind for name in after if (kind := kind_of(name))})
     if not kinds:

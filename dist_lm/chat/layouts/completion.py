@@ -38,14 +38,18 @@ def pair_of(row: Mapping[str, Any]) -> tuple[str, str] | None:
 
 
 def read(row: Mapping[str, Json], tools: Json = None, system: Json = None) -> Conversation:
-    """Returns the conversation of a row for which `pair_of` gives columns.
+    """Returns the conversation of a row for which `pair_of` gives columns: the turn of the system, if `system` is a
+    text, then the turns of the prompt and those of the completion.
+
+    A column holds a list of turns, the JSON of such a list, or any other text, which becomes one turn (of the user in
+    the prompt, of the assistant in the completion). Turns of the assistant in the prompt have `learn` False.
 
     Args:
-        tools, system: the values of the columns of tools and of the text of the system.
+        tools, system: the values of the columns of tools and of the text of the system; None without such a column.
 
     Raises:
-        ChatError: a column holds neither text nor turns, or the completion does not begin with the assistant; the
-            message names the turn (from 0).
+        ChatError: a column holds neither text nor a list, a turn is broken, or the completion does not begin with the
+            assistant. A broken turn is named by its number, counted from 0 over prompt and completion together.
     """
     pair = pair_of(row)
     assert pair is not None

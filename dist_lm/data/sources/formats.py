@@ -173,8 +173,10 @@ def csv_rows(reading: FileReading, wanted_columns: Sequence[str] | None) -> Iter
 
 
 def _lines(file: io.BufferedReader) -> Iterator[bytes | BadRow]:
-    """Yields lines with their line ends, in bounded memory: one of `LONGEST` bytes or more is yielded as its
-    problem.
+    """Yields lines with their line ends, in bounded memory; the last one may have none.
+
+    A line of `LONGEST` bytes or more, not counting its newline, is yielded as its problem (`too_long`); its bytes are
+    dropped. What reading `file` raises passes.
     """
     while line := file.readline(LONGEST):
         if len(line) < LONGEST or line.endswith(b"\n"):

@@ -145,13 +145,19 @@ def one_line(text: str) -> str:
 
 
 def check_inputs(config: RlhfRunConfig) -> None:
-    """Refuses prompts, functions or a reward model that are missing or invalid; the model of `auto` is not looked at.
+    """Refuses prompts, functions, an environment, a constraint or a reward model that are missing or invalid.
+
+    With an environment its tasks are read; the file of its class is searched for the name and not executed. Without one
+    the prompts are read and the reward functions imported. A reward model is compared only if a reward asks it and the
+    key names one: that of `auto` is built by the plan. The first problem is raised.
 
     Raises:
-        ConfigError: a key names nothing, a function cannot be imported, or a constraint not be followed.
-        ArtefactError: a prompt is invalid, or the model gives no scores, has another vocabulary, or its run is not
-            finished.
-        UserError: constraints need the package llguidance, which is not installed.
+        ConfigError: there is no such file of prompts or environment, a function cannot be imported, or a constraint
+            cannot be followed.
+        ArtefactError: a prompt or task is invalid or lacks what a reward or constraint needs, or there are none. There
+            is no reward model at its path, it gives no scores, or it has another vocabulary. With
+            rlhf.normalise_reward, also if the path is a checkpoint and not a run, or the run has not finished.
+        UserError: a constraint needs the package llguidance, which is not installed.
         OSError: a file cannot be read.
     """
     from dist_lm.stages.rlhf.constraint import check_constraint

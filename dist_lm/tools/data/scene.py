@@ -86,8 +86,15 @@ class World:
         return World(rng, deepcopy(self.records), {*self.busy})
 
     def _without_id(self, specification: Specification, arguments: Record) -> Json:
-        """Creates a record, or counts or finds those that meet all conditions; optional arguments at their default are
-        none.
+        """Executes a call that names no record: it creates one, or counts or finds those that meet all conditions.
+
+        Arguments that are fields of the record are the new record's values, or conditions. An optional argument with
+        its default value is no condition.
+
+        Returns:
+            By the action, `{"id": new id}` for `create` and `{"count": number}` for `count`. `newest` gives
+            `{"id": id}` of the record that was added last. `search` gives `{"ids": [...]}`, the first `limit` ids (10
+            without that argument) in the order in which records were added, perhaps none.
 
         Raises:
             ToolError: `newest`, and no record fits.
