@@ -10,9 +10,10 @@ train texts contain is dropped. Documents of a source with `held_out` are val wh
 documents that contain one are dropped. If a corpus has such a source, its other sources are train. Finished corpora of
 the work directory are compared too, in both directions (`data.earlier`).
 
-Texts are read three times: to choose val, to compare val with train, and by the caller. Usually the caller's reading of
-the first corpus is also the one that compares it. With `held_out` sources or earlier corpora the comparison drops train
-documents, so it needs a reading of its own before the first document is yielded.
+Texts are read up to three times: to choose val, to compare train with val, and by the caller. The corpus that the
+caller reads first is usually compared during that reading; the other corpora are read for the comparison before its
+val documents are yielded. With `held_out` sources or earlier corpora the comparison drops train documents, so all
+corpora are compared in a reading of their own before the first document is yielded.
 
 A corpus holds texts, or conversations, or rankings. Conversations share their forms, so shared words say nothing about
 leakage. They are divided by group instead: the tools of a conversation with generated tools, the user's text of any
@@ -145,7 +146,7 @@ class TextSplits:
     def _without_near_duplicates(
         self, corpus_name: str, resembling: Mapping[bytes, bytes], report: IngestReport, rejected: TextIO | None
     ) -> Iterator[Screened]:
-        """Yields the documents of `screened` that are in no near relation to an earlier one.
+        """Yields the documents of a corpus that do not resemble an earlier one; held-out sources are not compared.
 
         Args:
             resembling: as `_resembling` returns it.

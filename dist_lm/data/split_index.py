@@ -1,7 +1,8 @@
 """The documents of one split in one file, which every process of a node maps: its pages are in memory once.
 
-`train.index` joins the indices of the tars (`data.index`). It is a cache as they are, made again when it is missing or
-damaged, when a tar or an index was touched since, or when it is not of the tars in the manifest.
+`train.index` joins the indices of the tars (`data.index`). Like them it is a cache: the first process that opens the
+split writes it. A process writes it again when it is missing or damaged, when a tar or an index was touched since, or
+when its tars are not those of the manifest.
 
 A new file is renamed into its place and never changes its length, so that no process of ours takes pages from another's
 mapping. If a user cuts it in place, the ranks that have mapped it end (SIGBUS), and the next start makes it again.

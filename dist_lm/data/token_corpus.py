@@ -130,7 +130,8 @@ class TokenCorpus:
 
     @cached_property
     def units(self) -> Units:
-        """The units: up to 64 consecutive documents, which `stage.order=units` moves as one."""
+        """Groups of up to 64 consecutive documents: the index finds a document by its unit, and `stage.order=units`
+        shuffles units."""
         index = self._index
         documents = index.columns["unit_document"]
         has_repositories = index.has_repositories
@@ -489,6 +490,9 @@ class LocatedSlices(NamedTuple):
 
     def tokens_of(self, slices: Sequence[DocumentSlice]) -> np.ndarray:
         """Reads the tokens of the slices that were located, end to end: (n,) uint16 or uint32.
+
+        Args:
+            slices: the same slices; they are not looked at, because their places are known.
 
         Raises:
             ArtefactError: the tar is damaged.

@@ -281,7 +281,9 @@ def open_stream(arguments: DataArguments) -> "SequenceStream":
         document_mask=stage.document_mask,
         reset_positions=stage.reset_positions,
         pin_memory=arguments.world.device.type == "cuda",
+        # corpora, seed, mix and order
         **sequence_options(arguments.config, arguments.run, arguments.tokenizer),
+        # sequence length, micro-batch size, this rank, padding and first token
         **batch_options(arguments),
     )
 

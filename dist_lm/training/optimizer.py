@@ -5,7 +5,7 @@
 The factor of the width keeps the change of every activation per step independent of `d_model`, so the best rate does
 too. It is 1 without `model.base_width`; otherwise, with m = d_model / base_width:
 
-| group | AdamW (Yang & Hu 2022, table 3) | Muon, scale unit | Muon, scale adamw |
+| group | AdamW (Yang & Hu 2022, table 3) | Muon, `stage.muon.scale=unit` | Muon, `stage.muon.scale=adamw` |
 | --- | --- | --- | --- |
 | embedding, vectors | 1 | | |
 | head | 1 / m | | |

@@ -64,7 +64,7 @@ class Trainer:
 
     config: Config
     world: World
-    adds_sums: bool  # whether this rank adds its loss sums: True on rank 0 of tp and cp
+    adds_sums: bool  # whether its loss sums count in the all-reduce: on rank 0 of tp and cp, which see the same data
     model: Transformer
     optimizer: ShardedAdamW
     objective: Objective

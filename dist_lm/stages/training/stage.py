@@ -551,7 +551,8 @@ def last_samples(run: RunDirectory) -> list[dict[str, Any]]:
 
 
 def batch_options(arguments: DataArguments) -> dict[str, Any]:
-    """Returns the keyword arguments that all streams and all evaluation batches take."""
+    """Returns the arguments that all streams and evaluation batches take: sequence length, micro-batch size, the number
+    of this rank among those that read different data, the padding token and the first token of documents."""
     return {
         "seq_len": arguments.config.stage.seq_len,
         "micro_batch": arguments.config.stage.micro_batch,
