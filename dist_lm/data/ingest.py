@@ -181,7 +181,9 @@ class TextSplits:
     def _without_benchmarks(
         self, corpus_name: str, records: Iterable[Screened], report: IngestReport, rejected: TextIO | None
     ) -> Iterator[Screened]:
-        """Yields the texts that have no part of a benchmark. The first reading to the end decides, later ones look up.
+        """Yields the texts that hold no part of a benchmark.
+
+        The first reading to the end compares the texts; later readings look its outcome up.
 
         Raises:
             ConfigError: a file of benchmarks cannot be read.
@@ -251,7 +253,7 @@ class TextSplits:
     def _without_copies(
         self, corpus_name: str, keys: set[bytes], report: IngestReport, rejected: TextIO | None = None
     ) -> Iterator[Screened]:
-        """Yields the documents of a corpus, of equal texts the one that stays by the rule of `data.precedence`.
+        """Yields the documents of a corpus; of equal texts only the one that `data.precedence` prefers.
 
         Args:
             keys, report, rejected: as for `screening.screened`; `keys` of the corpora before this one.
@@ -316,7 +318,7 @@ class TextSplits:
         return SplitRule(val.shares, frozenset(leaked), frozenset(refused))
 
     def compare(self, corpora: Iterable[str]) -> None:
-        """Reads `corpora` and compares their train texts with val, those that were not compared yet.
+        """Reads those of `corpora` that were not compared yet, and compares their train texts with val.
 
         The first call reads all corpora of texts once more, to choose val. Threads may go on when it returns.
 
@@ -591,8 +593,8 @@ class NothingHeldOutError(ArtefactError):
 
 
 class _Lowest:
-    """The records of the smallest hashes of their groups, in bounded memory: the next ones that a larger share holds
-    out."""
+    """Keeps the records whose groups have the smallest hashes, in bounded memory: a larger share would hold these out
+    next."""
 
     def __init__(self, most: int) -> None:
         self._most = most
@@ -615,8 +617,11 @@ class _Lowest:
 
 
 def _smallest_allowed(earlier: EarlierCorpora, records: Sequence[Screened]) -> float | None:
-    """Returns the hash of the first of `records`, sorted by it, that train of no earlier corpus has; None: all are
-    there.
+    """Returns the hash of the group of the first record that no earlier corpus has in train; None: earlier corpora have
+    all of them there.
+
+    Args:
+        records: sorted by the hashes of their groups.
 
     Raises:
         ArtefactError, UserError: as `EarlierCorpora.marked`.

@@ -87,7 +87,7 @@ class SplitIndex:
     ) -> None:
         """Maps the file of a split; makes it if it is missing or cannot be used.
 
-        Reads 24 bytes of a unit and 60 of a member, and asks for the times of two files of a tar.
+        It reads 24 bytes for each unit and 60 for each member, and the times of each tar and of its index.
 
         Args:
             is_saved: whether the file lies beside the tars; False: it is made in memory.
@@ -126,8 +126,8 @@ class SplitIndex:
     def unit_ends(self, unit: int) -> list[int]:
         """Returns the tokens of the split before each document of a unit, and those before the end of its last.
 
-        Reads nothing but the unit, and keeps the last ones, because who orders documents and who reads them ask for the
-        same.
+        Only the entries of this unit are read. The results for `CACHED_UNITS` units stay in memory, because the order
+        of documents and the reading of tokens ask for the same units.
 
         Raises:
             ArtefactError, OSError: as for a new `SplitIndex`.
@@ -369,7 +369,7 @@ class SplitIndex:
 
 @dataclass
 class _Totals:
-    """What lies in the tars of a split that were passed."""
+    """Counts of what the tars hold that were added to the index so far."""
 
     documents: int = 0
     tokens: int = 0

@@ -1,5 +1,7 @@
-"""State of a training run, and what a step makes of it. A checkpoint holds it beside model and optimizer; randomness is
-keyed, not stored."""
+"""The state of a training run, and how a step changes it.
+
+A checkpoint holds it beside model and optimizer. Randomness is keyed by seed and step, so no random state is stored.
+"""
 
 import math
 from collections.abc import Mapping
