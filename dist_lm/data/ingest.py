@@ -1,5 +1,10 @@
 """Divides the documents of sources into train and val, and drops those that would leak held-out text into train.
 
+    split_documents -> TextSplits.screened -> screening.screened -> SourceReader.read -> a reader
+
+Each of these reads from the one behind it and drops documents; `split_documents` also divides them, and replaces
+secrets (`cleaned`).
+
 The hash of a document's group decides between train and val; the document's position and the seed do not. Groups with
 the smallest hashes are held out: a share of `val_fraction`, halved until the held-out texts of the corpus fit
 `val_tokens`. So documents of a corpus that grows stay in their split. Only when val outgrows `val_tokens`, the share is

@@ -137,7 +137,7 @@ def expanded(first: np.ndarray, counts: np.ndarray) -> tuple[np.ndarray, np.ndar
 
 
 def following(column: np.ndarray, index: np.ndarray, end: int) -> np.ndarray:
-    """Returns the element of a column behind each of some places; `end` behind its last one."""
+    """Returns for each index the next element of the column; `end` for the index of the last element."""
     behind = index + 1
     return np.where(behind < len(column), column[np.minimum(behind, len(column) - 1)], end)
 

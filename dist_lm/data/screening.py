@@ -130,7 +130,7 @@ class IngestReport:
 
 
 class Screened(NamedTuple):
-    """A document that is no duplicate and passes all checks."""
+    """A document as the checks see it, with its hashes and its size; `screened` yields those that pass."""
 
     document: Document
     source_config: SourceConfig

@@ -88,7 +88,8 @@ class TrainingStage(Stage):
         raise NotImplementedError(f"stage {self.name} has a program of its own")
 
     def prepare(self, config: Config) -> "Prepare | None":
-        """Returns a function that gets the micro-batches of a step before its passes; None: nothing is to prepare."""
+        """Returns a function that the trainer calls on the micro-batches of a step before the forward passes; None: no
+        objective of this stage needs that."""
         return None
 
     def open_data(self, arguments: DataArguments) -> StageData:
