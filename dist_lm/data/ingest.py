@@ -2,8 +2,9 @@
 
     split_documents -> TextSplits.screened -> screening.screened -> SourceReader.read -> a reader
 
-Each of these reads from the one behind it and drops documents; `split_documents` also divides them, and replaces
-secrets (`cleaned`).
+Each of these reads from the one behind it. `screening.screened` drops invalid documents and copies;
+`TextSplits.screened` drops near-duplicates and texts with parts of benchmarks. `split_documents` divides the others,
+and replaces secrets (`cleaned`).
 
 The hash of a document's group decides between train and val; the document's position and the seed do not. Groups with
 the smallest hashes are held out: a share of `val_fraction`, halved until the held-out texts of the corpus fit
