@@ -37,9 +37,9 @@ def read_conversation(text: str) -> Conversation:
 
 
 def samples(conversation: Conversation, tokenizer: Tokenizer) -> list[Conversation]:
-    """Returns the conversations that are laid out for one: itself, or one for each learned answer.
+    """Returns the conversations that a conversation is trained as: itself, or one for each learned answer.
 
-    It is one for each learned answer if the template of an imported model leaves out the thinking of earlier answers
+    There is one for each learned answer if the template of an imported model leaves out the thinking of earlier answers
     when others follow, as that of Qwen3 does: each answer is then the last of a conversation of its own, where its
     thinking is shown, and the answers before it are not learned again.
 
@@ -63,7 +63,7 @@ def samples(conversation: Conversation, tokenizer: Tokenizer) -> list[Conversati
 
 
 def sample_documents(document: Document, tokenizer: Tokenizer) -> list[Document]:
-    """Returns the documents that are encoded for one: that of each of its `samples`.
+    """Returns the documents that are encoded in place of a document: one for each of its `samples`.
 
     Raises:
         ChatError: as `samples`.
@@ -154,6 +154,7 @@ def read_kept_row(line: str) -> tuple[Conversation, dict[str, Json]]:
 def encode_document(tokenizer: Tokenizer, document: Document) -> TokenizedDocument:
     """Returns a document as the shards hold it: end-of-text and the text, or a conversation laid out by the template.
 
+    Stage shards encodes texts and conversations by this function. A text goes on to `Tokenizer.encode_document`.
     The loss mask, (n,) uint8, is 1 in the answers of a conversation; a text has none, as all its tokens are learned.
     `n_bytes` of a conversation also counts the text that the template adds, such as the names of roles. Rankings go
     through `encode_ranking`.

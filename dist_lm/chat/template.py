@@ -125,11 +125,10 @@ def prompt(conversation: Conversation, tokenizer: Tokenizer) -> list[int]:
 
 
 def following(answered: Conversation, conversation: Conversation, tokenizer: Tokenizer) -> list[int] | None:
-    """Returns the end of the `prompt` of `conversation`: the ids behind the mark that ends the last turn of `answered`,
-    with which it begins.
+    """Returns the end of the `prompt` of `conversation`: the ids behind the mark that ends the last turn of `answered`.
 
-    None where the template of an imported model writes the turns of `answered` otherwise when others follow, such as
-    without their thinking.
+    `conversation` must begin with the turns of `answered`. None if the template of an imported model writes these turns
+    in another way when others follow, such as without their thinking.
 
     Raises:
         ChatError: for the reasons of `render`.

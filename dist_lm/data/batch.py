@@ -15,7 +15,8 @@ from torch._subclasses.fake_tensor import FakeTensor
 from dist_lm.data.order import DocumentSlice
 from dist_lm.tokenizer.tokenizer import FirstToken
 
-SELECT_BELOW = 0.9  # if fewer targets than this share count, logits are computed for those that count
+# If the targets in the loss are a smaller share of all targets than this, only they get logits.
+SELECT_BELOW = 0.9
 LOGIT_MULTIPLE = 64  # the number of positions with logits is rounded up, so kernels are compiled for few shapes
 
 
@@ -54,8 +55,8 @@ class Batch:
     document_BT: torch.Tensor  # int64; number of the slice in its sequence: 0, 1, ...; attention stays inside a slice
     position_BT: torch.Tensor  # int64; for RoPE; starts at 0 in each slice of a document
     sequence_B: torch.Tensor  # int64; global sequence number, the key of dropout
-    # int64; indices in the flattened batch for which logits are computed: all targets in the loss, filled up to a round
-    # number; None: all positions
+    # int64; indices in the flattened batch for which logits are computed: those of all targets in the loss, and some
+    # more up to a multiple of `LOGIT_MULTIPLE`; None: all positions
     logit_index_N: torch.Tensor | None = None
     branch_BT: torch.Tensor | None = None  # int64; 0 in the trunk of a tree of tokens, 1, 2, ... in its branches
     ranked: RankedPositions | None = None  # only for rankings
@@ -127,7 +128,11 @@ def document_boundaries(document_BT: torch.Tensor) -> torch.Tensor:
 
 
 class Documents(Protocol):
-    """A corpus as `assemble` reads it, by document number (`data.token_corpus`, or a rearranged view of it)."""
+    """What `assemble` reads the tokens of one row from.
+
+    It is a corpus, read by document number (`token_corpus.TokenCorpus`), a rearranged view of one, or, in the default
+    order, the slices of that row alone, whose places were looked up before (`token_corpus.LocatedSlices`).
+    """
 
     @property
     def has_mask(self) -> bool:

@@ -27,7 +27,7 @@ SOLUTIONS = ("canonical_solution", "solution")  # fields of HumanEval, of our ow
 
 
 class Contamination(NamedTuple):
-    """What a document has of a benchmark."""
+    """The part of a benchmark that a document holds."""
 
     benchmark: str  # name of its file; with its folders if several files have that name
     words: str  # the first 13 words, with a space between them

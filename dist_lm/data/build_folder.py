@@ -373,8 +373,10 @@ def first_documents(build: Build) -> list[int]:
 
 
 def is_present(build: Build, records: np.ndarray, *, of_units: bool = False) -> np.ndarray:
-    """Returns which documents take part in decisions, (records,) bool: those of new tasks, and of the corpus that is
-    extended those in its tars, unless they are excluded.
+    """Returns which documents take part in decisions, (records,) bool.
+
+    These are the documents of new tasks. Of the corpus that is extended, these are the documents in its tars, without
+    the excluded ones.
 
     Args:
         records: (records,) RECORD, of documents.
@@ -387,8 +389,8 @@ def is_present(build: Build, records: np.ndarray, *, of_units: bool = False) -> 
 def _has_old_fate(
     build: Build, tasks: np.ndarray, numbers: np.ndarray, fates: Sequence[int], *, of_units: bool
 ) -> np.ndarray:
-    """Returns which documents are of the corpus that is extended and have one of some fates there, (documents,) bool;
-    False for documents of new tasks.
+    """Returns which documents belong to the corpus that is extended and had one of these fates there, (documents,)
+    bool; False for documents of new tasks.
 
     Args:
         tasks, numbers: (documents,) task of each document, and its number in the task.

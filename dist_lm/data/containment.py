@@ -38,7 +38,7 @@ _FIRST = np.array(  # masks of the first n bytes of 8
 
 @dataclass(frozen=True)
 class Evidence:
-    """What some train texts have of the held-out texts of an index."""
+    """The windows and the short texts of a `HeldOutIndex` that some train texts hold."""
 
     in_train: Mapping[int, np.ndarray]  # words of a window -> (windows,) bool: whether a train text has it
     contained_short: frozenset[int]  # texts below SHORT words that a train text holds
@@ -157,7 +157,7 @@ class HeldOutIndex:
         return int(np.where(self._protected, shares, -1).argmax())
 
     def take_evidence(self) -> Evidence:
-        """Returns what the train texts compared so far have of the held-out texts, and forgets these train texts."""
+        """Returns the evidence of the train texts compared so far, and forgets these train texts."""
         evidence = Evidence(
             {size: table.in_train.copy() for size, table in self._tables.items()}, frozenset(self._contained_short)
         )
@@ -167,7 +167,7 @@ class HeldOutIndex:
         return evidence
 
     def merge(self, evidence: Evidence) -> None:
-        """Counts the train texts that an index of the same held-out texts compared as compared here."""
+        """Adds the evidence of an index of the same held-out texts, as if its train texts had been compared here."""
         for size, in_train in evidence.in_train.items():
             self._tables[size].in_train |= in_train
         self._contained_short |= evidence.contained_short
@@ -325,8 +325,8 @@ def window_hashes(words: np.ndarray, sizes: set[int]) -> dict[int, np.ndarray]:
 
 
 class WindowTable:
-    """The windows of one size of all sought texts, such as held-out ones. A window has one id, in whatever texts it
-    is."""
+    """The windows of one size of all sought texts, such as held-out ones. A window that several texts share has one
+    id."""
 
     def __init__(self, windows: Sequence[tuple[np.ndarray, int]], protected: np.ndarray) -> None:
         """Sorts the windows by hash.

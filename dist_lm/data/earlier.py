@@ -59,7 +59,7 @@ class EarlierText(NamedTuple):
 
 
 class EarlierCorpora:
-    """The finished corpora that a new one is compared with; false if there are none."""
+    """The finished corpora that a new one is compared with. The object is false if there are none."""
 
     def __init__(self, folders: Sequence[Path] = (), tokenizer_model: Path = Path(), workers: int = 1) -> None:
         """Reads their manifests.

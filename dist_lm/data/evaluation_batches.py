@@ -62,7 +62,7 @@ class Ring:
 
 @dataclass(frozen=True, kw_only=True)
 class EvaluationBatches:
-    """Every token of a split as a target once, in the batches of one rank; can be iterated again and again.
+    """The batches of one rank. All ranks together predict every token of a split once; each iteration gives the same.
 
     Of conversations, every learned token is a target once; `too_long` decides about those longer than a sequence.
     A sequence has the same number and content in every evaluation.

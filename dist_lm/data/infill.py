@@ -1,4 +1,4 @@
-"""Rearranges slices of documents so that a model learns to fill in the middle, what stands between two texts.
+"""Rearranges slices of documents so that a model learns to fill in the middle between two texts.
 
 At the level of tokens, after Bavarian et al. 2022, 'Efficient Training of Language Models to Fill in the Middle'
 (arXiv 2207.14255), sections 3 and 4:
@@ -167,15 +167,15 @@ class RearrangedEpoch(ABC):
         """Returns the form of each slice of the sequence of tokens [begin, end) of the epoch."""
 
     def slices(self, i: int) -> list[DocumentSlice]:
-        """Returns the slices of the i-th sequence visited as they stand in their documents."""
+        """Returns the slices of the sequence of visit i as they stand in their documents."""
         return self._order.sequence(i)
 
     def visits(self, part: DocumentSlice) -> list[int]:
-        """Returns the sequences visited that hold a token of a slice, which may have been rearranged there."""
+        """Returns the visits whose sequences hold a token of a slice, which may have been rearranged there."""
         return self._order.visits(part)
 
     def content(self, i: int) -> SequenceContent:
-        """Returns the i-th sequence visited, with its last target.
+        """Returns the content of the sequence of visit i, with its last target.
 
         A rearranged slice is longer by `ADDED` tokens than the text it is made of. Behind such a slice the last target
         is end-of-text. Only the slices are computed here; the tokens are read, and rearranged, when they are asked for.

@@ -1,5 +1,11 @@
 """Divides the documents of sources into train and val, and drops those that would leak held-out text into train.
 
+    split_documents -> TextSplits.screened -> screening.screened -> SourceReader.read -> a reader
+
+Each of these reads from the one behind it. `screening.screened` drops invalid documents and copies;
+`TextSplits.screened` drops near-duplicates and texts with parts of benchmarks. `split_documents` divides the others,
+and replaces secrets (`cleaned`).
+
 The hash of a document's group decides between train and val; the document's position and the seed do not. Groups with
 the smallest hashes are held out: a share of `val_fraction`, halved until the held-out texts of the corpus fit
 `val_tokens`. So documents of a corpus that grows stay in their split. Only when val outgrows `val_tokens`, the share is
@@ -10,9 +16,10 @@ train texts contain is dropped. Documents of a source with `held_out` are val wh
 documents that contain one are dropped. If a corpus has such a source, its other sources are train. Finished corpora of
 the work directory are compared too, in both directions (`data.earlier`).
 
-Texts are read three times: to choose val, to compare val with train, and by the caller. Usually the caller's reading of
-the first corpus is also the one that compares it. With `held_out` sources or earlier corpora the comparison drops train
-documents, so it needs a reading of its own before the first document is yielded.
+Texts are read up to three times: to choose val, to compare train with val, and by the caller. The corpus that the
+caller reads first is usually compared during that reading; the other corpora are read for the comparison before its
+val documents are yielded. With `held_out` sources or earlier corpora the comparison drops train documents, so all
+corpora are compared in a reading of their own before the first document is yielded.
 
 A corpus holds texts, or conversations, or rankings. Conversations share their forms, so shared words say nothing about
 leakage. They are divided by group instead: the tools of a conversation with generated tools, the user's text of any
@@ -145,7 +152,7 @@ class TextSplits:
     def _without_near_duplicates(
         self, corpus_name: str, resembling: Mapping[bytes, bytes], report: IngestReport, rejected: TextIO | None
     ) -> Iterator[Screened]:
-        """Yields the documents of `screened` that are in no near relation to an earlier one.
+        """Yields the documents of a corpus that do not resemble an earlier one; held-out sources are not compared.
 
         Args:
             resembling: as `_resembling` returns it.
@@ -180,7 +187,9 @@ class TextSplits:
     def _without_benchmarks(
         self, corpus_name: str, records: Iterable[Screened], report: IngestReport, rejected: TextIO | None
     ) -> Iterator[Screened]:
-        """Yields the texts that have no part of a benchmark. The first reading to the end decides, later ones look up.
+        """Yields the texts that hold no part of a benchmark.
+
+        The first reading to the end compares the texts; later readings look its outcome up.
 
         Raises:
             ConfigError: a file of benchmarks cannot be read.
@@ -250,7 +259,7 @@ class TextSplits:
     def _without_copies(
         self, corpus_name: str, keys: set[bytes], report: IngestReport, rejected: TextIO | None = None
     ) -> Iterator[Screened]:
-        """Yields the documents of a corpus, of equal texts the one that stays by the rule of `data.precedence`.
+        """Yields the documents of a corpus; of equal texts only the one that `data.precedence` prefers.
 
         Args:
             keys, report, rejected: as for `screening.screened`; `keys` of the corpora before this one.
@@ -315,7 +324,7 @@ class TextSplits:
         return SplitRule(val.shares, frozenset(leaked), frozenset(refused))
 
     def compare(self, corpora: Iterable[str]) -> None:
-        """Reads `corpora` and compares their train texts with val, those that were not compared yet.
+        """Reads those of `corpora` that were not compared yet, and compares their train texts with val.
 
         The first call reads all corpora of texts once more, to choose val. Threads may go on when it returns.
 
@@ -590,8 +599,8 @@ class NothingHeldOutError(ArtefactError):
 
 
 class _Lowest:
-    """The records of the smallest hashes of their groups, in bounded memory: the next ones that a larger share holds
-    out."""
+    """Keeps the records whose groups have the smallest hashes, in bounded memory: a larger share would hold these out
+    next."""
 
     def __init__(self, most: int) -> None:
         self._most = most
@@ -614,8 +623,11 @@ class _Lowest:
 
 
 def _smallest_allowed(earlier: EarlierCorpora, records: Sequence[Screened]) -> float | None:
-    """Returns the hash of the first of `records`, sorted by it, that train of no earlier corpus has; None: all are
-    there.
+    """Returns the hash of the group of the first record that no earlier corpus has in train; None: earlier corpora have
+    all of them there.
+
+    Args:
+        records: sorted by the hashes of their groups.
 
     Raises:
         ArtefactError, UserError: as `EarlierCorpora.marked`.

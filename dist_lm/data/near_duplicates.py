@@ -238,7 +238,7 @@ def signature(windows: np.ndarray) -> np.ndarray:
 
 @dataclass(frozen=True)
 class SharedBands:
-    """Which bands each text has in common with others. A bucket is a hash of a band that several texts have."""
+    """The bands that each text has in common with other texts. A bucket is a hash of a band that several texts have."""
 
     bits: np.ndarray  # (T,) uint32: bit b is set if another text has band b, too
     buckets: list[np.ndarray]  # by band: numbers of the buckets of the texts with its bit, in their order, uint32

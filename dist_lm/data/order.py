@@ -137,7 +137,7 @@ def expanded(first: np.ndarray, counts: np.ndarray) -> tuple[np.ndarray, np.ndar
 
 
 def following(column: np.ndarray, index: np.ndarray, end: int) -> np.ndarray:
-    """Returns the element of a column behind each of some places; `end` behind its last one."""
+    """Returns for each index the next element of the column; `end` for the index of the last element."""
     behind = index + 1
     return np.where(behind < len(column), column[np.minimum(behind, len(column) - 1)], end)
 
@@ -198,6 +198,9 @@ class Concatenation:
 class EpochOrder:
     """The sequences of one epoch.
 
+    A cut is a sequence numbered by its place in the concatenated documents; a visit is a sequence numbered by its turn
+    in the epoch, a shuffled order of the cuts.
+
     A sequence takes `seq_len + 1` tokens: `seq_len` inputs, and one more as the last target. That token is also the
     first input of the next cut. So each token of the epoch is a target exactly once, except the first token and a rest
     at the end that fills no sequence.
@@ -216,17 +219,17 @@ class EpochOrder:
         self._cut_of_visit = permutation(self.n_sequences, key(Shuffle.TEXT_SEQUENCES, seed, epoch))
 
     def begin(self, i: int) -> int:
-        """Returns the position in the concatenated tokens where the i-th sequence visited begins."""
+        """Returns the position in the concatenated tokens where the sequence of visit i begins."""
         return int(self._cut_of_visit[i]) * self.seq_len
 
     def sequence(self, i: int) -> list[DocumentSlice]:
-        """Returns the slices of the i-th sequence visited: `seq_len + 1` tokens in all."""
+        """Returns the slices of the sequence of visit i: `seq_len + 1` tokens in all."""
         # One more token: the last target, which is the first input of the next cut.
         begin = self.begin(i)
         return self.concatenation.slices(begin, begin + self.seq_len + 1)
 
     def table(self, visits: np.ndarray) -> SliceTable:
-        """Returns what `sequence` returns for each of these sequences visited: (n,) int64."""
+        """Returns the slices of the sequences of these visits, (n,) int64, as `sequence` does for one."""
         begins = self._cut_of_visit[visits] * self.seq_len
         return self.concatenation.table(begins, begins + self.seq_len + 1)
 
@@ -235,7 +238,7 @@ class EpochOrder:
         return self.concatenation.slices(begin, end)
 
     def visits(self, part: DocumentSlice) -> list[int]:
-        """Returns the sequences visited that hold a token of a slice, as input or target: rising numbers."""
+        """Returns the visits whose sequences hold a token of a slice, as input or target: rising numbers."""
         document_begin = self.concatenation.begin(part.document)
         begin, end = document_begin + part.start, document_begin + part.stop
 

@@ -17,8 +17,8 @@ DROP, TRUNCATE, SPLIT = TOO_LONG = ("drop", "truncate", "split")  # treatments o
 class Packing:
     """Rows of at most `seq_len + 1` tokens: the inputs of a sequence and its last target.
 
-    The last token of a row is only a target. What is packed are pieces of documents: each document that fits, whole;
-    and of a longer one nothing, its beginning, or all of it in pieces that each fill a row but the last.
+    The last token of a row is only a target. Rows hold pieces of documents. A document that fits is one piece. Of a
+    longer one, `too_long` decides: no piece, one piece with its beginning, or pieces that each fill a row but the last.
     """
 
     def __init__(self, lengths: np.ndarray, seq_len: int, too_long: str = DROP) -> None:

@@ -233,7 +233,7 @@ class RemoteTars:
         return self._outage.is_now
 
     def stop_waiting(self) -> None:
-        """Ends the patience with a server that fails, now and later: its next error is raised."""
+        """Makes further errors of the server final: they are raised, and no failed request is sent again."""
         self._outage.is_given_up.set()
 
     def read(self, tar: int, offset: int, size: int) -> bytes:

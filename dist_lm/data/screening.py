@@ -1,4 +1,6 @@
-"""Checks, cleans and counts the documents of a corpus, without duplicates, before they are divided into train and val.
+"""Checks and counts the documents of a corpus before they are divided into train and val; bad and equal ones drop out.
+
+No text is changed here: `data.cleaning` decides which texts are dropped, and `ingest.cleaned` replaces secrets later.
 
 The stream depends on the configuration, the seed and the inputs alone. It is read several times (`data.ingest`), and
 each time gives the same documents in the same order: inputs that change in between are an error.
@@ -128,7 +130,7 @@ class IngestReport:
 
 
 class Screened(NamedTuple):
-    """A document that is no duplicate and passes all checks."""
+    """A document as the checks see it, with its hashes and its size; `screened` yields those that pass."""
 
     document: Document
     source_config: SourceConfig
@@ -330,8 +332,8 @@ def screened(
     rejected: TextIO | None = None,
     exchanged: Collection[int] = (),
 ) -> Iterator[Screened]:
-    """Yields the documents of a corpus, source by source. Of equal texts only the first one passes, or the one that
-    `exchanged` prefers to it.
+    """Yields the documents of a corpus, source by source. Of equal texts only the first one passes, unless `exchanged`
+    swaps it with a later one.
 
     A source ends after `source.limit` new texts (0: all). Its broken rows are judged when it ends.
 
@@ -340,7 +342,8 @@ def screened(
             sources with `held_out`. A text of such a source is compared only with other such sources of this corpus.
         report: counts what is dropped; `IngestReport.keep` is left to the caller.
         rejected: gets a line of JSON for each broken row.
-        exchanged: as returned by `precedence.exchanged_copies`: documents whose verdicts (keep, drop) are swapped.
+        exchanged: as returned by `precedence.exchanged_copies`: places of documents whose verdict is reversed. Of equal
+            texts the first one is then dropped, and the copy that the rule prefers is kept.
 
     Raises:
         ConfigError: as `SourceReader.read`, there is no such corpus, or there are more than `LANGUAGES` languages.
@@ -368,6 +371,7 @@ def screened(
             is_new = not reason
             if reason in ("", "duplicate"):
                 place += 1
+                # The rule prefers this copy to the first one, or another copy to this first one.
                 if place in exchanged:
                     reason = "duplicate" if is_new else ""
             if is_new:

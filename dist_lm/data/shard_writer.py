@@ -227,9 +227,12 @@ class SplitWriter:
         self._clear()
 
     def pass_over(self, text: bytes) -> None:
-        """Compares the text of a document, in UTF-8, with those of the finished tars, as `CorpusWriter.pass_over`.
+        """Adds the hash of a document's text to those that a finished tar is compared by (`CorpusWriter.pass_over`).
 
-        A tar is compared, by the hash of its texts, when its last document has been passed.
+        The tar is compared when its last document has been passed over.
+
+        Args:
+            text: a hash of the text, as in `CorpusWriter.write`.
 
         Raises:
             ArtefactError: the tar was made of other documents.

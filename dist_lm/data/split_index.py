@@ -1,7 +1,8 @@
 """The documents of one split in one file, which every process of a node maps: its pages are in memory once.
 
-`train.index` joins the indices of the tars (`data.index`). It is a cache as they are, made again when it is missing or
-damaged, when a tar or an index was touched since, or when it is not of the tars in the manifest.
+`train.index` joins the indices of the tars (`data.index`). Like them it is a cache: the first process that opens the
+split writes it. A process writes it again when it is missing or damaged, when a tar or an index was touched since, or
+when its tars are not those of the manifest.
 
 A new file is renamed into its place and never changes its length, so that no process of ours takes pages from another's
 mapping. If a user cuts it in place, the ranks that have mapped it end (SIGBUS), and the next start makes it again.
@@ -86,7 +87,7 @@ class SplitIndex:
     ) -> None:
         """Maps the file of a split; makes it if it is missing or cannot be used.
 
-        Reads 24 bytes of a unit and 60 of a member, and asks for the times of two files of a tar.
+        It reads 24 bytes for each unit and 60 for each member, and the times of each tar and of its index.
 
         Args:
             is_saved: whether the file lies beside the tars; False: it is made in memory.
@@ -125,8 +126,8 @@ class SplitIndex:
     def unit_ends(self, unit: int) -> list[int]:
         """Returns the tokens of the split before each document of a unit, and those before the end of its last.
 
-        Reads nothing but the unit, and keeps the last ones, because who orders documents and who reads them ask for the
-        same.
+        Only the entries of this unit are read. The results for `CACHED_UNITS` units stay in memory, because the order
+        of documents and the reading of tokens ask for the same units.
 
         Raises:
             ArtefactError, OSError: as for a new `SplitIndex`.
@@ -368,7 +369,7 @@ class SplitIndex:
 
 @dataclass
 class _Totals:
-    """What lies in the tars of a split that were passed."""
+    """Counts of what the tars hold that were added to the index so far."""
 
     documents: int = 0
     tokens: int = 0

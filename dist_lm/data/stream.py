@@ -2,6 +2,9 @@
 
 Sequences are numbered 0, 1, 2, ... over all epochs. A step takes the next `global_batch` of them, and a
 data-parallel rank its contiguous part, so a run can continue from the integer at any number of ranks.
+
+For each step a thread asks `sequences.MixedSequences` for the contents of the sequences: an order (`order.py`) says
+which slices they hold, and `token_corpus.py` where the tokens lie. `batch.assemble` then reads them into batches.
 """
 
 from collections import deque

@@ -130,7 +130,8 @@ class TokenCorpus:
 
     @cached_property
     def units(self) -> Units:
-        """The units: up to 64 consecutive documents, which `stage.order=units` moves as one."""
+        """Groups of up to 64 consecutive documents: the index finds a document by its unit, and `stage.order=units`
+        shuffles units."""
         index = self._index
         documents = index.columns["unit_document"]
         has_repositories = index.has_repositories
@@ -264,13 +265,13 @@ class TokenCorpus:
         return self._tars.waits_for_store
 
     def stop_waiting(self) -> None:
-        """Ends the patience with the server of an attached corpus, so that a run can end while it fails."""
+        """Makes further errors of the server of an attached corpus final, so that a run can end while it fails."""
         self._tars.stop_waiting()
 
     def read_ahead(self, slices: Sequence[DocumentSlice], pool: Executor) -> None:
         """Has a pool fetch what `tokens_of` and `mask` will read of some slices; only for a remote corpus.
 
-        Of a member whose checksums are not known yet this is all of it, as it is for a member with a mask.
+        A member is fetched whole if its checksums are not known yet, or if it has a mask.
 
         Raises:
             ArtefactError: a tar is missing or damaged.
@@ -401,8 +402,9 @@ class TokenCorpus:
         return self._index.columns["member_tar"].item(member)
 
     def _check(self, member: int) -> None:
-        """Reads a member whole, compares it with the manifest and its tokens with the vocabulary, and notes that. Notes
-        the checksums of its blocks, too.
+        """Reads a member whole, and compares it with the manifest and its tokens with the vocabulary.
+
+        Marks the member as compared, and records the checksums of its blocks for all processes.
 
         Raises:
             ArtefactError: they do not match, or the tar cannot be read; names the tar, the bytes and the documents.
@@ -489,6 +491,9 @@ class LocatedSlices(NamedTuple):
 
     def tokens_of(self, slices: Sequence[DocumentSlice]) -> np.ndarray:
         """Reads the tokens of the slices that were located, end to end: (n,) uint16 or uint32.
+
+        Args:
+            slices: the same slices; they are not looked at, because their places are known.
 
         Raises:
             ArtefactError: the tar is damaged.

@@ -215,16 +215,16 @@ class UnitEpoch:
         return Permutation(self.n_sequences, permutation_key)
 
     def begin(self, i: int) -> int:
-        """Returns the position in the concatenated tokens where the i-th sequence visited begins."""
+        """Returns the position in the concatenated tokens where the sequence of visit i begins."""
         return self._cut_of_visit[i] * self.seq_len
 
     def sequence(self, i: int) -> list[DocumentSlice]:
-        """Returns the slices of the i-th sequence visited: `seq_len + 1` tokens in all."""
+        """Returns the slices of the sequence of visit i: `seq_len + 1` tokens in all."""
         begin = self.begin(i)
         return self.slices(begin, begin + self.seq_len + 1)
 
     def table(self, visits: np.ndarray) -> SliceTable:
-        """Returns what `sequence` returns for each of these sequences visited: (n,) int64."""
+        """Returns the slices of the sequences of these visits, (n,) int64, as `sequence` does for one."""
         begins = self._cut_of_visit.numbers(visits) * self.seq_len
         ends = begins + self.seq_len + 1
         first = np.searchsorted(self._ends, begins, side="right")
@@ -277,7 +277,7 @@ class UnitEpoch:
         return slices
 
     def visits(self, part: DocumentSlice) -> list[int]:
-        """Returns the sequences visited that hold a token of a slice, as input or target: rising numbers."""
+        """Returns the visits whose sequences hold a token of a slice, as input or target: rising numbers."""
         units = self._units
         unit = bisect_right(units.documents, part.document) - 1
         document_begin = units.ends(unit)[part.document - units.documents.item(unit)]

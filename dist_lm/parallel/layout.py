@@ -365,10 +365,10 @@ def placements(model: ModelConfig, layout: Layout) -> dict[str, Placement]:
 
 
 def distinct_placements(model: ModelConfig, layout: Layout) -> list[tuple[str, Placement, int]]:
-    """Returns parameters as (name, placement, how many parameters are placed like it): those outside blocks, of the
-    first block, and of the second one, which later ones are like.
+    """Returns (name, placement, number of parameters with this placement) of the parameters outside blocks, those of
+    the first block, and those of the second block, which count for all later blocks too.
 
-    A layout is chosen among thousands of candidates, and a large model has many blocks.
+    This saves time: a layout is chosen among thousands of candidates, and a large model has many blocks.
     """
     n_later = model.n_layers - 1
     return [

@@ -160,7 +160,7 @@ def open_memories(
     """Returns the memory of each rank of this node, by rank, in ascending order (collective).
 
     Returns None on every rank of the node if one of them has no memory or cannot open that of another, see
-    `share_memory`. Other nodes do not care.
+    `share_memory`. This does not affect other nodes.
 
     Args:
         local_rank: number of this rank on its node; ranks of a node have consecutive numbers.

@@ -277,8 +277,9 @@ class Load:
 
 @cache
 def heaviest_load(cuts: tuple[Cut, ...], n_ranks: int, handing_on: float = math.inf) -> Load:
-    """Returns the work of the busiest of `n_ranks` owners that all hold a part of every matrix: as `_plan` shares it,
-    but without its holders and replicas, in microseconds a unit.
+    """Returns the work of the busiest of `n_ranks` owners that all hold a part of every matrix.
+
+    It shares the work as `_plan` does, but knows no holders and replicas, so it takes microseconds for each unit.
 
     Args:
         handing_on: FLOPs that handing on an entry costs; infinite: nothing is handed on.

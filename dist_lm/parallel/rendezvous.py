@@ -58,8 +58,8 @@ def store_of_ranks(timeout_s: float, environ: Mapping[str, str] = os.environ) ->
 
 
 def store_file(environ: Mapping[str, str]) -> Path | None:
-    """Returns the file in which the ranks of one machine meet; None for ranks that nothing but a TCPStore joins:
-    several nodes, or processes that neither torchrun nor a program of ours has started.
+    """Returns the file in which the ranks of one machine meet; None if only a TCPStore can join the ranks: on several
+    nodes, or if neither torchrun nor a program of ours has started them.
 
     Raises:
         ConfigError: other users can enter its folder.

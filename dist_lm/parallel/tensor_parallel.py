@@ -171,7 +171,8 @@ class ParallelAllHeadsNorm(AllHeadsNorm):
         Args:
             n_heads: heads of all ranks.
             heads: those that this rank computes.
-            shares: the part of the squares of each that this rank adds to the sum over ranks; padding has none.
+            shares: for each of these heads, the part of its squares that this rank adds to the sum over ranks; padded
+                heads add nothing.
         """
         super().__init__(config, n_heads)
         self.axis = axis

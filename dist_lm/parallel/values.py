@@ -92,7 +92,7 @@ def fill(
 ) -> None:
     """Sets parameters in place to the logical value `value(name, shape)`, which is unsharded; padding becomes zero.
 
-    All ranks compute the same values, so nothing is sent. Of each thread one unsharded value is in memory at a time.
+    All ranks compute the same values, so nothing is sent. Each thread holds one unsharded value at a time.
 
     Args:
         chooses: whether the parameter of a name is set.

@@ -106,8 +106,8 @@ class Stage(ABC):
         return self.needs
 
     def start_of(self, config: Config) -> str | None:
-        """Returns the stage whose run `stage.init_from` names by a stage: `starts_from` for `auto`, NAME for
-        `stage:NAME`; None for a path, `hf:SOURCE` or no start. The plan refuses names that cannot be."""
+        """Returns the stage whose run gives the first weights: `starts_from` for `stage.init_from=auto`, NAME for
+        `stage:NAME`; None for a path, `hf:SOURCE` or no start. The plan refuses names of no stage."""
         init_from = getattr(config.stage, "init_from", "")
         if init_from == "auto":
             return self.starts_from

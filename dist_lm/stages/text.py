@@ -230,7 +230,7 @@ class TextStage(TrainingStage):
 
 
 def fim_rate_of(config: Config) -> float:
-    """`stage.fim_rate`; 0 for stages without that key."""
+    """Returns `stage.fim_rate`, or 0 for a stage without that key."""
     return getattr(config.stage, "fim_rate", 0.0)
 
 
@@ -281,14 +281,17 @@ def open_stream(arguments: DataArguments) -> "SequenceStream":
         document_mask=stage.document_mask,
         reset_positions=stage.reset_positions,
         pin_memory=arguments.world.device.type == "cuda",
+        # corpora, seed, mix and order
         **sequence_options(arguments.config, arguments.run, arguments.tokenizer),
+        # sequence length, micro-batch size, this rank, padding and first token
         **batch_options(arguments),
     )
 
 
 def sequence_options(config: Config, run: RunDirectory, tokenizer: "Tokenizer") -> dict[str, Any]:
-    """Returns the arguments that say which sequences a run trains on, but their length: those of `SequenceStream` and
-    of `MixedSequences`.
+    """Returns the arguments of `SequenceStream` and `MixedSequences` that decide which sequences a run trains on.
+
+    These are corpora, seed, mix, order and documents left out. The length of a sequence is in `batch_options`.
 
     Raises:
         ArtefactError: a corpus is missing or damaged, or as `left_out_by`.

@@ -37,7 +37,8 @@ def encode_documents(
     Args:
         workers: number of processes; 0 means one for each core, 1 encodes in this process. A few chunks of text are
             always encoded in this process. At most `CHUNKS_IN_FLIGHT` chunks for each process are in memory.
-        encode: a function at the top of a module, so that the processes can import it.
+        encode: a function at the top of a module, so that the processes can import it. The default takes texts alone;
+            stage shards gives `chat.documents.encode_document`, which takes conversations, too.
 
     Raises:
         ArtefactError: there is no usable tokenizer at `path`.

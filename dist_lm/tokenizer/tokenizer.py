@@ -169,7 +169,7 @@ class Vocabulary(Protocol):
 
 @dataclass(frozen=True)
 class FirstToken:
-    """The first token of a document: end-of-text in shards, and the token that the model reads in its place.
+    """The first token of a document: shards hold end-of-text there, and the model reads `id` in its place.
 
     A model whose tokenizer begins every text with a token of its own (`<s>`, `<|begin_of_text|>`) has seen no document
     without it. The token that ends a document stays end-of-text.

@@ -470,8 +470,8 @@ SCALED_POSITIONS = (
 def check_start(checkpoint: Path, saved: dict[str, Any], model_config: ModelConfig) -> None:
     """Refuses a checkpoint that a model cannot start from.
 
-    A model with a scalar head may start from one with a token head, and a model for longer contexts that scales its
-    positions from one that does not, or otherwise.
+    A model with a scalar head may start from a model with a token head. A model for longer contexts may scale its
+    positions where the checkpoint does not, or scales them in another way.
 
     Args:
         saved: configuration of the model in the checkpoint.

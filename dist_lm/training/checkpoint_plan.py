@@ -68,7 +68,8 @@ def saved_shards(tensors: Mapping[str, torch.Tensor], rank: int, n_ranks: int) -
 
 
 def _layout_of(tensor: torch.Tensor) -> Hashable:
-    """Returns what the places of shards follow from, besides the shape."""
+    """Returns mesh and placements of a tensor: the places of its shards follow from these and its shape. None for a
+    plain tensor, which every rank holds whole."""
     return (tensor.device_mesh, tensor.placements) if isinstance(tensor, DTensor) else None
 
 

@@ -127,7 +127,7 @@ def put_together(part: PlannedPart, copies: Mapping[int, np.ndarray]) -> np.ndar
 
 @dataclass(frozen=True)
 class Publication:
-    """What makes a checkpoint of the files of all ranks."""
+    """The content and the paths with which the first rank completes a checkpoint from the files of all ranks."""
 
     temporary: Path  # the folder with the files
     target: Path  # its name from then on

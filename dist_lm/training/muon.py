@@ -30,7 +30,7 @@ STACK_BYTES = 256 << 20  # most bytes of whole matrices that a single rank handl
 
 @dataclass(frozen=True)
 class Arithmetic:
-    """How a kind of device orthogonalises, and how much at once."""
+    """The arithmetic by which a kind of device orthogonalises matrices, and the most that it does at once."""
 
     dtype: torch.dtype | None  # dtype of matrices, also in messages; None: that of the gradients
     by_squares: bool  # whether it takes `newton_schulz_of_squares`

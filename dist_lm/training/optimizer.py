@@ -5,7 +5,7 @@
 The factor of the width keeps the change of every activation per step independent of `d_model`, so the best rate does
 too. It is 1 without `model.base_width`; otherwise, with m = d_model / base_width:
 
-| group | AdamW (Yang & Hu 2022, table 3) | Muon, scale unit | Muon, scale adamw |
+| group | AdamW (Yang & Hu 2022, table 3) | Muon, `stage.muon.scale=unit` | Muon, `stage.muon.scale=adamw` |
 | --- | --- | --- | --- |
 | embedding, vectors | 1 | | |
 | head | 1 / m | | |
@@ -157,7 +157,7 @@ class ShardedAdamW(torch.optim.AdamW):
             part.mul_(remaining).sub_(step, alpha=group["lr"])
 
     def _remaining(self, group: Mapping[str, Any]) -> float | torch.Tensor:
-        """Returns what decay leaves of the parameters of a group of Muon, as a factor; 1 if the step is skipped."""
+        """Returns the factor by which weight decay multiplies parameters of a group of Muon; 1 in a skipped step."""
         # Decay follows `stage.lr`, not the rate of the group, so scaling a rate does not change it.
         remaining = 1 - group["lr"] / group["lr_ratio"] * group["weight_decay"]
         if self._skip is None:
@@ -297,8 +297,10 @@ def learning_rate(step: int, *, peak: float, warmup_steps: int, steps: int, min_
 
 
 def stage_rate(stage: TrainerGroup, step: int) -> float:
-    """Returns the learning rate, for `stage.lr`, of a 0-based step of a stage: that of its schedule, times the factor
-    of its phase; groups have multiples of it (`rate_ratio`)."""
+    """Returns the learning rate of a stage at a 0-based step: the rate of its schedule times the factor of its phase.
+
+    Each group of parameters has a multiple of it (`rate_ratio`).
+    """
     rate = scheduled_rate(stage, step)
     if stage.phases:
         rate *= rate_factor(stage.phases, stage.steps, step)

@@ -1,5 +1,7 @@
-"""State of a training run, and what a step makes of it. A checkpoint holds it beside model and optimizer; randomness is
-keyed, not stored."""
+"""The state of a training run, and how a step changes it.
+
+A checkpoint holds it beside model and optimizer. Randomness is keyed by seed and step, so no random state is stored.
+"""
 
 import math
 from collections.abc import Mapping
@@ -50,7 +52,7 @@ class TrainState:
     """Counters after the last finished step."""
 
     step: int = 0  # optimizer steps taken
-    tokens: int = 0  # tokens trained on
+    tokens: int = 0  # targets in the loss so far; tokens whose loss mask is 0 do not count
     position: int = 0  # sequences consumed: the state of the stream
     nonfinite_steps: int = 0  # consecutive steps skipped for NaN/inf gradients
     skipped_steps: int = 0  # all steps skipped

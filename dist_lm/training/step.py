@@ -72,7 +72,8 @@ def accumulate_gradients(
 
     for index, micro_batch in enumerate(micro_batches):
         is_last = index == len(micro_batches) - 1
-        # FSDP sends gradients with the last micro-batch only, unless memory is short.
+        # FSDP sums gradients over ranks with the last micro-batch only, unless memory is short. It does not average
+        # them: `parallel.sharding` switches that off, and `update` divides by the global count.
         set_reduction(model, reduce=reduce_every_micro_batch or is_last, last=is_last)
 
         loss = objective(model, micro_batch)
@@ -117,8 +118,8 @@ def update(
     Args:
         sums: as returned by `accumulate_gradients`, on every rank with the same names of metrics.
         grad_clip: largest L2 norm of all gradients after division; 0: no clipping.
-        adds_sums: whether this rank adds its sums: True on exactly one of the ranks that see the same data, rank 0 of
-            tp and cp.
+        adds_sums: whether the sums of this rank count in the all-reduce. Ranks of tp and cp see the same data, so they
+            count on rank 0 of these axes alone.
         stop: read after the backward pass, so that a request made during this step ends the run after it, not after the
             next one (the first step may compile for minutes).
         tokens: tokens of this rank's micro-batches, for `StepResult.tokens`.
@@ -140,6 +141,7 @@ def update(
     batch_sums = torch.cat([tokens_1, sums.total_and_count, *(metric.double().reshape(1) for metric in metric_sums)])
     if not adds_sums:
         batch_sums = torch.zeros_like(batch_sums)
+    # Each shard of a gradient counts on one rank, so the sums over ranks are the squared norms of whole gradients.
     message = torch.cat([stop_1, squared_norms(list(groups.values())).to(device), batch_sums])
     _lap(laps, "optimizer")
     dist.all_reduce(message)

@@ -64,7 +64,8 @@ class Trainer:
 
     config: Config
     world: World
-    adds_sums: bool  # whether this rank adds its loss sums: True on rank 0 of tp and cp
+    # whether the loss sums of this rank count in the all-reduce: ranks of tp and cp see the same data, so rank 0 counts
+    adds_sums: bool
     model: Transformer
     optimizer: ShardedAdamW
     objective: Objective

@@ -197,7 +197,7 @@ def lesson(arrays: RankingArrays, learn_from: str, label_noise: float, seed: int
 
 
 def noisy(arrays: RankingArrays, share: float, draw_key: int) -> RankingArrays:
-    """Returns the ranking as a judge who errs gives it.
+    """Returns the ranking with some reversed judgements, as a judge who errs would give it.
 
     Each judgement is reversed, and each two neighbouring ranks are swapped, with probability `share`, from the best
     rank down. The new ranks count from 0 without gaps; `arrays` is not changed.

@@ -155,7 +155,7 @@ def list_source_files(source: SourceConfig) -> Inputs:
         ConfigError, ArtefactError: as `list_files`; or ArtefactError: a file without a suffix cannot be read.
     """
 
-    # `list_files` quotes the docstring of a rule, so it is set below.
+    # `list_files` puts the docstring of `rule` into its messages. That is a text for users, so it is assigned below.
     def rule(name: str) -> str:
         try:
             language = language_of(name)

@@ -74,7 +74,7 @@ def read_preferences(source: SourceConfig, seed: int, files: Snapshot | None = N
 
 
 def ranking_of(row: Row, kind: str = "") -> Ranking | str:
-    """Returns the ranking of a row, which is not checked, or the word that counts a row that compares nothing.
+    """Returns the ranking of a row, unchecked; for a row that compares nothing, the word under which it is counted.
 
     Args:
         kind: one of `KINDS`; empty: by the columns.
@@ -146,7 +146,7 @@ def kind_of(row: Row) -> str:
 def pair_ranking(row: Row) -> Ranking | str:
     """Reads `chosen` and `rejected`: two answers to one prompt, which is a column, or the turns that both begin with.
 
-    A word if both are equal, or differ before the last answer.
+    Returns a word, as `ranking_of`, if both are equal or differ before the last answer.
 
     Raises:
         ChatError: an answer or the prompt is missing or not well formed.
@@ -178,8 +178,9 @@ def pair_ranking(row: Row) -> Ranking | str:
 
 def ranked_ranking(row: Row) -> Ranking | str:
     """Reads K completions with ranks, scores or judgements. Of equal texts the first counts. Of more than `MOST`
-    completions, those at even distances from best to worst are taken. A word if fewer than two are judged, or all are
-    tied.
+    completions, those at even distances from best to worst are taken.
+
+    Returns a word, as `ranking_of`, if fewer than two are judged, or all are tied.
 
     Raises:
         ChatError: the prompt, a completion or a rank is missing or not well formed.

@@ -271,14 +271,15 @@ class Evaluate(PoolStage):
 
 
 def evaluate_config(config: Config) -> EvaluateRunConfig:
-    """`config` with the type of this stage."""
+    """Returns `config` with the type of this stage."""
     assert isinstance(config, EvaluateRunConfig)
     return config
 
 
 def with_reward_checkpoint(config: EvaluateRunConfig, before: str | None) -> EvaluateRunConfig:
-    """Returns the configuration with a checkpoint in `eval.reward_model`: one for all models, even if its run goes on.
-    Unchanged without the task reward.
+    """Returns the configuration with a checkpoint in `eval.reward_model`; unchanged without the task reward.
+
+    This checkpoint scores all models of the run, even if the run of the reward model writes a newer one meanwhile.
 
     Args:
         before: see `checkpoint_in`.

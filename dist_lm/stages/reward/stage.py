@@ -51,7 +51,7 @@ class Reward(TrainingStage):
     has_sequences = True
 
     def check(self, config: Config) -> None:
-        """Refuses a corpus without rankings, and answers that would fill the context where the start generates some.
+        """Refuses a corpus without rankings, and answers of the initial model that would fill its context.
 
         Raises:
             ConfigError: names stage.corpus, or stage.reward.normaliser_new_tokens that is too large.

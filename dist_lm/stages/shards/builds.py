@@ -1,4 +1,8 @@
-"""Writes the tars of corpora: in one process after another, or by tasks (`corpus.build=tasks`)."""
+"""Writes the tars of corpora.
+
+`build_corpus` writes one corpus in this process, while other processes encode its documents; corpora are built one
+after the other. `build_by_tasks` builds them by tasks in parallel (`corpus.build=tasks`).
+"""
 
 import hashlib
 import shutil

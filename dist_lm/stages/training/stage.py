@@ -88,7 +88,8 @@ class TrainingStage(Stage):
         raise NotImplementedError(f"stage {self.name} has a program of its own")
 
     def prepare(self, config: Config) -> "Prepare | None":
-        """Returns a function that gets the micro-batches of a step before its passes; None: nothing is to prepare."""
+        """Returns a function that the trainer calls on the micro-batches of a step before the forward passes; None: no
+        objective of this stage needs that."""
         return None
 
     def open_data(self, arguments: DataArguments) -> StageData:
@@ -551,7 +552,8 @@ def last_samples(run: RunDirectory) -> list[dict[str, Any]]:
 
 
 def batch_options(arguments: DataArguments) -> dict[str, Any]:
-    """Returns the keyword arguments that all streams and all evaluation batches take."""
+    """Returns the arguments that all streams and evaluation batches take: sequence length, micro-batch size, the number
+    of this rank among those that read different data, the padding token and the first token of documents."""
     return {
         "seq_len": arguments.config.stage.seq_len,
         "micro_batch": arguments.config.stage.micro_batch,
